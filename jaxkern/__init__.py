@@ -1,0 +1,12 @@
+"""Fused kernels and Flax NNX modules for efficient transformer blocks."""
+
+from . import nn as nn
+from ._mlp import low_rank_matmul as low_rank_matmul
+from ._mlp import low_rank_relu2 as low_rank_relu2
+from ._mlp import low_rank_swiglu as low_rank_swiglu
+from ._mlp import swiglu as swiglu
+from ._sparsity import Packed24 as Packed24
+from ._sparsity import matmul_2_4 as matmul_2_4
+from ._sparsity import pack_2_4 as pack_2_4
+from ._sparsity import sparsify_2_4 as sparsify_2_4
+from ._sparsity import unpack_2_4 as unpack_2_4

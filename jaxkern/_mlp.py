@@ -1,0 +1,247 @@
+"""Gated and low-rank MLPs. XLA accumulates their matmuls in float32 for every dtype."""
+
+import warnings
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._activations import ACTIVATIONS
+from ._checks import (
+    Implementation,
+    check_batched,
+    check_floating,
+    check_pair,
+    check_shape,
+    check_xla_only,
+    raise_unknown,
+)
+from ._sparsity import GROUP, sparsify_2_4
+
+Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
+Pair = tuple[jax.Array, jax.Array]
+
+# The backward computes the activations again from the matmuls' results: that is cheap,
+# and keeping their float32 intermediates costs up to 16 bytes an element.
+_recompute = partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recompute
+def _silu_gate(
+    gate: Float[Array, "*batch hidden"], up: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    silu = ACTIVATIONS["silu"].value(gate.astype(jnp.float32))
+    return (silu * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+@partial(_recompute, static_argnums=1)
+def _sparse_relu2(
+    z: Float[Array, "*batch hidden"], sparsity: Sparsity | None
+) -> Float[Array, "*batch hidden"]:
+    hidden = ACTIVATIONS["relu2"].value(z.astype(jnp.float32)).astype(z.dtype)
+    match sparsity:
+        case "2:4":
+            return sparsify_2_4(hidden, method="top2")
+        case "2:4-soft":
+            return sparsify_2_4(hidden, method="soft")
+        case _:
+            return hidden
+
+
+def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
+    """The factors without the features at positions 2 and 3 of each group."""
+    # The order of the features does not matter, so strided slices do: no gather.
+    up_out = jnp.concatenate([up[1][:, i::GROUP] for i in (0, 1)], axis=1)
+    down_in = jnp.concatenate([down[0][i::GROUP] for i in (0, 1)], axis=0)
+    return (up[0], up_out), (down_in, down[1])
+
+
+def _check_pairs(op: str, x: object, **pairs: Pair) -> None:
+    arrays = {"x": x}
+    for name, pair in pairs.items():
+        check_pair(op, name, pair)
+        arrays |= {f"{name}[{i}]": factor for i, factor in enumerate(pair)}
+    check_floating(op, **arrays)
+
+
+def _check_low_rank(
+    op: str, name: str, pair: Pair, d_in: int | str, d_out: int | str
+) -> None:
+    check_shape(op, f"{name}[0]", pair[0], (d_in, "rank"))
+    rank = pair[0].shape[1]
+    check_shape(op, f"{name}[1]", pair[1], (rank, d_out))
+    full_rank = min(pair[0].shape[0], pair[1].shape[1])
+    if rank >= full_rank:
+        warnings.warn(
+            f"{op}: rank of {name} should be below min(d_in, d_out) = {full_rank}, "
+            f"got {rank}, which costs more than the full-rank weight",
+            stacklevel=3,
+        )
+
+
+def check_sparsity(op: str, sparsity: object) -> None:
+    valid = (None, *get_args(Sparsity))
+    if sparsity not in valid:
+        raise_unknown(op, "sparsity", sparsity, valid)
+
+
+def swiglu(
+    x: Float[Array, "*batch d_in"],
+    w_gate: Float[Array, "d_in hidden"],
+    w_up: Float[Array, "d_in hidden"],
+    w_down: Float[Array, "hidden d_out"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""The gated MLP of LLaMA, without biases.
+
+    $$y = (\mathrm{silu}(x W_{gate}) \odot (x W_{up})) W_{down}$$
+
+    Matmuls accumulate in float32, the activation is computed in float32, and each
+    result is rounded once to the dtype of `x`. Saved for the backward: the arguments,
+    the two products with `x` and the input of the last matmul, in the dtype of `x`.
+
+    Raises:
+        TypeError: an argument is no floating-point array, or the dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    References:
+        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
+    """
+    op = "swiglu"
+    check_xla_only(op, implementation)
+    check_floating(op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    check_batched(op, "x", x)
+    check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"))
+    check_shape(op, "w_up", w_up, w_gate.shape)
+    check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
+    hidden = _silu_gate(jnp.matmul(x, w_gate), jnp.matmul(x, w_up))
+    return jnp.matmul(hidden, w_down)
+
+
+def low_rank_matmul(
+    x: Float[Array, "*batch d_in"],
+    weight: tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""Multiply by a weight that is kept as two thin factors.
+
+    $$y = (x W_{in}) W_{out}$$
+
+    The product $W_{in} W_{out}$ is never formed: a row costs
+    2 rank (d_in + d_out) FLOPs instead of 2 d_in d_out.
+
+    Raises:
+        TypeError: an argument is no floating-point array, `weight` is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    Warns:
+        UserWarning: the rank is no lower than the full one.
+
+    References:
+        LoRA, section 4.1, without the frozen weight: https://arxiv.org/abs/2106.09685.
+    """
+    op = "low_rank_matmul"
+    check_xla_only(op, implementation)
+    _check_pairs(op, x, weight=weight)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out")
+    return _low_rank_matmul(x, weight)
+
+
+def _low_rank_matmul(x: jax.Array, weight: Pair) -> jax.Array:
+    return jnp.matmul(jnp.matmul(x, weight[0]), weight[1])
+
+
+def low_rank_swiglu(
+    x: Float[Array, "*batch d_in"],
+    gate: tuple[Float[Array, "d_in rank_gate"], Float[Array, "rank_gate hidden"]],
+    up: tuple[Float[Array, "d_in rank_up"], Float[Array, "rank_up hidden"]],
+    down: tuple[Float[Array, "hidden rank_down"], Float[Array, "rank_down d_out"]],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""`swiglu` with three low-rank weights, each a pair (w_in, w_out).
+
+    $$y = (\mathrm{silu}(x G_{in} G_{out}) \odot (x U_{in} U_{out})) D_{in} D_{out}$$
+
+    Precision and what is saved for the backward are those of `swiglu`.
+
+    Raises:
+        TypeError: an argument is no floating-point array, a weight is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    Warns:
+        UserWarning: a rank is no lower than the full one.
+    """
+    op = "low_rank_swiglu"
+    check_xla_only(op, implementation)
+    _check_pairs(op, x, gate=gate, up=up, down=down)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden")
+    hidden_size = gate[1].shape[1]
+    _check_low_rank(op, "up", up, x.shape[-1], hidden_size)
+    _check_low_rank(op, "down", down, hidden_size, "d_out")
+    hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
+    return _low_rank_matmul(hidden, down)
+
+
+def low_rank_relu2(
+    x: Float[Array, "*batch d_in"],
+    up: tuple[Float[Array, "d_in rank_up"], Float[Array, "rank_up hidden"]],
+    down: tuple[Float[Array, "hidden rank_down"], Float[Array, "rank_down d_out"]],
+    *,
+    sparsity: Sparsity | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""The ungated ReLU² MLP with two low-rank weights, each a pair (w_in, w_out).
+
+    $$y = \mathcal{S}(\max(x U_{in} U_{out}, 0)^2) D_{in} D_{out}$$
+
+    $\mathcal{S}$, by `sparsity`, acts on the hidden features of each token:
+
+    - None: the identity;
+    - "2:4": `sparsify_2_4` with "top2", exact gradient. In XLA the matmul that follows
+      is dense, so this costs time and saves none;
+    - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token, straight-through
+      gradient;
+    - "2:4-static": the features 2 and 3 of each 4 are dropped. They are never computed,
+      and get zero gradients, exactly.
+
+    Matmuls accumulate in float32, the activation is computed in float32, and each
+    result is rounded once to the dtype of `x`: in float16, $z^2$ overflows from
+    $|z| = 256$. Saved for the backward: the arguments, and in the dtype of `x` the
+    results of all matmuls but the last and the input of the third.
+
+    Raises:
+        TypeError: an argument is no floating-point array, a weight is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, or `sparsity` or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    Warns:
+        UserWarning: a rank is no lower than the full one.
+
+    References:
+        ReLU²: Primer, https://arxiv.org/abs/2109.08668; 2:4 on it:
+        https://arxiv.org/abs/2503.16672.
+    """
+    op = "low_rank_relu2"
+    check_xla_only(op, implementation)
+    check_sparsity(op, sparsity)
+    _check_pairs(op, x, up=up, down=down)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "up", up, x.shape[-1], "hidden")
+    _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
+    if sparsity == "2:4-static":
+        up, down = _drop_static(up, down)
+    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity)
+    return _low_rank_matmul(hidden, down)

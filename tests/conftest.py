@@ -1,0 +1,29 @@
+import jax
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Compiling a new shape takes longer than any deadline.
+settings.register_profile(
+    "jaxkern",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("jaxkern")
+
+
+def pytest_configure(config):
+    if config.option.markexpr == "gpu":
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def unchecked_types():
+    """Without the tests' type checker, as users run it: our own errors show."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

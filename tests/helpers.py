@@ -1,0 +1,144 @@
+"""What several tests need: inputs, the bound on errors, float64 definitions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkern
+
+# For tests of what happens to arguments of the wrong type.
+untyped: Any = jaxkern
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def normal(seed, shape, dtype=jnp.float32, scale=1.0):
+    return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+def to_float64(tree) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), tree)
+
+
+def relative_error(got, exact):
+    """Frobenius norm of the difference over that of `exact`."""
+    got, exact = to_float64((got, exact))
+    return np.linalg.norm(got - exact) / max(np.linalg.norm(exact), 1e-30)
+
+
+def assert_near(got, expected, bound=1e-5):
+    """Two ways to compute the same thing in float32, in another order of sums."""
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert a.shape == b.shape
+        assert relative_error(a, b) <= bound
+
+
+def assert_as_exact(got, plain, exact):
+    """No more than twice the error of the plain form in the same dtype.
+
+    One rounding is always allowed: on few elements the plain form may be exact by luck.
+    """
+    for i, (a, b, c) in enumerate(
+        zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
+    ):
+        assert a.shape == c.shape, f"leaf {i}"
+        assert a.dtype == b.dtype, f"leaf {i}"
+        bound = 2 * relative_error(b, c) + float(jnp.finfo(a.dtype).eps) / 2
+        error = relative_error(a, c)
+        assert error <= bound, f"leaf {i}: error {error:.3g} above {bound:.3g}"
+
+
+def value_and_vjp(fn, args, cotangent):
+    """`fn(*args)` and the gradients of all arguments, as one program."""
+
+    @jax.jit
+    def run(args, cotangent):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(cotangent)
+
+    return run(args, cotangent)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def swiglu_float64(x, w_gate, w_up, w_down, g) -> Any:
+    """The equations of SwiGLU and of its gradients, by hand, in NumPy."""
+    gate, up = x @ w_gate, x @ w_up
+    silu = gate * sigmoid(gate)
+    hidden = silu * up
+    d_hidden = g @ w_down.T
+    d_up = d_hidden * silu
+    d_gate = d_hidden * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
+    d_x = d_gate @ w_gate.T + d_up @ w_up.T
+    return hidden @ w_down, (d_x, x.T @ d_gate, x.T @ d_up, hidden.T @ g)
+
+
+def pair_gradient(pair, d_weight):
+    """From the gradient of a product to those of its two factors."""
+    return d_weight @ pair[1].T, pair[0].T @ d_weight
+
+
+def top2_float64(a):
+    """Two largest magnitudes of each group of four, by a stable sort."""
+    width = a.shape[-1]
+    groups = np.pad(a, ((0, 0), (0, -width % 4))).reshape(len(a), -1, 4)
+    order = np.argsort(-np.abs(groups), axis=-1, kind="stable")
+    mask = np.zeros(groups.shape)
+    np.put_along_axis(mask, order[..., :2], 1, axis=-1)
+    return mask.reshape(len(a), -1)[:, :width]
+
+
+def soft_float64(a):
+    """S-STE row by row: shrink by the second smallest magnitude, rescale."""
+    width = a.shape[-1]
+    groups = np.pad(a, ((0, 0), (0, -width % 4))).reshape(len(a), -1, 4)
+    threshold = np.sort(np.abs(groups), axis=-1)[..., 1:2]
+    shrunk = np.sign(groups) * np.maximum(np.abs(groups) - threshold, 0)
+    shrunk = shrunk.reshape(len(a), -1)[:, :width]
+    energy = (shrunk * shrunk).sum(-1, keepdims=True)
+    overlap = (a * shrunk).sum(-1, keepdims=True)
+    return np.where(energy > 0, overlap / np.where(energy > 0, energy, 1), 1) * shrunk
+
+
+def low_rank_relu2_float64(x, up, down, g, sparsity) -> Any:
+    """Values and gradients; "2:4-soft" has the identity for its derivative."""
+    w_up, w_down = up[0] @ up[1], down[0] @ down[1]
+    z = x @ w_up
+    hidden = np.maximum(z, 0) ** 2
+    ones = np.ones_like(z)
+    match sparsity:
+        case None:
+            kept, mask = hidden, ones
+        case "2:4":
+            mask = top2_float64(hidden)
+            kept = hidden * mask
+        case "2:4-soft":
+            kept, mask = soft_float64(hidden), ones
+        case _:
+            assert sparsity == "2:4-static"
+            mask = ones * (np.arange(z.shape[-1]) % 4 < 2)
+            kept = hidden * mask
+    d_z = (g @ w_down.T) * mask * 2 * np.maximum(z, 0)
+    d_up, d_down = pair_gradient(up, x.T @ d_z), pair_gradient(down, kept.T @ g)
+    return kept @ w_down, (d_z @ w_up.T, d_up, d_down)
+
+
+def plain_swiglu(x, w_gate, w_up, w_down):
+    return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
+
+
+def plain_relu2(x, up, down, sparsity):
+    """As one would write it, masks multiplied in, all in the dtype of the inputs."""
+    hidden = jax.nn.relu((x @ up[0]) @ up[1]) ** 2
+    match sparsity:
+        case "2:4":
+            groups = hidden.reshape(len(x), -1, 4)
+            order = jnp.argsort(-groups, axis=-1, stable=True)
+            rank = jnp.argsort(order, axis=-1)
+            hidden = hidden * (rank < 2).reshape(hidden.shape)
+        case "2:4-static":
+            hidden = hidden * (jnp.arange(hidden.shape[-1]) % 4 < 2)
+    return (hidden.astype(x.dtype) @ down[0]) @ down[1]

@@ -1,0 +1,430 @@
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    assert_near,
+    low_rank_relu2_float64,
+    normal,
+    pair_gradient,
+    plain_relu2,
+    plain_swiglu,
+    swiglu_float64,
+    to_float64,
+    untyped,
+    value_and_vjp,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
+
+SPARSITIES: tuple[Any, ...] = (None, "2:4", "2:4-soft", "2:4-static")
+# (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
+SIZES = [
+    (1, 3, 5, 1, 2),
+    (17, 33, 64, 8, 33),
+    (63, 65, 131, 16, 20),
+    (130, 24, 90, 7, 24),
+]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+sparsities = pytest.mark.parametrize("sparsity", SPARSITIES)
+
+
+def swiglu_args(size, dtype):
+    tokens, d_in, hidden, _, d_out = size
+    shapes = [(d_in, hidden), (d_in, hidden), (hidden, d_out)]
+    kernels = [normal(i, s, dtype, s[0] ** -0.5) for i, s in enumerate(shapes)]
+    return (normal(3, (tokens, d_in), dtype), *kernels), normal(
+        4, (tokens, d_out), dtype
+    )
+
+
+def pair(seed, d_in, rank, d_out, dtype):
+    w_in = normal(seed, (d_in, rank), dtype, d_in**-0.5)
+    return w_in, normal(seed + 1, (rank, d_out), dtype, rank**-0.5)
+
+
+def low_rank_args(size, dtype):
+    tokens, d_in, hidden, rank, d_out = size
+    widen = [pair(seed, d_in, rank, hidden, dtype) for seed in (10, 20)]
+    x = normal(0, (tokens, d_in), dtype)
+    g = normal(1, (tokens, d_out), dtype)
+    return x, *widen, pair(30, hidden, rank, d_out, dtype), g
+
+
+@dtypes
+@sizes
+def test_swiglu(size, dtype):
+    args, g = swiglu_args(size, dtype)
+    got = value_and_vjp(swiglu, args, g)
+    plain = value_and_vjp(plain_swiglu, args, g)
+    assert_as_exact(got, plain, swiglu_float64(*to_float64((*args, g))))
+
+
+@dtypes
+@sizes
+def test_low_rank_matmul(size, dtype):
+    x, weight, _, _, _ = low_rank_args(size, dtype)
+    g = normal(5, (size[0], size[2]), dtype)
+    got = value_and_vjp(low_rank_matmul, (x, weight), g)
+    plain = value_and_vjp(lambda x, w: (x @ w[0]) @ w[1], (x, weight), g)
+    x, weight, g = to_float64((x, weight, g))
+    product = weight[0] @ weight[1]
+    exact = x @ product, (g @ product.T, pair_gradient(weight, x.T @ g))
+    assert_as_exact(got, plain, exact)
+
+
+@dtypes
+@sizes
+def test_low_rank_swiglu(size, dtype):
+    x, gate, up, down, g = low_rank_args(size, dtype)
+    got = value_and_vjp(low_rank_swiglu, (x, gate, up, down), g)
+
+    def plain(x, gate, up, down):
+        hidden = jax.nn.silu((x @ gate[0]) @ gate[1]) * ((x @ up[0]) @ up[1])
+        return (hidden @ down[0]) @ down[1]
+
+    plain = value_and_vjp(plain, (x, gate, up, down), g)
+    x, *pairs, g = to_float64((x, gate, up, down, g))
+    products = [w_in @ w_out for w_in, w_out in pairs]
+    y, (d_x, *d_weights) = swiglu_float64(*[x, *products, g])
+    d_pairs = [pair_gradient(p, d) for p, d in zip(pairs, d_weights, strict=True)]
+    assert_as_exact(got, plain, (y, (d_x, *d_pairs)))
+
+
+@dtypes
+@sparsities
+@sizes
+def test_low_rank_relu2(size, sparsity, dtype):
+    x, up, _, down, g = low_rank_args(size, dtype)
+
+    def ours(x, up, down):
+        return low_rank_relu2(x, up, down, sparsity=sparsity)
+
+    def plain(x, up, down):
+        # The soft form has no other plain one: its own rounding is that of the dense.
+        return plain_relu2(x, up, down, None if sparsity == "2:4-soft" else sparsity)
+
+    if sparsity == "2:4" and size[2] % 4:
+        up = (up[0], up[1][:, : size[2] // 4 * 4])
+        down = (down[0][: size[2] // 4 * 4], down[1])
+    got = value_and_vjp(ours, (x, up, down), g)
+    bound = value_and_vjp(plain, (x, up, down), g)
+    wide = to_float64((x, up, down, g))
+    exact = low_rank_relu2_float64(*wide, sparsity=sparsity)
+    if sparsity == "2:4-soft":
+        exact_dense = low_rank_relu2_float64(*wide, sparsity=None)
+        shift = jax.tree.map(np.subtract, exact, exact_dense)
+        bound = jax.tree.map(
+            lambda b, s: (to_float64(b) + s).astype(b.dtype), bound, shift
+        )
+    assert_as_exact(got, bound, exact)
+
+
+@pytest.mark.parametrize("width", [5, 6, 7, 131])
+def test_2_4_of_a_ragged_width_is_that_of_the_padded_one(width):
+    x, up, _, down, _ = low_rank_args((9, 24, width, 4, 24), jnp.float32)
+    missing = -width % 4
+    padded_up = up[0], jnp.pad(up[1], ((0, 0), (0, missing)))
+    padded_down = jnp.pad(down[0], ((0, missing), (0, 0))), down[1]
+    for sparsity in ("2:4", "2:4-soft", "2:4-static"):
+        got = low_rank_relu2(x, up, down, sparsity=sparsity)
+        padded = low_rank_relu2(x, padded_up, padded_down, sparsity=sparsity)
+        assert_near(got, padded)
+
+
+def flops(fn, *args):
+    cost = jax.jit(fn).lower(*args).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]
+
+
+def test_static_sparsity_never_computes_the_dropped_half():
+    x, up, _, down, _ = low_rank_args((64, 64, 8191, 32, 64), jnp.float32)
+    dense = flops(low_rank_relu2, x, up, down)
+    static = flops(lambda *a: low_rank_relu2(*a, sparsity="2:4-static"), x, up, down)
+    assert 0.49 < static / dense < 0.53
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_accumulation_is_float32(dtype):
+    # A bfloat16 sum of ones stops at 256, a float16 one at 2048.
+    d_in = 4096
+    x, weight = jnp.ones((2, d_in), dtype), jnp.ones((d_in, 1), dtype)
+    y = low_rank_matmul(x, (weight, jnp.full((1, 2), 0.5, dtype)))
+    np.testing.assert_array_equal(to_float64(y), d_in / 2)
+
+
+def saved_bytes(fn, *args):
+    """What is kept between forward and backward."""
+    residuals = jax.tree.leaves(jax.vjp(fn, *args)[1])
+    return sum(x.nbytes for x in {id(x): x for x in residuals}.values())
+
+
+def test_nothing_wider_than_the_input_is_saved_for_the_backward():
+    tokens, d_in, hidden, rank = 256, 32, 128, 8
+    size = (tokens, d_in, hidden, rank, d_in)
+    args, _ = swiglu_args(size, jnp.bfloat16)
+    arguments = sum(a.nbytes for a in args)
+    wide = 2 * tokens * hidden
+    assert saved_bytes(swiglu, *args) <= arguments + 3 * wide
+    x, gate, up, down, _ = low_rank_args(size, jnp.bfloat16)
+    thin = 2 * tokens * rank
+    arguments = sum(a.nbytes for a in jax.tree.leaves((x, gate, up, down)))
+    saved = saved_bytes(low_rank_swiglu, x, gate, up, down)
+    assert saved <= arguments + 3 * wide + 3 * thin
+    arguments = sum(a.nbytes for a in jax.tree.leaves((x, up, down)))
+    for sparsity in SPARSITIES[:3]:
+        saved = saved_bytes(
+            lambda *a, s=sparsity: low_rank_relu2(*a, sparsity=s), x, up, down
+        )
+        assert saved <= arguments + 2 * wide + 2 * thin
+
+
+OPS = {
+    "swiglu": lambda x, a: swiglu(x, *a["kernels"]),
+    "low_rank_swiglu": lambda x, a: low_rank_swiglu(x, a["gate"], a["up"], a["down"]),
+    **{
+        f"low_rank_relu2 {s}": lambda x, a, s=s: low_rank_relu2(
+            x, a["up"], a["down"], sparsity=s
+        )
+        for s in SPARSITIES
+    },
+}
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def op_args(tokens=16, d_in=24, hidden=64, rank=8):
+    size = (tokens, d_in, hidden, rank, d_in)
+    (_, *kernels), _ = swiglu_args(size, jnp.float32)
+    x, gate, up, down, _ = low_rank_args(size, jnp.float32)
+    return x, {"kernels": tuple(kernels), "gate": gate, "up": up, "down": down}
+
+
+@ops
+def test_transforms(op):
+    x, weights = op_args()
+    y = jax.jit(op)(x, weights)
+    assert_near(op(x.reshape(2, 2, 4, -1), weights).reshape(y.shape), y)
+    assert_near(op(x[0], weights), y[0])
+    assert_near(jax.vmap(op, (0, None))(x, weights), y)
+    assert op(x[:0], weights).shape == (0, y.shape[1])
+
+    def gradient(fn):
+        return jax.jit(jax.grad(lambda x: (fn(x, weights) ** 2).sum()))(x)
+
+    def scanned(x, weights):
+        return jax.lax.scan(lambda c, row: (c, op(row, weights)), 0.0, x)[1]
+
+    assert_near(gradient(jax.checkpoint(op)), gradient(op))
+    assert_near(gradient(scanned), gradient(op))
+    tangent = jax.jvp(lambda x: op(x, weights), (x,), (jnp.ones_like(x),))[1]
+    cotangent = normal(9, y.shape)
+    pulled = jax.vjp(lambda x: op(x, weights), x)[1](cotangent)[0]
+    np.testing.assert_allclose((tangent * cotangent).sum(), pulled.sum(), rtol=1e-4)
+
+
+# The hidden features lie along "tensor": columns of what widens, rows of what narrows.
+WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
+SPECS = {
+    "kernels": (WIDEN, WIDEN, NARROW),
+    "gate": (P(), WIDEN),
+    "up": (P(), WIDEN),
+    "down": (NARROW, P()),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
+
+
+def value_and_grads(op):
+    def loss(x, weights):
+        y = op(x, weights)
+        return (y**2).sum(), y
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@ops
+def test_shard_map_over_batch_and_tensor_equals_one_device(op, mesh):
+    x, weights = op_args()
+
+    def local(x, weights):
+        return jax.lax.psum(op(x, weights), "tensor")
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("data"), SPECS), out_specs=P("data")
+    )
+    if op is OPS["low_rank_relu2 2:4-soft"]:
+        # Its scale is of the whole token; a shard has a part of each.
+        sharded = jax.shard_map(
+            op,
+            mesh=mesh,
+            in_specs=(P(("data", "tensor")), P()),
+            out_specs=P(mesh.axis_names),
+        )
+    got = value_and_grads(sharded)(x, weights)
+    assert_near(got, value_and_grads(op)(x, weights))
+
+
+@ops
+def test_automatic_sharding_equals_one_device(op, mesh):
+    x, weights = op_args()
+    expected = value_and_grads(op)(x, weights)
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    weights = jax.device_put(
+        weights, jax.tree.map(lambda s: NamedSharding(mesh, s), SPECS)
+    )
+    got = value_and_grads(op)(x, weights)
+    assert_near(got, expected)
+
+
+@given(
+    st.sampled_from([(), (1,), (2, 3), (1, 3, 2)]),
+    st.sampled_from([(6, 7), (12, 16)]),
+    st.sampled_from(sorted(OPS)),
+)
+def test_any_batch_shape(batch, sizes, name):
+    d_in, hidden = sizes
+    _, weights = op_args(1, d_in, hidden, 3)
+    x = normal(7, (*batch, d_in))
+    rows = x.reshape(-1, d_in)
+    op = jax.jit(OPS[name])
+    assert_near(op(x, weights).reshape(rows.shape), op(rows, weights))
+
+
+X, W, V = jnp.ones((2, 8)), jnp.ones((8, 12)), jnp.ones((12, 8))
+UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((3, 8)))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: untyped.swiglu(X, V, W, V),
+            ValueError,
+            r"swiglu: w_gate must have shape \(8, hidden\) .*, got \(12, 8\)",
+        ),
+        (
+            lambda: untyped.swiglu(X, W, W[:, :5], V),
+            ValueError,
+            r"swiglu: w_up must have shape \(8, 12\), got \(8, 5\)",
+        ),
+        (
+            lambda: untyped.swiglu(X, W, W, W),
+            ValueError,
+            r"swiglu: w_down must have shape \(12, d_out\) .*, got \(8, 12\)",
+        ),
+        (
+            lambda: untyped.swiglu(X, W[0], W, V),
+            ValueError,
+            r"w_gate must have shape \(8, hidden\) .*, got \(12,\)",
+        ),
+        (
+            lambda: untyped.swiglu(X.astype(int), W, W, V),
+            TypeError,
+            "swiglu: x must have a floating-point dtype, got int32",
+        ),
+        (
+            lambda: untyped.swiglu(X, W, W, V.astype(jnp.bfloat16)),
+            TypeError,
+            "swiglu: w_down must have the dtype of x, float32, got bfloat16",
+        ),
+        (
+            lambda: untyped.swiglu(None, W, W, V),
+            TypeError,
+            "x must be an array, got <class 'None",
+        ),
+        (
+            lambda: untyped.swiglu(X, W, W, V, implementation="mosaic_gpu"),
+            NotImplementedError,
+            "swiglu: implementation must be 'xla', got 'mosaic_gpu', for which",
+        ),
+        (
+            lambda: untyped.swiglu(X, W, W, V, implementation="cuda"),
+            ValueError,
+            "implementation must be one of None, 'xla', 'mosaic_gpu', got 'cuda'",
+        ),
+        (
+            lambda: untyped.low_rank_matmul(X, (jnp.ones((8, 0)), jnp.ones((0, 4)))),
+            ValueError,
+            r"low_rank_matmul: weight\[0\] must have shape \(8, rank\) with rank at "
+            r"least 1, got \(8, 0\)",
+        ),
+        (
+            lambda: untyped.low_rank_matmul(X, (UP[0], jnp.ones((4, 12)))),
+            ValueError,
+            r"weight\[1\] must have shape \(3, d_out\) .*, got \(4, 12\)",
+        ),
+        (
+            lambda: untyped.low_rank_matmul(X, W),
+            TypeError,
+            r"low_rank_matmul: weight must be a pair \(w_in, w_out\), got",
+        ),
+        (
+            lambda: untyped.low_rank_matmul(X, (W,)),
+            TypeError,
+            r"weight must be a pair \(w_in, w_out\), got <class 'tuple'> of 1",
+        ),
+        (
+            lambda: untyped.low_rank_swiglu(X, UP, (UP[0], UP[1][:, :4]), DOWN),
+            ValueError,
+            r"low_rank_swiglu: up\[1\] must have shape \(3, 12\), got \(3, 4\)",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(X, UP, UP),
+            ValueError,
+            r"low_rank_relu2: down\[0\] must have shape \(12, rank\) .*, got \(8, 3\)",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(X, UP, DOWN, sparsity="4:8"),
+            ValueError,
+            "sparsity must be one of None, '2:4', '2:4-soft', '2:4-static', got '4:8'",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(X, UP, DOWN, implementation="mosaic_gpu"),
+            NotImplementedError,
+            "low_rank_relu2: implementation must be 'xla'",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_rank_that_saves_nothing_warns():
+    full = jnp.ones((8, 8)), jnp.ones((8, 12))
+    with pytest.warns(
+        UserWarning, match="rank of weight should be below .* = 8, got 8"
+    ):
+        low_rank_matmul(X, full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low_rank_matmul(X, UP)
+
+
+@pytest.mark.gpu
+@dtypes
+def test_on_gpu(dtype):
+    """The same bounds on the device, where the matmuls are other programs."""
+    size = (300, 520, 1030, 130, 510)
+    with jax.default_matmul_precision("highest"):
+        test_swiglu(size, dtype)
+        test_low_rank_swiglu(size, dtype)
+        for sparsity in SPARSITIES:
+            test_low_rank_relu2(size, sparsity, dtype)
+        test_accumulation_is_float32(dtype)

@@ -1,0 +1,243 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from helpers import assert_near, normal, relative_error, untyped
+from jax.sharding import PartitionSpec as P
+
+import jaxkern
+from jaxkern.nn import LowRankLinear, LowRankReLU2, LowRankSwiGLU, SwiGLU
+
+EMBED, MLP, RANK = 24, 64, 8
+PAIRS = ("gate", "up", "down")
+MODULES = {
+    "SwiGLU": lambda **k: SwiGLU(EMBED, MLP, rngs=nnx.Rngs(0), **k),
+    "LowRankSwiGLU": lambda **k: LowRankSwiGLU(EMBED, MLP, RANK, rngs=nnx.Rngs(0), **k),
+    "LowRankReLU2": lambda **k: LowRankReLU2(
+        EMBED, MLP, RANK, sparsity="2:4", rngs=nnx.Rngs(0), **k
+    ),
+    "LowRankLinear": lambda **k: LowRankLinear(
+        EMBED, EMBED, RANK, rngs=nnx.Rngs(0), **k
+    ),
+}
+modules = pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
+
+
+def parameter_count(module):
+    return sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def partition_specs(module):
+    return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(module)))
+
+
+def test_modules_call_their_ops():
+    x = normal(0, (5, EMBED))
+    m = MODULES["SwiGLU"]()
+    expected = jaxkern.swiglu(x, m.w_gate[...], m.w_up[...], m.w_down[...])
+    np.testing.assert_array_equal(m(x), expected)
+    m = MODULES["LowRankSwiGLU"]()
+    expected = jaxkern.low_rank_swiglu(x, m.gate.weight, m.up.weight, m.down.weight)
+    np.testing.assert_array_equal(m(x), expected)
+    m = MODULES["LowRankReLU2"]()
+    expected = jaxkern.low_rank_relu2(x, m.up.weight, m.down.weight, sparsity="2:4")
+    np.testing.assert_array_equal(m(x), expected)
+    m = MODULES["LowRankLinear"]()
+    np.testing.assert_array_equal(m(x), jaxkern.low_rank_matmul(x, m.weight))
+
+
+def test_parameter_counts_are_the_published_ones():
+    # 60M of the study: hidden 512, intermediate 1376, rank 128.
+    h, m, r, rngs = 512, 1376, 128, nnx.Rngs(0)
+    assert parameter_count(SwiGLU(h, m, rngs=rngs)) == 3 * h * m
+    assert parameter_count(LowRankSwiGLU(h, m, r, rngs=rngs)) == 3 * r * (h + m)
+    relu2 = LowRankReLU2(h, 3 * m // 2, r, rngs=rngs)
+    assert parameter_count(relu2) == 2 * r * (h + 3 * m // 2)
+
+
+@modules
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes(build, dtype, param_dtype):
+    m = build(dtype=dtype, param_dtype=param_dtype)
+    parameters = jax.tree.leaves(nnx.state(m, nnx.Param))
+    assert {p.dtype for p in parameters} == {jnp.dtype(param_dtype)}
+    x = normal(0, (3, EMBED), jnp.bfloat16)
+    expected = dtype or jnp.promote_types(x.dtype, param_dtype)
+    assert m(x).dtype == expected
+
+
+@modules
+def test_init_keeps_the_variance_of_a_full_rank_layer(build):
+    m = build(kernel_init=nnx.initializers.constant(0.5))
+    for p in jax.tree.leaves(nnx.state(m, nnx.Param)):
+        np.testing.assert_array_equal(p, 0.5)
+    x = normal(0, (2000, 256))
+    y = LowRankLinear(256, 256, 64, rngs=nnx.Rngs(1))(x)
+    assert 0.8 < float(y.std()) < 1.2
+
+
+@modules
+def test_every_kernel_has_a_partition_spec(build):
+    specs = partition_specs(build())
+    names = {name for spec in jax.tree.leaves(specs) for name in spec}
+    assert names <= {"embed", "mlp", "rank"} and len(names) >= 2
+    if build is MODULES["SwiGLU"]:
+        assert specs["w_gate"] == P("embed", "mlp")
+        assert specs["w_down"] == P("mlp", "embed")
+    if build is MODULES["LowRankSwiGLU"]:
+        assert specs["down"]["w_in"] == P("mlp", "rank")
+        assert specs["down"]["w_out"] == P("rank", "embed")
+
+
+@modules
+def test_sharded_by_its_own_metadata_equals_one_device(build):
+    module, x = build(), normal(0, (8, EMBED))
+    expected = module(x)
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=axis_types)
+    graph, state = nnx.split(module)
+    rules = [("embed", None), ("mlp", "model"), ("rank", None)]
+    with nnx.logical_axis_rules(rules):
+        shardings = nnx.get_named_sharding(state, mesh)
+    state = jax.device_put(state, shardings)
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("data")))
+    y = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+    assert_near(y, expected)
+    if build is not MODULES["LowRankLinear"]:
+        sizes = {
+            p.addressable_shards[0].data.size / p.size for p in jax.tree.leaves(state)
+        }
+        assert 1 / 4 in sizes
+
+
+def test_layers_stack():
+    rngs = nnx.Rngs(0).split(3)
+    metadata = {nnx.PARTITION_NAME: "layers"}
+
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata=metadata)
+    def build(rngs):
+        return SwiGLU(EMBED, MLP, rngs=rngs)
+
+    layers = build(rngs)
+    assert layers.w_gate.shape == (3, EMBED, MLP)
+    assert partition_specs(layers)["w_gate"] == P("layers", "embed", "mlp")
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def forward(x, layer):
+        return x + layer(x)
+
+    x = normal(0, (5, EMBED))
+    expected = x
+    for i in range(3):
+        kernels = (layers.w_gate[i], layers.w_up[i], layers.w_down[i])
+        expected = expected + jaxkern.swiglu(expected, *kernels)
+    assert_near(forward(x, layers), expected)
+
+
+def test_from_full_rank_is_the_best_approximation():
+    full = SwiGLU(EMBED, MLP, rngs=nnx.Rngs(0))
+    low, errors = LowRankSwiGLU.from_full_rank(full, RANK)
+    for name, linear in [("gate", low.gate), ("up", low.up), ("down", low.down)]:
+        kernel = np.asarray(getattr(full, f"w_{name}")[...], np.float64)
+        values = np.linalg.svd(kernel, compute_uv=False)
+        best = np.linalg.norm(values[RANK:]) / np.linalg.norm(values)
+        np.testing.assert_allclose(errors[name], best, rtol=1e-4)
+        product = np.asarray(linear.w_in[...]) @ np.asarray(linear.w_out[...])
+        np.testing.assert_allclose(relative_error(product, kernel), best, rtol=1e-4)
+
+
+def test_from_full_rank_is_exact_where_the_weights_have_that_rank():
+    full = SwiGLU(EMBED, MLP, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    for name in ("w_gate", "w_up", "w_down"):
+        param = getattr(full, name)
+        d_in, d_out = param.shape
+        param[...] = normal(1, (d_in, RANK)) @ normal(2, (RANK, d_out)) / d_in
+    low, errors = LowRankSwiGLU.from_full_rank(full, RANK)
+    assert max(errors.values()) < 1e-6
+    x = normal(0, (5, EMBED))
+    assert_near(low(x), full(x))
+
+
+def test_from_full_rank_keeps_dtypes():
+    full = SwiGLU(
+        EMBED, MLP, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    low, _ = LowRankSwiGLU.from_full_rank(full, RANK)
+    assert low.gate.w_in.dtype == jnp.bfloat16
+    assert low(jnp.ones((2, EMBED))).dtype == jnp.bfloat16
+
+
+def test_linen_users():
+    module: Any = nnx.bridge.to_linen(LowRankSwiGLU, EMBED, MLP, RANK)
+    x = normal(0, (5, EMBED))
+    variables = module.init(jax.random.key(0), x)
+    parameters = linen.meta.unbox(variables)["params"]
+    shapes = jax.tree.map(jnp.shape, parameters["gate"])
+    assert shapes == {"w_in": (EMBED, RANK), "w_out": (RANK, MLP)}
+    pairs = [(parameters[k]["w_in"], parameters[k]["w_out"]) for k in PAIRS]
+    expected = jaxkern.low_rank_swiglu(x, *pairs)
+    np.testing.assert_array_equal(module.apply(variables, x), expected)
+    grads = jax.grad(lambda v: jnp.sum(module.apply(v, x)))(variables)
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
+
+
+X = jnp.ones((2, EMBED))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: untyped.nn.LowRankLinear(8, 8, 0, rngs=nnx.Rngs(0)),
+            ValueError,
+            "LowRankLinear: rank must be at least 1, got 0",
+        ),
+        (
+            lambda: untyped.nn.SwiGLU(8, -1, rngs=nnx.Rngs(0)),
+            ValueError,
+            "SwiGLU: hidden_features must be at least 1, got -1",
+        ),
+        (
+            lambda: untyped.nn.SwiGLU(8.0, 4, rngs=nnx.Rngs(0)),
+            ValueError,
+            "SwiGLU: in_features must be at least 1, got 8.0",
+        ),
+        (
+            lambda: untyped.nn.LowRankSwiGLU.from_full_rank(
+                MODULES["SwiGLU"](), EMBED + 1
+            ),
+            ValueError,
+            r"rank must be at most min\(in_features, out_features\) = 24, got 25",
+        ),
+        (
+            lambda: MODULES["LowRankLinear"]().approximate(jnp.ones((3, 4))),
+            ValueError,
+            r"kernel must have shape \(24, 24\), got \(3, 4\)",
+        ),
+        (
+            lambda: MODULES["SwiGLU"]()(jnp.ones((2, EMBED + 1))),
+            ValueError,
+            r"swiglu: w_gate must have shape \(25, hidden\)",
+        ),
+        (
+            lambda: MODULES["SwiGLU"](implementation="mosaic_gpu")(
+                jnp.ones((2, EMBED))
+            ),
+            NotImplementedError,
+            "swiglu: implementation must be 'xla'",
+        ),
+        (
+            lambda: untyped.nn.LowRankReLU2(8, 8, 2, sparsity="1:4", rngs=nnx.Rngs(0)),
+            ValueError,
+            "LowRankReLU2: sparsity must be one of None, '2:4'",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -87,10 +87,11 @@ def _shrink(
 ) -> Float[Array, "*batch groups 4"]:
     wide = groups.astype(jnp.float32)
     magnitude = jnp.abs(wide)
-    low = jnp.minimum(magnitude[..., 0::2], magnitude[..., 1::2])
-    high = jnp.maximum(magnitude[..., 0::2], magnitude[..., 1::2])
+    a, b, c, d = (magnitude[..., i : i + 1] for i in range(GROUP))
     # Of two sorted pairs the second smallest is the higher low or the lower high.
-    second_smallest = jnp.minimum(low.max(-1), high.min(-1))[..., None]
+    higher_low = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
+    lower_high = jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d))
+    second_smallest = jnp.minimum(higher_low, lower_high)
     shrunk = jnp.sign(wide) * jnp.maximum(magnitude - second_smallest, 0)
     if scale is None:
         energy = jnp.square(shrunk).sum((-2, -1), keepdims=True)

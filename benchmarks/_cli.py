@@ -1,0 +1,103 @@
+"""The options that all benchmarks share, refused before anything runs if wrong."""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.lstrip("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least {least}, got {text!r}"
+        )
+    return int(text)
+
+
+class _Names:
+    """Comma-separated names out of those there are."""
+
+    def __init__(self, valid: Sequence[str]):
+        self.valid = valid
+
+    def __call__(self, text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        unknown = [name for name in names if name not in self.valid]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"must be among {', '.join(self.valid)}, got {', '.join(unknown)!r}"
+            )
+        return names
+
+
+def names(valid: Sequence[object]) -> _Names:
+    return _Names([str(v) for v in valid])
+
+
+def writable(text: str) -> Path:
+    path = Path(text)
+    folder = path.parent
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not folder.is_dir():
+        reason = f"there is no folder {str(folder)!r}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        reason = "it may not be written"
+    else:
+        return path
+    raise argparse.ArgumentTypeError(f"must be a file to write, got {text!r}: {reason}")
+
+
+def plot_file(text: str) -> Path:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError(
+            "needs matplotlib, which is not installed: pip install -e '.[bench]'"
+        )
+    path = writable(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(
+            f"must end in .png, .svg or .pdf, got {text!r}"
+        )
+    return path
+
+
+def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--full", action="store_true", help="the whole published grid")
+    add("--list", action="store_true", help="print the rows there would be, and stop")
+    add("--json", type=writable, metavar="FILE", help="save the rows as they come")
+    add("--plot", type=plot_file, metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    add(
+        "--warmup",
+        type=natural,
+        default=5,
+        metavar="N",
+        help="calls before the clock starts; with 0 the first one compiles (default 5)",
+    )
+    add("--iterations", type=positive, metavar="N", help="calls to time, for every row")
+    add(
+        "--timing",
+        choices=("amortised", "per-call"),
+        default="amortised",
+        help="wait for the device once a stretch of calls (default), or each call",
+    )
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    add("--seed", type=natural, default=0, metavar="N", help="of inputs and weights")
+    return parser

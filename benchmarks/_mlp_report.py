@@ -1,0 +1,212 @@
+"""Tables and plot of `benchmarks.mlp`."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import _mlp_torch
+from ._harness import Row
+from ._report import number, print_problems, ratio, table
+
+PUBLISHED_ON = "PyTorch, RTX 3090, bfloat16; the 2:4 there is the static mask"
+Figures = Mapping[tuple[str, int, str], float]
+
+# Columns of the tables of quotients: whose time, over whose.
+SPEED_UPS = {
+    "low-rank SwiGLU": ("swiglu", "low_rank_swiglu"),
+    "ReLU²": ("swiglu", "low_rank_relu2"),
+    "2:4-static": ("swiglu", "low_rank_relu2 2:4-static"),
+    "2:4": ("swiglu", "low_rank_relu2 2:4"),
+    "2:4-soft": ("swiglu", "low_rank_relu2 2:4-soft"),
+}
+OF_2_4 = {
+    "static, over ReLU²": ("low_rank_relu2", "low_rank_relu2 2:4-static"),
+    "static, over SwiGLU": ("low_rank_swiglu", "low_rank_relu2 2:4-static"),
+    "2:4, over ReLU²": ("low_rank_relu2", "low_rank_relu2 2:4"),
+}
+DISPLAY = {
+    "swiglu": "SwiGLU",
+    "low_rank_swiglu": "low-rank SwiGLU",
+    "low_rank_relu2": "low-rank ReLU²",
+    "low_rank_relu2 2:4-static": "  with 2:4-static",
+    "low_rank_relu2 2:4": "  with 2:4",
+    "low_rank_relu2 2:4-soft": "  with 2:4-soft",
+    "static mask alone": "static mask alone",
+    "2:4 alone": "2:4 alone",
+    "2:4-soft alone": "2:4-soft alone",
+}
+
+
+def index_published(lines: Sequence[Mapping[str, str]]) -> Figures:
+    """Milliseconds by model, batch and variant; the mask's own as one more variant."""
+    figures = {}
+    for line in lines:
+        key = line["model"], int(line["batch_size"])
+        figures[*key, line["variant"]] = float(line["time_ms"])
+        if line["mask_time_ms"]:
+            figures[*key, "static mask alone"] = float(line["mask_time_ms"])
+    return figures
+
+
+def timing_text(args: argparse.Namespace) -> str:
+    iterations = (
+        args.iterations or "as published" if args.on_device else args.iterations
+    )
+    calls = f"{iterations or 20} calls"
+    warmup = f"{args.warmup} warm-ups"
+    if args.warmup == 0:
+        warmup = "no warm-up: the first call includes compile"
+    return f"{args.timing}, {calls} after {warmup}"
+
+
+def notes(peers: bool) -> dict[str, str]:
+    left_out = _mlp_torch.why_left_out(peers)
+    torch = {"PyTorch": f"left out: {left_out}"} if left_out else {}
+    return {"published": PUBLISHED_ON, **torch}
+
+
+def print_all(console: Console, rows: Sequence[Row], describe: Callable) -> None:
+    _print_times(console, rows)
+    if any(row["framework"] == "jaxkern" for row in rows):
+        title = "Speed-up over full-rank SwiGLU (published)"
+        _print_quotients(console, rows, title, SPEED_UPS)
+        title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU (published)"
+        _print_quotients(console, rows, title, OF_2_4)
+    print_problems(console, rows, describe)
+
+
+def _groups(rows: Sequence[Row], *more: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = tuple(row[label] for label in ("model", "batch", *more))
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _print_times(console: Console, rows: Sequence[Row]) -> None:
+    on_device = any(row.get("device_ms") for row in rows)
+    rates = ["device ms", "TFLOP/s", "% peak"] if on_device else ["GFLOP/s", "temp MB"]
+    what = rows[0]["pass"] if rows else "forward"
+    result = table(
+        f"Time of {what}: mean over the calls, and the published one (ms)",
+        ["", "ms", "± std", *rates, "comp. s", "publ."],
+    )
+    for (model, batch, framework), group in _groups(rows, "framework").items():
+        peer = "" if framework == "jaxkern" else framework
+        result.add_row(f"[bold]{model}[/bold] {batch} x 512 {peer}")
+        for row in group:
+            name = f" {DISPLAY[row['implementation']]}"
+            cells = _time_cells(row, on_device)
+            result.add_row(name, *cells)
+    console.print(result)
+    errors = [row["error"] for row in rows if row["status"] == "ok"]
+    if errors:
+        console.print(
+            f"Checked against float64 before timing: relative errors up to "
+            f"{max(errors):.1e}, each at most twice that of the plain form.",
+            highlight=False,
+        )
+    if any(row.get("includes_compile") for row in rows):
+        console.print("* without warm-up: the first call includes compile")
+    console.print()
+
+
+def _time_cells(row: Row, on_device: bool) -> list[str]:
+    if row["status"] != "ok":
+        return [row["status"]]
+    if on_device:
+        rates = [row.get(k) for k in ("device_ms", "tflops", "percent_of_peak")]
+    else:
+        gflops = 1e3 * row["tflops"] if "tflops" in row else None
+        rates = [gflops, row["temp_bytes"] / 1e6 if "temp_bytes" in row else None]
+    mark = "*" if row["includes_compile"] else ""
+    return [
+        mark + number(row["mean_ms"]),
+        number(row["std_ms"], 2),
+        *map(number, rates),
+        number(row.get("compile_s"), 2),
+        number(row["published_ms"]),
+    ]
+
+
+def _times(group: Sequence[Row], field: str) -> dict[str, float]:
+    ours = [r for r in group if r["framework"] == "jaxkern" and r["status"] == "ok"]
+    return {r["implementation"]: r[field] for r in ours if r[field] is not None}
+
+
+def _quotient(times: Mapping[str, float], top: str, bottom: str) -> float | None:
+    return times[top] / times[bottom] if {top, bottom} <= times.keys() else None
+
+
+def _print_quotients(
+    console: Console,
+    rows: Sequence[Row],
+    title: str,
+    columns: Mapping[str, tuple[str, str]],
+) -> None:
+    result = table(title, ["", *columns])
+    for (model, batch), group in _groups(rows).items():
+        ours, theirs = _times(group, "mean_ms"), _times(group, "published_ms")
+        cells = [
+            ratio(_quotient(ours, *pair), _quotient(theirs, *pair))
+            for pair in columns.values()
+        ]
+        result.add_row(f"{model} {batch} x 512", *cells)
+    console.print(result)
+
+
+def plot(rows: Sequence[Row], path: Path, meta: Mapping[str, Any]) -> None:
+    """Speed-up over full-rank by model, a panel a batch; published ones as diamonds."""
+    # Only here: it is an optional package, and the table does not need it.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = _groups(rows)
+    batches = sorted({batch for _, batch in groups})
+    width = 0.8 / len(SPEED_UPS)
+    figure, axes = plt.subplots(
+        len(batches), 1, figsize=(8, 1.2 + 2.6 * len(batches)), squeeze=False
+    )
+    for batch, axis in zip(batches, axes[:, 0], strict=True):
+        models = [model for model, other in groups if other == batch]
+        for i, (name, pair) in enumerate(SPEED_UPS.items()):
+            offset = (i - (len(SPEED_UPS) - 1) / 2) * width
+            for field in ("mean_ms", "published_ms"):
+                points = []
+                for x, model in enumerate(models):
+                    times = _times(groups[model, batch], field)
+                    quotient = _quotient(times, *pair)
+                    if quotient is not None:
+                        points.append((x + offset, quotient))
+                if not points:
+                    continue
+                xs, ys = zip(*points, strict=True)
+                if field == "mean_ms":
+                    axis.bar(xs, ys, width, label=name, color=f"C{i}")
+                else:
+                    axis.plot(xs, ys, "D", color="black", mfc="white", ms=5, zorder=3)
+        axis.axhline(1, color="grey", lw=0.8)
+        axis.set_xticks(range(len(models)), models)
+        axis.set_ylabel("speed-up over\nfull-rank SwiGLU")
+        axis.set_title(f"{batch} x 512 tokens", fontsize=10, loc="left")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    (diamond,) = axes[0, 0].plot([], [], "D", color="black", mfc="white", ms=5)
+    figure.legend(
+        [*handles, diamond],
+        [*labels, "published (RTX 3090)"],
+        loc="upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
+    figure.text(
+        0.99, 0.005, f"{meta['device']}, {meta['dtype']}", ha="right", fontsize=7
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,249 @@
+"""What a benchmark prints, draws and saves."""
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from ._harness import Case, Options, Row, run
+
+PUBLISHED = Path(__file__).parent / "published"
+WIDTH = 80
+
+
+def published(name: str) -> list[dict[str, str]]:
+    """The published figures of one system, a dict a line."""
+    with (PUBLISHED / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's and how many cores it gives us."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            s for s in info.read_text().splitlines() if s.startswith("model name")
+        ]
+        name = models[0].split(":", 1)[1].strip() if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def metadata(benchmark: str, **settings: Any) -> dict[str, Any]:
+    """What one must know to believe the rows, and to run them again."""
+    return {
+        "benchmark": benchmark,
+        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(),
+        "platform": jax.default_backend(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "revision": _revision(),
+        **settings,
+    }
+
+
+def print_header(console: Console, question: str, meta: Mapping[str, Any]) -> None:
+    console.print(f"[bold]{question}[/bold]")
+    same = meta["jax"] == meta["jaxlib"]
+    jaxlib = "" if same else f" (jaxlib {meta['jaxlib']})"
+    versions = f"jax {meta['jax']}{jaxlib}, Python {meta['python']}"
+    lines = {
+        "device": f"{meta['device']} ({meta['platform']})",
+        "versions": f"{versions}, jaxkern {meta['revision'] or 'not in git'}",
+        "inputs": f"{meta['dtype']}, matmul precision {meta['matmul_precision']}, "
+        f"seed {meta['seed']}",
+        "timing": meta["timing_text"],
+        "command": meta["command"],
+    }
+    if meta.get("matmul_peak_tflops"):
+        peak = (
+            f"{meta['matmul_peak_tflops']:.0f} TFLOP/s bfloat16, measured in this run"
+        )
+        lines["matmul peak"] = peak
+    lines |= meta.get("notes", {})
+    for name, text in lines.items():
+        line = f"  {name:<12}{text}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print()
+
+
+class Results:
+    """Rows on their way to a JSON file that is whole after each of them."""
+
+    def __init__(self, path: Path | None, meta: Mapping[str, Any]):
+        self.path = path
+        self.meta = {**meta, "complete": False}
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        whole = json.dumps({"meta": self.meta, "rows": self.rows}, indent=1)
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(whole + "\n")
+        part.replace(self.path)
+
+
+class RowProgress:
+    """A bar on a terminal; elsewhere a line a row. On stderr: stdout is for tables."""
+
+    def __init__(self, total: int, describe: Callable[[Mapping[str, Any]], str]):
+        self.describe = describe
+        self.total = total
+        self.done = 0
+        self.bar = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+            )
+            console = Console(stderr=True)
+            self.bar = Progress(
+                *columns, TimeElapsedColumn(), console=console, transient=True
+            )
+            self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ):
+        if self.bar:
+            self.bar.stop()
+
+    def start(self, case: Case) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=self.describe(case.labels))
+
+    def finish(self, row: Row) -> None:
+        self.done += 1
+        if self.bar:
+            self.bar.advance(self.task)
+            return
+        ok = row["status"] == "ok"
+        result = (
+            f"{row['mean_ms']:.3f} ms" if ok else f"{row['status']}: {row['reason']}"
+        )
+        line = f"[{self.done}/{self.total}] {self.describe(row)}: {result}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def execute(
+    cases: Sequence[Case],
+    options: Options,
+    meta: Mapping[str, Any],
+    json_path: Path | None,
+    describe: Callable[[Mapping[str, Any]], str],
+) -> tuple[list[Row], bool]:
+    """Run the cases with progress, saving row by row; an interrupt ends them early.
+
+    Returns:
+        The rows that were measured, and whether all were.
+    """
+    results = Results(json_path, meta)
+    complete = True
+    with RowProgress(len(cases), describe) as progress:
+
+        def on_row(row: Row) -> None:
+            results.add(row)
+            progress.finish(row)
+
+        try:
+            run(
+                cases,
+                options,
+                peak_tflops=meta["matmul_peak_tflops"],
+                on_start=progress.start,
+                on_row=on_row,
+            )
+        except KeyboardInterrupt:
+            complete = False
+    results.meta["complete"] = complete
+    results.save()
+    return results.rows, complete
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table: the first column is text, the others are numbers."""
+    result = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return result
+
+
+def make_console() -> Console:
+    """As wide as the terminal; 80 columns where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits, without an exponent; a dash for None."""
+    if value is None:
+        return "-"
+    before_point = 1 + math.floor(math.log10(abs(value))) if value else 1
+    return f"{value:.{max(0, digits - before_point)}f}"
+
+
+def ratio(ours: float | None, published: float | None) -> str:
+    """Ours, and the published one, if there is one, in brackets."""
+    text = "-" if ours is None else f"{ours:.2f}"
+    return text if published is None else f"{text} ({published:.2f})"
+
+
+def print_problems(console: Console, rows: Iterable[Row], describe) -> None:
+    """Every row that is not ok, with its whole reason."""
+    for row in rows:
+        if row["status"] != "ok":
+            text = f"{row['status']}: {describe(row)}: {row['reason']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,246 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import _cli
+from benchmarks._harness import (
+    Case,
+    Check,
+    Options,
+    Program,
+    Skip,
+    check_against,
+    measure,
+    relative_error,
+    run,
+)
+from benchmarks._report import execute, number, published, ratio
+
+X = jnp.arange(12.0).reshape(3, 4)
+
+
+def double(x):
+    return 2 * x
+
+
+def check(fn):
+    return Check(relative_error(fn(X), 2 * X), 1e-6)
+
+
+def case(name, run=double, **fields):
+    return Case({"name": name}, lambda: Program(run, (X,), check), **fields)
+
+
+def refuse_to_build():
+    raise ZeroDivisionError("no such weights\nsecond line")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def meta():
+    return {"benchmark": "test", "matmul_peak_tflops": None}
+
+
+def test_a_good_row():
+    (row,) = run([case("a", flops=24.0, published_ms=0.5)], Options(iterations=7))
+    assert row["status"] == "ok" and row["reason"] is None
+    assert row["name"] == "a" and row["published_ms"] == 0.5
+    assert row["iterations"] == 7 and row["samples"] == 5
+    assert 0 < row["min_ms"] <= row["median_ms"] and row["std_ms"] >= 0
+    assert row["tflops"] == pytest.approx(24.0 / row["mean_ms"] / 1e9)
+    assert row["compile_s"] > 0 and not row["includes_compile"]
+    assert row["argument_bytes"] == row["output_bytes"] == X.nbytes
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: 2.001 * x, lambda x: x * jnp.nan], ids=["off by 0.05 %", "nan"]
+)
+def test_a_wrong_kernel_is_refused_and_not_timed(wrong):
+    calls = []
+
+    def block(out):
+        calls.append(out)
+        return jax.block_until_ready(out)
+
+    program = Program(wrong, (X,), check, block=block)
+    rows = run([Case({"name": "bad"}, lambda: program), case("good")], Options())
+    assert rows[0]["status"] == "failed" and "mean_ms" not in rows[0]
+    assert rows[0]["reason"].startswith("WrongValues: wrong values: relative error")
+    assert calls == []
+    assert rows[1]["status"] == "ok"
+
+
+def test_what_a_row_raises_is_its_result_and_the_others_run():
+    def wrong_shape(x):
+        return x @ x
+
+    cases = [
+        case("first"),
+        Case({"name": "unbuilt"}, refuse_to_build),
+        case("untraceable", wrong_shape),
+        case("too large", needed_bytes=1e18),
+        case("last"),
+    ]
+    rows = run(cases, Options(iterations=1))
+    assert [r["status"] for r in rows] == ["ok", "failed", "failed", "skipped", "ok"]
+    assert rows[1]["reason"] == "ZeroDivisionError: no such weights"
+    assert rows[2]["reason"].startswith("TypeError: dot_general")
+    assert rows[3]["reason"].startswith("needs 1000000000.0 GB of memory, ")
+    assert rows[0]["samples"] == 1 and rows[0]["std_ms"] is None
+
+
+def test_skip_is_no_failure():
+    def build():
+        raise Skip("no PyTorch")
+
+    (row,) = run([Case({"name": "peer"}, build)], Options())
+    assert (row["status"], row["reason"]) == ("skipped", "no PyTorch")
+
+
+def test_without_warm_up_the_clock_sees_the_compilation():
+    traces = []
+
+    def traced(x):
+        traces.append(x)
+        return 2 * x
+
+    options = Options(warmup=0, timing="per-call")
+    cold = measure(Program(traced, (X,), check), options, 3)
+    assert cold["includes_compile"] and len(traces) == 2
+    assert cold["samples"] == 3
+    warm = measure(Program(double, (X,), check), Options(timing="per-call"), 3)
+    assert cold["mean_ms"] > 3 * warm["mean_ms"]
+
+
+@pytest.mark.parametrize("timing, blocks", [("amortised", 5), ("per-call", 12)])
+def test_every_stretch_waits_for_all_outputs(timing, blocks):
+    seen = []
+
+    def block(out):
+        seen.append(len(out))
+        return jax.block_until_ready(out)
+
+    def both(x):
+        return 2 * x, x.sum()
+
+    program = Program(both, (X,), lambda fn: check(lambda x: fn(x)[0]), block=block)
+    row = measure(program, Options(warmup=3, timing=timing), 12)
+    assert seen == [2] * (3 + blocks)
+    assert row["samples"] == blocks
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    cases = [case("one"), Case({"name": "two"}, interrupt), case("three")]
+    rows, complete = execute(
+        cases, Options(iterations=1), meta(), path, lambda r: r["name"]
+    )
+    assert not complete and [row["name"] for row in rows] == ["one"]
+    saved = json.loads(path.read_text())
+    assert saved["meta"]["complete"] is False
+    assert saved["rows"][0]["name"] == "one" and saved["rows"][0]["status"] == "ok"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("[1/3] one: ")
+
+
+def test_the_file_is_whole_after_each_row(tmp_path):
+    path = tmp_path / "rows.json"
+    seen = []
+
+    def look():
+        seen.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return Program(double, (X,), check)
+
+    cases = [Case({"name": str(i)}, look) for i in range(3)]
+    _, complete = execute(cases, Options(iterations=1), meta(), path, str)
+    assert complete and seen == [0, 1, 2]
+    saved = json.loads(path.read_text())
+    assert saved["meta"]["complete"] is True
+    assert [row["status"] for row in saved["rows"]] == ["ok"] * 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_bound_is_twice_the_plain_error_and_one_rounding():
+    exact = np.ones(4)
+    checked = check_against(exact * 1.01, exact * 1.01, exact, jnp.float32)
+    assert checked.error == pytest.approx(0.01)
+    assert checked.bound == pytest.approx(0.02, rel=1e-4)
+    checked = check_against(exact, exact, exact, jnp.bfloat16)
+    assert (checked.error, checked.bound) == (0, 2**-8)
+    tree = (exact, {"a": exact * 1.5})
+    assert relative_error(tree, (exact, {"a": exact})) == pytest.approx(0.5)
+    assert np.isnan(relative_error((exact * np.nan, exact), (exact, exact)))
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "-"),
+        (0, "0.00"),
+        (0.00612, "0.00612"),
+        (1.25, "1.25"),
+        (12345.6, "12346"),
+    ],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+def test_ratio():
+    assert [ratio(1.234, 0.5), ratio(1.0, None)] == ["1.23 (0.50)", "1.00"]
+    assert ratio(None, 0.5) == "- (0.50)"
+
+
+def test_published_figures_are_all_there():
+    counts = {
+        p.stem: len(published(p.stem)) for p in Path("benchmarks/published").iterdir()
+    }
+    assert counts == {
+        "attention": 56,
+        "estimators": 34,
+        "flash_mlp": 5,
+        "mlp": 160,
+        "transformer": 60,
+    }
+
+
+def refusal(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        _cli.make_parser("benchmarks.x", "").parse_args(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--iterations", "-3"], "must be an integer of at least 1, got '-3'"),
+        (["--iterations", "0"], "must be an integer of at least 1, got '0'"),
+        (["--iterations", "many"], "must be an integer of at least 1, got 'many'"),
+        (["--warmup", "-1"], "must be an integer of at least 0, got '-1'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--json", "no/such/rows.json"], "there is no folder 'no/such'"),
+        (["--json", "tests"], "must be a file to write, got 'tests': it is a folder"),
+        (["--plot", "rows.txt"], "must end in .png, .svg or .pdf, got 'rows.txt'"),
+        (["--warm", "1"], "unrecognized arguments: --warm 1"),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_options_are_refused_before_anything_runs(argv, message, capsys):
+    assert message in refusal(capsys, *argv)
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(_cli.importlib.util, "find_spec", lambda name: None)
+    assert "pip install -e '.[bench]'" in refusal(capsys, "--plot", "rows.png")
+
+
+def test_an_unwritable_file_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(_cli.os, "access", lambda path, mode: False)
+    assert "it may not be written" in refusal(capsys, "--json", "rows.json")

@@ -135,6 +135,8 @@ def measure(program: Program, options: Options, iterations: int) -> Row:
     row |= _summary(_time(call, program.block, iterations, options.timing))
     row["iterations"] = iterations
     row["includes_compile"] = options.warmup == 0
+    # The median, which one interruption does not move, would hide a compilation too.
+    row["time_ms"] = row["median_ms"] if options.warmup else row["mean_ms"]
     row |= peak.over_baseline()
     if program.jit and jax.default_backend() == "gpu":
         row |= _device_time(fn, program.args)
@@ -255,7 +257,7 @@ def _run_case(case: Case, options: Options, peak_tflops: float | None) -> Row:
         )
     row = measure(case.build(), options, options.iterations or case.iterations)
     if case.flops:
-        milliseconds = row.get("device_ms") or row["mean_ms"]
+        milliseconds = row.get("device_ms") or row["time_ms"]
         row["tflops"] = case.flops / milliseconds / 1e9
         if peak_tflops:
             row["percent_of_peak"] = 100 * row["tflops"] / peak_tflops

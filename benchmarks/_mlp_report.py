@@ -51,11 +51,8 @@ def index_published(lines: Sequence[Mapping[str, str]]) -> Figures:
     return figures
 
 
-def timing_text(args: argparse.Namespace) -> str:
-    iterations = (
-        args.iterations or "as published" if args.on_device else args.iterations
-    )
-    calls = f"{iterations or 20} calls"
+def timing_text(args: argparse.Namespace, default_calls: str) -> str:
+    calls = f"{args.iterations} calls" if args.iterations else default_calls
     warmup = f"{args.warmup} warm-ups"
     if args.warmup == 0:
         warmup = "no warm-up: the first call includes compile"
@@ -71,9 +68,9 @@ def notes(peers: bool) -> dict[str, str]:
 def print_all(console: Console, rows: Sequence[Row], describe: Callable) -> None:
     _print_times(console, rows)
     if any(row["framework"] == "jaxkern" for row in rows):
-        title = "Speed-up over full-rank SwiGLU (published)"
+        title = "Speed-up over full-rank SwiGLU"
         _print_quotients(console, rows, title, SPEED_UPS)
-        title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU (published)"
+        title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU"
         _print_quotients(console, rows, title, OF_2_4)
     print_problems(console, rows, describe)
 
@@ -91,7 +88,7 @@ def _print_times(console: Console, rows: Sequence[Row]) -> None:
     rates = ["device ms", "TFLOP/s", "% peak"] if on_device else ["GFLOP/s", "temp MB"]
     what = rows[0]["pass"] if rows else "forward"
     result = table(
-        f"Time of {what}: mean over the calls, and the published one (ms)",
+        f"Time of {what}: median, beside the published one (ms)",
         ["", "ms", "± std", *rates, "comp. s", "publ."],
     )
     for (model, batch, framework), group in _groups(rows, "framework").items():
@@ -110,7 +107,7 @@ def _print_times(console: Console, rows: Sequence[Row]) -> None:
             highlight=False,
         )
     if any(row.get("includes_compile") for row in rows):
-        console.print("* without warm-up: the first call includes compile")
+        console.print("* mean, without warm-up: the first call includes compile")
     console.print()
 
 
@@ -124,7 +121,7 @@ def _time_cells(row: Row, on_device: bool) -> list[str]:
         rates = [gflops, row["temp_bytes"] / 1e6 if "temp_bytes" in row else None]
     mark = "*" if row["includes_compile"] else ""
     return [
-        mark + number(row["mean_ms"]),
+        mark + number(row["time_ms"]),
         number(row["std_ms"], 2),
         *map(number, rates),
         number(row.get("compile_s"), 2),
@@ -147,9 +144,11 @@ def _print_quotients(
     title: str,
     columns: Mapping[str, tuple[str, str]],
 ) -> None:
+    published = any(row["published_ms"] for row in rows)
+    title += " (published one in brackets)" if published else ""
     result = table(title, ["", *columns])
     for (model, batch), group in _groups(rows).items():
-        ours, theirs = _times(group, "mean_ms"), _times(group, "published_ms")
+        ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")
         cells = [
             ratio(_quotient(ours, *pair), _quotient(theirs, *pair))
             for pair in columns.values()
@@ -176,7 +175,7 @@ def plot(rows: Sequence[Row], path: Path, meta: Mapping[str, Any]) -> None:
         models = [model for model, other in groups if other == batch]
         for i, (name, pair) in enumerate(SPEED_UPS.items()):
             offset = (i - (len(SPEED_UPS) - 1) / 2) * width
-            for field in ("mean_ms", "published_ms"):
+            for field in ("time_ms", "published_ms"):
                 points = []
                 for x, model in enumerate(models):
                     times = _times(groups[model, batch], field)
@@ -186,7 +185,7 @@ def plot(rows: Sequence[Row], path: Path, meta: Mapping[str, Any]) -> None:
                 if not points:
                     continue
                 xs, ys = zip(*points, strict=True)
-                if field == "mean_ms":
+                if field == "time_ms":
                     axis.bar(xs, ys, width, label=name, color=f"C{i}")
                 else:
                     axis.plot(xs, ys, "D", color="black", mfc="white", ms=5, zorder=3)

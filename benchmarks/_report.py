@@ -171,7 +171,7 @@ class RowProgress:
             return
         ok = row["status"] == "ok"
         result = (
-            f"{row['mean_ms']:.3f} ms" if ok else f"{row['status']}: {row['reason']}"
+            f"{row['time_ms']:.3f} ms" if ok else f"{row['status']}: {row['reason']}"
         )
         line = f"[{self.done}/{self.total}] {self.describe(row)}: {result}"
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Gated and low-rank MLPs. XLA accumulates their matmuls in float32 for every dtype."""
+"""Gated and low-rank MLPs."""
 
 import warnings
 from functools import partial
@@ -18,6 +18,7 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
+from ._matmul import matmul
 from ._sparsity import GROUP, sparsify_2_4
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
@@ -118,8 +119,8 @@ def swiglu(
     check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"))
     check_shape(op, "w_up", w_up, w_gate.shape)
     check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
-    hidden = _silu_gate(jnp.matmul(x, w_gate), jnp.matmul(x, w_up))
-    return jnp.matmul(hidden, w_down)
+    hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
+    return matmul(hidden, w_down)
 
 
 def low_rank_matmul(
@@ -156,7 +157,7 @@ def low_rank_matmul(
 
 
 def _low_rank_matmul(x: jax.Array, weight: Pair) -> jax.Array:
-    return jnp.matmul(jnp.matmul(x, weight[0]), weight[1])
+    return matmul(matmul(x, weight[0]), weight[1])
 
 
 def low_rank_swiglu(

@@ -20,6 +20,7 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
+from ._matmul import matmul
 
 GROUP = 4
 KEPT = 2
@@ -92,7 +93,7 @@ def _shrink(
     higher_low = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
     lower_high = jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d))
     second_smallest = jnp.minimum(higher_low, lower_high)
-    shrunk = jnp.sign(wide) * jnp.maximum(magnitude - second_smallest, 0)
+    shrunk = wide - jnp.clip(wide, -second_smallest, second_smallest)
     if scale is None:
         energy = jnp.square(shrunk).sum((-2, -1), keepdims=True)
         overlap = (wide * shrunk).sum((-2, -1), keepdims=True)
@@ -282,4 +283,4 @@ def matmul_2_4(
     check_xla_only(op, implementation)
     check_floating(op, values=packed.values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
-    return jnp.matmul(unpack_2_4(packed), w)
+    return matmul(unpack_2_4(packed), w)

@@ -21,6 +21,11 @@ def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU")
+
+
 @pytest.fixture
 def unchecked_types():
     """Without the tests' type checker, as users run it: our own errors show."""

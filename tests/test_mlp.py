@@ -243,10 +243,8 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
+def make_mesh(kind=jax.sharding.AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
 
 
 def value_and_grads(op):
@@ -258,7 +256,8 @@ def value_and_grads(op):
 
 
 @ops
-def test_shard_map_over_batch_and_tensor_equals_one_device(op, mesh):
+def test_shard_map_over_batch_and_tensor_equals_one_device(op):
+    mesh = make_mesh()
     x, weights = op_args()
 
     def local(x, weights):
@@ -280,15 +279,33 @@ def test_shard_map_over_batch_and_tensor_equals_one_device(op, mesh):
 
 
 @ops
-def test_automatic_sharding_equals_one_device(op, mesh):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_sharded_arguments_equal_one_device(op, kind):
+    mesh = make_mesh(jax.sharding.AxisType[kind])
     x, weights = op_args()
     expected = value_and_grads(op)(x, weights)
-    x = jax.device_put(x, NamedSharding(mesh, P("data")))
-    weights = jax.device_put(
-        weights, jax.tree.map(lambda s: NamedSharding(mesh, s), SPECS)
-    )
+
+    def place(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    x, weights = place(x, P("data")), jax.tree.map(place, weights, SPECS)
     got = value_and_grads(op)(x, weights)
     assert_near(got, expected)
+    assert got[0][1].sharding.spec[0] == "data"
+    # A batch split over the whole mesh leaves no axis for the columns.
+    everywhere = jax.device_put(x, NamedSharding(mesh, P(("data", "tensor"))))
+    whole = jax.tree.map(lambda w: place(w, P()), weights)
+    assert_near(value_and_grads(op)(everywhere, whole), expected)
+
+
+def test_columns_give_way_to_the_batch_where_both_want_an_axis():
+    mesh = make_mesh(jax.sharding.AxisType.Explicit)
+    x = jax.device_put(normal(0, (8, 24)), NamedSharding(mesh, P("tensor")))
+    w_in, w_out = pair(1, 24, 4, 16, jnp.float32)
+    columns = jax.device_put(w_out, NamedSharding(mesh, P(None, ("data", "tensor"))))
+    y = low_rank_matmul(x, (jax.device_put(w_in, NamedSharding(mesh, P())), columns))
+    assert_near(y, x @ w_in @ w_out)
+    assert jax.typeof(y).sharding.spec == P("tensor", None)
 
 
 @given(

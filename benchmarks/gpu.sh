@@ -1,0 +1,18 @@
+#!/bin/sh
+# Everything that needs a GPU: its tests, then every benchmark, rows saved as they come.
+#   sh benchmarks/gpu.sh [FOLDER]      (default: benchmarks/results/nvidia_h200)
+# Runs with the packages of `python3` as they are; set PYTHON for another one.
+folder=${1:-benchmarks/results/nvidia_h200}
+python=${PYTHON:-python3}
+mkdir -p "$folder" || exit 1
+status=0
+# Without the options that need the packages of the extra "dev".
+$python -m pytest -q -o addopts= -W default -m gpu tests || status=1
+for benchmark in mlp; do
+  $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
+    --plot "$folder/$benchmark.png" || status=1
+  $python -m benchmarks.$benchmark --backward --no-peers \
+    --json "$folder/${benchmark}_backward.json" || status=1
+done
+$python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" || status=1
+exit $status

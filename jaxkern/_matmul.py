@@ -1,0 +1,39 @@
+"""The matmul of the ops: accumulates in float32, and has a say on where it lies."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+
+def matmul(
+    x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]
+) -> Float[Array, "*batch d_out"]:
+    """`x @ w`. XLA accumulates it in float32 and rounds once, whatever the dtype.
+
+    On a mesh with explicit axes the result keeps the batch axes of `x` and the columns
+    of `w`, so that a contracted mesh axis is summed over, as it is on automatic ones.
+    """
+    return jnp.matmul(x, w, out_sharding=_out_sharding(x, w))
+
+
+def _out_sharding(x: jax.Array, w: jax.Array) -> NamedSharding | None:
+    rows, columns = jax.typeof(x).sharding, jax.typeof(w).sharding
+    if not rows.mesh.explicit_axes:
+        return None
+    batch, last = rows.spec[:-1], columns.spec[-1]
+    taken = {name for axis in batch for name in _mesh_axes(axis)}
+    # An axis that already splits the batch cannot split the columns too.
+    if taken & set(_mesh_axes(last)):
+        last = None
+    return NamedSharding(rows.mesh, PartitionSpec(*batch, last))
+
+
+def _mesh_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    match axis:
+        case None:
+            return ()
+        case str():
+            return (axis,)
+        case _:
+            return axis

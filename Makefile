@@ -1,6 +1,10 @@
 # Each target sets up what it needs: a virtual environment with pinned packages.
-#   make bench   make test   make lint   make test-oldest
-# Options: PYTHON=python3.13, ARGS="--models 60M" (bench) or ARGS="-k swiglu" (test).
+#   make bench          run the benchmarks' defaults      ARGS="--models 60M"
+#   make test           run the tests                     ARGS="-k swiglu"
+#   make lint           check format, style and types
+#   make format         put format and style right
+#   make test-oldest    test with the oldest packages that pyproject.toml allows
+# PYTHON=python3.13 names another Python.
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -11,18 +15,24 @@ ARGS ?=
 
 CANDIDATES := python3 python3.12 python3.13 python3.14 python
 IS_NEW := import sys; sys.exit(sys.version_info < (3, 12))
-PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW)' >/dev/null 2>&1 && echo $(p))))
+is_new = $(shell $(1) -c '$(IS_NEW)' >/dev/null 2>&1 && echo $(1))
+PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(call is_new,$(p))))
+# Compiled modules halve the time until the first test starts.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: bench test lint test-oldest format
+.PHONY: help bench test lint test-oldest format
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.mlp $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -38,12 +48,12 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 $(READY): pyproject.toml $(CONSTRAINTS)
-	@test -n "$(PYTHON)" || { \
-	  echo "jaxkern needs Python 3.12 or newer, and there is none on the PATH." >&2; \
-	  echo "Looked for: $(CANDIDATES)." >&2; \
-	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	@test -n "$(call is_new,$(PYTHON))" || { \
+	  echo "jaxkern needs Python 3.12 or newer." >&2; \
+	  echo "Looked for: $(if $(PYTHON),$(PYTHON),$(CANDIDATES))." >&2; \
+	  echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	  exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -18,9 +18,10 @@ def natural(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not text.lstrip("-").isdigit() or int(text) < least:
+    digits = text.removeprefix("-")
+    if not digits.isdecimal() or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(
-            f"must be an integer of at least {least}, got {text!r}"
+            f"must be an integer from {least} to {2**32 - 1}, got {text!r}"
         )
     return int(text)
 
@@ -38,7 +39,7 @@ class _Names:
             raise argparse.ArgumentTypeError(
                 f"must be among {', '.join(self.valid)}, got {', '.join(unknown)!r}"
             )
-        return names
+        return list(dict.fromkeys(names))
 
 
 def names(valid: Sequence[object]) -> _Names:
@@ -46,13 +47,15 @@ def names(valid: Sequence[object]) -> _Names:
 
 
 def writable(text: str) -> Path:
-    path = Path(text)
+    """The file behind `text`, which may be a link to it or not be there yet."""
+    path = Path(text).resolve()
     folder = path.parent
-    if path.is_dir():
-        reason = "it is a folder"
+    if path.exists() and not path.is_file():
+        reason = "there is something that is no file"
     elif not folder.is_dir():
-        reason = f"there is no folder {str(folder)!r}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
+        reason = f"there is no folder {str(Path(text).parent)!r}"
+    # The folder too: a new file replaces the old one, so that it is never half written.
+    elif not all(os.access(p, os.W_OK) for p in (path, folder) if p.exists()):
         reason = "it may not be written"
     else:
         return path
@@ -65,7 +68,7 @@ def plot_file(text: str) -> Path:
             "needs matplotlib, which is not installed: pip install -e '.[bench]'"
         )
     path = writable(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(
             f"must end in .png, .svg or .pdf, got {text!r}"
         )

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 Timing = Literal["amortised", "per-call"]
 
 # An amortised loop is cut into this many clocked stretches, to have a spread.
-STRETCHES = 5
+STRETCHES = 10
 DEVICE_ITERATIONS = 10
 PEAK_SIZE = 8192
 
@@ -44,6 +45,9 @@ class Program:
     args: its arguments.
     check: from the compiled function to its error; called before anything is timed.
     block: waits for all outputs.
+    fresh: with `jit=False`, makes a `run` that compiles in its first call; None if it
+        never compiles.
+    release: gives back what only the program's framework can.
     """
 
     run: Callable[..., Any]
@@ -51,6 +55,8 @@ class Program:
     check: Callable[[Callable[..., Any]], Check]
     jit: bool = True
     block: Callable[[Any], Any] = jax.block_until_ready
+    fresh: Callable[[], Callable[..., Any]] | None = None
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,18 @@ class WrongValues(Exception):
 
 
 def relative_error(got: Any, exact: Any) -> float:
-    """Norm of the difference over that of `exact`; the largest of the leaves."""
+    """The worst row's norm of the difference over its norm, over all rows and leaves.
+
+    Rows are vectors along the last axis: one token's result, one feature's weights. One
+    that is almost zero counts as a thousandth of the usual one.
+    """
 
     def error(a, b):
-        a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
-        return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+        a, b = (np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b))
+        norms = np.linalg.norm(b, axis=-1)
+        usual = np.sqrt(np.mean(norms**2))
+        norms = np.maximum(norms, max(1e-3 * usual, 1e-30))
+        return np.max(np.linalg.norm(a - b, axis=-1) / norms, initial=0.0)
 
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
     # np.max and not max(), which may drop a NaN.
@@ -109,48 +122,57 @@ def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:
     return Check(relative_error(got, exact), bound)
 
 
-def measure(program: Program, options: Options, iterations: int) -> Row:
-    """Compile, check, warm up and time one program.
+def measure(program: Program, options: Options, iterations: int, row: Row) -> None:
+    """Compile, check, warm up and time one program; fill the row as the figures come.
 
     Raises:
         WrongValues: the check failed; nothing was timed.
     """
-    row: Row = {}
-    fn = program.run
     if program.jit:
         start = time.perf_counter()
-        compiled = jax.jit(fn).lower(*program.args).compile()
+        compiled = _unseen(program.run).lower(*program.args).compile()
         row["compile_s"] = time.perf_counter() - start
-        row |= _memory(compiled)
-        # With no warm-up the first call is to compile: a function JAX has not seen.
-        fn = compiled if options.warmup else jax.jit(lambda *args: program.run(*args))
+        row |= _memory(compiled) | _device_peak(compiled, program.args)
         checked = compiled
     else:
-        checked = fn
-    row |= _verify(program, checked)
-    peak = _DevicePeak()
+        checked = program.run
+    _verify(program, checked, row)
+    fn, compiles = _timed(program, checked, options)
     for _ in range(options.warmup):
         program.block(fn(*program.args))
     call = partial(fn, *program.args)
     row |= _summary(_time(call, program.block, iterations, options.timing))
-    row["iterations"] = iterations
-    row["includes_compile"] = options.warmup == 0
+    row["includes_compile"] = compiles
     # The median, which one interruption does not move, would hide a compilation too.
-    row["time_ms"] = row["median_ms"] if options.warmup else row["mean_ms"]
-    row |= peak.over_baseline()
+    row["time_ms"] = row["mean_ms"] if compiles else row["median_ms"]
     if program.jit and jax.default_backend() == "gpu":
-        row |= _device_time(fn, program.args)
-    return row
+        row |= _device_time(checked, program.args)
 
 
-def _verify(program: Program, fn: Callable[..., Any]) -> Row:
+def _unseen(fn: Callable[..., Any]) -> Any:
+    """Jitted as a function of its own, of which JAX has nothing in its caches."""
+    return jax.jit(lambda *args: fn(*args))
+
+
+def _timed(
+    program: Program, checked: Callable[..., Any], options: Options
+) -> tuple[Callable[..., Any], bool]:
+    """What to call, and whether it compiles on its first call: only without warm-up."""
+    if options.warmup:
+        return checked, False
+    if program.jit:
+        return _unseen(program.run), True
+    return (program.fresh(), True) if program.fresh else (checked, False)
+
+
+def _verify(program: Program, fn: Callable[..., Any], row: Row) -> None:
     check = program.check(fn)
+    row |= {"error": check.error, "error_bound": check.bound}
     # Written so that a NaN fails.
     if not check.error <= check.bound:
         raise WrongValues(
             f"wrong values: relative error {check.error:.2g}, allowed {check.bound:.2g}"
         )
-    return {"error": check.error, "error_bound": check.bound}
 
 
 def _memory(compiled: jax.stages.Compiled) -> Row:
@@ -164,22 +186,19 @@ def _memory(compiled: jax.stages.Compiled) -> Row:
     }
 
 
-class _DevicePeak:
-    """How far the allocator's peak rises over what is allocated already."""
+def _device_peak(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
+    """How far one call lifts the allocator's peak over what is allocated before it.
 
-    def __init__(self):
-        self.device = jax.devices()[0]
-        stats = self.device.memory_stats() or {}
-        self.baseline = stats.get("bytes_in_use")
-        self.peak = stats.get("peak_bytes_in_use")
-
-    def over_baseline(self) -> Row:
-        """Null where an earlier row's peak, which cannot be reset, hides this one's."""
-        if self.baseline is None or self.peak is None:
-            return {}
-        peak = (self.device.memory_stats() or {})["peak_bytes_in_use"]
-        rose = peak > self.peak
-        return {"peak_bytes_over_baseline": peak - self.baseline if rose else None}
+    Null where the peak of the process, which cannot be reset, hides this one.
+    """
+    device = jax.devices()[0]
+    before = device.memory_stats()
+    if not before:
+        return {}
+    jax.block_until_ready(fn(*args))
+    peak = (device.memory_stats() or {})["peak_bytes_in_use"]
+    rose = peak > before["peak_bytes_in_use"]
+    return {"peak_bytes": peak - before["bytes_in_use"] if rose else None}
 
 
 def _time(
@@ -187,28 +206,30 @@ def _time(
     block: Callable[[Any], Any],
     iterations: int,
     timing: Timing,
-) -> list[float]:
-    """Seconds a call: one sample a call, or one a stretch of calls."""
+) -> list[tuple[int, float]]:
+    """Calls and seconds of each clocked stretch; per call, a stretch is one call."""
     count = iterations if timing == "per-call" else min(STRETCHES, iterations)
-    stretches = [len(s) for s in np.array_split(np.arange(iterations), count)]
     samples = []
-    for calls in stretches:
+    for stretch in np.array_split(np.arange(iterations), count):
         start = time.perf_counter()
-        for _ in range(calls - 1):
+        for _ in range(len(stretch) - 1):
             call()
         block(call())
-        samples.append((time.perf_counter() - start) / calls)
+        samples.append((len(stretch), time.perf_counter() - start))
     return samples
 
 
-def _summary(samples: list[float]) -> Row:
-    times = [1e3 * s for s in samples]
+def _summary(samples: list[tuple[int, float]]) -> Row:
+    """Milliseconds a call; the spread is that of the stretches, as is the median."""
+    calls = sum(n for n, _ in samples)
+    times = [1e3 * seconds / n for n, seconds in samples]
     return {
-        "mean_ms": statistics.fmean(times),
+        "iterations": calls,
+        "samples": len(samples),
+        "mean_ms": 1e3 * sum(seconds for _, seconds in samples) / calls,
         "std_ms": statistics.stdev(times) if len(times) > 1 else None,
         "median_ms": statistics.median(times),
         "min_ms": min(times),
-        "samples": len(times),
     }
 
 
@@ -221,19 +242,19 @@ def _device_time(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
     return {"device_ms": statistics.median(times) if times else None}
 
 
-def matmul_peak_tflops() -> float | None:
-    """bfloat16 matmul rate on random data in this run; None without a GPU."""
+def matmul_peak_tflops(dtype: Any) -> float | None:
+    """Rate of a large matmul on random data, in this run; None without a GPU."""
     if jax.default_backend() != "gpu":
         return None
     shape = (PEAK_SIZE, PEAK_SIZE)
     keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    a, b = (jax.random.normal(key, shape, dtype) for key in keys)
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
     milliseconds = _device_time(compiled, (a, b))["device_ms"]
     if milliseconds is None:
         call = partial(compiled, a, b)
-        times = _time(call, jax.block_until_ready, 20, "amortised")
-        milliseconds = 1e3 * statistics.median(times)
+        samples = _time(call, jax.block_until_ready, 20, "amortised")
+        milliseconds = _summary(samples)["median_ms"]
     return 2 * PEAK_SIZE**3 / milliseconds / 1e9
 
 
@@ -242,26 +263,32 @@ def available_bytes() -> float:
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    pages = (
-        "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    )
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    info = Path("/proc/meminfo")
+    if info.exists():
+        fields = dict(line.split(":") for line in info.read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _run_case(case: Case, options: Options, peak_tflops: float | None) -> Row:
+def _run_case(
+    case: Case, options: Options, peak_tflops: float | None, row: Row
+) -> None:
     available = available_bytes()
     if case.needed_bytes > available:
         raise Skip(
             f"needs {case.needed_bytes / 1e9:.1f} GB of memory, "
             f"{available / 1e9:.1f} GB are free"
         )
-    row = measure(case.build(), options, options.iterations or case.iterations)
+    program = case.build()
+    try:
+        measure(program, options, options.iterations or case.iterations, row)
+    finally:
+        program.release()
     if case.flops:
-        milliseconds = row.get("device_ms") or row["time_ms"]
-        row["tflops"] = case.flops / milliseconds / 1e9
+        row["rate_from"] = "device_ms" if row.get("device_ms") else "time_ms"
+        row["tflops"] = case.flops / row[row["rate_from"]] / 1e9
         if peak_tflops:
             row["percent_of_peak"] = 100 * row["tflops"] / peak_tflops
-    return row
 
 
 def run(
@@ -286,7 +313,7 @@ def run(
         }
         try:
             row |= {"status": "ok", "reason": None}
-            row |= _run_case(case, options, peak_tflops)
+            _run_case(case, options, peak_tflops, row)
         except Skip as skip:
             row |= {"status": "skipped", "reason": str(skip)}
         # Whatever a row raises is that row's result, and the others still run.

@@ -85,17 +85,21 @@ def program(
     def to_numpy(tree):
         return jax.tree.map(lambda t: t.detach().float().cpu().numpy(), tree)
 
+    def make():
+        fn = partial(MODULES[name], torch.nn.functional)
+        if framework == "torch compile":
+            # Past a few shapes of one function it would quietly stay eager.
+            torch.compiler.reset()
+            fn = torch.compile(fn, dynamic=False)
+        return partial(forward_and_backward, fn) if backward else torch.no_grad()(fn)
+
     torch.set_float32_matmul_precision("highest")
-    fn = partial(MODULES[name], torch.nn.functional)
-    if framework == "torch compile":
-        # Past a few shapes of one function it would quietly stay eager.
-        torch.compiler.reset()
-        fn = torch.compile(fn, dynamic=False)
-    run = partial(forward_and_backward, fn) if backward else torch.no_grad()(fn)
     return Program(
-        run,
+        make(),
         to_torch(inputs),
         lambda run: check(lambda *args: to_numpy(run(*to_torch(args)))),
         jit=False,
         block=lambda _: torch.cuda.synchronize() if on_gpu else None,
+        fresh=make if framework == "torch compile" else None,
+        release=torch.cuda.empty_cache,
     )

@@ -94,9 +94,7 @@ def print_header(console: Console, question: str, meta: Mapping[str, Any]) -> No
         "command": meta["command"],
     }
     if meta.get("matmul_peak_tflops"):
-        peak = (
-            f"{meta['matmul_peak_tflops']:.0f} TFLOP/s bfloat16, measured in this run"
-        )
+        peak = f"{meta['matmul_peak_tflops']:.0f} TFLOP/s, measured in this run"
         lines["matmul peak"] = peak
     lines |= meta.get("notes", {})
     for name, text in lines.items():
@@ -112,18 +110,25 @@ class Results:
         self.path = path
         self.meta = {**meta, "complete": False}
         self.rows: list[Row] = []
+        self.error: OSError | None = None
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
         self.save()
 
     def save(self) -> None:
-        if self.path is None:
+        """Not before there is a row: the file may hold an earlier run."""
+        if self.path is None or not self.rows:
             return
         whole = json.dumps({"meta": self.meta, "rows": self.rows}, indent=1)
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text(whole + "\n")
-        part.replace(self.path)
+        try:
+            part.write_text(whole + "\n")
+            part.replace(self.path)
+            self.error = None
+        # A full disk must not end the run: the rows are printed all the same.
+        except OSError as error:
+            self.error = error
 
 
 class RowProgress:
@@ -183,11 +188,12 @@ def execute(
     meta: Mapping[str, Any],
     json_path: Path | None,
     describe: Callable[[Mapping[str, Any]], str],
-) -> tuple[list[Row], bool]:
+) -> tuple[list[Row], int]:
     """Run the cases with progress, saving row by row; an interrupt ends them early.
 
     Returns:
-        The rows that were measured, and whether all were.
+        The rows that were measured, and the exit status: 130 after an interrupt, 1 if a
+        row failed or the rows could not be saved.
     """
     results = Results(json_path, meta)
     complete = True
@@ -209,13 +215,20 @@ def execute(
             complete = False
     results.meta["complete"] = complete
     results.save()
-    return results.rows, complete
+    if results.error:
+        print(f"not saved: {results.error}", file=sys.stderr)
+    failed = results.error or any(row["status"] == "failed" for row in results.rows)
+    return results.rows, int(bool(failed)) if complete else 130
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
     """An empty table: the first column is text, the others are numbers."""
     result = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
@@ -223,8 +236,21 @@ def table(title: str, columns: Sequence[str]) -> Table:
 
 
 def make_console() -> Console:
-    """As wide as the terminal; 80 columns where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    """As wide as the terminal, but at least 80 columns: numbers are never cut off."""
+    console = Console(highlight=False)
+    console.width = max(WIDTH, console.width if sys.stdout.isatty() else WIDTH)
+    return console
+
+
+def print_table(console: Console, what: Table) -> None:
+    """To a file without the blanks that fill up its lines."""
+    if console.is_terminal:
+        console.print(what)
+        return
+    with console.capture() as capture:
+        console.print(what)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -244,6 +270,8 @@ def ratio(ours: float | None, published: float | None) -> str:
 def print_problems(console: Console, rows: Iterable[Row], describe) -> None:
     """Every row that is not ok, with its whole reason."""
     for row in rows:
+        if row.get("device_ms_reason"):
+            console.print(f"no device time: {describe(row)}: {row['device_ms_reason']}")
         if row["status"] != "ok":
             text = f"{row['status']}: {describe(row)}: {row['reason']}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)

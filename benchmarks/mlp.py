@@ -17,18 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jaxkern
 
+from . import _mlp_definitions as definitions
 from . import _mlp_report, _mlp_torch
 from ._cli import make_parser, names
 from ._harness import (
     Case,
-    Check,
     Options,
     Program,
-    check_against,
     matmul_peak_tflops,
 )
 from ._report import execute, make_console, metadata, print_header, published
@@ -36,9 +34,8 @@ from ._report import execute, make_console, metadata, print_header, published
 SEQ = 512
 BATCHES = (1, 4, 8, 16, 32)
 WEIGHT_SCALE = 0.02
-# Rows of the result that are compared with the float64 definition.
-CHECKED_TOKENS = 64
 CPU_ITERATIONS = 40
+OURS, PLAIN = "jaxkern", "plain jnp"
 
 
 @dataclass(frozen=True)
@@ -71,45 +68,6 @@ CPU_CASES = [(model, 1) for model in ("60M", "130M", "350M")]
 GPU_CASES = [(model, batch) for model in MODELS for batch in (1, 32)]
 
 
-def _plain_swiglu(x, w_gate, w_up, w_down):
-    return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
-
-
-def _plain_low_rank_swiglu(x, gate, up, down):
-    hidden = jax.nn.silu((x @ gate[0]) @ gate[1]) * ((x @ up[0]) @ up[1])
-    return (hidden @ down[0]) @ down[1]
-
-
-def _plain_relu2(select, x, up, down):
-    hidden = select(jax.nn.relu((x @ up[0]) @ up[1]) ** 2)
-    return (hidden @ down[0]) @ down[1]
-
-
-def _sorted_groups(a):
-    groups = jnp.pad(a, ((0, 0), (0, -a.shape[1] % 4))).reshape(len(a), -1, 4)
-    return groups, jnp.argsort(jnp.argsort(-abs(groups), stable=True), stable=True)
-
-
-def _plain_static(a):
-    return a * (jnp.arange(a.shape[1]) % 4 < 2)
-
-
-def _plain_top2(a):
-    _, rank = _sorted_groups(a)
-    return a * (rank < 2).reshape(len(a), -1)[:, : a.shape[1]]
-
-
-def _plain_soft(a):
-    groups, _ = _sorted_groups(a)
-    threshold = jnp.sort(abs(groups), axis=-1)[..., 1:2]
-    shrunk = jnp.sign(groups) * jnp.maximum(abs(groups) - threshold, 0)
-    # In float16 the squares of small activations would be zeros.
-    shrunk = shrunk.reshape(len(a), -1)[:, : a.shape[1]]
-    s = shrunk.astype(jnp.promote_types(a.dtype, jnp.float32))
-    scale = (a * s).sum(1, keepdims=True) / (s * s).sum(1, keepdims=True)
-    return a + jax.lax.stop_gradient((scale * s).astype(a.dtype) - a)
-
-
 @dataclass(frozen=True)
 class Implementation:
     """Ours, the definition it is checked against, and the published row it answers."""
@@ -122,7 +80,7 @@ class Implementation:
 
 def _relu2(sparsity, select, published=None):
     ours = partial(jaxkern.low_rank_relu2, sparsity=sparsity)
-    return Implementation(ours, partial(_plain_relu2, select), "relu2", published)
+    return Implementation(ours, partial(definitions.relu2, select), "relu2", published)
 
 
 def _select(method, plain):
@@ -131,19 +89,22 @@ def _select(method, plain):
 
 
 IMPLEMENTATIONS = {
-    "swiglu": Implementation(jaxkern.swiglu, _plain_swiglu, "full", "swiglu"),
+    "swiglu": Implementation(jaxkern.swiglu, definitions.swiglu, "full", "swiglu"),
     "low_rank_swiglu": Implementation(
-        jaxkern.low_rank_swiglu, _plain_low_rank_swiglu, "swiglu", "low_rank_swiglu"
+        jaxkern.low_rank_swiglu,
+        definitions.low_rank_swiglu,
+        "swiglu",
+        "low_rank_swiglu",
     ),
-    "low_rank_relu2": _relu2(None, lambda a: a, "low_rank_relu2"),
+    "low_rank_relu2": _relu2(None, definitions.keep_all, "low_rank_relu2"),
     "low_rank_relu2 2:4-static": _relu2(
-        "2:4-static", _plain_static, "low_rank_relu2_2to4"
+        "2:4-static", definitions.static, "low_rank_relu2_2to4"
     ),
-    "low_rank_relu2 2:4": _relu2("2:4", _plain_top2),
-    "low_rank_relu2 2:4-soft": _relu2("2:4-soft", _plain_soft),
-    "static mask alone": _select("static", _plain_static),
-    "2:4 alone": _select("top2", _plain_top2),
-    "2:4-soft alone": _select("soft", _plain_soft),
+    "low_rank_relu2 2:4": _relu2("2:4", definitions.top2),
+    "low_rank_relu2 2:4-soft": _relu2("2:4-soft", definitions.soft),
+    "static mask alone": _select("static", definitions.static),
+    "2:4 alone": _select("top2", definitions.top2),
+    "2:4-soft alone": _select("soft", definitions.soft),
 }
 
 
@@ -193,66 +154,31 @@ def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> 
     return x, *jax.tree.unflatten(tree, weights)
 
 
-def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """From the arguments and the result's cotangent to result and all gradients."""
-
-    def forward_and_backward(cotangent, *args):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(cotangent)
-
-    return forward_and_backward
-
-
-def _spread(tokens: int) -> np.ndarray:
-    count = min(CHECKED_TOKENS, tokens)
-    return np.unique(np.linspace(0, tokens - 1, count).astype(int))
-
-
-def _definition(fn: Callable[..., Any], args: Any) -> tuple[Any, Any]:
-    """What `fn` gives in the dtype of the arguments, and in float64."""
-    plain = jax.jit(fn)(*args)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
-        exact = jax.tree.map(np.asarray, jax.jit(fn)(*wide))
-    return plain, exact
-
-
-def check_forward(impl: Implementation, args: Any, fn: Callable[..., Any]) -> Check:
-    """Compare some tokens of the program's own result."""
-    x, *weights = args
-    rows = _spread(len(x))
-    plain, exact = _definition(impl.plain, (x[rows], *weights))
-    return check_against(fn(*args)[rows], plain, exact, x.dtype)
-
-
-def check_backward(impl: Implementation, args: Any, fn: Callable[..., Any]) -> Check:
-    """As forward; with no cotangent elsewhere, weight gradients are of these tokens."""
-    cotangent, x, *weights = args
-    rows = _spread(len(x))
-    some = jnp.zeros_like(cotangent).at[rows].set(cotangent[rows])
-    value, (d_x, *d_weights) = fn(some, x, *weights)
-    got = value[rows], (d_x[rows], *d_weights)
-    few = (cotangent[rows], x[rows], *weights)
-    plain, exact = _definition(with_gradients(impl.plain), few)
-    return check_against(got, plain, exact, x.dtype)
-
-
 def build(
     name: str, model: Model, tokens: int, args: argparse.Namespace, framework: str
 ) -> Program:
     impl = IMPLEMENTATIONS[name]
     inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
-    check, ours = check_forward, impl.ours
+    fn = impl.plain if framework == PLAIN else impl.ours
+    check = definitions.check_forward
     if args.backward:
         key = jax.random.key(args.seed + 1)
-        shape = jax.eval_shape(impl.ours, *inputs).shape
+        shape = jax.eval_shape(fn, *inputs).shape
         inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
-        check, ours = check_backward, with_gradients(impl.ours)
-    if framework != "jaxkern":
-        return _mlp_torch.program(
-            name, framework, inputs, partial(check, impl, inputs), args.backward
-        )
-    return Program(ours, inputs, partial(check, impl, inputs))
+        fn, check = definitions.with_gradients(fn), definitions.check_backward
+    check = partial(check, impl.plain, inputs)
+    if framework in _mlp_torch.FRAMEWORKS:
+        return _mlp_torch.program(name, framework, inputs, check, args.backward)
+    return Program(fn, inputs, check)
+
+
+def _frameworks(name: str, args: argparse.Namespace) -> list[str]:
+    """Ours, the same written plainly, and PyTorch's for what was published."""
+    alone = IMPLEMENTATIONS[name].weights == "activations"
+    if alone:
+        return [] if args.backward else [OURS]
+    torch = _mlp_torch.frameworks(args.peers) if name in _mlp_torch.MODULES else ()
+    return [OURS, *([PLAIN] if args.peers else []), *torch]
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
@@ -264,40 +190,43 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
         models = args.models or list(dict.fromkeys(model for model, _ in wanted))
         batches = args.batches or sorted({str(batch) for _, batch in wanted}, key=int)
         wanted = [(model, int(batch)) for model in models for batch in batches]
-    cases = []
-    for label, batch in wanted:
-        for framework in ("jaxkern", *_mlp_torch.frameworks(args.peers)):
-            for name, impl in IMPLEMENTATIONS.items():
-                if framework != "jaxkern" and name not in _mlp_torch.MODULES:
-                    continue
-                if args.backward and impl.weights == "activations":
-                    continue
-                cases.append(_make_case(label, batch, name, framework, figures, args))
-    return cases
+    return [
+        _make_case(model, batch, name, framework, figures, args)
+        for model, batch in wanted
+        for framework in (OURS, PLAIN, *_mlp_torch.FRAMEWORKS)
+        for name in IMPLEMENTATIONS
+        if framework in _frameworks(name, args)
+    ]
 
 
 def _make_case(label, batch, name, framework, figures, args) -> Case:
     model, impl, tokens = MODELS[label], IMPLEMENTATIONS[name], batch * SEQ
-    flops = count_flops(model, tokens, name)
-    shapes = jax.tree.leaves(weight_shapes(model, impl.weights), is_leaf=_is_shape)
-    parameters = sum(a * b for a, b in shapes)
-    activations = tokens * (2 * model.hidden + 4 * model.relu2)
-    # Gradients as large as the arguments, and float32 copies at worst.
     passes = 3 if args.backward else 1
-    itemsize = jnp.dtype(args.dtype).itemsize
     published_ms = None
-    if framework == "jaxkern" and not args.backward:
+    if framework == OURS and not args.backward:
         published_ms = figures.get((label, batch, impl.published or name))
     return Case(
         labels={"model": label, "batch": batch, "tokens": tokens}
         | {"implementation": name, "framework": framework}
         | {"pass": "forward+backward" if args.backward else "forward"},
         build=partial(build, name, model, tokens, args, framework),
-        flops=passes * flops,
+        flops=passes * count_flops(model, tokens, name),
         iterations=model.iterations if args.on_device else CPU_ITERATIONS,
-        needed_bytes=passes * (parameters * itemsize + activations * 4),
+        needed_bytes=_needed_bytes(model, tokens, impl.weights, args),
         published_ms=published_ms,
     )
+
+
+def _needed_bytes(model: Model, tokens: int, kind: str, args) -> float:
+    """The program's arguments, gradients and intermediates, and the float64 check's."""
+    shapes = jax.tree.leaves(weight_shapes(model, kind), is_leaf=_is_shape)
+    parameters = sum(a * b for a, b in shapes)
+    copies = 2 if args.backward else 1
+    in_dtype = parameters * args.dtype.itemsize + tokens * 4 * (
+        2 * model.hidden + 4 * model.relu2
+    )
+    checked = min(tokens, definitions.CHUNK) * 6 * model.relu2 + parameters
+    return copies * (in_dtype + 8 * checked)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -312,7 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="PyTorch eager and compiled beside ours, where it is installed",
+        help="plain jnp, and PyTorch eager and compiled where it is installed",
     )
     args = parser.parse_args(argv)
     args.on_device = jax.default_backend() != "cpu"
@@ -321,7 +250,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def describe(labels) -> str:
-    peer = "" if labels["framework"] == "jaxkern" else f"{labels['framework']} "
+    peer = "" if labels["framework"] == OURS else f"{labels['framework']} "
     return f"{labels['model']} {labels['batch']}x{SEQ} {peer}{labels['implementation']}"
 
 
@@ -339,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
     options = Options(args.warmup, args.iterations, args.timing)
-    peak = matmul_peak_tflops()
+    peak = matmul_peak_tflops(args.dtype)
     calls = "calls as published" if args.on_device else f"{CPU_ITERATIONS} calls"
     meta = metadata(
         "mlp",
@@ -352,14 +281,13 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
     )
     console = make_console()
     print_header(console, (__doc__ or "").splitlines()[0], meta)
-    rows, complete = execute(cases, options, meta, args.json, describe)
+    rows, status = execute(cases, options, meta, args.json, describe)
     _mlp_report.print_all(console, rows, describe)
     if args.plot:
-        _mlp_report.plot(rows, args.plot, meta)
-    if not complete:
+        _mlp_report.plot(console, rows, args.plot, meta)
+    if len(rows) < len(cases):
         console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
-        return 130
-    return int(any(row["status"] == "failed" for row in rows))
+    return status
 
 
 if __name__ == "__main__":

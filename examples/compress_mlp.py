@@ -3,7 +3,7 @@
     python examples/compress_mlp.py
 
 The text is Python's own standard library; the model predicts a character from the 16
-before it: embeddings, one residual SwiGLU, a linear head. About a minute on two cores.
+before it: embeddings, one residual SwiGLU, a linear head. Half a minute on two cores.
 """
 
 import sysconfig

@@ -10,3 +10,5 @@ from ._sparsity import matmul_2_4 as matmul_2_4
 from ._sparsity import pack_2_4 as pack_2_4
 from ._sparsity import sparsify_2_4 as sparsify_2_4
 from ._sparsity import unpack_2_4 as unpack_2_4
+
+__version__ = "0.1.0"

@@ -27,6 +27,8 @@ def _silu_derivative(z):
 
 
 def _gelu_derivative(z):
+    # Beyond 10 the derivative is 0 or 1 in every dtype, and powers would overflow.
+    z = jnp.clip(z, -10, 10)
     tanh = jnp.tanh(SQRT_2_OVER_PI * (z + GELU_CUBIC * z**3))
     inner = SQRT_2_OVER_PI * (1 + 3 * GELU_CUBIC * z**2)
     return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner

@@ -4,58 +4,68 @@ from collections.abc import Sequence
 from typing import Literal, NoReturn, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Implementation = Literal["xla", "mosaic_gpu"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def check_floating(op: str, **arrays: object) -> None:
-    """Every array is a floating-point one, and all have the first one's dtype."""
+    """Every array has one of our dtypes, and all have the first one's."""
     first, dtype = "", None
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
-            raise TypeError(f"{op}: {name} must be an array, got {type(array)}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+            kind = type(array).__name__
+            hint = (
+                ", of which [...] is the array" if hasattr(array, "get_value") else ""
+            )
+            raise TypeError(f"{op}: {name} must be an array, got {kind}{hint}")
+        # NumPy's float64 is JAX's float32, unless 64-bit types are on.
+        got = jax.dtypes.canonicalize_dtype(array.dtype)
+        if str(got) not in DTYPES:
             raise TypeError(
-                f"{op}: {name} must have a floating-point dtype, got {array.dtype}"
+                f"{op}: {name} must have a floating-point dtype out of "
+                f"{', '.join(DTYPES)}, got {got}"
             )
         if dtype is None:
-            first, dtype = name, array.dtype
-        if array.dtype != dtype:
+            first, dtype = name, got
+        if got != dtype:
             raise TypeError(
-                f"{op}: {name} must have the dtype of {first}, {dtype}, "
-                f"got {array.dtype}"
+                f"{op}: {name} must have the dtype of {first}, {dtype}, got {got}"
             )
 
 
 def check_pair(op: str, name: str, pair: object) -> None:
-    """A low-rank weight is a pair of arrays."""
-    if not isinstance(pair, Sequence) or len(pair) != 2:
-        size = f" of {len(pair)}" if isinstance(pair, Sequence) else ""
-        raise TypeError(
-            f"{op}: {name} must be a pair (w_in, w_out), got {type(pair)}{size}"
-        )
+    """A low-rank weight is a tuple or list of two arrays."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        size = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
+        kind = type(pair).__name__
+        raise TypeError(f"{op}: {name} must be a pair (w_in, w_out), got {kind}{size}")
 
 
 def check_shape(
-    op: str, name: str, array: jax.Array, expected: tuple[str | int, ...]
+    op: str,
+    name: str,
+    array: jax.Array,
+    expected: tuple[str | int, ...],
+    because: str = "",
 ) -> None:
     """`array` has the expected shape; a name stands for a size of at least 1."""
     shape = array.shape
-    matches = len(shape) == len(expected) and all(
-        got >= 1 if isinstance(want, str) else got == want
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or got == want
         for got, want in zip(shape, expected, strict=True)
     )
-    if not matches:
-        wanted = (
-            "(" + ", ".join(map(str, expected)) + ("," * (len(expected) == 1)) + ")"
-        )
-        sizes = [want for want in expected if isinstance(want, str)]
-        at_least = f" with {' and '.join(sizes)} at least 1" if sizes else ""
-        raise ValueError(
-            f"{op}: {name} must have shape {wanted}{at_least}, got {shape}"
-        )
+    named = {
+        got for got, want in zip(shape, expected, strict=fits) if isinstance(want, str)
+    }
+    if fits and 0 not in named:
+        return
+    sizes = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+    raise ValueError(
+        f"{op}: {name} must have shape ({sizes}){because}"
+        f"{' and no empty axis' if fits else ''}, got {shape}"
+    )
 
 
 def check_batched(op: str, name: str, array: jax.Array) -> None:
@@ -73,17 +83,17 @@ def raise_unknown(op: str, name: str, got: object, valid: Sequence[object]) -> N
     )
 
 
+def check_implementation(op: str, implementation: object) -> None:
+    valid = (None, *get_args(Implementation))
+    if implementation not in valid:
+        raise_unknown(op, "implementation", implementation, valid)
+
+
 def check_xla_only(op: str, implementation: Implementation | None) -> None:
     """For ops that have no kernel: None and "xla" are the same."""
-    match implementation:
-        case None | "xla":
-            return
-        case "mosaic_gpu":
-            raise NotImplementedError(
-                f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
-                "for which this op has no kernel"
-            )
-        case _:
-            raise_unknown(
-                op, "implementation", implementation, (None, *get_args(Implementation))
-            )
+    check_implementation(op, implementation)
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError(
+            f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
+            "for which this op has no kernel"
+        )

@@ -1,4 +1,4 @@
-"""The matmul of the ops: accumulates in float32, and has a say on where it lies."""
+"""How the ops multiply and in what precision they do the rest."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,18 @@ from jaxtyping import Array, Float
 def matmul(
     x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]
 ) -> Float[Array, "*batch d_out"]:
-    """`x @ w`. XLA accumulates it in float32 and rounds once, whatever the dtype.
+    """`x @ w`. Each device accumulates in float32 and rounds to the dtype of `x` once.
 
-    On a mesh with explicit axes the result keeps the batch axes of `x` and the columns
-    of `w`, so that a contracted mesh axis is summed over, as it is on automatic ones.
+    Where devices share the contraction, their rounded parts are summed. On a mesh with
+    explicit axes the result keeps the batch axes of `x` and the columns of `w`, so that
+    a contracted mesh axis is summed over, as it is on automatic ones.
     """
     return jnp.matmul(x, w, out_sharding=_out_sharding(x, w))
+
+
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """In float32, or wider if it is already: what activations are computed in."""
+    return x.astype(x.dtype if x.dtype.itemsize > 4 else jnp.float32)
 
 
 def _out_sharding(x: jax.Array, w: jax.Array) -> NamedSharding | None:

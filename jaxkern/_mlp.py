@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from ._activations import ACTIVATIONS
@@ -18,8 +19,8 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
-from ._matmul import matmul
-from ._sparsity import GROUP, sparsify_2_4
+from ._matmul import matmul, widen
+from ._sparsity import GROUP, KEPT, sparsify_2_4
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
 Pair = tuple[jax.Array, jax.Array]
@@ -33,15 +34,15 @@ _recompute = partial(jax.checkpoint, prevent_cse=False)
 def _silu_gate(
     gate: Float[Array, "*batch hidden"], up: Float[Array, "*batch hidden"]
 ) -> Float[Array, "*batch hidden"]:
-    silu = ACTIVATIONS["silu"].value(gate.astype(jnp.float32))
-    return (silu * up.astype(jnp.float32)).astype(gate.dtype)
+    silu = ACTIVATIONS["silu"].value(widen(gate))
+    return (silu * widen(up)).astype(gate.dtype)
 
 
 @partial(_recompute, static_argnums=1)
 def _sparse_relu2(
     z: Float[Array, "*batch hidden"], sparsity: Sparsity | None
 ) -> Float[Array, "*batch hidden"]:
-    hidden = ACTIVATIONS["relu2"].value(z.astype(jnp.float32)).astype(z.dtype)
+    hidden = ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
     match sparsity:
         case "2:4":
             return sparsify_2_4(hidden, method="top2")
@@ -53,10 +54,16 @@ def _sparse_relu2(
 
 def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
     """The factors without the features at positions 2 and 3 of each group."""
+
     # The order of the features does not matter, so strided slices do: no gather.
-    up_out = jnp.concatenate([up[1][:, i::GROUP] for i in (0, 1)], axis=1)
-    down_in = jnp.concatenate([down[0][i::GROUP] for i in (0, 1)], axis=0)
-    return (up[0], up_out), (down_in, down[1])
+    def kept(w: jax.Array, axis: int) -> jax.Array:
+        parts = [
+            lax.slice_in_dim(w, min(i, w.shape[axis]), None, GROUP, axis)
+            for i in range(KEPT)
+        ]
+        return jnp.concatenate(parts, axis)
+
+    return (up[0], kept(up[1], axis=1)), (kept(down[0], axis=0), down[1])
 
 
 def _check_pairs(op: str, x: object, **pairs: Pair) -> None:
@@ -68,18 +75,28 @@ def _check_pairs(op: str, x: object, **pairs: Pair) -> None:
 
 
 def _check_low_rank(
-    op: str, name: str, pair: Pair, d_in: int | str, d_out: int | str
+    op: str,
+    name: str,
+    pair: Pair,
+    d_in: int | str,
+    d_out: int | str,
+    because: str = "",
 ) -> None:
-    check_shape(op, f"{name}[0]", pair[0], (d_in, "rank"))
+    check_shape(op, f"{name}[0]", pair[0], (d_in, "rank"), because)
     rank = pair[0].shape[1]
     check_shape(op, f"{name}[1]", pair[1], (rank, d_out))
-    full_rank = min(pair[0].shape[0], pair[1].shape[1])
-    if rank >= full_rank:
+    n_in, n_out = pair[0].shape[0], pair[1].shape[1]
+    if rank * (n_in + n_out) >= n_in * n_out:
         warnings.warn(
-            f"{op}: rank of {name} should be below min(d_in, d_out) = {full_rank}, "
-            f"got {rank}, which costs more than the full-rank weight",
-            stacklevel=3,
+            f"{op}: rank of {name} should be below d_in d_out / (d_in + d_out) = "
+            f"{n_in * n_out / (n_in + n_out):.1f}, from which on the full-rank weight "
+            f"is no larger, got {rank}",
+            stacklevel=4,
         )
+
+
+def _given(x: jax.Array) -> str:
+    return f" for x of shape {x.shape}"
 
 
 def check_sparsity(op: str, sparsity: object) -> None:
@@ -116,7 +133,7 @@ def swiglu(
     check_xla_only(op, implementation)
     check_floating(op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     check_batched(op, "x", x)
-    check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"))
+    check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"), _given(x))
     check_shape(op, "w_up", w_up, w_gate.shape)
     check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
     hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
@@ -143,7 +160,7 @@ def low_rank_matmul(
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
 
     Warns:
-        UserWarning: the rank is no lower than the full one.
+        UserWarning: the rank saves nothing over a full-rank weight.
 
     References:
         LoRA, section 4.1, without the frozen weight: https://arxiv.org/abs/2106.09685.
@@ -152,7 +169,7 @@ def low_rank_matmul(
     check_xla_only(op, implementation)
     _check_pairs(op, x, weight=weight)
     check_batched(op, "x", x)
-    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out")
+    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", _given(x))
     return _low_rank_matmul(x, weight)
 
 
@@ -181,15 +198,15 @@ def low_rank_swiglu(
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
 
     Warns:
-        UserWarning: a rank is no lower than the full one.
+        UserWarning: a rank saves nothing over a full-rank weight.
     """
     op = "low_rank_swiglu"
     check_xla_only(op, implementation)
     _check_pairs(op, x, gate=gate, up=up, down=down)
     check_batched(op, "x", x)
-    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden")
+    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", _given(x))
     hidden_size = gate[1].shape[1]
-    _check_low_rank(op, "up", up, x.shape[-1], hidden_size)
+    _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
     _check_low_rank(op, "down", down, hidden_size, "d_out")
     hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
     return _low_rank_matmul(hidden, down)
@@ -215,7 +232,11 @@ def low_rank_relu2(
     - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token, straight-through
       gradient;
     - "2:4-static": the features 2 and 3 of each 4 are dropped. They are never computed,
-      and get zero gradients, exactly.
+      and get zero gradients, exactly. The kept halves of `up[1]` and `down[0]` are
+      copied in every call, and saved for the backward.
+
+    Where the hidden features are sharded by hand, each shard begins a group anew: give
+    it a multiple of four, and "2:4-soft" whole tokens.
 
     Matmuls accumulate in float32, the activation is computed in float32, and each
     result is rounded once to the dtype of `x`: in float16, $z^2$ overflows from
@@ -229,7 +250,7 @@ def low_rank_relu2(
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
 
     Warns:
-        UserWarning: a rank is no lower than the full one.
+        UserWarning: a rank saves nothing over a full-rank weight.
 
     References:
         ReLU²: Primer, https://arxiv.org/abs/2109.08668; 2:4 on it:
@@ -240,7 +261,7 @@ def low_rank_relu2(
     check_sparsity(op, sparsity)
     _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
-    _check_low_rank(op, "up", up, x.shape[-1], "hidden")
+    _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)

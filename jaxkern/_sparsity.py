@@ -6,11 +6,12 @@ zeros that are never kept before an entry that is there.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt8
+from jax import lax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt, UInt8
 
 from ._checks import (
     Implementation,
@@ -20,7 +21,7 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
-from ._matmul import matmul
+from ._matmul import matmul, widen
 
 GROUP = 4
 KEPT = 2
@@ -66,56 +67,96 @@ def _ungroup(
     return groups.reshape(*batch, count * size)[..., :features]
 
 
+def _position(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
+    """The index along the last axis, which is short."""
+    return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
+
+
 @jax.jit
 def _two_largest(
-    scores: Float[Array, "*batch groups 4"],
+    scores: Shaped[Array, "*batch groups 4"],
 ) -> Bool[Array, "*batch groups 4"]:
     """Exactly two of each group; of equal scores those at the lower positions."""
-    # A NaN counts as the largest, so that selecting does not hide it.
-    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
-    position = jnp.arange(GROUP)
-    ahead = jnp.zeros(scores.shape, jnp.int8)
+    position = _position(scores.shape)
+    ahead = jnp.zeros(scores.shape, jnp.int32)
     for i in range(GROUP):
         other = scores[..., i : i + 1]
         beats = (other > scores) | ((other == scores) & (i < position))
-        ahead += beats.astype(jnp.int8)
+        ahead += beats.astype(jnp.int32)
     return ahead < KEPT
 
 
-@jax.jit
-def _shrink(
-    groups: Float[Array, "*batch groups 4"], scale: Float[Array, ""] | float | None
-) -> Float[Array, "*batch groups 4"]:
-    wide = groups.astype(jnp.float32)
-    magnitude = jnp.abs(wide)
-    a, b, c, d = (magnitude[..., i : i + 1] for i in range(GROUP))
+def _magnitude(
+    groups: Float[Array, "*batch groups 4"],
+) -> UInt[Array, "*batch groups 4"]:
+    """The bits of |x|: ordered as |x|, with NaN above all, so that it is not hidden."""
+    bits = jnp.dtype(f"uint{8 * groups.dtype.itemsize}")
+    return lax.bitcast_convert_type(jnp.abs(groups), bits)
+
+
+def _shrink(groups: Float[Array, "*batch groups 4"]) -> Float[Array, "*batch groups 4"]:
+    a, b, c, d = (jnp.abs(groups[..., i : i + 1]) for i in range(GROUP))
     # Of two sorted pairs the second smallest is the higher low or the lower high.
     higher_low = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
     lower_high = jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d))
     second_smallest = jnp.minimum(higher_low, lower_high)
-    shrunk = wide - jnp.clip(wide, -second_smallest, second_smallest)
-    if scale is None:
-        energy = jnp.square(shrunk).sum((-2, -1), keepdims=True)
-        overlap = (wide * shrunk).sum((-2, -1), keepdims=True)
-        scale = jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
-    return (scale * shrunk).astype(groups.dtype)
+    return groups - jnp.clip(groups, -second_smallest, second_smallest)
+
+
+@jax.jit
+def _soft(
+    x: Float[Array, "*batch features"], scale: Float[Array, ""] | float | None
+) -> Float[Array, "*batch features"]:
+    wide, features = widen(x), x.shape[-1]
+    if scale is not None:
+        return _ungroup(scale * _shrink(_group(wide)), features).astype(x.dtype)
+    # Over the row's largest, so that no square overflows or vanishes.
+    largest = jnp.abs(wide).max(-1, keepdims=True)
+    unit = _group(wide / jnp.where(largest > 0, largest, 1))
+    shrunk = _shrink(unit)
+    energy = jnp.square(shrunk).sum((-2, -1), keepdims=True)
+    overlap = (unit * shrunk).sum((-2, -1), keepdims=True)
+    scale = jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
+    return _ungroup(largest[..., None] * (scale * shrunk), features).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="features")
 def _draw(
     groups: Float[Array, "*batch groups 4"], features: int, key: PRNGKeyArray
 ) -> Float[Array, "*batch groups 4"]:
-    wide = groups.astype(jnp.float32)
-    present = _group(jnp.ones(features)) > 0
+    wide = widen(groups)
+    index = _group(jnp.arange(1, features + 1))
+    present = jnp.broadcast_to(index > 0, wide.shape)
     weight = jnp.where(present, jnp.abs(wide) + MVUE_EPSILON, MVUE_ABSENT)
-    others = 1 - jnp.eye(GROUP)
-    # Summed, not subtracted from the total: one entry may outweigh the rest by 1e7.
-    rest = (weight[..., None, :] * others).sum(-1)
+
+    def sum_of_others(x):
+        # Summed, not subtracted from the total: one may outweigh the rest by 1e7.
+        return jnp.stack(
+            [sum(x[..., j] for j in range(GROUP) if j != i) for i in range(GROUP)], -1
+        )
+
     first = weight / weight.sum(-1, keepdims=True)
-    second = weight * ((first / rest)[..., None, :] * others).sum(-1)
-    # The two first in this race are drawn by weight, without replacement.
-    drawn = _two_largest(jnp.log(weight) + jax.random.gumbel(key, weight.shape))
+    second = weight * sum_of_others(first / sum_of_others(weight))
+    # The two first in this race are drawn by weight, without replacement. The mode is
+    # for the light ones, whose chance lies in the noise's far tail.
+    noise = jax.random.gumbel(key, weight.shape, weight.dtype, mode="high")
+    drawn = _two_largest(jnp.log(weight) + noise)
     return jnp.where(drawn, wide / (first + second), 0).astype(groups.dtype)
+
+
+def _check_key(op: str, key: Any) -> None:
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    if typed and key.shape == ():
+        return
+    # As jax.random.PRNGKey makes it.
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,):
+        return
+    got = f"{key.dtype}{key.shape}" if isinstance(key, jax.Array) else repr(key)
+    raise TypeError(
+        f"{op}: key must be a key, as from jax.random.key, for method='mvue', got {got}"
+    )
 
 
 @jax.custom_jvp
@@ -146,7 +187,7 @@ def sparsify_2_4(
       $\langle a, S\rangle / \langle S, S\rangle$ of each row (1 where $S = 0$), which
       makes $\|a - \beta S\|$ least. Rows of leading axes stay independent; for the
       original's one $\beta$ of a whole weight, compute it once and pass it.
-      Gradient: the identity, as in the original (straight through).
+      Gradient: the identity, as in the original (straight through); none for `scale`.
     - "mvue" draws $i$ with probability $b_i/B$, then $j \ne i$ with $b_j/(B - b_i)$,
       where $b_i = |a_i| + 2^{-23}$ and $B = \sum b_i$, and keeps $a_i/p_i$, with $p_i$
       the chance that $i$ is among the two: the result's mean is `x`.
@@ -154,14 +195,17 @@ def sparsify_2_4(
     - "static" keeps the entries at positions 0 and 1, whatever they are.
       Gradient: exact.
 
-    "soft" and "mvue" compute in float32 whatever the dtype of `x`.
+    "soft" and "mvue" compute in float32, or float64 if `x` is; $a_i/p_i$ can overflow
+    float16. A NaN counts as the largest, so it stays. On a shard of the last axis the
+    groups start anew: give each device a multiple of four features, and for "soft"
+    without `scale` the whole row.
 
     Args:
         key: for "mvue", which needs one; the other methods take none.
         scale: for "soft" only.
 
     Raises:
-        TypeError: `x` is no floating-point array.
+        TypeError: `x` is no floating-point array, or "mvue" has no key.
         ValueError: the method is unknown, or `key` or `scale` does not go with it.
 
     References:
@@ -173,32 +217,41 @@ def sparsify_2_4(
     check_batched(op, "x", x)
     if method not in get_args(Method):
         raise_unknown(op, "method", method, get_args(Method))
-    if (key is None) == (method == "mvue"):
-        got = "none" if key is None else f"one with method={method!r}"
-        raise ValueError(f"{op}: key must be given for method='mvue' only, got {got}")
+    if method == "mvue":
+        _check_key(op, key)
+    elif key is not None:
+        raise ValueError(
+            f"{op}: key must be given for method='mvue' only, got one for {method!r}"
+        )
     if scale is not None and method != "soft":
         raise ValueError(
-            f"{op}: scale must be given for method='soft' only, got method={method!r}"
+            f"{op}: scale must be given for method='soft' only, got one for {method!r}"
         )
+    if scale is not None and (isinstance(scale, str) or jnp.shape(scale) != ()):
+        raise ValueError(f"{op}: scale must be one number, got {scale!r}")
     features = x.shape[-1]
     match method:
         case "top2":
             groups = _group(x)
-            kept = jnp.where(_two_largest(jnp.abs(groups)), groups, 0)
+            kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
             return _ungroup(kept, features)
         case "soft":
-            return _straight_through(_ungroup(_shrink(_group(x), scale), features), x)
+            return _straight_through(_soft(x, scale), x)
         case "mvue":
             assert key is not None
             return _straight_through(
                 _ungroup(_draw(_group(x), features, key), features), x
             )
         case "static":
-            return jnp.where(jnp.arange(features) % GROUP < KEPT, x, 0)
+            index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+            return jnp.where(index % GROUP < KEPT, x, 0)
 
 
 def _at(positions: UInt8[Array, "*batch groups 2"]) -> Bool[Array, "*batch groups 2 4"]:
-    return positions[..., None] == jnp.arange(GROUP)
+    shape = (*positions.shape, GROUP)
+    return positions[..., None] == lax.broadcasted_iota(
+        jnp.uint8, shape, len(shape) - 1
+    )
 
 
 def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
@@ -214,7 +267,7 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
     check_floating("pack_2_4", x=x)
     check_batched("pack_2_4", "x", x)
     groups = _group(x)
-    largest = _two_largest(jnp.abs(groups))
+    largest = _two_largest(_magnitude(groups))
     first = jnp.argmax(largest, axis=-1)
     last = GROUP - 1 - jnp.argmax(largest[..., ::-1], axis=-1)
     positions = jnp.stack([first, last], axis=-1).astype(jnp.uint8)
@@ -227,16 +280,29 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
 @jax.jit
 def _pack_bits(positions: UInt8[Array, "*batch kept"]) -> UInt8[Array, "*batch bytes"]:
     quads = _group(positions)
-    shifts = POSITION_BITS * jnp.arange(POSITIONS_PER_BYTE, dtype=jnp.uint8)
-    return (quads << shifts).sum(-1, dtype=jnp.uint8)
+    return (quads << (POSITION_BITS * _position(quads.shape))).sum(-1, dtype=jnp.uint8)
 
 
 @partial(jax.jit, static_argnames="kept")
 def _unpack_bits(
     packed: UInt8[Array, "*batch bytes"], kept: int
 ) -> UInt8[Array, "*batch kept"]:
-    shifts = POSITION_BITS * jnp.arange(POSITIONS_PER_BYTE, dtype=jnp.uint8)
-    return _ungroup((packed[..., None] >> shifts) % GROUP, kept)
+    shift = POSITION_BITS * _position((*packed.shape, POSITIONS_PER_BYTE))
+    return _ungroup((packed[..., None] >> shift) % GROUP, kept)
+
+
+def _check_packed(op: str, packed: Packed24) -> None:
+    if not isinstance(packed, Packed24):
+        kind = type(packed).__name__
+        raise TypeError(f"{op}: packed must be a Packed24, got {kind}")
+    values, indices, features = packed.values, packed.indices, packed.features
+    check_floating(op, values=values)
+    check_batched(op, "values", values)
+    if indices.dtype != jnp.uint8:
+        raise TypeError(f"{op}: indices must be uint8, got {indices.dtype}")
+    batch, kept = values.shape[:-1], KEPT * -(-features // GROUP)
+    check_shape(op, "values", values, (*batch, kept))
+    check_shape(op, "indices", indices, (*batch, -(-kept // POSITIONS_PER_BYTE)))
 
 
 def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
@@ -245,22 +311,20 @@ def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
     Differentiable in `packed.values`.
 
     Raises:
-        TypeError: the values are no floating-point array.
+        TypeError: `packed` is no Packed24, or has other dtypes than `pack_2_4` gives.
         ValueError: the shapes of values and indices do not fit the features.
     """
-    op = "unpack_2_4"
-    values, indices, features = packed.values, packed.indices, packed.features
-    check_floating(op, values=values)
-    check_batched(op, "values", values)
-    batch, kept = values.shape[:-1], KEPT * -(-features // GROUP)
-    check_shape(op, "values", values, (*batch, kept))
-    check_shape(op, "indices", indices, (*batch, -(-kept // POSITIONS_PER_BYTE)))
+    _check_packed("unpack_2_4", packed)
+    return _unpack(packed)
+
+
+def _unpack(packed: Packed24) -> Float[Array, "*batch features"]:
+    *batch, kept = packed.values.shape
     pairs = *batch, kept // KEPT, KEPT
-    positions, values = (
-        _unpack_bits(indices, kept).reshape(pairs),
-        values.reshape(pairs),
-    )
-    return _ungroup(jnp.where(_at(positions), values[..., None], 0).sum(-2), features)
+    positions = _unpack_bits(packed.indices, kept).reshape(pairs)
+    values = packed.values.reshape(pairs)
+    spread = jnp.where(_at(positions), values[..., None], 0).sum(-2)
+    return _ungroup(spread, packed.features)
 
 
 def matmul_2_4(
@@ -275,12 +339,13 @@ def matmul_2_4(
     memory, not time.
 
     Raises:
-        TypeError: a dtype is not floating-point, or the two differ.
-        ValueError: `w` does not have `packed.features` rows.
+        TypeError: as `unpack_2_4`, or the dtypes of values and `w` differ.
+        ValueError: as `unpack_2_4`, or `w` does not have `packed.features` rows.
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
     """
     op = "matmul_2_4"
     check_xla_only(op, implementation)
+    _check_packed(op, packed)
     check_floating(op, values=packed.values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
-    return matmul(unpack_2_4(packed), w)
+    return matmul(_unpack(packed), w)

@@ -47,6 +47,14 @@ def test_dtype_is_kept(name, dtype):
     assert [f(z).dtype for f in ACTIVATIONS[name]] == [dtype, dtype]
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_derivative_is_finite_wherever_the_input_is(name, dtype):
+    largest = float(jnp.finfo(dtype).max) / 4
+    z = jnp.array([-largest, -300, -20, 20, 300, largest], dtype)
+    assert np.isfinite(ACTIVATIONS[name].derivative(z).astype(jnp.float32)).all()
+
+
 def test_derivatives_at_zero():
     at_zero = {
         name: float(f.derivative(jnp.zeros(()))) for name, f in ACTIVATIONS.items()

@@ -5,10 +5,11 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import _mlp_torch, mlp
+from benchmarks import _mlp_definitions as definitions
+from benchmarks import _mlp_report, _mlp_torch, mlp
 from benchmarks._harness import Options, run
 from benchmarks._mlp_report import index_published
-from benchmarks._report import published
+from benchmarks._report import make_console, published
 
 TINY = mlp.Model(hidden=32, intermediate=46, rank=8, iterations=2)
 
@@ -35,22 +36,47 @@ def test_every_implementation_passes_its_check(tiny, dtype, backward):
     assert len(rows) == (6 if backward else 9)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", mlp.IMPLEMENTATIONS)
-def test_a_wrong_implementation_is_refused(tiny, monkeypatch, name, backward):
+def test_peers_stand_beside_ours_and_pass_the_same_check(tiny):
+    args = mlp.parse(["--models", "60M", "--iterations", "1"])
+    rows = run(mlp.make_cases(args), Options(iterations=1))
+    plain = [r for r in rows if r["framework"] == "plain jnp"]
+    assert [r["implementation"] for r in plain] == MLPS
+    assert {r["status"] for r in rows} == {"ok"}
+    assert all(r["published_ms"] is None for r in plain)
+
+
+def test_the_check_takes_tokens_in_chunks(tiny, monkeypatch):
+    monkeypatch.setattr(definitions, "CHUNK", 32)
+    for flags in ([], ["--backward"]):
+        rows = run(mlp.make_cases(arguments(*flags)), Options(iterations=1))
+        assert {r["status"] for r in rows} == {"ok"}
+
+
+MLPS = [name for name, i in mlp.IMPLEMENTATIONS.items() if i.weights != "activations"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name, backward",
+    [
+        *[(name, False) for name in mlp.IMPLEMENTATIONS],
+        *[(name, True) for name in MLPS],
+    ],
+)
+def test_a_wrong_implementation_is_refused(tiny, monkeypatch, name, backward, dtype):
     impl = mlp.IMPLEMENTATIONS[name]
-    if backward and impl.weights == "activations":
-        return
 
     def wrong(x, *weights):
         value = impl.ours(x, *weights)
-        # Right but for the last token, as a forgotten edge tile would be.
-        return value.at[-1].multiply(1.1)
+        # Right but for one token of 80, as with a tile that is read too early.
+        return value.at[17].multiply(1.25)
 
     broken = {name: replace(impl, ours=wrong)}
     monkeypatch.setattr(mlp, "IMPLEMENTATIONS", broken)
-    (row,) = run(mlp.make_cases(arguments(*["--backward"] * backward)), Options())
+    flags = ["--dtype", dtype, *["--backward"] * backward]
+    (row,) = run(mlp.make_cases(arguments(*flags)), Options())
     assert row["status"] == "failed" and row["reason"].startswith("WrongValues")
+    assert row["error"] > row["error_bound"] and "time_ms" not in row
 
 
 def test_grid():
@@ -84,6 +110,7 @@ def test_command(tiny, tmp_path, capsys):
     assert mlp.main([*argv, "--json", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr()
     assert max(map(len, printed.out.splitlines()[6:])) <= 80
+    assert "…" not in printed.out
     assert "low-rank ReLU²" in printed.out and "(1.35)" in printed.out
     assert len(printed.err.splitlines()) == 18
     saved = json.loads(out.read_text())
@@ -104,6 +131,46 @@ def test_command_with_a_failing_and_a_skipped_row(tiny, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "failed: 60M 1x80 low_rank_relu2: RuntimeError: out of tiles" in printed
     assert "static mask alone" in printed
+
+
+def fake_row(name, framework, **fields):
+    row = {"model": "350M", "batch": 32, "tokens": 16384, "pass": "forward"}
+    row |= {"implementation": name, "framework": framework, "status": "ok"}
+    row |= {"mean_ms": 1234.5, "std_ms": 123.4, "time_ms": 1234.5, "compile_s": 12.34}
+    row |= {"error": 1e-3, "error_bound": 2e-3, "published_ms": 246.231}
+    row |= {"temp_bytes": 12345678901, "tflops": 612.3, "includes_compile": False}
+    if mlp.IMPLEMENTATIONS[name].published is None:
+        row["published_ms"] = None
+    return row | {"reason": None} | fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"device_ms": 1234.5, "percent_of_peak": 77.7}, {}, {"includes_compile": True}],
+    ids=["gpu", "cpu", "warm-up 0"],
+)
+def test_no_figure_is_cut_off_at_80_columns(fields, capsys):
+    rows = [
+        fake_row(name, framework, **fields)
+        for framework in ("jaxkern", "plain jnp", "torch compile")
+        for name in mlp.IMPLEMENTATIONS
+    ]
+    rows[1] |= {"status": "failed", "reason": "WrongValues: error"}
+    _mlp_report.print_all(make_console(), rows, mlp.describe)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "350M 32 x 512 torch compile" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert ("Speed-up over full-rank" in printed) == (not rows[0]["includes_compile"])
+
+
+def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlp, "build", interrupt)
+    assert mlp.main(["--plot", str(tmp_path / "a.png"), "--models", "60M"]) == 130
+    printed = capsys.readouterr().out
+    assert "Nothing to draw" in printed and "Interrupted after 0 of" in printed
 
 
 def test_list_measures_nothing(capsys):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -6,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _cli
+from benchmarks import _cli, _harness
 from benchmarks._harness import (
     Case,
     Check,
     Options,
     Program,
     Skip,
+    _device_peak,
+    _summary,
     check_against,
     measure,
     relative_error,
@@ -51,7 +54,7 @@ def test_a_good_row():
     (row,) = run([case("a", flops=24.0, published_ms=0.5)], Options(iterations=7))
     assert row["status"] == "ok" and row["reason"] is None
     assert row["name"] == "a" and row["published_ms"] == 0.5
-    assert row["iterations"] == 7 and row["samples"] == 5
+    assert row["iterations"] == row["samples"] == 7
     assert 0 < row["min_ms"] <= row["median_ms"] and row["std_ms"] >= 0
     assert row["tflops"] == pytest.approx(24.0 / row["time_ms"] / 1e9)
     assert row["time_ms"] == row["median_ms"]
@@ -111,15 +114,73 @@ def test_without_warm_up_the_clock_sees_the_compilation():
         traces.append(x)
         return 2 * x
 
+    cold, warm = {}, {}
     options = Options(warmup=0, timing="per-call")
-    cold = measure(Program(traced, (X,), check), options, 3)
+    measure(Program(traced, (X,), check), options, 3, cold)
     assert cold["includes_compile"] and len(traces) == 2
     assert cold["samples"] == 3
-    warm = measure(Program(double, (X,), check), Options(timing="per-call"), 3)
+    measure(Program(double, (X,), check), Options(timing="per-call"), 3, warm)
     assert cold["time_ms"] == cold["mean_ms"] > 3 * warm["mean_ms"]
 
 
-@pytest.mark.parametrize("timing, blocks", [("amortised", 5), ("per-call", 12)])
+def test_without_warm_up_a_peer_compiles_anew_or_is_not_said_to():
+    made = []
+
+    def make():
+        made.append(0)
+        return lambda x: 2 * x
+
+    options, lazy, eager = Options(warmup=0), {}, {}
+    program = Program(double, (X,), check, jit=False, fresh=make)
+    measure(program, options, 2, lazy)
+    assert lazy["includes_compile"] and len(made) == 1
+    measure(replace(program, fresh=None), options, 2, eager)
+    assert not eager["includes_compile"]
+    assert eager["time_ms"] == eager["median_ms"]
+    assert "compile_s" not in eager
+
+
+def test_compile_time_is_not_that_of_a_cached_program():
+    jax.jit(double)(X)
+    (first,), (again,) = (run([case("a")], Options()) for _ in range(2))
+    assert again["compile_s"] > first["compile_s"] / 10
+
+
+def test_the_mean_is_that_of_the_calls():
+    summary = _summary([(2, 0.102), (2, 0.002), (1, 0.001), (1, 0.001), (1, 0.001)])
+    assert summary["mean_ms"] == pytest.approx(107 / 7)
+    assert summary["median_ms"] == pytest.approx(1)
+    assert (summary["iterations"], summary["samples"]) == (7, 5)
+
+
+class FakeGPU:
+    """An allocator whose peak rises by what a call takes."""
+
+    def __init__(self, in_use, peak):
+        self.in_use, self.peak = in_use, peak
+
+    def memory_stats(self):
+        return {"bytes_in_use": self.in_use, "peak_bytes_in_use": self.peak}
+
+    def call(self, size):
+        self.peak = max(self.peak, self.in_use + size)
+        return X
+
+
+@pytest.mark.parametrize("peak, reported", [(1000, 500), (1400, 500), (1500, None)])
+def test_device_peak_is_over_what_was_allocated(monkeypatch, peak, reported):
+    gpu = FakeGPU(1000, peak)
+    monkeypatch.setattr(_harness.jax, "devices", lambda: [gpu])
+    assert _device_peak(gpu.call, (500,)) == {"peak_bytes": reported}
+
+
+def test_percent_of_peak_and_what_the_rate_is_from():
+    (row,) = run([case("a", flops=1e9)], Options(), peak_tflops=2.0)
+    assert row["rate_from"] == "time_ms"
+    assert row["percent_of_peak"] == pytest.approx(50 * row["tflops"])
+
+
+@pytest.mark.parametrize("timing, blocks", [("amortised", 10), ("per-call", 12)])
 def test_every_stretch_waits_for_all_outputs(timing, blocks):
     seen = []
 
@@ -131,7 +192,8 @@ def test_every_stretch_waits_for_all_outputs(timing, blocks):
         return 2 * x, x.sum()
 
     program = Program(both, (X,), lambda fn: check(lambda x: fn(x)[0]), block=block)
-    row = measure(program, Options(warmup=3, timing=timing), 12)
+    row = {}
+    measure(program, Options(warmup=3, timing=timing), 12, row)
     assert seen == [2] * (3 + blocks)
     assert row["samples"] == blocks
 
@@ -139,10 +201,10 @@ def test_every_stretch_waits_for_all_outputs(timing, blocks):
 def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys):
     path = tmp_path / "rows.json"
     cases = [case("one"), Case({"name": "two"}, interrupt), case("three")]
-    rows, complete = execute(
+    rows, status = execute(
         cases, Options(iterations=1), meta(), path, lambda r: r["name"]
     )
-    assert not complete and [row["name"] for row in rows] == ["one"]
+    assert status == 130 and [row["name"] for row in rows] == ["one"]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] is False
     assert saved["rows"][0]["name"] == "one" and saved["rows"][0]["status"] == "ok"
@@ -159,12 +221,35 @@ def test_the_file_is_whole_after_each_row(tmp_path):
         return Program(double, (X,), check)
 
     cases = [Case({"name": str(i)}, look) for i in range(3)]
-    _, complete = execute(cases, Options(iterations=1), meta(), path, str)
-    assert complete and seen == [0, 1, 2]
+    _, status = execute(cases, Options(iterations=1), meta(), path, str)
+    assert status == 0 and seen == [0, 1, 2]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] is True
     assert [row["status"] for row in saved["rows"]] == ["ok"] * 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_before_the_first_row_keeps_an_earlier_file(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("earlier")
+    cases = [Case({"name": "one"}, interrupt)]
+    assert execute(cases, Options(), meta(), path, str) == ([], 130)
+    assert path.read_text() == "earlier"
+
+
+def test_rows_that_cannot_be_saved_are_still_returned(tmp_path, capsys):
+    path = tmp_path / "gone" / "rows.json"
+    rows, status = execute([case("one")], Options(), meta(), path, str)
+    assert status == 1 and rows[0]["status"] == "ok"
+    assert "not saved: [Errno 2]" in capsys.readouterr().err
+
+
+def test_a_link_to_a_file_is_followed(tmp_path):
+    target, link = tmp_path / "rows.json", tmp_path / "link.json"
+    target.write_text("")
+    link.symlink_to(target)
+    execute([case("one")], Options(), meta(), _cli.writable(str(link)), str)
+    assert link.is_symlink() and json.loads(target.read_text())["rows"]
 
 
 def test_the_bound_is_twice_the_plain_error_and_one_rounding():
@@ -174,6 +259,10 @@ def test_the_bound_is_twice_the_plain_error_and_one_rounding():
     assert checked.bound == pytest.approx(0.02, rel=1e-4)
     checked = check_against(exact, exact, exact, jnp.bfloat16)
     assert (checked.error, checked.bound) == (0, 2**-8)
+    worst = np.ones((3, 4)) + np.array([[0], [0.3], [0.1]])
+    assert relative_error(worst, np.ones((3, 4))) == pytest.approx(0.3)
+    almost_zero = np.array([[1.0, 1.0], [1e-9, 0.0]])
+    assert relative_error(almost_zero, np.array([[1.0, 1.0], [0.0, 0.0]])) < 1e-5
     tree = (exact, {"a": exact * 1.5})
     assert relative_error(tree, (exact, {"a": exact})) == pytest.approx(0.5)
     assert np.isnan(relative_error((exact * np.nan, exact), (exact, exact)))
@@ -221,13 +310,18 @@ def refusal(capsys, *argv):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--iterations", "-3"], "must be an integer of at least 1, got '-3'"),
-        (["--iterations", "0"], "must be an integer of at least 1, got '0'"),
-        (["--iterations", "many"], "must be an integer of at least 1, got 'many'"),
-        (["--warmup", "-1"], "must be an integer of at least 0, got '-1'"),
+        (["--iterations", "-3"], "must be an integer from 1 to 4294967295, got '-3'"),
+        (["--iterations", "0"], "must be an integer from 1 to 4294967295, got '0'"),
+        (
+            ["--iterations", "many"],
+            "must be an integer from 1 to 4294967295, got 'many'",
+        ),
+        (["--warmup", "-1"], "must be an integer from 0 to 4294967295, got '-1'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--json", "no/such/rows.json"], "there is no folder 'no/such'"),
-        (["--json", "tests"], "must be a file to write, got 'tests': it is a folder"),
+        (["--json", "tests"], "got 'tests': there is something that is no file"),
+        (["--json", "/dev/null"], "there is something that is no file"),
+        (["--seed", "9" * 30], "must be an integer from 0 to 4294967295"),
         (["--plot", "rows.txt"], "must end in .png, .svg or .pdf, got 'rows.txt'"),
         (["--warm", "1"], "unrecognized arguments: --warm 1"),
     ],

@@ -141,13 +141,46 @@ def test_layers_stack():
 def test_from_full_rank_is_the_best_approximation():
     full = SwiGLU(EMBED, MLP, rngs=nnx.Rngs(0))
     low, errors = LowRankSwiGLU.from_full_rank(full, RANK)
-    for name, linear in [("gate", low.gate), ("up", low.up), ("down", low.down)]:
+    for name, layer in [("gate", low.gate), ("up", low.up), ("down", low.down)]:
         kernel = np.asarray(getattr(full, f"w_{name}")[...], np.float64)
         values = np.linalg.svd(kernel, compute_uv=False)
         best = np.linalg.norm(values[RANK:]) / np.linalg.norm(values)
         np.testing.assert_allclose(errors[name], best, rtol=1e-4)
-        product = np.asarray(linear.w_in[...]) @ np.asarray(linear.w_out[...])
-        np.testing.assert_allclose(relative_error(product, kernel), best, rtol=1e-4)
+        product = np.asarray(layer.w_in[...]) @ np.asarray(layer.w_out[...])
+        made = np.linalg.norm(product - kernel) / np.linalg.norm(kernel)
+        np.testing.assert_allclose(made, best, rtol=1e-4)
+
+
+def linear(use_bias=False):
+    return nnx.Linear(EMBED, MLP, use_bias=use_bias, rngs=nnx.Rngs(0))
+
+
+def test_a_linear_layer_becomes_a_low_rank_one():
+    full = linear()
+    low, error = LowRankLinear.from_full_rank(full, EMBED - 8)
+    x = normal(0, (5, EMBED))
+    assert 0 < error < 0.5 and relative_error(low(x), full(x)) < 1.0
+    exact, error = LowRankLinear.from_full_rank(full, EMBED)
+    assert error < 1e-5
+    with pytest.warns(UserWarning, match="no larger"):
+        assert_near(exact(x), full(x))
+
+
+def test_the_reported_error_is_that_of_the_rounded_factors():
+    layer = LowRankLinear(EMBED, MLP, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kernel = normal(0, (EMBED, 1)) @ normal(1, (1, MLP))
+    error = layer.approximate(kernel)
+    product = np.asarray(layer.w_in[...], np.float64) @ np.asarray(
+        layer.w_out[...], np.float64
+    )
+    actual = np.linalg.norm(product - kernel) / np.linalg.norm(kernel)
+    assert error == pytest.approx(actual, rel=1e-3) and error > 1e-4
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_sizes_may_be_numpy_integers_and_are_kept():
+    low = untyped.nn.LowRankSwiGLU(np.int64(EMBED), MLP, RANK, rngs=nnx.Rngs(0))
+    assert (low.in_features, low.hidden_features, low.rank) == (EMBED, MLP, RANK)
 
 
 def test_from_full_rank_is_exact_where_the_weights_have_that_rank():
@@ -195,17 +228,17 @@ X = jnp.ones((2, EMBED))
         (
             lambda: untyped.nn.LowRankLinear(8, 8, 0, rngs=nnx.Rngs(0)),
             ValueError,
-            "LowRankLinear: rank must be at least 1, got 0",
+            "LowRankLinear: rank must be an integer of at least 1, got 0",
         ),
         (
             lambda: untyped.nn.SwiGLU(8, -1, rngs=nnx.Rngs(0)),
             ValueError,
-            "SwiGLU: hidden_features must be at least 1, got -1",
+            "SwiGLU: hidden_features must be an integer of at least 1, got -1",
         ),
         (
             lambda: untyped.nn.SwiGLU(8.0, 4, rngs=nnx.Rngs(0)),
             ValueError,
-            "SwiGLU: in_features must be at least 1, got 8.0",
+            "SwiGLU: in_features must be an integer of at least 1, got 8.0",
         ),
         (
             lambda: untyped.nn.LowRankSwiGLU.from_full_rank(
@@ -222,7 +255,42 @@ X = jnp.ones((2, EMBED))
         (
             lambda: MODULES["SwiGLU"]()(jnp.ones((2, EMBED + 1))),
             ValueError,
-            r"swiglu: w_gate must have shape \(25, hidden\)",
+            r"SwiGLU: x must have shape \(..., 24\), got \(2, 25\)",
+        ),
+        (
+            lambda: untyped.nn.LowRankSwiGLU(8, 8, 0, rngs=nnx.Rngs(0)),
+            ValueError,
+            "LowRankSwiGLU: rank must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: untyped.nn.LowRankReLU2(8, True, 2, rngs=nnx.Rngs(0)),
+            ValueError,
+            "LowRankReLU2: hidden_features must be an integer of at least 1, got True",
+        ),
+        (
+            lambda: untyped.nn.SwiGLU(8, 8, implementation="cuda", rngs=nnx.Rngs(0)),
+            ValueError,
+            "SwiGLU: implementation must be one of None, 'xla', 'mosaic_gpu', got",
+        ),
+        (
+            lambda: untyped.nn.LowRankSwiGLU.from_full_rank(linear(), 2),
+            TypeError,
+            "LowRankSwiGLU.from_full_rank: module must be a SwiGLU, got Linear",
+        ),
+        (
+            lambda: untyped.nn.LowRankLinear.from_full_rank(MODULES["SwiGLU"](), 2),
+            TypeError,
+            "LowRankLinear.from_full_rank: module must be an nnx.Linear, got SwiGLU",
+        ),
+        (
+            lambda: untyped.nn.LowRankLinear.from_full_rank(linear(use_bias=True), 2),
+            ValueError,
+            "module must have no bias, got one",
+        ),
+        (
+            lambda: MODULES["LowRankLinear"]().approximate(jnp.full((24, 24), jnp.nan)),
+            ValueError,
+            "kernel must be finite, got NaN or infinity",
         ),
         (
             lambda: MODULES["SwiGLU"](implementation="mosaic_gpu")(

@@ -102,6 +102,25 @@ def test_mvue_is_unbiased(width):
     np.testing.assert_array_less(abs(got.mean(0) - np.asarray(x)), allowed)
 
 
+def test_mvue_draws_light_entries_as_often_as_it_says():
+    """An entry of 1e-6 beside two of 1 is drawn with probability 1.6e-6."""
+    x = jnp.broadcast_to(jnp.array([1.0, 1.0, 1e-6, 1e-6]), (2**22, 4))
+    draws = [sparsify_2_4(x, method="mvue", key=jax.random.key(i)) for i in range(4)]
+    drawn = sum(int((d[:, 2:] != 0).sum()) for d in draws)
+    light = 1e-6 + 2**-23
+    expected = 4 * 2**22 * 2 * (light / 2 + 2 * 0.5 * light)
+    assert abs(drawn - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_soft_does_not_depend_on_the_unit(magnitude, dtype):
+    x = jnp.array([3.0, 1.0, 0.5, 2.0], dtype)
+    got = sparsify_2_4(x * jnp.asarray(magnitude, dtype), method="soft")
+    expected = sparsify_2_4(x, method="soft") * jnp.asarray(magnitude, dtype)
+    assert relative_error(got, expected) < 2 * float(jnp.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize(
     "x", [[0.0, 0, 0, 0], [7.0, 0, 0, 0], [1e-6, 1, 1e6, 1], [1.0, 2], [3.0]], ids=str
 )
@@ -148,11 +167,23 @@ def test_dtype_and_transforms(method, dtype):
         assert relative_error(jax.vmap(apply)(x), apply(x)) <= rounding
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strict_promotion(dtype):
+    x, key = normal(0, (2, 3, 9), dtype), jax.random.key(0)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert sparsify_2_4(x).dtype == dtype
+        assert sparsify_2_4(x, method="soft", scale=0.5).dtype == dtype
+        assert sparsify_2_4(x, method="mvue", key=key).dtype == dtype
+        assert sparsify_2_4(x, method="static").dtype == dtype
+        assert unpack_2_4(pack_2_4(x)).dtype == dtype
+
+
 @pytest.mark.parametrize("method", ["top2", "soft"])
 def test_nan_is_not_hidden(method):
-    x = jnp.array([[jnp.nan, 1, 2, 3], [1, 2, 3, jnp.nan], [1, 2, 3, 4]])
+    nan, inf = jnp.nan, jnp.inf
+    x = jnp.array([[nan, 1, 2, 3], [1, 2, 3, -nan], [inf, -inf, nan, 1], [1, 2, 3, 4]])
     has_nan = np.isnan(sparsify_2_4(x, method=method)).any(-1)
-    np.testing.assert_array_equal(has_nan, [True, True, False])
+    np.testing.assert_array_equal(has_nan, [True, True, True, False])
 
 
 @given(tied_rows)
@@ -181,6 +212,8 @@ def test_matmul_2_4(dtype, width):
     packed = pack_2_4(x)
     expected = jnp.matmul(sparsify_2_4(x), w)
     np.testing.assert_array_equal(*to_float64((matmul_2_4(packed, w), expected)))
+    no_rows = pack_2_4(x[:0])
+    assert matmul_2_4(no_rows, w).shape == (0, 3, 5)
     g = normal(2, (2, 3, 5), dtype)
     got = jax.vjp(lambda x, w: matmul_2_4(pack_2_4(x), w), x, w)[1](g)
     exact = jax.vjp(lambda x, w: jnp.matmul(sparsify_2_4(x), w), x, w)[1](g)
@@ -205,18 +238,50 @@ X = jnp.ones((2, 8))
     [
         (
             lambda: untyped.sparsify_2_4(X, method="mvue"),
+            TypeError,
+            "sparsify_2_4: key must be a key, as .*, for method='mvue', got None",
+        ),
+        (
+            lambda: untyped.sparsify_2_4(X, method="mvue", key=3),
+            TypeError,
+            "key must be a key, .*, got 3",
+        ),
+        (
+            lambda: untyped.sparsify_2_4(
+                X, method="mvue", key=jax.random.split(jax.random.key(0))
+            ),
+            TypeError,
+            r"key must be a key, .*, got key<fry>\(2,\)",
+        ),
+        (
+            lambda: untyped.sparsify_2_4(X, method="soft", scale=jnp.ones((2, 1))),
             ValueError,
-            "sparsify_2_4: key must be given for method='mvue' only, got none",
+            "sparsify_2_4: scale must be one number, got Array",
+        ),
+        (
+            lambda: untyped.unpack_2_4(X),
+            TypeError,
+            "unpack_2_4: packed must be a Packed24, got ArrayImpl",
+        ),
+        (
+            lambda: untyped.matmul_2_4(X, X.T),
+            TypeError,
+            "matmul_2_4: packed must be a Packed24, got ArrayImpl",
+        ),
+        (
+            lambda: untyped.unpack_2_4(jaxkern.Packed24(X, X, 16)),
+            TypeError,
+            "unpack_2_4: indices must be uint8, got float32",
         ),
         (
             lambda: untyped.sparsify_2_4(X, key=jax.random.key(0)),
             ValueError,
-            "key must be given for method='mvue' only, got one with method='top2'",
+            "key must be given for method='mvue' only, got one for 'top2'",
         ),
         (
             lambda: untyped.sparsify_2_4(X, scale=1.0),
             ValueError,
-            "scale must be given for method='soft' only, got method='top2'",
+            "scale must be given for method='soft' only, got one for 'top2'",
         ),
         (
             lambda: untyped.sparsify_2_4(X, method="top3"),
@@ -226,7 +291,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.sparsify_2_4(X.astype(int)),
             TypeError,
-            "sparsify_2_4: x must have a floating-point dtype, got int32",
+            "sparsify_2_4: x must have a floating-point dtype out of .*, got int32",
         ),
         (
             lambda: untyped.sparsify_2_4(jnp.ones(())),
@@ -236,7 +301,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.sparsify_2_4([1.0, 2.0]),
             TypeError,
-            "x must be an array, got <class 'list'>",
+            "x must be an array, got list",
         ),
         (
             lambda: untyped.pack_2_4(X.astype(int)),
@@ -260,7 +325,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.matmul_2_4(pack_2_4(X), jnp.ones((7, 3))),
             ValueError,
-            r"matmul_2_4: w must have shape \(8, d_out\) .*, got \(7, 3\)",
+            r"matmul_2_4: w must have shape \(8, d_out\), got \(7, 3\)",
         ),
         (
             lambda: untyped.matmul_2_4(pack_2_4(X), jnp.ones((8, 3), jnp.bfloat16)),

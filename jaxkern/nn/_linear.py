@@ -1,0 +1,197 @@
+"""The low-rank linear layer, and what all our modules do alike."""
+
+from numbers import Integral
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from .._checks import (
+    Implementation,
+    check_floating,
+    check_implementation,
+    check_shape,
+)
+from .._matmul import widen
+from .._mlp import low_rank_matmul
+
+# Of each factor's fan-in: the product of two factors then has the variance of a
+# full-rank kernel with the same initializer.
+default_kernel_init = nnx.initializers.lecun_normal()
+
+
+def check_arguments(
+    module: str, implementation: Implementation | None, **sizes: int
+) -> None:
+    check_implementation(module, implementation)
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(
+                f"{module}: {name} must be an integer of at least 1, got {size!r}"
+            )
+
+
+def check_input(module: str, x: jax.Array, features: int) -> None:
+    check_floating(module, x=x)
+    if x.ndim < 1 or x.shape[-1] != features:
+        raise ValueError(
+            f"{module}: x must have shape (..., {features}), got {x.shape}"
+        )
+
+
+def make_kernel(
+    init: Initializer,
+    rngs: nnx.Rngs,
+    shape: tuple[int, int],
+    dtype: Dtype,
+    axis_names: tuple[str | None, str | None],
+) -> nnx.Param[jax.Array]:
+    # The names are for the user's own mesh and rules, so building a module needs none.
+    return nnx.Param(
+        init(rngs.params(), shape, dtype),
+        out_sharding=axis_names,
+        eager_sharding=False,
+    )
+
+
+class LowRankLinear(nnx.Module):
+    """`jaxkern.low_rank_matmul` with its two factors.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        rank: size between the two factors.
+        dtype: of the computation; None promotes from input and parameters.
+        param_dtype: of the parameters.
+        kernel_init: for each factor.
+        axis_names: logical axes for `nnx.get_partition_spec`: input, rank, output.
+        implementation: as in `jaxkern.low_rank_matmul`.
+
+    Raises:
+        ValueError: a size is not a positive integer, or `implementation` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        axis_names: tuple[str | None, str | None, str | None] = (
+            "embed",
+            "rank",
+            "mlp",
+        ),
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_arguments(
+            "LowRankLinear",
+            implementation,
+            in_features=in_features,
+            out_features=out_features,
+            rank=rank,
+        )
+        shape, names = (in_features, rank), axis_names[:2]
+        self.w_in = make_kernel(kernel_init, rngs, shape, param_dtype, names)
+        shape, names = (rank, out_features), axis_names[1:]
+        self.w_out = make_kernel(kernel_init, rngs, shape, param_dtype, names)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.implementation: Implementation | None = implementation
+
+    @property
+    def weight(self) -> tuple[jax.Array, jax.Array]:
+        """The factors as the ops take them."""
+        return self.w_in[...], self.w_out[...]
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        check_input("LowRankLinear", x, self.in_features)
+        x, w_in, w_out = promote_dtype((x, *self.weight), dtype=self.dtype)
+        return low_rank_matmul(x, (w_in, w_out), implementation=self.implementation)
+
+    @classmethod
+    def from_full_rank(
+        cls, module: nnx.Linear, rank: int
+    ) -> tuple["LowRankLinear", float]:
+        """The closest layer of this rank to a linear one without a bias.
+
+        Returns:
+            The layer, and the relative error of its weight: see `approximate`.
+
+        Raises:
+            TypeError: `module` is no `nnx.Linear`.
+            ValueError: it has a bias, or the rank is out of range.
+        """
+        if not isinstance(module, nnx.Linear):
+            kind = type(module).__name__
+            raise TypeError(
+                "LowRankLinear.from_full_rank: module must be an nnx.Linear, "
+                f"got {kind}"
+            )
+        if module.bias is not None:
+            raise ValueError(
+                "LowRankLinear.from_full_rank: module must have no bias, got one"
+            )
+        low_rank = cls(
+            module.in_features,
+            module.out_features,
+            rank,
+            dtype=module.dtype,
+            param_dtype=module.param_dtype,
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=nnx.Rngs(0),
+        )
+        return low_rank, low_rank.approximate(module.kernel[...])
+
+    def approximate(self, kernel: Float[Array, "d_in d_out"]) -> float:
+        r"""Set the factors to the best ones for `kernel`, by SVD; not under `jit`.
+
+        With $W = U S V^T$ cut to the rank, $W_{in} = U \sqrt S$ and
+        $W_{out} = \sqrt S V^T$, rounded to the dtype of the parameters.
+
+        Returns:
+            The relative error $\|W - W_{in} W_{out}\|_F / \|W\|_F$. But for the
+            rounding it is the least there is at this rank.
+
+        Raises:
+            TypeError: the kernel is no floating-point array.
+            ValueError: its shape is not the layer's, it is not finite, or the rank is
+                above its smaller side.
+
+        References:
+            Eckart and Young (1936), https://doi.org/10.1007/BF02288367.
+        """
+        op, expected = (
+            "LowRankLinear.approximate",
+            (self.in_features, self.out_features),
+        )
+        check_floating(op, kernel=kernel)
+        check_shape(op, "kernel", kernel, expected)
+        if self.rank > min(expected):
+            raise ValueError(
+                f"{op}: rank must be at most min(in_features, out_features) = "
+                f"{min(expected)}, got {self.rank}"
+            )
+        kernel = widen(kernel)
+        if not jnp.isfinite(kernel).all():
+            raise ValueError(f"{op}: kernel must be finite, got NaN or infinity in it")
+        left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
+        root = jnp.sqrt(values[: self.rank])
+        w_in, w_out = left[:, : self.rank] * root, root[:, None] * right[: self.rank]
+        self.w_in[...] = w_in.astype(self.param_dtype)
+        self.w_out[...] = w_out.astype(self.param_dtype)
+        w_in, w_out = widen(self.w_in[...]), widen(self.w_out[...])
+        with jax.default_matmul_precision("highest"):
+            lost = jnp.linalg.norm(kernel - w_in @ w_out)
+        norm = jnp.linalg.norm(kernel)
+        return float(lost / jnp.where(norm > 0, norm, 1))

@@ -147,7 +147,7 @@ def _print_quotients(
     columns: Mapping[str, tuple[str, str]],
 ) -> None:
     published = any(row["published_ms"] for row in rows)
-    title += " (published one in brackets)" if published else ""
+    title += " (published)" if published else ""
     result = table(title, ["", *columns])
     for (model, batch), group in _groups(rows).items():
         ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")

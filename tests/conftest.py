@@ -38,3 +38,12 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def interpreted():
+    """Mosaic GPU kernels run on the CPU, and their races are errors."""
+    from mgpu_interpret import interpret
+
+    with interpret():
+        yield

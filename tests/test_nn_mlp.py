@@ -9,7 +9,7 @@ from helpers import assert_near, normal, relative_error, untyped
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern.nn import LowRankLinear, LowRankReLU2, LowRankSwiGLU, SwiGLU
+from jaxkern.nn import FlashMLP, LowRankLinear, LowRankReLU2, LowRankSwiGLU, SwiGLU
 
 EMBED, MLP, RANK = 24, 64, 8
 PAIRS = ("gate", "up", "down")
@@ -309,3 +309,20 @@ X = jnp.ones((2, EMBED))
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_flash_mlp_module():
+    module = FlashMLP(3, EMBED, MLP, activation="gelu", rngs=nnx.Rngs(0))
+    x = normal(0, (3, 5, EMBED))
+    w1, w2 = module.w1[...], module.w2[...]
+    np.testing.assert_array_equal(
+        module(x), jaxkern.flash_mlp(x, w1, w2, activation="gelu")
+    )
+    assert partition_specs(module)["w2"] == P("heads", "mlp", "embed")
+    # Each head is drawn for its own fan-in.
+    assert float(w1.std()) == pytest.approx(EMBED**-0.5, rel=0.05)
+    assert float(w2.std()) == pytest.approx(MLP**-0.5, rel=0.05)
+    with pytest.raises(ValueError, match="FlashMLP: activation must be one of"):
+        FlashMLP(3, EMBED, MLP, activation="swish", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"FlashMLP: x must have shape \(..., 24\)"):
+        module(x[..., 1:])

@@ -1,6 +1,7 @@
 """Flax NNX modules: they own parameters and call jaxkern's ops."""
 
 from ._linear import LowRankLinear as LowRankLinear
+from ._mlp import FlashMLP as FlashMLP
 from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU

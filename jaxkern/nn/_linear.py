@@ -45,9 +45,9 @@ def check_input(module: str, x: jax.Array, features: int) -> None:
 def make_kernel(
     init: Initializer,
     rngs: nnx.Rngs,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: Dtype,
-    axis_names: tuple[str | None, str | None],
+    axis_names: tuple[str | None, ...],
 ) -> nnx.Param[jax.Array]:
     # The names are for the user's own mesh and rules, so building a module needs none.
     return nnx.Param(

@@ -8,7 +8,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from .._activations import get_activation
 from .._checks import Implementation
+from .._flash_mlp import flash_mlp
 from .._mlp import Sparsity, check_sparsity, low_rank_relu2, low_rank_swiglu, swiglu
 from ._linear import (
     LowRankLinear,
@@ -17,6 +19,9 @@ from ._linear import (
     default_kernel_init,
     make_kernel,
 )
+
+# The heads are no part of the fan-in.
+per_head_kernel_init = nnx.initializers.lecun_normal(batch_axis=0)
 
 
 class SwiGLU(nnx.Module):
@@ -241,5 +246,71 @@ class LowRankReLU2(nnx.Module):
             (f[0], f[1]),
             (f[2], f[3]),
             sparsity=self.sparsity,
+            implementation=self.implementation,
+        )
+
+
+class FlashMLP(nnx.Module):
+    """`jaxkern.flash_mlp` with the two kernels of each head.
+
+    Args:
+        num_heads: how many MLPs.
+        dim: size of the last axis of the input and of the output.
+        hidden_features: size of the activated layer.
+        activation: as in `jaxkern.flash_mlp`.
+        dtype: of the computation; None promotes from input and parameters.
+        param_dtype: of the parameters.
+        kernel_init: for both kernels, head by head. The original study drew
+            N(0, 1 / hidden) for the first and N(0, 1 / dim) for the second.
+        implementation: as in `jaxkern.flash_mlp`.
+
+    Raises:
+        ValueError: a size is not a positive integer, or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        dim: int,
+        hidden_features: int,
+        *,
+        activation: str = "silu",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = per_head_kernel_init,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_arguments(
+            "FlashMLP",
+            implementation,
+            num_heads=num_heads,
+            dim=dim,
+            hidden_features=hidden_features,
+        )
+        get_activation("FlashMLP", activation)
+        widen, narrow = (dim, hidden_features), (hidden_features, dim)
+        names = ("heads", "embed", "mlp"), ("heads", "mlp", "embed")
+        self.w1 = make_kernel(
+            kernel_init, rngs, (num_heads, *widen), param_dtype, names[0]
+        )
+        self.w2 = make_kernel(
+            kernel_init, rngs, (num_heads, *narrow), param_dtype, names[1]
+        )
+        self.dim = dim
+        self.activation = activation
+        self.dtype = dtype
+        self.implementation: Implementation | None = implementation
+
+    def __call__(
+        self, x: Float[Array, "heads batch dim"]
+    ) -> Float[Array, "heads batch dim"]:
+        check_input("FlashMLP", x, self.dim)
+        x, w1, w2 = promote_dtype((x, self.w1[...], self.w2[...]), dtype=self.dtype)
+        return flash_mlp(
+            x,
+            w1,
+            w2,
+            activation=self.activation,
             implementation=self.implementation,
         )

@@ -1,0 +1,64 @@
+"""What the Mosaic GPU kernels share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+# The types that JAX declares for it lack some of its names.
+plgpu: Any = mosaic_gpu
+
+# Of one block on Hopper.
+SMEM_BYTES = 232448
+WARPGROUP = 128
+# TMA needs rows of a multiple of 16 bytes.
+TMA_ROW_BYTES = 16
+
+
+def swizzle_of(features: int, itemsize: int) -> int:
+    """The widest swizzle whose rows tile the features; 0 if there is none."""
+    row = features * itemsize
+    return next((s for s in (128, 64, 32) if row % s == 0), 0)
+
+
+def tiles(dtype: jnp.dtype, swizzle: int):
+    """The layout of SMEM that TMA writes and wgmma reads."""
+    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
+    return tiling, plgpu.SwizzleTransform(swizzle)
+
+
+def slot(i: jax.Array, slots: int) -> jax.Array:
+    """Where step `i` lies in a ring of SMEM buffers."""
+    return lax.rem(i, jnp.array(slots, i.dtype))
+
+
+def dot(a, b):
+    """`a @ b` in new float32 accumulators, awaited; `a` in SMEM or registers."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def dot_add(acc, a, b):
+    """`acc + a @ b`, awaited; `a` in SMEM or registers."""
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def zeros(rows: int, columns: int):
+    """Accumulators to start from."""
+    return plgpu.layout_cast(
+        jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA
+    )
+
+
+def on_hopper() -> bool:
+    """Whether the default device is an H100, an H200 or one like them."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    return device.platform == "gpu" and capability.startswith("9.")

@@ -3,6 +3,7 @@
 #   make test           run the tests                     ARGS="-k swiglu"
 #   make lint           check format, style and types
 #   make format         put format and style right
+#   make kernels        compile the GPU kernels, without a GPU
 #   make test-oldest    test with the oldest packages that pyproject.toml allows
 # PYTHON=python3.13 names another Python.
 
@@ -20,9 +21,11 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(call is_new,$(p))))
 # Compiled modules halve the time until the first test starts.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
+# Apart from the environment, where CPU programs would find a CUDA plugin too.
+CUDA := .cuda
 READY := $(VENV)/.installed
 
-.PHONY: help bench test lint test-oldest format
+.PHONY: help bench test lint test-oldest format kernels
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +46,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+kernels: $(READY) $(CUDA)/.installed
+	PYTHONPATH=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
+
 # The other end of the range of versions that pyproject.toml promises.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -56,4 +62,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(CUDA)/.installed: requirements-kernels.txt $(READY)
+	rm -rf $(CUDA)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(CUDA) --requirement requirements-kernels.txt
 	@touch $@

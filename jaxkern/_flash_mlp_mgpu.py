@@ -59,7 +59,14 @@ def _sigmoid_derivative(z):
     return gate * (1 - gate)
 
 
+def _relu(z):
+    return jnp.maximum(z, 0)
+
+
+# jax.nn's own relu has a derivative of its own, which kernels of jax 0.11 do not take.
 IN_KERNEL = ACTIVATIONS | {
+    "relu": Activation(_relu, ACTIVATIONS["relu"].derivative),
+    "relu2": Activation(lambda z: jnp.square(_relu(z)), lambda z: 2 * _relu(z)),
     "silu": Activation(_silu, _silu_derivative),
     "sigmoid": Activation(_sigmoid, _sigmoid_derivative),
 }
@@ -106,6 +113,11 @@ def backward_w_config(dim: int) -> Config:
     return Config(64, 64, 2) if dim <= 96 else Config(64, 32, 2)
 
 
+def weight_passes(dim: int) -> tuple[tuple[str, ...], ...]:
+    """The launches that make the weights' gradients, and what each makes."""
+    return (("w1", "w2"),) if dim <= BOTH_WEIGHTS_DIM else (("w1",), ("w2",))
+
+
 def unsupported(
     x: jax.Array, w1: jax.Array, w2: jax.Array, *, on_hopper: bool
 ) -> str | None:
@@ -142,11 +154,8 @@ def _mlp_fwd(x, w1, w2, activation):
 def _mlp_bwd(activation, saved, dy):
     args = (*saved, dy)
     dx = backward_x(activation)(*args)
-    if saved[0].shape[-1] <= BOTH_WEIGHTS_DIM:
-        dw1_t, dw2 = backward_w(activation, ("w1", "w2"))(*args)
-    else:
-        (dw1_t,) = backward_w(activation, ("w1",))(*args)
-        (dw2,) = backward_w(activation, ("w2",))(*args)
+    passes = weight_passes(saved[0].shape[-1])
+    dw1_t, dw2 = (dw for p in passes for dw in backward_w(activation, p)(*args))
     return dx, dw1_t.mT, dw2
 
 

@@ -1,0 +1,107 @@
+"""Tier 3: kernels compile for sm_90a. `make kernels` does all of them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import _kernel_compile as compiler
+from benchmarks import kernels
+from jaxkern import _flash_mlp_mgpu
+
+PTXAS = """
+  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
+ptxas info    : Compiling entry function 'flash_mlp_forward' for 'sm_90a'
+ptxas info    : Function properties for flash_mlp_forward
+    8 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 8 bytes cumulative stack size
+"""
+CLEAN = {"spill_stores_bytes": 0, "spill_loads_bytes": 0}
+CLEAN |= {"serialized": False, "smem_bytes": 1000}
+
+
+def test_what_is_read_from_the_compiler():
+    assert compiler._count_ptx(PTXAS) == {
+        "registers": 168,
+        "stack_bytes": 8,
+        "spill_stores_bytes": 16,
+        "spill_loads_bytes": 24,
+        "barriers": 16,
+        "wgmma": 1,
+        "serialized": False,
+    }
+    with pytest.raises(RuntimeError, match="ptxas printed nothing like"):
+        compiler._count_ptx("")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, None),
+        ({"spill_loads_bytes": 4}, "spills registers: 0 bytes stored, 4 loaded"),
+        ({"serialized": True}, "wgmmas run one after the other"),
+        ({"smem_bytes": 300_000}, "needs 300000 bytes of shared memory of 232448"),
+    ],
+)
+def test_what_must_not_be_shipped(change, reason):
+    got = compiler.problems(CLEAN | change)
+    assert got is None if reason is None else got and got.startswith(reason)
+
+
+def test_every_dim_that_is_supported_is_compiled():
+    cases = kernels.make_cases()
+    for dim in range(16, 257, 16):
+        args = [
+            jnp.zeros(s, jnp.bfloat16) for s in ((1, 8, dim), (1, dim, 8), (1, 8, dim))
+        ]
+        assert _flash_mlp_mgpu.unsupported(*args, on_hopper=True) is None
+        passes = [" ".join(p) for p in _flash_mlp_mgpu.weight_passes(dim)]
+        for name in ["forward", "backward x", *(f"backward {p}" for p in passes)]:
+            assert f"flash_mlp {name} {dim}" in cases
+
+
+def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "_search", lambda *patterns: None)
+    assert kernels.main([]) == 3
+    assert (
+        "jax-cuda13-pjrt is not installed: run `make kernels`"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_kernel_that_fails_is_a_failed_row():
+    def build():
+        raise ValueError("rows must be a multiple of 64\nmore")
+
+    row = kernels.measure("bad", build, ())
+    assert row == {
+        "kernel": "bad",
+        "status": "failed",
+        "reason": "ValueError: rows must be a multiple of 64",
+    }
+
+
+def test_each_kernel_is_one_module():
+    for name in ("forward 64", "backward x 64", "backward w1 w2 64", "backward w1 256"):
+        fn, args = kernels.make_cases()[f"flash_mlp {name}"]()
+        modules = compiler.lower(fn, args)
+        assert len(modules) == 1 and len(modules[0]) > 1000
+
+
+def test_compile_one(tmp_path):
+    try:
+        plugin, disassembler = compiler.requirements()
+    except compiler.Missing as missing:
+        pytest.skip(str(missing))
+    compiler.build_stub(tmp_path)
+    args = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16)
+        for s in ((2, 256, 64), (2, 64, 512), (2, 512, 64))
+    ]
+    (module,) = compiler.lower(_flash_mlp_mgpu.forward("silu"), tuple(args))
+    row = compiler.compile_module(module, plugin, disassembler, tmp_path)
+    assert compiler.problems(row) is None
+    if disassembler:
+        # One special function operation for each of the 64 elements a thread has of a
+        # tile, before the loop and in it.
+        assert row["mufu"] == 2 * 64
+        assert row["hgmma"] == row["wgmma"]

@@ -1,5 +1,5 @@
 # Each target sets up what it needs: a virtual environment with pinned packages.
-#   make bench          run the benchmarks' defaults      ARGS="--models 60M"
+#   make bench          run a benchmark's default         NAME=flash_mlp ARGS="--list"
 #   make test           run the tests                     ARGS="-k swiglu"
 #   make lint           check format, style and types
 #   make format         put format and style right
@@ -13,6 +13,7 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= bench,dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
 comma := ,
 ARGS ?=
+NAME ?= mlp
 
 CANDIDATES := python3 python3.12 python3.13 python3.14 python
 IS_NEW := import sys; sys.exit(sys.version_info < (3, 12))
@@ -32,7 +33,7 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.mlp $(ARGS)
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)

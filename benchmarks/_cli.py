@@ -75,7 +75,10 @@ def plot_file(text: str) -> Path:
     return path
 
 
-def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+def make_parser(
+    module: str, description: str, *, full: bool = True, plot: bool = True
+) -> argparse.ArgumentParser:
+    """With `--full` and `--plot` where the benchmark has them."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -83,10 +86,13 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="the whole published grid")
+    if full:
+        add("--full", action="store_true", help="the whole published grid")
     add("--list", action="store_true", help="print the rows there would be, and stop")
     add("--json", type=writable, metavar="FILE", help="save the rows as they come")
-    add("--plot", type=plot_file, metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    if plot:
+        help_plot = "draw them (.png, .svg, .pdf)"
+        add("--plot", type=plot_file, metavar="FILE", help=help_plot)
     add(
         "--warmup",
         type=natural,

@@ -122,6 +122,16 @@ def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:
     return Check(relative_error(got, exact), bound)
 
 
+def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """From the result's cotangent and the arguments to result and all gradients."""
+
+    def forward_and_backward(cotangent, *args):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(cotangent)
+
+    return forward_and_backward
+
+
 def measure(program: Program, options: Options, iterations: int, row: Row) -> None:
     """Compile, check, warm up and time one program; fill the row as the figures come.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._harness import Check, check_against
+from ._harness import Check, check_against, with_gradients
 
 # Tokens whose float64 definition is computed at a time.
 CHUNK = 2048
@@ -64,16 +64,6 @@ def soft(a):
         return s * (a * s).sum(1, keepdims=True) / (s * s).sum(1, keepdims=True)
 
     return a + jax.lax.stop_gradient(_activate(shrink, a) - a)
-
-
-def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """From the result's cotangent and the arguments to result and all gradients."""
-
-    def forward_and_backward(cotangent, *args):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(cotangent)
-
-    return forward_and_backward
 
 
 def _in_float64(

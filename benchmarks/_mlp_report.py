@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import _mlp_torch
+from . import _torch
 from ._harness import Row
 from ._report import number, print_problems, print_table, ratio, table
 
@@ -60,7 +60,7 @@ def timing_text(args: argparse.Namespace, default_calls: str) -> str:
 
 
 def notes(peers: bool) -> dict[str, str]:
-    left_out = _mlp_torch.why_left_out(peers)
+    left_out = _torch.why_left_out(peers)
     torch = {"PyTorch": f"left out: {left_out}"} if left_out else {}
     return {"published": PUBLISHED_ON, **torch}
 

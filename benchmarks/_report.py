@@ -268,10 +268,15 @@ def ratio(ours: float | None, published: float | None) -> str:
 
 
 def print_problems(console: Console, rows: Iterable[Row], describe) -> None:
-    """Every row that is not ok, with its whole reason."""
+    """The rows that are not ok, by their whole reason."""
+    by_reason: dict[str, list[str]] = {}
     for row in rows:
         if row.get("device_ms_reason"):
-            console.print(f"no device time: {describe(row)}: {row['device_ms_reason']}")
+            reason = f"no device time: {row['device_ms_reason']}"
+            by_reason.setdefault(reason, []).append(describe(row))
         if row["status"] != "ok":
-            text = f"{row['status']}: {describe(row)}: {row['reason']}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            reason = f"{row['status']}: {row['reason']}"
+            by_reason.setdefault(reason, []).append(describe(row))
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 1} more rows" if len(names) > 1 else ""
+        console.print(f"{reason} ({names[0]}{more})", markup=False, soft_wrap=True)

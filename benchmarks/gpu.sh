@@ -8,11 +8,11 @@ mkdir -p "$folder" || exit 1
 status=0
 # Without the options that need the packages of the extra "dev".
 $python -m pytest -q -o addopts= -W default -m gpu tests || status=1
-for benchmark in mlp; do
-  $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
-    --plot "$folder/$benchmark.png" || status=1
-  $python -m benchmarks.$benchmark --backward --no-peers \
-    --json "$folder/${benchmark}_backward.json" || status=1
+for benchmark in flash_mlp mlp; do
+  $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" || status=1
 done
-$python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" || status=1
+$python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||
+  status=1
+$python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" \
+  --plot "$folder/mlp_full.png" || status=1
 exit $status

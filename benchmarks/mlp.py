@@ -21,14 +21,16 @@ import jax.numpy as jnp
 import jaxkern
 
 from . import _mlp_definitions as definitions
-from . import _mlp_report, _mlp_torch
+from . import _mlp_report, _torch
 from ._cli import make_parser, names
 from ._harness import (
     Case,
     Options,
     Program,
     matmul_peak_tflops,
+    with_gradients,
 )
+from ._mlp_torch import MODULES as TORCH_MODULES
 from ._report import execute, make_console, metadata, print_header, published
 
 SEQ = 512
@@ -165,10 +167,11 @@ def build(
         key = jax.random.key(args.seed + 1)
         shape = jax.eval_shape(fn, *inputs).shape
         inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
-        fn, check = definitions.with_gradients(fn), definitions.check_backward
+        fn, check = with_gradients(fn), definitions.check_backward
     check = partial(check, impl.plain, inputs)
-    if framework in _mlp_torch.FRAMEWORKS:
-        return _mlp_torch.program(name, framework, inputs, check, args.backward)
+    if framework in _torch.FRAMEWORKS:
+        module = TORCH_MODULES[name]
+        return _torch.program(module, framework, inputs, check, args.backward)
     return Program(fn, inputs, check)
 
 
@@ -177,7 +180,7 @@ def _frameworks(name: str, args: argparse.Namespace) -> list[str]:
     alone = IMPLEMENTATIONS[name].weights == "activations"
     if alone:
         return [] if args.backward else [OURS]
-    torch = _mlp_torch.frameworks(args.peers) if name in _mlp_torch.MODULES else ()
+    torch = _torch.frameworks(args.peers) if name in TORCH_MODULES else ()
     return [OURS, *([PLAIN] if args.peers else []), *torch]
 
 
@@ -193,7 +196,7 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     return [
         _make_case(model, batch, name, framework, figures, args)
         for model, batch in wanted
-        for framework in (OURS, PLAIN, *_mlp_torch.FRAMEWORKS)
+        for framework in (OURS, PLAIN, *_torch.FRAMEWORKS)
         for name in IMPLEMENTATIONS
         if framework in _frameworks(name, args)
     ]

@@ -1,10 +1,19 @@
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DTYPES, assert_as_exact, normal, to_float64, untyped, value_and_vjp
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    assert_near,
+    normal,
+    to_float64,
+    untyped,
+    value_and_vjp,
+)
 
 from jaxkern import _flash_mlp_mgpu, flash_mlp
 from jaxkern._activations import ACTIVATIONS
@@ -66,6 +75,39 @@ def test_xla_at_odd_sizes(size):
     args, g = make_args(heads, batch, dim, hidden, jnp.float32)
     got = value_and_vjp(flash_mlp, args, g)
     assert_as_exact(got, value_and_vjp(plain("silu"), args, g), exact(args, g, "silu"))
+
+
+def test_heads_are_sharded_without_collectives():
+    mesh = jax.make_mesh((4,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    args, g = make_args(4, 20, 16, 40, jnp.float32)
+    spec = jax.P("heads")
+    sharded = jax.shard_map(flash_mlp, mesh=mesh, in_specs=spec, out_specs=spec)
+    got, expected = (value_and_vjp(fn, args, g) for fn in (sharded, flash_mlp))
+    assert_near(got, expected)
+    program = jax.jit(sharded).lower(*args).compile().as_text()
+    assert program is not None
+    assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", program)
+
+
+@activations
+def test_transforms(activation):
+    args, g = make_args(2, 6, 8, 12, jnp.float32)
+
+    def mlp(*args):
+        return flash_mlp(*args, activation=activation)
+
+    expected = value_and_vjp(mlp, args, g)
+    assert_near(value_and_vjp(jax.checkpoint(mlp), args, g), expected)
+
+    def by_heads(*args):
+        def step(carry, one):
+            return carry, mlp(*(a[None] for a in one))[0]
+
+        return jax.lax.scan(step, None, args)[1]
+
+    assert_near(value_and_vjp(by_heads, args, g), expected)
+    stacked = jax.vmap(mlp)(*(jnp.stack([a, -a]) for a in args))
+    assert_near(stacked[0], expected[0])
 
 
 def kernel(activation):

@@ -323,6 +323,23 @@ def test_sharded_arguments_equal_one_device(op, kind):
     assert_near(value_and_grads(op)(everywhere, whole), expected)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_the_hidden_layer_stays_sharded(kind):
+    mesh = make_mesh(jax.sharding.AxisType[kind])
+    x, weights = op_args()
+
+    def place(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    x, up = place(x, P("data")), jax.tree.map(place, weights["up"], SPECS["up"])
+    hidden = jax.jit(low_rank_matmul)(x, up)
+    assert hidden.sharding.shard_shape(hidden.shape) == (16 // 2, 64 // 4)
+    kernels = jax.tree.map(place, weights["kernels"], SPECS["kernels"])
+    program = jax.jit(swiglu).lower(x, *kernels).compile().as_text()
+    assert program is not None
+    assert "all-reduce" in program and "all-gather" not in program
+
+
 def test_columns_give_way_to_the_batch_where_both_want_an_axis():
     mesh = make_mesh(jax.sharding.AxisType.Explicit)
     x = jax.device_put(normal(0, (8, 24)), NamedSharding(mesh, P("tensor")))

@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 
+from jaxkern._mgpu import SMEM_BYTES
+
 HERE = Path(__file__).parent
 TIMEOUT = 300
-SMEM_LIMIT = 232448
 COUNTED = {"hgmma": r"\bHGMMA\b", "mufu": r"\bMUFU\b", "instructions": r"."}
 INSTALL = "run `make kernels`, which installs it"
 
@@ -188,8 +189,8 @@ def problems(row: dict[str, Any]) -> str | None:
         return f"spills registers: {spilled[0]} bytes stored, {spilled[1]} loaded"
     if row["serialized"]:
         return "wgmmas run one after the other, for want of registers"
-    if row["smem_bytes"] > SMEM_LIMIT:
-        return f"needs {row['smem_bytes']} bytes of shared memory of {SMEM_LIMIT}"
+    if row["smem_bytes"] > SMEM_BYTES:
+        return f"needs {row['smem_bytes']} bytes of shared memory of {SMEM_BYTES}"
     return None
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._activations import ACTIVATIONS, Activation
 from ._mgpu import (
+    IN_KERNEL,
     TMA_ROW_BYTES,
     dot,
     dot_add,
@@ -37,39 +37,6 @@ DTYPES = ("bfloat16", "float16")
 MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 16
 # Beyond, the sums for both weights do not fit in registers: a pass for each.
 BOTH_WEIGHTS_DIM = 128
-
-
-def _sigmoid(z):
-    # One special function operation; as exp and reciprocal there would be two.
-    return 0.5 * jnp.tanh(0.5 * z) + 0.5
-
-
-def _silu(z):
-    half = 0.5 * z
-    return half * jnp.tanh(half) + half
-
-
-def _silu_derivative(z):
-    gate = _sigmoid(z)
-    return gate * (1 + z * (1 - gate))
-
-
-def _sigmoid_derivative(z):
-    gate = _sigmoid(z)
-    return gate * (1 - gate)
-
-
-def _relu(z):
-    return jnp.maximum(z, 0)
-
-
-# jax.nn's own relu has a derivative of its own, which kernels of jax 0.11 do not take.
-IN_KERNEL = ACTIVATIONS | {
-    "relu": Activation(_relu, ACTIVATIONS["relu"].derivative),
-    "relu2": Activation(lambda z: jnp.square(_relu(z)), lambda z: 2 * _relu(z)),
-    "silu": Activation(_silu, _silu_derivative),
-    "sigmoid": Activation(_sigmoid, _sigmoid_derivative),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +186,17 @@ def _load_ring(steps, count, produced, consumed, load):
             plgpu.barrier_wait(barrier.at[slot(i, steps)])
 
 
+def _load_weights(config, count, gmem, smem, produced, consumed):
+    """Tiles of w1 and w2 along the hidden axis."""
+
+    def tiles_of(i, s):
+        features = pl.ds(i * config.columns, config.columns)
+        yield gmem[0].at[:, features], smem[0].at[s]
+        yield gmem[1].at[features], smem[1].at[s]
+
+    _load_ring(config.steps, count, produced, consumed, tiles_of)
+
+
 def _store(value, smem, gmem):
     smem[...] = value.astype(smem.dtype)
     plgpu.commit_smem()
@@ -309,13 +287,9 @@ def _forward(activation, x, w1, w2):
 
         @pl.when(warpgroup == COMPUTE)
         def load():
-            def tiles_of(i, s):
-                features = pl.ds(i * columns, columns)
-                yield w1_gmem.at[head, :, features], w1_smem.at[s]
-                yield w2_gmem.at[head, features], w2_smem.at[s]
-
-            produced = w1_produced, w2_produced
-            _load_ring(steps, count, produced, (w1_consumed, w2_consumed), tiles_of)
+            weights = (w1_gmem.at[head], w2_gmem.at[head]), (w1_smem, w2_smem)
+            consumed = w1_consumed, w2_consumed
+            _load_weights(config, count, *weights, (w1_produced, w2_produced), consumed)
 
     return _launch(
         kernel,
@@ -370,13 +344,9 @@ def _backward_x(activation, x, w1, w2, dy):
 
         @pl.when(warpgroup == COMPUTE)
         def load():
-            def tiles_of(i, s):
-                features = pl.ds(i * columns, columns)
-                yield w1_gmem.at[head, :, features], w1_smem.at[s]
-                yield w2_gmem.at[head, features], w2_smem.at[s]
-
-            produced = w1_produced, w2_produced
-            _load_ring(steps, count, produced, (w1_consumed, w2_consumed), tiles_of)
+            weights = (w1_gmem.at[head], w2_gmem.at[head]), (w1_smem, w2_smem)
+            consumed = w1_consumed, w2_consumed
+            _load_weights(config, count, *weights, (w1_produced, w2_produced), consumed)
 
     held = (COMPUTE, rows, dim)
     return _launch(

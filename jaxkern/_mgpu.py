@@ -8,12 +8,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
+from ._activations import ACTIVATIONS, Activation
+
 # The types that JAX declares for it lack some of its names.
 plgpu: Any = mosaic_gpu
 
 # Of one block on Hopper.
 SMEM_BYTES = 232448
-WARPGROUP = 128
 # TMA needs rows of a multiple of 16 bytes.
 TMA_ROW_BYTES = 16
 
@@ -62,3 +63,36 @@ def on_hopper() -> bool:
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
+
+
+def _sigmoid(z):
+    # One special function operation; as exp and reciprocal there would be two.
+    return 0.5 * jnp.tanh(0.5 * z) + 0.5
+
+
+def _silu(z):
+    half = 0.5 * z
+    return half * jnp.tanh(half) + half
+
+
+def _silu_derivative(z):
+    gate = _sigmoid(z)
+    return gate * (1 + z * (1 - gate))
+
+
+def _sigmoid_derivative(z):
+    gate = _sigmoid(z)
+    return gate * (1 - gate)
+
+
+def _relu(z):
+    return jnp.maximum(z, 0)
+
+
+# jax.nn's own relu has a derivative of its own, which kernels of jax 0.11 do not take.
+IN_KERNEL = ACTIVATIONS | {
+    "relu": Activation(_relu, ACTIVATIONS["relu"].derivative),
+    "relu2": Activation(lambda z: jnp.square(_relu(z)), lambda z: 2 * _relu(z)),
+    "silu": Activation(_silu, _silu_derivative),
+    "sigmoid": Activation(_sigmoid, _sigmoid_derivative),
+}

@@ -8,6 +8,7 @@ import numpy as np
 
 import jaxkern
 from benchmarks._harness import relative_error as relative_error
+from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 
 # For tests of what happens to arguments of the wrong type.
 untyped: Any = jaxkern
@@ -138,3 +139,45 @@ def plain_relu2(x, up, down, sparsity):
         case "2:4-static":
             hidden = hidden * (jnp.arange(hidden.shape[-1]) % 4 < 2)
     return (hidden.astype(x.dtype) @ down[0]) @ down[1]
+
+
+def swiglu_args(size, dtype):
+    tokens, d_in, hidden, _, d_out = size
+    shapes = [(d_in, hidden), (d_in, hidden), (hidden, d_out)]
+    kernels = [normal(i, s, dtype, s[0] ** -0.5) for i, s in enumerate(shapes)]
+    return (normal(3, (tokens, d_in), dtype), *kernels), normal(
+        4, (tokens, d_out), dtype
+    )
+
+
+def pair(seed, d_in, rank, d_out, dtype):
+    w_in = normal(seed, (d_in, rank), dtype, d_in**-0.5)
+    return w_in, normal(seed + 1, (rank, d_out), dtype, rank**-0.5)
+
+
+def low_rank_args(size, dtype):
+    tokens, d_in, hidden, rank, d_out = size
+    widen = [pair(seed, d_in, rank, hidden, dtype) for seed in (10, 20)]
+    x = normal(0, (tokens, d_in), dtype)
+    g = normal(1, (tokens, d_out), dtype)
+    return x, *widen, pair(30, hidden, rank, d_out, dtype), g
+
+
+SPARSITIES: tuple[Any, ...] = (None, "2:4", "2:4-soft", "2:4-static")
+OPS = {
+    "swiglu": lambda x, a: swiglu(x, *a["kernels"]),
+    "low_rank_swiglu": lambda x, a: low_rank_swiglu(x, a["gate"], a["up"], a["down"]),
+    **{
+        f"low_rank_relu2 {s}": lambda x, a, s=s: low_rank_relu2(
+            x, a["up"], a["down"], sparsity=s
+        )
+        for s in SPARSITIES
+    },
+}
+
+
+def op_args(tokens=16, d_in=24, hidden=64, rank=8):
+    size = (tokens, d_in, hidden, rank, d_in)
+    (_, *kernels), _ = swiglu_args(size, jnp.float32)
+    x, gate, up, down, _ = low_rank_args(size, jnp.float32)
+    return x, {"kernels": tuple(kernels), "gate": gate, "up": up, "down": down}

@@ -1,5 +1,4 @@
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +6,19 @@ import numpy as np
 import pytest
 from helpers import (
     DTYPES,
+    OPS,
+    SPARSITIES,
     assert_as_exact,
     assert_near,
+    low_rank_args,
     low_rank_relu2_float64,
     normal,
+    op_args,
     pair_gradient,
     plain_relu2,
     plain_swiglu,
     relative_error,
+    swiglu_args,
     swiglu_float64,
     to_float64,
     untyped,
@@ -22,12 +26,9 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 
-SPARSITIES: tuple[Any, ...] = (None, "2:4", "2:4-soft", "2:4-static")
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
 SIZES = [
     (1, 3, 5, 1, 2),
@@ -38,28 +39,7 @@ SIZES = [
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 sparsities = pytest.mark.parametrize("sparsity", SPARSITIES)
-
-
-def swiglu_args(size, dtype):
-    tokens, d_in, hidden, _, d_out = size
-    shapes = [(d_in, hidden), (d_in, hidden), (hidden, d_out)]
-    kernels = [normal(i, s, dtype, s[0] ** -0.5) for i, s in enumerate(shapes)]
-    return (normal(3, (tokens, d_in), dtype), *kernels), normal(
-        4, (tokens, d_out), dtype
-    )
-
-
-def pair(seed, d_in, rank, d_out, dtype):
-    w_in = normal(seed, (d_in, rank), dtype, d_in**-0.5)
-    return w_in, normal(seed + 1, (rank, d_out), dtype, rank**-0.5)
-
-
-def low_rank_args(size, dtype):
-    tokens, d_in, hidden, rank, d_out = size
-    widen = [pair(seed, d_in, rank, hidden, dtype) for seed in (10, 20)]
-    x = normal(0, (tokens, d_in), dtype)
-    g = normal(1, (tokens, d_out), dtype)
-    return x, *widen, pair(30, hidden, rank, d_out, dtype), g
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 @dtypes
@@ -191,26 +171,6 @@ def test_nothing_wider_than_the_input_is_saved_for_the_backward():
         assert saved <= arguments + halves + activations + 2 * thin
 
 
-OPS = {
-    "swiglu": lambda x, a: swiglu(x, *a["kernels"]),
-    "low_rank_swiglu": lambda x, a: low_rank_swiglu(x, a["gate"], a["up"], a["down"]),
-    **{
-        f"low_rank_relu2 {s}": lambda x, a, s=s: low_rank_relu2(
-            x, a["up"], a["down"], sparsity=s
-        )
-        for s in SPARSITIES
-    },
-}
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-
-
-def op_args(tokens=16, d_in=24, hidden=64, rank=8):
-    size = (tokens, d_in, hidden, rank, d_in)
-    (_, *kernels), _ = swiglu_args(size, jnp.float32)
-    x, gate, up, down, _ = low_rank_args(size, jnp.float32)
-    return x, {"kernels": tuple(kernels), "gate": gate, "up": up, "down": down}
-
-
 @ops
 def test_transforms(op):
     x, weights = op_args()
@@ -242,112 +202,6 @@ def test_strict_promotion(op, dtype):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         value, gradients = value_and_vjp(op, (x, weights), x)
     assert {a.dtype for a in jax.tree.leaves((value, gradients))} == {jnp.dtype(dtype)}
-
-
-# The hidden features lie along "tensor": columns of what widens, rows of what narrows.
-WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
-SPECS = {
-    "kernels": (WIDEN, WIDEN, NARROW),
-    "gate": (P(), WIDEN),
-    "up": (P(), WIDEN),
-    "down": (NARROW, P()),
-}
-
-
-def make_mesh(kind=jax.sharding.AxisType.Auto):
-    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
-
-
-def value_and_grads(op):
-    def loss(x, weights):
-        y = op(x, weights)
-        return (y**2).sum(), y
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-
-
-@ops
-def test_shard_map_over_batch_and_tensor_equals_one_device(op):
-    mesh = make_mesh()
-    x, weights = op_args()
-
-    def local(x, weights):
-        return jax.lax.psum(op(x, weights), "tensor")
-
-    sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(P("data"), SPECS), out_specs=P("data")
-    )
-    if op is OPS["low_rank_relu2 2:4-soft"]:
-        # Its scale is of the whole token; a shard has a part of each.
-        sharded = jax.shard_map(
-            op,
-            mesh=mesh,
-            in_specs=(P(("data", "tensor")), P()),
-            out_specs=P(mesh.axis_names),
-        )
-    got = value_and_grads(sharded)(x, weights)
-    assert_near(got, value_and_grads(op)(x, weights))
-
-
-@ops
-def test_groups_across_shards_equal_one_device(op):
-    """Automatic sharding keeps the meaning where a shard holds 6 features of 24."""
-    mesh = make_mesh()
-    x, weights = op_args(hidden=24, rank=4)
-    expected = value_and_grads(op)(x, weights)
-    weights = jax.tree.map(
-        lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), weights, SPECS
-    )
-    assert_near(value_and_grads(op)(x, weights), expected)
-
-
-@ops
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_sharded_arguments_equal_one_device(op, kind):
-    mesh = make_mesh(jax.sharding.AxisType[kind])
-    x, weights = op_args()
-    expected = value_and_grads(op)(x, weights)
-
-    def place(x, spec):
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    x, weights = place(x, P("data")), jax.tree.map(place, weights, SPECS)
-    got = value_and_grads(op)(x, weights)
-    assert_near(got, expected)
-    assert got[0][1].sharding.spec[0] == "data"
-    with jax.set_mesh(mesh):
-        assert_near(op(x, weights), expected[0][1])
-    # A batch split over the whole mesh leaves no axis for the columns.
-    everywhere = jax.device_put(x, NamedSharding(mesh, P(("data", "tensor"))))
-    whole = jax.tree.map(lambda w: place(w, P()), weights)
-    assert_near(value_and_grads(op)(everywhere, whole), expected)
-
-
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_the_hidden_layer_stays_sharded(kind):
-    mesh = make_mesh(jax.sharding.AxisType[kind])
-    x, weights = op_args()
-
-    def place(x, spec):
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    x, up = place(x, P("data")), jax.tree.map(place, weights["up"], SPECS["up"])
-    hidden = jax.jit(low_rank_matmul)(x, up)
-    assert hidden.sharding.shard_shape(hidden.shape) == (16 // 2, 64 // 4)
-    kernels = jax.tree.map(place, weights["kernels"], SPECS["kernels"])
-    program = jax.jit(swiglu).lower(x, *kernels).compile().as_text()
-    assert program is not None
-    assert "all-reduce" in program and "all-gather" not in program
-
-
-def test_columns_give_way_to_the_batch_where_both_want_an_axis():
-    mesh = make_mesh(jax.sharding.AxisType.Explicit)
-    x = jax.device_put(normal(0, (8, 24)), NamedSharding(mesh, P("tensor")))
-    w_in, w_out = pair(1, 24, 4, 16, jnp.float32)
-    columns = jax.device_put(w_out, NamedSharding(mesh, P(None, ("data", "tensor"))))
-    y = low_rank_matmul(x, (jax.device_put(w_in, NamedSharding(mesh, P())), columns))
-    assert_near(y, x @ w_in @ w_out)
-    assert jax.typeof(y).sharding.spec == P("tensor", None)
 
 
 @given(

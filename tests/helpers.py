@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkern
+from benchmarks import _mlp_definitions as definitions
 from benchmarks._harness import relative_error as relative_error
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 
@@ -122,23 +123,13 @@ def low_rank_relu2_float64(x, up, down, g, sparsity) -> Any:
     return kept @ w_down, (d_z @ w_up.T, d_up, d_down)
 
 
-def plain_swiglu(x, w_gate, w_up, w_down):
-    return (jax.nn.silu(x @ w_gate) * (x @ w_up)) @ w_down
-
-
-def plain_relu2(x, up, down, sparsity):
-    """As one would write it, masks multiplied in, all in the dtype of the inputs."""
-    hidden = jax.nn.relu((x @ up[0]) @ up[1]) ** 2
-    match sparsity:
-        case "2:4":
-            width = hidden.shape[1]
-            groups = jnp.pad(hidden, ((0, 0), (0, -width % 4))).reshape(len(x), -1, 4)
-            order = jnp.argsort(-groups, axis=-1, stable=True)
-            kept = jnp.argsort(order, axis=-1) < 2
-            hidden = hidden * kept.reshape(len(x), -1)[:, :width]
-        case "2:4-static":
-            hidden = hidden * (jnp.arange(hidden.shape[-1]) % 4 < 2)
-    return (hidden.astype(x.dtype) @ down[0]) @ down[1]
+# The plain form of each selection, written with sorts.
+SELECTIONS = {
+    None: definitions.keep_all,
+    "2:4": definitions.top2,
+    "2:4-soft": definitions.soft,
+    "2:4-static": definitions.static,
+}
 
 
 def swiglu_args(size, dtype):
@@ -163,7 +154,7 @@ def low_rank_args(size, dtype):
     return x, *widen, pair(30, hidden, rank, d_out, dtype), g
 
 
-SPARSITIES: tuple[Any, ...] = (None, "2:4", "2:4-soft", "2:4-static")
+SPARSITIES: tuple[Any, ...] = tuple(SELECTIONS)
 OPS = {
     "swiglu": lambda x, a: swiglu(x, *a["kernels"]),
     "low_rank_swiglu": lambda x, a: low_rank_swiglu(x, a["gate"], a["up"], a["down"]),

@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from helpers import (
     DTYPES,
     OPS,
+    SELECTIONS,
     SPARSITIES,
     assert_as_exact,
     assert_near,
@@ -15,8 +17,6 @@ from helpers import (
     normal,
     op_args,
     pair_gradient,
-    plain_relu2,
-    plain_swiglu,
     relative_error,
     swiglu_args,
     swiglu_float64,
@@ -27,6 +27,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import _mlp_definitions as definitions
 from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
@@ -47,7 +48,7 @@ ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_swiglu(size, dtype):
     args, g = swiglu_args(size, dtype)
     got = value_and_vjp(swiglu, args, g)
-    plain = value_and_vjp(plain_swiglu, args, g)
+    plain = value_and_vjp(definitions.swiglu, args, g)
     assert_as_exact(got, plain, swiglu_float64(*to_float64((*args, g))))
 
 
@@ -69,12 +70,7 @@ def test_low_rank_matmul(size, dtype):
 def test_low_rank_swiglu(size, dtype):
     x, gate, up, down, g = low_rank_args(size, dtype)
     got = value_and_vjp(low_rank_swiglu, (x, gate, up, down), g)
-
-    def plain(x, gate, up, down):
-        hidden = jax.nn.silu((x @ gate[0]) @ gate[1]) * ((x @ up[0]) @ up[1])
-        return (hidden @ down[0]) @ down[1]
-
-    plain = value_and_vjp(plain, (x, gate, up, down), g)
+    plain = value_and_vjp(definitions.low_rank_swiglu, (x, gate, up, down), g)
     x, *pairs, g = to_float64((x, gate, up, down, g))
     products = [w_in @ w_out for w_in, w_out in pairs]
     y, (d_x, *d_weights) = swiglu_float64(*[x, *products, g])
@@ -91,21 +87,11 @@ def test_low_rank_relu2(size, sparsity, dtype):
     def ours(x, up, down):
         return low_rank_relu2(x, up, down, sparsity=sparsity)
 
-    def plain(x, up, down):
-        # The soft form has no other plain one: its own rounding is that of the dense.
-        return plain_relu2(x, up, down, None if sparsity == "2:4-soft" else sparsity)
-
+    plain = partial(definitions.relu2, SELECTIONS[sparsity])
     got = value_and_vjp(ours, (x, up, down), g)
     bound = value_and_vjp(plain, (x, up, down), g)
     wide = to_float64((x, up, down, g))
-    exact = low_rank_relu2_float64(*wide, sparsity=sparsity)
-    if sparsity == "2:4-soft":
-        exact_dense = low_rank_relu2_float64(*wide, sparsity=None)
-        shift = jax.tree.map(np.subtract, exact, exact_dense)
-        bound = jax.tree.map(
-            lambda b, s: (to_float64(b) + s).astype(b.dtype), bound, shift
-        )
-    assert_as_exact(got, bound, exact)
+    assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
 
 
 @pytest.mark.parametrize("width", [5, 6, 7, 131])

@@ -1,6 +1,8 @@
 """Fused kernels and Flax NNX modules for efficient transformer blocks."""
 
 from . import nn as nn
+from ._attention import attention as attention
+from ._attention import merge_attention as merge_attention
 from ._flash_mlp import flash_mlp as flash_mlp
 from ._mlp import low_rank_matmul as low_rank_matmul
 from ._mlp import low_rank_relu2 as low_rank_relu2

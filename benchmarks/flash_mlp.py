@@ -148,7 +148,7 @@ def build(implementation: str, shape: Shape, which: str, args) -> Program:
     if implementation in ("mosaic_gpu", "xla"):
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
     if implementation == "mosaic_gpu":
-        reason = _flash_mlp_mgpu.unsupported(x, w1, w2, on_hopper=on_hopper())
+        reason = _flash_mlp_mgpu.unsupported(x, [w1], on_hopper=on_hopper())
         if reason:
             raise Skip(reason)
     definition, inputs, backward = plain, (x, w1, w2), which != "forward"

@@ -56,8 +56,8 @@ def notes(args: argparse.Namespace, part: int) -> dict[str, str]:
     if args.sweep:
         return lines
     lines["memory"] = "over weights and input; a forward's with what a backward needs"
-    lines["  of JAX"] = "XLA's plan for results and temporaries"
-    lines["  of PyTorch"] = "the peak of its allocator, on CUDA only"
+    lines["  JAX's"] = "XLA's plan for results and temporaries"
+    lines["  PyTorch's"] = "the peak of its allocator, on CUDA only"
     if args.compared:
         lines["published"] = "PyTorch eager and Triton, bfloat16, on a GPU not named"
     if args.peer:

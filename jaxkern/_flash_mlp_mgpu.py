@@ -109,8 +109,8 @@ def predicted_us(
 
     Tiles take turns on the multiprocessors. One takes as long as its matmuls or its
     activations, whichever is more, at 0.7 of the chip's rate; all together no less than
-    the walked tiles take to come from L2. 2 us pass before the first tile and after the
-    last one.
+    the walked tiles take to come from L2, and every array to and from memory. 2 us pass
+    before the first tile and after the last one.
 
     size, walked: of the held and of the walked axis.
     sums: how many gradients a launch for the weights makes.
@@ -119,14 +119,17 @@ def predicted_us(
     rows = config.rows * config.parts
     blocks = heads * pl.cdiv(size, rows)
     turns = pl.cdiv(blocks, multiprocessors())
-    products, tiles = {
-        "forward": (ups + 1, ups + 1),
-        "backward_x": (2 * ups + 1, ups + 1),
-        "backward_w": (ups + 1 + sums, 2),
+    products, tiles, held = {
+        "forward": (ups + 1, ups + 1, 2),
+        "backward_x": (2 * ups + 1, ups + 1, 3),
+        "backward_w": (ups + 1 + sums, 2, ups + 1 + sums),
     }[kernel]
     clocks = rows * walked * max(products * dim / MACS, 1 / MUFU_OPS)
     from_l2 = blocks * tiles * walked * dim * 2 / L2_BYTES
-    return LAUNCH_US + max(turns * clocks / CLOCKS / MATMUL_RATE, from_l2)
+    moved = heads * dim * 2 * (held * size + tiles * walked)
+    from_memory = moved / MEMORY_BYTES / MEMORY_RATE
+    computed = turns * clocks / CLOCKS / MATMUL_RATE
+    return LAUNCH_US + max(computed, from_l2, from_memory)
 
 
 def predicted_faster(heads: int, batch: int, dim: int, hidden: int, ups: int) -> bool:

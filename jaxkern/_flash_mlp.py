@@ -41,10 +41,12 @@ def flash_mlp(
     - "xla": batched matmuls; the hidden layer goes through memory. Any size and dtype.
     - "mosaic_gpu": the hidden layer stays on the chip in both passes, so only the
       arguments are saved for the backward. On an H100 or H200, in bfloat16 and float16,
-      with `dim` up to 256 (192 if gated), `dim` and `hidden` multiples of 8; nothing is
-      padded in memory. Silu and sigmoid use the hardware's approximate tanh. Gradients
-      are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Under `vmap`
-      the new axis joins the heads; an argument that lacks it is copied.
+      with `dim` up to 256 (192 if gated). Where `batch` is no multiple of 8, `dim` of
+      16 or `hidden` of 64, the arrays concerned are copied to pad them, in every call.
+      Silu and sigmoid use the hardware's approximate tanh; a token that holds an
+      infinity becomes NaN. Gradients are deterministic, and of reverse mode only:
+      `jax.jvp` needs "xla". Under `vmap` the new axis joins the heads; an argument that
+      lacks it is copied.
 
     None picks the kernel where it can run and is predicted to be faster, on one device
     or inside `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel over

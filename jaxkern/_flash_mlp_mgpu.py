@@ -5,14 +5,14 @@ runs on the special function units, the next tile's matmul runs on the tensor co
 
 The backward computes the hidden layer again, twice: for dx it holds tokens and walks
 the hidden axis, for the weights it holds hidden features and walks the tokens. That is
-seven matmuls where five would do. One pass of five has both sums to make, over hidden
-features for dx and over tokens for the weights, and one of them must leave the block:
+seven matmuls where five would do. One pass of five makes two sums at once, over hidden
+features for dx and over tokens for the weights, and a block can keep one of them:
 
-- dx, for hidden tiles of 128 features: float32 partial sums, written and read again,
-  are 8 bytes x tokens x dim x hidden / 128 a head. At (32, 4096, 64, 512) that is
-  268 MB, 56 us at 4.8 TB/s, to save two matmuls of 17 us at the tensor cores' rate.
-- both weights, a copy for every group of blocks that share a head: at hidden 512 and
-  dim 64 those are 256 KB in float32, more than a block's registers or shared memory.
+- if it keeps the weights' of 128 hidden features, float32 partial sums of dx go through
+  memory, 8 bytes x tokens x dim x hidden / 128 a head. At (32, 4096, 64, 512) that is
+  268 MB, 56 us at 4.8 TB/s, to save two matmuls of 17 us at the tensor cores' rate;
+- to keep dx it needs all hidden features, and the weights' sums are 256 KB in float32
+  at dim 64 and hidden 512: more than a block's registers or shared memory;
 - atomics in float32 have the traffic of the first, and a result that depends on the
   order of arrival.
 """
@@ -28,7 +28,6 @@ from jax.experimental import pallas as pl
 from ._mgpu import (
     IN_KERNEL,
     SMEM_BYTES,
-    TMA_ROW_BYTES,
     add_dots,
     dots,
     multiprocessors,
@@ -36,7 +35,7 @@ from ._mgpu import (
     vary_alike,
     zeros,
 )
-from ._mgpu_walk import STEP, Config, Operand, walk
+from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand, walk
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
@@ -57,7 +56,6 @@ def configs(kernel: str, dim: int, ups: int) -> tuple[Config, ...]:
 
     The largest that spill no register; predicted to be fast, not measured.
     """
-    dim = pl.cdiv(dim, STEP) * STEP
     match kernel, ups:
         case "forward", 1:
             columns = 128 if dim <= 128 else 64 if dim <= 224 else 32
@@ -137,16 +135,28 @@ def predicted_faster(heads: int, batch: int, dim: int, hidden: int, ups: int) ->
 
     XLA launches each matmul and the activation, which reads and writes it.
     """
-    ours = predicted_us("forward", heads, batch, hidden, dim, ups)
     layer, tokens = heads * batch * hidden, heads * batch * dim
-    weights = heads * dim * hidden
-    products = layer * dim / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE)
-    moved = {"up": tokens + weights + layer, "down": layer + weights + tokens}
     rate = MEMORY_BYTES * MEMORY_RATE
-    matmuls = [max(products, 2 * moved["up"] / rate)] * ups
-    matmuls.append(max(products, 2 * moved["down"] / rate))
+    matmul = max(
+        layer * dim / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE),
+        2 * (tokens + heads * dim * hidden + layer) / rate,
+    )
     activation = 2 * (ups + 1) * layer / rate
-    return ours < sum(matmuls) + activation + LAUNCH_US * (ups + 2)
+    xla = (ups + 1) * (matmul + LAUNCH_US) + activation + LAUNCH_US
+    padding = _padding_us(heads, batch, dim, hidden, ups)
+    return predicted_us("forward", heads, batch, hidden, dim, ups) + padding < xla
+
+
+def _padding_us(heads: int, batch: int, dim: int, hidden: int, ups: int) -> float:
+    """Of the copies that `mlp` makes; each array is read and written."""
+    rows, columns, features = padded_sizes(batch, dim, hidden)
+    numbers, copies = 0, 0
+    if (rows, columns) != (batch, dim):
+        numbers, copies = 2 * rows * columns, 2
+    if (columns, features) != (dim, hidden):
+        numbers, copies = numbers + (ups + 1) * columns * features, copies + ups + 1
+    moved = 2 * 2 * heads * numbers / (MEMORY_BYTES * MEMORY_RATE)
+    return moved + copies * LAUNCH_US
 
 
 def unsupported(
@@ -154,17 +164,12 @@ def unsupported(
 ) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
     dim, hidden = ups[0].shape[1:]
-    step = TMA_ROW_BYTES // x.dtype.itemsize
     largest = MAX_DIM if len(ups) == 1 else MAX_GATED_DIM
     if str(x.dtype) not in DTYPES:
         return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {x.dtype}"
-    if not step <= dim <= largest or dim % step:
-        return (
-            f"dim must be a multiple of {step} from {step} to {largest} for "
-            f"mosaic_gpu{' with w_gate' * (len(ups) - 1)}, got {dim}"
-        )
-    if hidden % step:
-        return f"hidden must be a multiple of {step} for mosaic_gpu, got {hidden}"
+    if dim > largest:
+        gated = " with w_gate" * (len(ups) - 1)
+        return f"dim must be at most {largest} for mosaic_gpu{gated}, got {dim}"
     if 0 in x.shape or hidden == 0:
         return f"no axis may be empty for mosaic_gpu, got {x.shape} and {hidden}"
     if not on_hopper:
@@ -174,8 +179,24 @@ def unsupported(
 
 def mlp(x, ups, w2, activation):
     """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`."""
+    batch, dim = x.shape[1:]
+    rows, columns, features = padded_sizes(batch, dim, w2.shape[1])
+    x, w2 = _pad(x, rows, columns), _pad(w2, features, columns)
+    ups = [_pad(w, columns, features) for w in ups]
     x, w2, *ups = vary_alike([x, w2, *ups])
-    return _mlp(x, tuple(ups), w2, activation)
+    return _mlp(x, tuple(ups), w2, activation)[:, :batch, :dim]
+
+
+def padded_sizes(batch: int, dim: int, hidden: int) -> tuple[int, ...]:
+    """What the tiles of shared memory are made of divides them."""
+    sizes = (batch, ROW_STEP), (dim, CONTRACTED_STEP), (hidden, COLUMN_STEP)
+    return tuple(pl.cdiv(size, step) * step for size, step in sizes)
+
+
+def _pad(a, rows, columns):
+    """With zeros at the end, which add nothing to any result."""
+    missing = rows - a.shape[1], columns - a.shape[2]
+    return jnp.pad(a, [(0, 0), (0, missing[0]), (0, missing[1])]) if any(missing) else a
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -16,8 +16,6 @@ plgpu: Any = mosaic_gpu
 
 # Of one block on Hopper.
 SMEM_BYTES = 232448
-# TMA needs rows of a multiple of 16 bytes.
-TMA_ROW_BYTES = 16
 # Of an H100 with SXM and of an H200; for devices that do not say.
 MULTIPROCESSORS = 132
 

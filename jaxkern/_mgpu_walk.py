@@ -32,8 +32,9 @@ from ._mgpu import (
 COMPUTE = 2
 # With 168 registers a thread at launch, 2 x 240 and 24 are what three warpgroups have.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-# wgmma contracts 16 elements of two bytes at a time.
-STEP = 16
+# Tiles in shared memory are made of 8 rows of up to 128 bytes, and JAX cuts the whole
+# arrays into these; wgmma contracts 16 elements at once.
+ROW_STEP, COLUMN_STEP, CONTRACTED_STEP = 8, 64, 16
 BARRIER_BYTES = 8
 
 
@@ -90,16 +91,14 @@ class Operand:
         return self.array.shape[self.axis]
 
     def tile(self, size: int) -> tuple[int, int]:
-        """The shape of a tile; the other axis is whole, up to what wgmma contracts."""
-        whole = pl.cdiv(self.array.shape[3 - self.axis], STEP) * STEP
+        """The shape of a tile; the other axis is whole."""
+        whole = self.array.shape[3 - self.axis]
         return (size, whole) if self.axis == 1 else (whole, size)
 
     def cut(self, gmem, head, start, size: int):
         """The tile of `gmem` that starts at `start`; it may reach past the end."""
-        # From a start that is not known to be 0, or JAX refuses to go past the end.
-        whole = pl.ds(0 * start, self.tile(size)[2 - self.axis])
         index = pl.ds(start, size)
-        return gmem.at[(head, index, whole) if self.axis == 1 else (head, whole, index)]
+        return gmem.at[(head, index) if self.axis == 1 else (head, slice(None), index)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +269,9 @@ def _scratch(config, held, walked, outs):
     # One swizzle for all tiles, since both operands of a wgmma need the same; it must
     # tile the contracted axis too.
     minor = (shape[-1] for shape in held_tiles + walked_tiles)
-    narrowest = math.gcd(config.columns, *minor)
-    layout = tiles(dtype, swizzle_of(narrowest, dtype.itemsize))
+    swizzle = swizzle_of(math.gcd(config.columns, *minor), dtype.itemsize)
+    _check_divisible(held + walked, swizzle // dtype.itemsize)
+    layout = tiles(dtype, swizzle)
 
     def buffers(shapes, *slots):
         return [plgpu.SMEM((*slots, *s), dtype, transforms=layout) for s in shapes]
@@ -329,6 +329,17 @@ def _wait_for_last(done, slots, barriers):
     def _(i):
         for barrier in barriers:
             plgpu.barrier_wait(barrier.at[slot(i, slots)])
+
+
+def _check_divisible(operands, column_step):
+    """Only compiling for a GPU asks for it; the emulator would take any size."""
+    for operand in operands:
+        rows, columns = operand.array.shape[1:]
+        if rows % ROW_STEP or not column_step or columns % column_step:
+            raise ValueError(
+                f"walk: arrays must have multiples of {ROW_STEP} rows and "
+                f"{column_step} columns, got {rows} and {columns}"
+            )
 
 
 def _check_fits(name, config, held, walked, outs):

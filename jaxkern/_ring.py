@@ -39,21 +39,23 @@ def ring_attention(
 
     Call it inside `jax.shard_map`, each device with its part of the tokens. In as many
     steps as there are devices every one attends to the keys and values it holds, while
-    it sends them on to its neighbour. The parts are merged by their log-sum-exps, in
-    float32. In the backward the gradients of key and value go round with them and end
-    where they belong. A device holds two parts of keys and values at a time, and logits
-    by tiles: memory is linear in the sequence over the devices. Saved for the backward
-    are its arguments, and in float32 its output and log-sum-exp.
+    it sends them on to its neighbour. The results are merged by their log-sum-exps, in
+    float32. In the backward the gradients of key and value, in float32, go round with
+    them and end where they belong. A device holds its own tokens, those that it works
+    on and those that arrive, and no more logits than a tile has: its memory is linear
+    in its share of the sequence. Saved for the backward are its arguments, and in
+    float32 its output and log-sum-exp. There is no forward-mode derivative.
 
     `layout` says which tokens device $r$ of $p$ holds, in ascending order, and so what
     a causal query sees; without `is_causal` it makes no difference:
 
-    - "contiguous": the $r$-th of $p$ equal parts. The last device computes in every
-      step and the first in one only, so causal attention takes twice as long as it
-      should.
+    - "contiguous": the $r$-th of $p$ equal parts. The first device computes in one step
+      only and the last in all of them, so a causal pass takes about twice as long as
+      with the others.
     - "striped": the tokens $r, r + p, r + 2p, ...$; balanced but for the diagonal.
-    - "zigzag": the parts $r$ and $2p - 1 - r$ of $2p$; balanced, and no step computes a
-      tile that is not seen, but for the first's diagonal.
+    - "zigzag": the $r$-th and the $r$-th last of $2p$ equal parts. Balanced: of parts
+      of $c$ tokens every device computes $2 c^2$ logits in every step, all of them
+      seen; in the first step they form its triangle.
 
     `ring_permutation` gives the order of the tokens, `context_parallel_attention` does
     it all for arrays that are whole.

@@ -109,7 +109,9 @@ class _Part(NamedTuple):
         return make_tiling(seq_q - self.first_query, self.end_key, self.diagonal)
 
 
-def _parts(layout: Layout | None, seq_q: int, seq_kv: int) -> tuple[_Part, ...]:
+def _parts(
+    layout: Layout | None, seq_q: int, seq_kv: int
+) -> tuple[_Part, _Part, _Part | None]:
     """What is seen of one's own keys, an earlier device's and a later device's."""
     everything = _Part(0, seq_kv, None)
     triangle = _Part(0, seq_kv, 0)
@@ -117,7 +119,7 @@ def _parts(layout: Layout | None, seq_q: int, seq_kv: int) -> tuple[_Part, ...]:
         case None:
             return everything, everything, everything
         case "contiguous":
-            return triangle, everything, _Part(0, seq_kv, -seq_kv)
+            return triangle, everything, None
         case "striped":
             return triangle, triangle, _Part(0, seq_kv, -1)
         case "zigzag":
@@ -128,7 +130,7 @@ def _parts(layout: Layout | None, seq_q: int, seq_kv: int) -> tuple[_Part, ...]:
             )
 
 
-def _pick(parts: tuple[_Part, ...], step, rank, run):
+def _pick(parts, step, rank, run):
     """`run` on what is seen at a step after the first: then nothing is one's own."""
     _, earlier, later = parts
     if earlier == later:
@@ -177,9 +179,13 @@ def _ring_forward(query, key, value, rank, axis_name, scale, layout):
     devices = lax.axis_size(axis_name)
     parts = _parts(layout, query.shape[1], key.shape[1])
 
-    def add(out, lse, keys_values, step):
-        run = partial(_attend, query, keys_values, scale)
-        return merge_attention(out, lse, *_pick(parts, step, rank, run))
+    def add(out, lse, held, step):
+        def run(part):
+            if part is None:
+                return out, lse
+            return merge_attention(out, lse, *_attend(query, held, scale, part))
+
+        return _pick(parts, step, rank, run)
 
     def turn(carry, step):
         out, lse, held = carry
@@ -208,9 +214,14 @@ def _ring_backward(axis_name, scale, layout, saved, d_out):
 
     def add(d_query, d_held, held, step):
         # The sums so far come from the neighbour while this device's share is computed.
-        d_held = _send_on(d_held, axis_name)
-        added = _pick(parts, step, rank, partial(gradients, held))
-        return jax.tree.map(jnp.add, (d_query, d_held), added)
+        sums = d_query, _send_on(d_held, axis_name)
+
+        def run(part):
+            if part is None:
+                return sums
+            return jax.tree.map(jnp.add, sums, gradients(held, part))
+
+        return _pick(parts, step, rank, run)
 
     def turn(carry, step):
         d_query, d_held, held = carry

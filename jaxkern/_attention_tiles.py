@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ._matmul import widen
+from ._mesh import vary_alike
 
 # On two CPU cores at (1, 2048, 8, 64): tiles of 128 to 1024 took 548, 569, 772, 867 ms
 # for both passes, causal 302, 282, 567, 701; a GPU has not been asked.
@@ -318,16 +319,3 @@ def _tiled_backward(scale, tiling, saved, cotangents):
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside shard_map: all vary over the mesh axes that any of them varies over.
-
-    A custom VJP needs that: its gradients do, and must have the arguments' types.
-    """
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset[str]().union(*varying)
-    return tuple(
-        lax.pcast(x, tuple(union - mine), to="varying") if union - mine else x
-        for x, mine in zip(arrays, varying, strict=True)
-    )

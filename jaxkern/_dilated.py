@@ -16,7 +16,6 @@ from ._checks import Implementation, check_shape, check_xla_only, raise_unknown
 from ._matmul import widen
 
 HeadOffsets = Literal["paper", "blocks", "pattern"]
-PatternsPerHead = Literal["all", "one"]
 Uncovered = Literal["zero", "error"]
 
 
@@ -84,7 +83,7 @@ def dilated_attention(
     scale: float | None = None,
     key_mask: Bool[Array, "batch seq"] | None = None,
     head_offsets: HeadOffsets = "paper",
-    patterns_per_head: PatternsPerHead = "all",
+    head_groups: bool = False,
     stop_gradient_mix: bool = False,
     uncovered: Uncovered = "zero",
     return_lse: bool = False,
@@ -120,10 +119,11 @@ def dilated_attention(
         head_offsets: "paper" as above; "blocks" for $\lfloor j / \lceil H/r_i \rceil
             \rfloor$, consecutive heads alike, as torchscale has it; "pattern" for
             $i \bmod r_i$, all heads alike.
-        patterns_per_head: "all" as above. "one" splits the heads into consecutive
-            groups, one for each pattern, the first ones larger by one head where they
-            do not divide; with "pattern" this is dilated-attention-pytorch's variant,
-            but for its final division by the number of patterns.
+        head_groups: instead of running every pattern in every head, split the heads
+            into consecutive groups, one for each pattern, the first ones larger by one
+            head where they do not divide; with "pattern" this is the variant of
+            dilated-attention-pytorch, but for its final division by the number of
+            patterns.
         stop_gradient_mix: treat $\alpha$ as constant in the backward, as torchscale.
         uncovered: what to do about a row that its head takes in no pattern: "zero"
             gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
@@ -147,9 +147,9 @@ def dilated_attention(
     given = f" for query of shape {query.shape}"
     check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
     _check_key_mask(op, key_mask, (batch, seq))
-    _check_names(op, head_offsets, patterns_per_head, uncovered)
+    _check_names(op, head_offsets, head_groups, uncovered)
     patterns = _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets)
-    groups = _head_groups(op, patterns, heads, patterns_per_head)
+    groups = _group_heads(op, patterns, heads, head_groups)
     if uncovered == "error":
         _check_covered(op, groups, seq)
     parts = [
@@ -276,15 +276,15 @@ def _positive_integers(op, name, values) -> tuple[int, ...]:
     return tuple(int(x) for x in values)
 
 
-def _head_groups(op, patterns, heads, patterns_per_head):
+def _group_heads(op, patterns, heads, head_groups):
     """Ranges of heads, each with the patterns that it runs."""
-    if patterns_per_head == "all":
+    if not head_groups:
         return [((0, heads), patterns)]
     count = len(patterns)
     if heads < count:
         raise ValueError(
             f"{op}: heads of query must be at least the {count} patterns for "
-            f"patterns_per_head='one', got {heads}"
+            f"head_groups, got {heads}"
         )
     size, larger = divmod(heads, count)
     starts = [i * size + min(i, larger) for i in range(count + 1)]
@@ -292,10 +292,9 @@ def _head_groups(op, patterns, heads, patterns_per_head):
     return [(heads_of, [p]) for heads_of, p in zip(ranges, patterns, strict=True)]
 
 
-def _check_names(op, head_offsets, patterns_per_head, uncovered) -> None:
+def _check_names(op, head_offsets, head_groups, uncovered) -> None:
     for name, got, valid in [
         ("head_offsets", head_offsets, HeadOffsets),
-        ("patterns_per_head", patterns_per_head, PatternsPerHead),
         ("uncovered", uncovered, Uncovered),
     ]:
         if got not in get_args(valid):

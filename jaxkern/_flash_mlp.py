@@ -16,7 +16,8 @@ from ._checks import (
     check_shape,
 )
 from ._matmul import widen
-from ._mgpu import on_hopper, runs_locally
+from ._mesh import runs_locally
+from ._mgpu import on_hopper
 
 
 def flash_mlp(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ._mesh import vary_alike
 from ._mgpu import (
     IN_KERNEL,
     SMEM_BYTES,
@@ -32,7 +33,6 @@ from ._mgpu import (
     dots,
     multiprocessors,
     plgpu,
-    vary_alike,
     zeros,
 )
 from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand, walk
@@ -183,7 +183,7 @@ def mlp(x, ups, w2, activation):
     rows, columns, features = padded_sizes(batch, dim, w2.shape[1])
     x, w2 = _pad(x, rows, columns), _pad(w2, features, columns)
     ups = [_pad(w, columns, features) for w in ups]
-    x, w2, *ups = vary_alike([x, w2, *ups])
+    x, w2, *ups = vary_alike(x, w2, *ups)
     return _mlp(x, tuple(ups), w2, activation)[:, :batch, :dim]
 
 

@@ -1,6 +1,5 @@
 """What the Mosaic GPU kernels share."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,29 +75,6 @@ def on_hopper() -> bool:
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
-
-
-def runs_locally() -> bool:
-    """Whether an op sees one device's arrays whole: XLA cannot split a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
-
-
-def vary_alike(arrays: Sequence[jax.Array], *like: jax.Array) -> list[jax.Array]:
-    """The arrays, as varying on all axes of a `jax.shard_map` that any varies on.
-
-    Kernels want arguments that are alike in this, and do not say it of their results.
-    """
-
-    def varying(a):
-        return jax.typeof(a).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, (*arrays, *like)))
-    missing = [tuple(axes - varying(a)) for a in arrays]
-    return [
-        lax.pcast(a, names, to="varying") if names else a
-        for a, names in zip(arrays, missing, strict=True)
-    ]
 
 
 def _sigmoid(z):

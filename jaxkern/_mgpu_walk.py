@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ._mesh import vary_alike
 from ._mgpu import (
     SMEM_BYTES,
     multiprocessors,
@@ -25,7 +26,6 @@ from ._mgpu import (
     slot,
     swizzle_of,
     tiles,
-    vary_alike,
 )
 
 # Warpgroups that compute; one more loads.
@@ -258,7 +258,7 @@ def walk(
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
-    return vary_alike(results, *operands)
+    return vary_alike(*results, like=operands)
 
 
 def _scratch(config, held, walked, outs):

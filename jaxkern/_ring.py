@@ -17,9 +17,9 @@ from ._attention_tiles import (
     attend,
     attend_gradients,
     make_tiling,
-    vary_alike,
 )
 from ._checks import Implementation, check_xla_only, raise_unknown
+from ._mesh import vary_alike
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 

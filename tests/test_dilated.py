@@ -264,7 +264,7 @@ def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
 def test_heads_split_among_patterns(heads, kv_heads, sizes, head_offsets):
     case = 13, heads, kv_heads, [4, 8, 16], [1, 2, 3]
     args, g, patterns = inputs(case)
-    options = {"patterns_per_head": "one", "head_offsets": head_offsets}
+    options = {"head_groups": True, "head_offsets": head_offsets}
     got = values_and_gradients(with_lse(**options, **patterns), args, g)
     runs = np.repeat(np.arange(3), sizes)[:, None]
     count = multiplicity(13, heads, *case[3:], head_offsets, runs)
@@ -391,7 +391,7 @@ FIVE = {"segment_lengths": [8] * 5, "dilation_rates": [1] * 5}
         ([8, 8], [2, 2], {"head_offsets": "pattern"}, None),
         # Head 0 takes the rows that divide by 2 or 3, head 1 those after them.
         ([8, 8], [2, 3], {}, "row 0 of head 1"),
-        ([4, 8], [1, 2], {"patterns_per_head": "one"}, "row 0 of head 3"),
+        ([4, 8], [1, 2], {"head_groups": True}, "row 0 of head 3"),
     ],
     ids=str,
 )
@@ -444,9 +444,9 @@ REFUSALS = [
         "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
     ),
     (
-        {"patterns_per_head": "two"},
+        {"head_groups": "two"},
         ValueError,
-        "patterns_per_head must be one of 'all', 'one', got 'two'",
+        "head_groups must be one of False, True, got 'two'",
     ),
     (
         {"uncovered": "nan"},
@@ -454,10 +454,9 @@ REFUSALS = [
         "uncovered must be one of 'zero', 'error', got 'nan'",
     ),
     (
-        {**FIVE, "patterns_per_head": "one"},
+        {**FIVE, "head_groups": True},
         ValueError,
-        "heads of query must be at least the 5 patterns for patterns_per_head='one', "
-        "got 4",
+        "heads of query must be at least the 5 patterns for head_groups, got 4",
     ),
     ({"key_mask": X}, TypeError, "key_mask must be an array of bool, got float32"),
     ({"key_mask": [True]}, TypeError, "key_mask must be an array of bool, got list"),

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from jaxkern import flash_mlp
 from jaxkern._activations import ACTIVATIONS
-from jaxkern._mgpu import on_hopper, runs_locally
+from jaxkern._mesh import runs_locally
+from jaxkern._mgpu import on_hopper
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)

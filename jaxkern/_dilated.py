@@ -293,6 +293,8 @@ def _group_heads(op, patterns, heads, head_groups):
 
 
 def _check_names(op, head_offsets, head_groups, uncovered) -> None:
+    if not isinstance(head_groups, bool):
+        raise_unknown(op, "head_groups", head_groups, (False, True))
     for name, got, valid in [
         ("head_offsets", head_offsets, HeadOffsets),
         ("uncovered", uncovered, Uncovered),

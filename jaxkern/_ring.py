@@ -288,7 +288,8 @@ def context_parallel_attention(
     permutation moves every token in every call, and may gather the sequence for it: a
     training loop permutes its tokens and positions once, by `ring_permutation`, when
     it loads a batch, and then calls `ring_attention`. Without `is_causal`, nothing is
-    permuted.
+    permuted. There is no mask, so tokens that pad the sequence at its end are seen by
+    all without `is_causal`, and with it by each other only.
 
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
@@ -363,6 +364,6 @@ def _check_divisible(op: str, seq: int, devices: int, layout: Layout) -> None:
     if seq % parts:
         raise ValueError(
             f"{op}: seq must be a multiple of {parts} for layout {layout!r} over "
-            f"{devices} devices, got {seq}: pad it by {-seq % parts} at the end, where "
-            "causal queries do not look"
+            f"{devices} devices, got {seq}: pad it by {-seq % parts} at the end, "
+            "which causal queries do not see"
         )

@@ -60,6 +60,7 @@ def print_memory(graph, state) -> None:
         x = jax.ShapeDtypeStruct((1, LONG, EMBED), jnp.float32, sharding=sharding)
         program = make_gradients(graph, mesh).lower(state, x, x).compile()
         memory = program.memory_analysis()
+        assert memory is not None, "XLA tells it of CPUs and GPUs"
         size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         print(f"{devices} devices, {LONG} tokens: {size / 2**20:4.0f} MiB on each")
 

@@ -2,7 +2,7 @@ import runpy
 
 import pytest
 
-from examples import compress_mlp
+from examples import compress_mlp, long_context
 
 
 def test_quickstart(capsys):
@@ -28,3 +28,15 @@ def test_compress_mlp(monkeypatch, capsys):
     assert tuned < cut and trained < cut
     assert rows[1].split()[-2] == "-"
     assert float(rows[2][28:].split()[0]) == pytest.approx(0.36)
+
+
+def test_long_context(monkeypatch, capsys):
+    for name, value in {"LONG": 8192, "SEQ": 128, "STEPS": 6}.items():
+        monkeypatch.setattr(long_context, name, value)
+    losses = long_context.main()
+    assert losses[-1] < losses[0]
+    lines = capsys.readouterr().out.splitlines()
+    memory = [int(line.split()[-4]) for line in lines[:4]]
+    assert [line.split()[0] for line in lines[:4]] == ["1", "2", "4", "8"]
+    assert memory == sorted(memory, reverse=True)
+    assert memory[3] < memory[0] / 2

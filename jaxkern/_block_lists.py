@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from jaxtyping import Array, Bool, Int8, Int32
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 Shape = tuple[int, int, int, int]
+AnyArray = jax.Array | np.ndarray
+# An array, or what jax.tree.map makes of it, such as a PartitionSpec.
+Leaf = Any
 
 
 @jax.tree_util.register_dataclass
@@ -22,31 +26,31 @@ class BlockLists:
     Row i of batch b and head h lists
     `indices[b, h, starts[b, h, i] : starts[b, h, i] + num_blocks[b, h, i]]`. Slices may
     overlap: `indices` begins with 0, 1, 2, ..., of which every run of neighbouring
-    columns is a slice, so that a causal mask takes O(rows).
+    columns is a slice, so that a causal mask takes O(rows). All are int32: num_blocks
+    and starts (batch, heads, rows), indices (batch, heads, entries).
     """
 
-    num_blocks: Int32[Array | np.ndarray, "batch heads rows"]
-    starts: Int32[Array | np.ndarray, "batch heads rows"]
-    indices: Int32[Array | np.ndarray, "batch heads entries"]
+    num_blocks: Leaf
+    starts: Leaf
+    indices: Leaf
 
-    def padded(self, width: int) -> Int32[Array, "batch heads rows {width}"]:
+    def padded(self, width: int) -> Int32[AnyArray, "batch heads rows {width}"]:
         """One list a row, zeros after its end."""
-        slot = jnp.arange(width)
-        entries = jnp.asarray(self.starts)[..., None] + slot
-        listed = jax.vmap(jax.vmap(lambda pool, at: pool.at[at].get(mode="clip")))(
-            jnp.asarray(self.indices), entries
-        )
-        return jnp.where(slot < jnp.asarray(self.num_blocks)[..., None], listed, 0)
+        on_host = isinstance(self.indices, np.ndarray)
+        xp: Any = np if on_host else jnp
+        slot = xp.arange(width)
+        entry = xp.minimum(self.starts[..., None] + slot, self.indices.shape[-1] - 1)
+        listed = xp.take_along_axis(self.indices[:, :, None], entry, axis=-1)
+        return xp.where(slot < self.num_blocks[..., None], listed, np.int32(0))
 
     def to_dense(self, columns: int) -> Bool[Array, "batch heads rows {columns}"]:
-        slot = jnp.arange(columns)
-        unlisted = slot >= jnp.asarray(self.num_blocks)[..., None]
-        listed = jnp.where(unlisted, columns, self.padded(columns))
+        listed = jnp.arange(columns) < jnp.asarray(self.num_blocks)[..., None]
+        index = jnp.where(listed, self.padded(columns), columns)
         empty = jnp.zeros(columns, bool)
         mark = jnp.vectorize(
             lambda row: empty.at[row].set(True, mode="drop"), signature="(n)->(n)"
         )
-        return mark(listed)
+        return mark(index)
 
 
 def lists_of_dense(blocks: Bool[Array, "batch heads rows columns"]) -> BlockLists:

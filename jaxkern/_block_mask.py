@@ -26,6 +26,7 @@ from ._block_lists import (
     EMPTY,
     FULL,
     PARTIAL,
+    AnyArray,
     BlockLists,
     Runs,
     combine,
@@ -34,7 +35,7 @@ from ._block_lists import (
     runs_of_lists,
 )
 from ._block_patterns import blocks_of
-from ._block_predicates import AnyArray, MaskFn
+from ._block_predicates import MaskFn
 
 BLOCK_SIZE = 128
 
@@ -267,7 +268,7 @@ class BlockMask:
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 1, batch=batch, heads=heads)
         fn = predicates.Function(fn, batch, heads)
-        q, k = jax.ShapeDtypeStruct((2, 1), int), jax.ShapeDtypeStruct((2,), int)
+        q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (2,)))
         dtype = jax.eval_shape(fn, 0, 0, q, k).dtype
         if dtype != jnp.bool_:
             raise TypeError(f"{op}: fn must give booleans, got {dtype}")
@@ -299,14 +300,7 @@ class BlockMask:
 
     def to_dense(self) -> Bool[Array, "batch heads q_len kv_len"]:
         """Every pair of tokens; (batch or 1, heads or 1, q_len, kv_len)."""
-        batch, heads, *pairs = self.shape
-        q, k = (jnp.arange(length) for length in pairs)
-
-        def head(n):
-            attends = self.mask_fn(n // heads, n % heads, q[:, None], k)
-            return jnp.broadcast_to(attends, pairs)
-
-        return lax.map(head, jnp.arange(batch * heads)).reshape(self.shape)
+        return _to_dense(self)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
         """The pairs that are in both."""
@@ -364,7 +358,7 @@ class BlockMask:
         return self.kv.num_blocks
 
     @property
-    def kv_indices(self) -> Int32[Array, "batch heads q_blocks kv_blocks"]:
+    def kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
         return self.kv.padded(self.grid[1])
 
     @property
@@ -372,7 +366,7 @@ class BlockMask:
         return self.full_kv.num_blocks
 
     @property
-    def full_kv_indices(self) -> Int32[Array, "batch heads q_blocks kv_blocks"]:
+    def full_kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
         return self.full_kv.padded(self.grid[1])
 
     @property
@@ -380,7 +374,7 @@ class BlockMask:
         return self.q.num_blocks
 
     @property
-    def q_indices(self) -> Int32[Array, "batch heads kv_blocks q_blocks"]:
+    def q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
         return self.q.padded(self.grid[0])
 
     @property
@@ -388,11 +382,12 @@ class BlockMask:
         return self.full_q.num_blocks
 
     @property
-    def full_q_indices(self) -> Int32[Array, "batch heads kv_blocks q_blocks"]:
+    def full_q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
         return self.full_q.padded(self.grid[0])
 
     def _is_concrete(self) -> bool:
-        return all(map(has_values, jax.tree.leaves(self)))
+        lists = self.kv, self.full_kv, self.q, self.full_q
+        return all(has_values(x) for y in lists for x in (y.num_blocks, y.indices))
 
     def _runs(self) -> Runs:
         columns = self.grid[1]
@@ -421,6 +416,18 @@ class BlockMask:
 def _band(fn: predicates.Band, q_len: int, kv_len: int, block_size: int) -> BlockMask:
     runs = patterns.band(fn, q_len, kv_len, block_size)
     return _from_runs(runs, fn, q_len, kv_len, block_size)
+
+
+@jax.jit
+def _to_dense(mask: BlockMask) -> Bool[Array, "batch heads q_len kv_len"]:
+    batch, heads, *pairs = mask.shape
+    q, k = (jnp.arange(length) for length in pairs)
+
+    def head(n):
+        attends = mask.mask_fn(n // heads, n % heads, q[:, None], k)
+        return jnp.broadcast_to(attends, pairs)
+
+    return lax.map(head, jnp.arange(batch * heads)).reshape(mask.shape)
 
 
 def _from_runs(

@@ -168,11 +168,11 @@ def states_of_function(
     fn: Function, q_len: int, kv_len: int, block_size: int
 ) -> Int8[jax.Array, "batch heads q_blocks kv_blocks"]:
     rows, columns = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
-    k = jnp.arange(columns * block_size)
 
     def row(n):
         head, i = n // rows, n % rows
         q = i * block_size + jnp.arange(block_size)[:, None]
+        k = jnp.arange(columns * block_size)
         attends = fn(head // fn.heads, head % fn.heads, q, k)
         attends &= (q < q_len) & (k < kv_len)
         tiles = attends.reshape(block_size, columns, block_size)
@@ -181,4 +181,4 @@ def states_of_function(
     # Under jit too: a mask is made of numbers, not of what is traced.
     with jax.ensure_compile_time_eval():
         states = lax.map(row, jnp.arange(fn.batch * fn.heads * rows))
-    return states.reshape(fn.batch, fn.heads, rows, columns)
+        return states.reshape(fn.batch, fn.heads, rows, columns)

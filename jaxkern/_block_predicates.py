@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ._block_lists import FULL, PARTIAL
+from ._block_lists import FULL, PARTIAL, AnyArray, Leaf
 
 MaskFn = Callable[[Any, Any, Any, Any], Any]
-AnyArray = jax.Array | np.ndarray
 
 
 def _static() -> Any:
@@ -88,7 +86,7 @@ class Strided:
 class Segments:
     """Both tokens have the same id; ids (batch or 1, 1, seq)."""
 
-    ids: AnyArray
+    ids: Leaf
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         ids = _of_head(self.ids, b, h)
@@ -103,8 +101,8 @@ class Blocks:
     In its partial blocks `mask_fn` decides.
     """
 
-    states: AnyArray
-    mask_fn: MaskFn | None
+    states: Leaf
+    mask_fn: Any
     block_size: int = _static()
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -124,8 +122,8 @@ class Tiles:
     bits: (1, 1, tiles, block_size, ceil(block_size / 8)), the lowest bits first.
     """
 
-    tile_of: AnyArray
-    bits: AnyArray
+    tile_of: Leaf
+    bits: Leaf
     block_size: int = _static()
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -152,8 +150,8 @@ class Function:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Both:
-    first: MaskFn
-    second: MaskFn
+    first: Any
+    second: Any
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         return self.first(b, h, q, k) & self.second(b, h, q, k)
@@ -162,8 +160,8 @@ class Both:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Either:
-    first: MaskFn
-    second: MaskFn
+    first: Any
+    second: Any
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         return self.first(b, h, q, k) | self.second(b, h, q, k)

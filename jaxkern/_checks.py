@@ -83,17 +83,24 @@ def raise_unknown(op: str, name: str, got: object, valid: Sequence[object]) -> N
     )
 
 
-def check_implementation(op: str, implementation: object) -> None:
-    valid = (None, *get_args(Implementation))
-    if implementation not in valid:
-        raise_unknown(op, "implementation", implementation, valid)
+def check_implementation(
+    op: str, implementation: object, valid: object = Implementation
+) -> None:
+    """`implementation` is None or one of the names in the Literal `valid`."""
+    names = (None, *get_args(valid))
+    if implementation not in names:
+        raise_unknown(op, "implementation", implementation, names)
 
 
 def check_xla_only(op: str, implementation: Implementation | None) -> None:
     """For ops that have no kernel: None and "xla" are the same."""
     check_implementation(op, implementation)
     if implementation == "mosaic_gpu":
-        raise NotImplementedError(
-            f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
-            "for which this op has no kernel"
-        )
+        raise_no_kernel(op)
+
+
+def raise_no_kernel(op: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
+        "for which this op has no kernel"
+    )

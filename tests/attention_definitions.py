@@ -1,0 +1,90 @@
+"""Attention twice over: by hand in float64 NumPy, and as one writes it in 16 bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import assert_as_exact, normal, to_float64
+
+
+def see(mask, is_causal, shape):
+    """The full boolean mask; `shape` is (batch, heads, seq_q, seq_kv)."""
+    full = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape)
+    return full & np.tri(*shape[2:], dtype=bool) if is_causal else full
+
+
+def repeat_heads(query, *arrays):
+    return tuple(jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in arrays)
+
+
+def attention_float64(args, cotangents, visible, scale):
+    """((out, lse), gradients); a row that sees nothing gives 0, -inf and 0."""
+    query, key, value = to_float64(args)
+    d_out, d_lse = to_float64(cotangents)
+    groups = query.shape[2] // key.shape[2]
+    wide_key, wide_value = (np.repeat(x, groups, axis=2) for x in (key, value))
+    logits = np.einsum("bqhd,bkhd->bhqk", query, wide_key) * scale
+    logits = np.where(visible, logits, -np.inf)
+    top = np.where(visible.any(-1), logits.max(-1), 0)
+    weights = np.exp(logits - top[..., None])
+    total = weights.sum(-1)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + top
+    weights /= np.where(total > 0, total, 1)[..., None]
+    out = np.einsum("bhqk,bkhd->bqhd", weights, wide_value)
+    d_weights = np.einsum("bqhd,bkhd->bhqk", d_out, wide_value)
+    mean = (weights * d_weights).sum(-1, keepdims=True)
+    d_logits = weights * (d_weights - mean + d_lse.swapaxes(1, 2)[..., None]) * scale
+    d_query = np.einsum("bhqk,bkhd->bqhd", d_logits, wide_key)
+    d_key = np.einsum("bhqk,bqhd->bkhd", d_logits, query)
+    d_value = np.einsum("bhqk,bqhd->bkhd", weights, d_out)
+    d_key, d_value = (
+        x.reshape(*x.shape[:2], -1, groups, x.shape[3]).sum(3) for x in (d_key, d_value)
+    )
+    return (out, lse.swapaxes(1, 2)), (d_query, d_key, d_value)
+
+
+def plain_attention(query, key, value, visible, scale):
+    """Float32 logits and softmax, weights in the dtype of `value`."""
+    key, value = repeat_heads(query, key, value)
+    float32 = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=float32)
+    logits = jnp.where(visible, logits * scale, -1e30)
+    some = visible.any(-1)
+    weights = jax.nn.softmax(logits, axis=-1) * some[..., None]
+    lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    return out, lse.swapaxes(1, 2)
+
+
+def attention_args(size, dtype=jnp.float32, scale=1.0):
+    """Query, key, value and the cotangents of output and log-sum-exp."""
+    batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v = size
+    query = normal(0, (batch, seq_q, heads, dim), dtype, scale)
+    key = normal(1, (batch, seq_kv, kv_heads, dim), dtype, scale)
+    value = normal(2, (batch, seq_kv, kv_heads, dim_v), dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    d_out = normal(3, (batch, seq_q, heads, dim_v), dtype)
+    return (query, key, value), (d_out, normal(4, (batch, seq_q, heads), wide))
+
+
+def _without_infinity(result):
+    (out, lse), gradients = result
+    return (out, jnp.where(jnp.isneginf(lse), 0, lse)), gradients
+
+
+def assert_attention(got, exact, plain=None, bound=1e-5):
+    """The same rows are empty, and the rest is near.
+
+    In 16 bits as near as the plain form; else each array to `bound` of its largest
+    entry: a row's gradient can cancel to nothing but rounding.
+    """
+    empty = np.isneginf(exact[0][1])
+    np.testing.assert_array_equal(np.isneginf(got[0][1]), empty)
+    assert not np.asarray(got[0][0])[empty].any()
+    assert not np.asarray(got[1][0])[empty].any()
+    got, exact = _without_infinity(got), _without_infinity(exact)
+    if plain is not None:
+        assert_as_exact(got, _without_infinity(plain), exact)
+        return
+    for a, b in zip(*map(jax.tree.leaves, (got, exact)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound * np.abs(b).max())

@@ -294,7 +294,7 @@ dense_masks = st.builds(
 block_sizes = st.sampled_from([1, 4, 5, 32])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(dense_masks, dense_masks, block_sizes)
 def test_and_or_of_dense(a, b, block_size):
     masks = [BlockMask.from_dense(x, block_size=block_size) for x in (a, b)]
@@ -331,7 +331,7 @@ PATTERNS = {
 names = st.sampled_from(sorted(PATTERNS))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(names, names, names, st.sampled_from([(30, 30), (17, 40), (24, 16)]))
 def test_and_or_of_patterns(a, b, c, lengths):
     masks = [PATTERNS[name](*lengths) for name in (a, b, c)]

@@ -15,6 +15,11 @@ def has_values(leaf: object) -> bool:
     return is_array and not isinstance(leaf, Tracer)
 
 
+def on_host(array: Any) -> Any:
+    """In NumPy where there are values: jit would trace what jnp makes of them."""
+    return np.asarray(array) if has_values(array) else array
+
+
 def check_sizes(op: str, least: int, **sizes: object) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int | np.integer) or size < least:
@@ -48,7 +53,7 @@ def four_axes(op: str, name: str, mask: Any) -> Any:
             f"{op}: {name} must have shape (q, kv), (heads, q, kv) or (batch, heads, "
             f"q, kv) and no empty axis, got {mask.shape}"
         )
-    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    return on_host(mask).reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
 def check_segment_ids(op: str, ids: Any) -> None:

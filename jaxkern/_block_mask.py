@@ -24,6 +24,7 @@ from ._block_checks import (
     fitting_length,
     four_axes,
     has_values,
+    on_host,
 )
 from ._block_lists import (
     EMPTY,
@@ -166,12 +167,12 @@ class BlockMask:
         check_sizes(op, 1, block_size=block_size)
         check_segment_ids(op, segment_ids)
         seq = segment_ids.shape[-1]
-        ids = segment_ids.reshape(-1, seq)
+        ids = on_host(segment_ids).reshape(-1, seq)
         sizes = seq, seq, block_size
         fn = predicates.Segments(ids[:, None])
         if isinstance(ids, Tracer):
             return _build(patterns.segment_states(ids, block_size), fn, *sizes)
-        return _build(patterns.segments(np.asarray(ids), block_size), fn, *sizes)
+        return _build(patterns.segments(ids, block_size), fn, *sizes)
 
     @staticmethod
     def from_blocks(
@@ -279,7 +280,7 @@ class BlockMask:
     def density(self) -> float | Array:
         """The fraction of blocks that are not empty: what attention has to visit."""
         full, part = self.full_kv.num_blocks, self.kv.num_blocks
-        total = part.size * self.grid[1]
+        total = float(part.size * self.grid[1])
         if self._is_concrete():
             return float(np.sum(full, dtype=int) + np.sum(part, dtype=int)) / total
         return (full.sum() + part.sum()) / total

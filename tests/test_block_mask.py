@@ -264,19 +264,24 @@ def test_a_mask_fn_that_ignores_its_arguments():
     assert_is(mask, np.broadcast_to(np.arange(10) % 2 == 0, (9, 10)))
 
 
+IDS_ON_DEVICE = jnp.arange(40) // 9
+CAUSAL_ON_DEVICE = jnp.tri(40, dtype=bool)
+
+
 def test_masks_can_be_built_under_jit():
     @jax.jit
     def build(x):
         masks = (
             BlockMask.causal(40, 40, block_size=16),
             BlockMask.from_mask_fn(lambda b, h, q, k: q == k, 40, 40, block_size=16),
-            BlockMask.document(np.arange(40) // 9, block_size=16),
+            BlockMask.document(IDS_ON_DEVICE, block_size=16),
+            BlockMask.from_dense(CAUSAL_ON_DEVICE, block_size=16),
         )
         assert all(isinstance(m.density, float) for m in masks)
         return x, masks
 
     q, k = positions((40, 40))
-    expected = k <= q, q == k, q // 9 == k // 9
+    expected = k <= q, q == k, q // 9 == k // 9, k <= q
     for mask, dense in zip(build(1.0)[1], expected, strict=True):
         assert_is(mask, dense)
 

@@ -64,12 +64,9 @@ def random_mask(*leading):
 MASKS = {
     "shared": lambda: random_mask(),
     "heads": lambda: random_mask(4),
-    "batch": lambda: random_mask(2, 1),
     "batch and heads": lambda: random_mask(2, 4),
-    "causal": lambda: BlockMask.causal(70, 70, block_size=16),
     "causal, wide": lambda: BlockMask.causal(33, 100, block_size=16),
     "causal, tall": lambda: BlockMask.causal(100, 33, block_size=16),
-    "window": lambda: BlockMask.local_window(100, 100, window=20, block_size=32),
     "global": lambda: BlockMask.global_local(
         90, 90, global_tokens=10, window=5, block_size=16
     ),
@@ -81,7 +78,6 @@ MASKS = {
         & BlockMask.causal(70, 70, block_size=16)
     ),
     "empty": lambda: BlockMask.from_blocks(np.zeros((2, 3), bool), block_size=16),
-    "one token": lambda: BlockMask.causal(1, 1),
 }
 masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
@@ -92,15 +88,14 @@ def test_is_dense_attention(mask):
     assert_is_dense_attention(mask, *make_args(mask))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("leading", [(), (4,)], ids=["shared", "heads"])
-def test_fewer_key_heads_other_value_dim_and_scale(kv_heads, leading):
+def test_one_key_head_other_value_dim_and_scale(leading):
     mask = random_mask(*leading)
-    args, cotangents = make_args(mask, kv_heads=kv_heads, dim=7, dim_v=5)
+    args, cotangents = make_args(mask, kv_heads=1, dim=7, dim_v=5)
     assert_is_dense_attention(mask, args, cotangents, scale=0.7)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 100),
     block_size=st.sampled_from([1, 3, 8, 64]),
@@ -158,9 +153,8 @@ def test_keys_that_no_block_has_are_never_read():
     assert (gradients[1][:, unseen] == 0).all()
 
 
-@pytest.mark.parametrize("magnitude", [1e2, 1e4])
-def test_large_logits(magnitude):
-    mask = random_mask(4)
+def test_large_logits():
+    magnitude, mask = 1e4, random_mask(4)
     (query, key, value), cotangents = make_args(mask)
     args = magnitude * query, key, value
     got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
@@ -223,7 +217,7 @@ def loss(args, mask):
 value_and_grads = jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize("name", ["heads", "causal", "documents"])
+@pytest.mark.parametrize("name", ["heads", "documents"])
 def test_the_mask_is_an_argument_or_a_constant_of_jit(name):
     mask = MASKS[name]()
     args, _ = make_args(mask)
@@ -352,7 +346,7 @@ def test_shard_map_with_whole_keys():
     assert_near(got, expected)
 
 
-@pytest.mark.parametrize("leading", [(), (4,), (2, 4)], ids=["shared", "heads", "both"])
+@pytest.mark.parametrize("leading", [(), (2, 4)], ids=["shared", "batch and heads"])
 def test_sharded_arguments(leading):
     mask = random_mask(*leading)
     args, _ = make_args(mask, kv_heads=4)

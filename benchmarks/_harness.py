@@ -48,6 +48,7 @@ class Program:
     fresh: with `jit=False`, makes a `run` that compiles in its first call; None if it
         never compiles.
     release: gives back what only the program's framework can.
+    figures: what the harness cannot measure of it; called after the check.
     """
 
     run: Callable[..., Any]
@@ -57,6 +58,7 @@ class Program:
     block: Callable[[Any], Any] = jax.block_until_ready
     fresh: Callable[[], Callable[..., Any]] | None = None
     release: Callable[[], None] = lambda: None
+    figures: Callable[[], Row] = dict
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def measure(program: Program, options: Options, iterations: int, row: Row) -> No
     else:
         checked = program.run
     _verify(program, checked, row)
+    row |= program.figures()
     fn, compiles = _timed(program, checked, options)
     for _ in range(options.warmup):
         program.block(fn(*program.args))
@@ -156,7 +159,7 @@ def measure(program: Program, options: Options, iterations: int, row: Row) -> No
     # The median, which one interruption does not move, would hide a compilation too.
     row["time_ms"] = row["mean_ms"] if compiles else row["median_ms"]
     if program.jit and jax.default_backend() == "gpu":
-        row |= _device_time(checked, program.args)
+        row |= device_time(checked, program.args)
 
 
 def _unseen(fn: Callable[..., Any]) -> Any:
@@ -243,7 +246,7 @@ def _summary(samples: list[tuple[int, float]]) -> Row:
     }
 
 
-def _device_time(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
+def device_time(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
     """Time of the kernels alone (CUPTI), without launch gaps."""
     try:
         _, times = profiler.measure(fn, iterations=DEVICE_ITERATIONS)(*args)
@@ -260,7 +263,7 @@ def matmul_peak_tflops(dtype: Any) -> float | None:
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, shape, dtype) for key in keys)
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
-    milliseconds = _device_time(compiled, (a, b))["device_ms"]
+    milliseconds = device_time(compiled, (a, b))["device_ms"]
     if milliseconds is None:
         call = partial(compiled, a, b)
         samples = _time(call, jax.block_until_ready, 20, "amortised")

@@ -1,15 +1,19 @@
 """PyTorch, eager and compiled, on the same inputs and held to the same definition."""
 
+import argparse
 import importlib
 import importlib.util
+import re
+import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ._harness import Check, Program
+from ._harness import Check, Program, Row
 
 FRAMEWORKS = ("torch eager", "torch compile")
 
@@ -24,6 +28,77 @@ def why_left_out(wanted: bool) -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "it is not installed (pip install torch)"
     return None
+
+
+class Peer(NamedTuple):
+    """A function of torch tensors in a file of the user's."""
+
+    path: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
+
+def peer(default: str) -> Callable[[str], Peer]:
+    """Reads PATH.py[:NAME], for argparse."""
+
+    def read(text: str) -> Peer:
+        parts = re.fullmatch(r"(.+\.py)(?::(.*))?", text)
+        if parts is None:
+            raise argparse.ArgumentTypeError(
+                f"must be PATH.py or PATH.py:NAME, got {text!r}"
+            )
+        path, name = Path(parts[1]), default if parts[2] is None else parts[2]
+        if not name.isidentifier():
+            raise argparse.ArgumentTypeError(
+                f"must name a function after the colon, got {name!r} in {text!r}"
+            )
+        if not path.is_file():
+            raise argparse.ArgumentTypeError(f"there is no file {parts[1]!r}")
+        return Peer(path, name)
+
+    return read
+
+
+@cache
+def load(peer: Peer) -> Callable[..., Any]:
+    """The peer's function; its file finds what lies beside it, as a script does.
+
+    Raises:
+        ImportError: the file cannot be run, or has no such function.
+    """
+    name = f"_peer_{peer.path.stem}"
+    spec = importlib.util.spec_from_file_location(name, peer.path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    folder = str(peer.path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    # Dataclasses and compilers look a function's module up there.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    # A script may also end the program.
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{peer.path} cannot be imported: {reason}") from error
+    function = getattr(module, peer.name, None)
+    if not callable(function):
+        raise ImportError(f"{peer.path} has no function {peer.name!r}")
+    return function
+
+
+def peak_over_baseline(cuda: Any, call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates at most, beside what is allocated before it."""
+    # What is allocated once, as workspaces are, belongs to no call.
+    call()
+    cuda.synchronize()
+    before = cuda.memory_allocated()
+    cuda.reset_peak_memory_stats()
+    call()
+    cuda.synchronize()
+    return cuda.max_memory_allocated() - before
 
 
 def program(
@@ -54,24 +129,44 @@ def program(
         gradients = torch.autograd.grad(value, leaves, cotangent)
         return value, jax.tree.unflatten(tree, gradients)
 
+    def recorded_forward(fn, *args):
+        leaves, tree = jax.tree.flatten(args)
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        return fn(*jax.tree.unflatten(tree, leaves))
+
     def to_numpy(tree):
         return jax.tree.map(lambda t: t.detach().float().cpu().numpy(), tree)
 
-    def make():
+    def make_function():
         fn = partial(module, torch.nn.functional)
-        if framework == "torch compile":
-            # Past a few shapes of one function it would quietly stay eager.
-            torch.compiler.reset()
-            fn = torch.compile(fn, dynamic=False)
+        if framework != "torch compile":
+            return fn
+        # Past a few shapes of one function it would quietly stay eager.
+        torch.compiler.reset()
+        return torch.compile(fn, dynamic=False)
+
+    def make_run(fn):
         return partial(forward_and_backward, fn) if backward else torch.no_grad()(fn)
 
+    def figures() -> Row:
+        if not on_gpu:
+            return {}
+        # A forward that a backward is to follow: with all that it keeps for it.
+        call = partial(run if backward else partial(recorded_forward, fn), *args)
+        return {"allocated_bytes": peak_over_baseline(torch.cuda, call)}
+
     torch.set_float32_matmul_precision("highest")
+    args, fn = to_torch(inputs), make_function()
+    run = make_run(fn)
     return Program(
-        make(),
-        to_torch(inputs),
+        run,
+        args,
         lambda run: check(lambda *args: to_numpy(run(*to_torch(args)))),
         jit=False,
         block=lambda _: torch.cuda.synchronize() if on_gpu else None,
-        fresh=make if framework == "torch compile" else None,
+        fresh=(lambda: make_run(make_function()))
+        if framework == "torch compile"
+        else None,
         release=torch.cuda.empty_cache,
+        figures=figures,
     )

@@ -1,6 +1,9 @@
 """Is the multi-head MLP right, how fast is it, and how much memory does it take?
 
-    python -m benchmarks.flash_mlp     the five published configurations, both passes
+    python -m benchmarks.flash_mlp          the five published configurations; on a CPU
+                                            with an 8th of their tokens
+    python -m benchmarks.flash_mlp --full   all of them, on a CPU too
+    python -m benchmarks.flash_mlp --sweep  JAX's rows over 6 dims x 5 hidden sizes
 
 The published study (FlashMLP: PyTorch eager and its Triton kernel, bfloat16, on a GPU
 it does not name) times forward, and forward and backward, and measures the memory they
@@ -8,251 +11,156 @@ allocate over that of weights and input. Floors are for one H200, from its data 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from rich.console import Console
 
 import jaxkern
 from jaxkern import _flash_mlp_mgpu
 from jaxkern._mgpu import on_hopper
 
+from . import _flash_mlp_definitions as definitions
+from . import _flash_mlp_model as model
+from . import _flash_mlp_plot as plots
+from . import _flash_mlp_report as report
 from . import _torch
 from ._cli import make_parser
-from ._harness import (
-    Case,
-    Check,
-    Options,
-    Program,
-    Row,
-    Skip,
-    check_against,
-    matmul_peak_tflops,
-    with_gradients,
-)
-from ._report import (
-    execute,
-    make_console,
-    metadata,
-    number,
-    print_header,
-    print_problems,
-    print_table,
-    published,
-    table,
-)
+from ._flash_mlp_model import PASSES, Shape
+from ._harness import Case, Options, Program, Skip, matmul_peak_tflops, with_gradients
+from ._report import execute, make_console, metadata, print_header
 
-# Of an H200: dense bfloat16 matmuls, memory, and special function operations a second.
-TENSOR_FLOPS, MEMORY_BYTES = 989e12, 4.8e12
-MUFU_OPS = 132 * 16 * 1.83e9
-FLOORS = ("tensor", "bytes", "mufu")
 ITERATIONS = 100
 CPU_ITERATIONS = 10
+# A CPU's default takes that part of the published tokens, to end within two minutes.
+CPU_PART = 8
+DIMS = (32, 64, 96, 128, 192, 256)
+HIDDEN = (512, 1024, 2048, 4096, 8192)
+SWEEP = [Shape(16, 2048, dim, hidden) for dim in DIMS for hidden in HIDDEN]
+CPU_SWEEP = [Shape(2, 256, s.dim, s.hidden) for s in SWEEP if s.hidden <= 2048]
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One published configuration."""
-
-    heads: int
-    batch: int
-    dim: int
-    hidden: int
-
-    def __str__(self) -> str:
-        return f"({self.heads}, {self.batch}, {self.dim}, {self.hidden})"
-
-
-PUBLISHED = {
-    Shape(*(int(line[name]) for name in list(line)[:4])): line
-    for line in published("flash_mlp")
-}
-CASES = list(PUBLISHED)
-IMPLEMENTATIONS = ("mosaic_gpu", "xla", "plain jnp", *_torch.FRAMEWORKS)
-PASSES = ("forward", "forward+backward")
-# The published columns that answer ours: of time and of memory, eager and fused.
-PUBLISHED_COLUMNS = {
-    "forward": ("pytorch_fwd_ms", "triton_fwd_ms"),
-    "forward+backward": ("pytorch_fwd_bwd_ms", "triton_fwd_bwd_ms"),
-}
-MEMORY_COLUMNS = {
-    "forward": ("pytorch_fwd_alloc_mb", "triton_fwd_alloc_mb"),
-    "forward+backward": ("pytorch_peak_mb", "triton_peak_mb"),
-}
-
-
-def plain(x, w1, w2):
-    z = jnp.einsum("hbd,hde->hbe", x, w1)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("hbe,hed->hbd", jax.nn.silu(z.astype(wide)).astype(x.dtype), w2)
-
-
-def _torch_module(F, x, w1, w2):
-    return F.silu(x @ w1) @ w2
-
-
-def count_flops(shape: Shape, which: str) -> float:
-    """Of the matmuls: two forward, and four more backward; none computed again."""
-    matmul = 2.0 * shape.heads * shape.batch * shape.dim * shape.hidden
-    return matmul * (2 if which == "forward" else 6)
-
-
-def floors_ms(shape: Shape, which: str) -> dict[str, float]:
-    """What one H200 cannot be faster than: by matmuls, by bytes, by activations.
-
-    The backward of a kernel that keeps nothing computes the hidden layer again: five
-    matmuls. Bytes: every argument read and every result written once, two bytes each.
-    """
-    matmul = 2.0 * shape.heads * shape.batch * shape.dim * shape.hidden
-    tokens = shape.heads * shape.batch * shape.dim
-    weights = 2 * shape.heads * shape.dim * shape.hidden
-    elements = shape.heads * shape.batch * shape.hidden
-    matmuls, numbers, activations = 2, 2 * tokens + weights, 1
-    if which == "forward+backward":
-        matmuls, numbers, activations = 7, numbers + 3 * tokens + 2 * weights, 2
-    return {
-        "tensor": 1e3 * matmuls * matmul / TENSOR_FLOPS,
-        "bytes": 1e3 * 2 * numbers / MEMORY_BYTES,
-        "mufu": 1e3 * activations * elements / MUFU_OPS,
-    }
-
-
-def make_inputs(shape: Shape, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
-    """As published: x ~ N(0, 1/dim), w1 ~ N(0, 1/hidden), w2 ~ N(0, 1/dim)."""
-    h, b, d, e = shape.heads, shape.batch, shape.dim, shape.hidden
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes, scales = [(h, b, d), (h, d, e), (h, e, d), (h, b, d)], [d, e, d, 1]
-    return tuple(
-        jax.random.normal(key, shape, dtype) * jnp.asarray(scale**-0.5, dtype)
-        for key, shape, scale in zip(keys, shapes, scales, strict=True)
-    )
-
-
-def check(fn: Any, args: tuple[jax.Array, ...], run: Any) -> Check:
-    """All results against `fn` in float64."""
-    with jax.enable_x64(True):
-        wide = [a.astype(jnp.float64) for a in args]
-        exact = jax.tree.map(np.asarray, jax.jit(fn)(*wide))
-    return check_against(run(*args), jax.jit(fn)(*args), exact, args[0].dtype)
+OURS = ("mosaic_gpu", "xla")
+JAX = (*OURS, "naive jnp", "plain jnp")
+PEER = "peer"
 
 
 def build(implementation: str, shape: Shape, which: str, args) -> Program:
-    x, w1, w2, dy = make_inputs(shape, args.dtype, args.seed)
-    fn: Any = plain
-    if implementation in ("mosaic_gpu", "xla"):
-        fn = partial(jaxkern.flash_mlp, implementation=implementation)
+    backward = which == "forward+backward"
+    key = shape, args.dtype, args.seed, backward
+    inputs = definitions.arguments(*key)
+    check = partial(definitions.check, key, inputs)
     if implementation == "mosaic_gpu":
-        reason = _flash_mlp_mgpu.unsupported(x, w1, w2, on_hopper=on_hopper())
+        x, w1, _ = inputs[-3:]
+        reason = _flash_mlp_mgpu.unsupported(x, [w1], on_hopper=on_hopper())
         if reason:
             raise Skip(reason)
-    definition, inputs, backward = plain, (x, w1, w2), which != "forward"
+    if implementation == "naive jnp":
+        return definitions.naive(inputs, check, backward)
+    if implementation not in JAX:
+        module = definitions.torch_module
+        if implementation == PEER:
+            module = _without_namespace(_torch.load(args.peer))
+        return _torch.program(module, implementation, inputs, check, backward)
+    fn: Any = definitions.plain
+    if implementation in OURS:
+        fn = partial(jaxkern.flash_mlp, implementation=implementation)
     if backward:
-        fn, definition = with_gradients(fn), with_gradients(plain)
-        inputs = (dy, *inputs)
-    held = partial(check, definition, inputs)
-    if implementation in _torch.FRAMEWORKS:
-        return _torch.program(_torch_module, implementation, inputs, held, backward)
-    return Program(fn, inputs, held)
+        return Program(with_gradients(fn), inputs, check)
+    # The sweep does not print memory, and this compiles once more.
+    figures = dict if args.sweep else partial(definitions.recorded, fn, inputs)
+    return Program(fn, inputs, check, figures=figures)
+
+
+def _without_namespace(function):
+    return lambda F, *args: function(*args)
+
+
+def _implementations(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.sweep:
+        return JAX
+    return *JAX, *_torch.frameworks(args.peers), *([PEER] if args.peer else [])
+
+
+def _shapes(args: argparse.Namespace) -> list[Shape]:
+    whole = args.on_device or args.full
+    if args.sweep:
+        return SWEEP if whole else CPU_SWEEP
+    part = 1 if whole else CPU_PART
+    return [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
     """The rows to measure, in order."""
-    left_out = () if _torch.frameworks(args.peers) else _torch.FRAMEWORKS
-    cases = []
-    for shape, line in PUBLISHED.items():
-        for which in PASSES:
-            for implementation in IMPLEMENTATIONS:
-                if implementation in left_out:
-                    continue
-                fused = line[PUBLISHED_COLUMNS[which][1]]
-                numbers = count_flops(shape, which) / shape.dim
-                cases.append(
-                    Case(
-                        labels={"shape": str(shape), "pass": which}
-                        | {"implementation": implementation},
-                        build=partial(build, implementation, shape, which, args),
-                        flops=count_flops(shape, which),
-                        iterations=ITERATIONS if args.on_device else CPU_ITERATIONS,
-                        # Of the float64 check, which is the largest part.
-                        needed_bytes=8 * numbers,
-                        published_ms=float(fused) if fused else None,
-                    )
-                )
-    return cases
-
-
-def allocated_mb(row: Row) -> float | None:
-    """Results and intermediates (MiB), as the study counts: not weights and input."""
-    if "temp_bytes" not in row:
-        return None
-    return (row["temp_bytes"] + row["output_bytes"]) / 2**20
-
-
-def print_floors(console: Console) -> None:
-    """Predicted: the time of matmuls, of memory and of activations alone."""
-    title = "Floors on one H200, us (predicted): forward, then forward+backward"
-    result = table(title, ["", *FLOORS, *FLOORS])
-    for shape in PUBLISHED:
-        cells = [
-            number(1e3 * floors_ms(shape, which)[name])
-            for which in PASSES
-            for name in FLOORS
-        ]
-        result.add_row(str(shape), *cells)
-    print_table(console, result)
-
-
-def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    for which in PASSES:
-        columns = ["", "ms", "± std", "% floor", "MiB", "eager", "fused", "fused MiB"]
-        result = table(f"{which}: ours, and published eager and fused (ms)", columns)
-        for shape, line in PUBLISHED.items():
-            group = [r for r in rows if (r["shape"], r["pass"]) == (str(shape), which)]
-            if not group:
-                continue
-            result.add_row(f"[bold]{shape}[/bold]")
-            floors = floors_ms(shape, which)
-            for row in group:
-                result.add_row(f" {row['implementation']}", *_cells(row, line, floors))
-        print_table(console, result)
-
-
-def _cells(row: Row, line: Mapping[str, str], floors: Mapping[str, float]) -> list[str]:
-    if row["status"] != "ok":
-        return [row["status"]]
-    eager, fused = (line[name] or "-" for name in PUBLISHED_COLUMNS[row["pass"]])
-    memory = line[MEMORY_COLUMNS[row["pass"]][1]] or "-"
-    device = row.get("device_ms")
-    percent = number(100 * max(floors.values()) / device) if device else "-"
-    mark = "*" if row["includes_compile"] else ""
-    return [
-        mark + number(device or row["time_ms"]),
-        number(row["std_ms"], 2),
-        percent,
-        number(allocated_mb(row)),
-        eager,
-        fused,
-        memory,
+    cases = [
+        _make_case(shape, which, implementation, args)
+        for shape in _shapes(args)
+        for which in PASSES
+        for implementation in _implementations(args)
     ]
+    return [c for c in cases if re.search(args.only, describe(c.labels))]
+
+
+def _make_case(
+    shape: Shape, which: str, implementation: str, args: argparse.Namespace
+) -> Case:
+    flops = model.count_flops(shape, which)
+    line = model.PUBLISHED.get(shape) if args.compared else None
+    return Case(
+        labels={"shape": str(shape), "pass": which, "implementation": implementation}
+        | vars(shape),
+        build=partial(build, implementation, shape, which, args),
+        flops=flops,
+        iterations=ITERATIONS if args.on_device else CPU_ITERATIONS,
+        # Of the float64 check, which is the largest part.
+        needed_bytes=8 * flops / shape.dim,
+        published_ms=report.published_ms(line, which, "fused"),
+    )
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r}: {error}"
+        ) from None
+    return text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("benchmarks.flash_mlp", __doc__ or "", full=False, plot=False)
-    parser.add_argument(
+    parser = make_parser("benchmarks.flash_mlp", __doc__ or "", full=False)
+    add = parser.add_argument
+    add("--full", action="store_true", help="the whole sizes, on a CPU too")
+    add("--sweep", action="store_true", help="30 sizes beside the published ones")
+    help_only = "the rows, as --list prints them, in which it is found"
+    add("--only", type=_pattern, default="", metavar="REGEX", help=help_only)
+    add(
         "--peers",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="PyTorch eager and compiled, where it is installed",
     )
+    add(
+        "--peer",
+        type=_torch.peer("flash_mlp"),
+        metavar="PATH.py[:NAME]",
+        help="one more row: a function (default flash_mlp) of the torch tensors x, w1 "
+        "and w2, (heads, batch, dim) and so on, that returns y",
+    )
     args = parser.parse_args(argv)
+    if args.sweep and args.peer:
+        parser.error("--sweep has JAX's rows only: leave out --peer")
     args.on_device = jax.default_backend() != "cpu"
     args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
+    # Next to the published figures, since the sizes are theirs.
+    args.compared = (args.on_device or args.full) and not args.sweep
+    if not make_cases(args):
+        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args
 
 
@@ -266,27 +174,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(describe(case.labels) for case in cases))
         return 0
+    # On a GPU float32 would silently be tf32.
     precision = "highest" if args.dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precision):
-        left_out = _torch.why_left_out(args.peers)
-        calls = args.iterations or (ITERATIONS if args.on_device else CPU_ITERATIONS)
-        meta = metadata(
-            "flash_mlp",
-            dtype=str(args.dtype),
-            matmul_precision=precision,
-            seed=args.seed,
-            matmul_peak_tflops=matmul_peak_tflops(args.dtype),
-            timing_text=f"{args.timing}, {calls} calls after {args.warmup} warm-ups",
-            notes={"shapes": "(heads, batch, dim, hidden), silu"}
-            | ({"PyTorch": f"left out: {left_out}"} if left_out else {}),
-        )
-        console = make_console()
-        print_header(console, (__doc__ or "").splitlines()[0], meta)
-        options = Options(args.warmup, args.iterations, args.timing)
-        rows, status = execute(cases, options, meta, args.json, describe)
-    print_floors(console)
-    print_rows(console, rows)
-    print_problems(console, rows, describe)
+        return _run(args, cases, precision)
+
+
+def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
+    calls = args.iterations or (ITERATIONS if args.on_device else CPU_ITERATIONS)
+    meta = metadata(
+        "flash_mlp",
+        dtype=str(args.dtype),
+        matmul_precision=precision,
+        seed=args.seed,
+        matmul_peak_tflops=matmul_peak_tflops(args.dtype),
+        timing_text=f"{args.timing}, {calls} calls after {args.warmup} warm-ups",
+        notes=report.notes(args, CPU_PART),
+    )
+    console = make_console()
+    print_header(console, (__doc__ or "").splitlines()[0], meta)
+    options = Options(args.warmup, args.iterations, args.timing)
+    rows, status = execute(cases, options, meta, args.json, describe)
+    report.print_all(console, rows, describe, args)
+    if args.plot and args.sweep:
+        plots.plot_sweep(console, rows, args.plot, meta)
+    elif args.plot:
+        plots.plot(console, rows, args.plot, meta, args.compared)
+    if len(rows) < len(cases):
+        console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
     return status
 
 

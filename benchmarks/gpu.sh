@@ -9,8 +9,11 @@ status=0
 # Without the options that need the packages of the extra "dev".
 $python -m pytest -q -o addopts= -W default -m gpu tests || status=1
 for benchmark in flash_mlp mlp; do
-  $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" || status=1
+  $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
+    --plot "$folder/$benchmark.png" || status=1
 done
+$python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)" \
+  --json "$folder/flash_mlp_sweep.json" --plot "$folder/flash_mlp_sweep.png" || status=1
 $python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||
   status=1
 $python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" \

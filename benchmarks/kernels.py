@@ -48,32 +48,43 @@ COLUMNS = {
 }
 
 
-def _flash_mlp(make: Callable[..., Any], operands: int, dim: int):
-    shapes = [(BATCH, dim), (dim, HIDDEN), (HIDDEN, dim), (BATCH, dim)]
+def _flash_mlp(make: Callable[..., Any], dim: int, ups: int, backward: bool):
+    up, down, tokens = (dim, HIDDEN), (HIDDEN, dim), (BATCH, dim)
+    shapes = [tokens, *[up] * ups, down, *[tokens] * backward]
     args = [jax.ShapeDtypeStruct((HEADS, *s), jnp.bfloat16) for s in shapes]
-    return make(), tuple(args[:operands])
+    return make(), tuple(args)
 
 
 def make_cases() -> dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]:
-    """Every kernel at every configuration that `implementation` can choose."""
+    """Every kernel with every configuration that can be chosen for it."""
     kernels = _flash_mlp_mgpu
-    low, high = kernels.MIN_DIM, kernels.MAX_DIM + 1
     cases = {}
 
-    def add(name, dim, make, operands):
-        cases[f"flash_mlp {name} {dim}"] = partial(_flash_mlp, make, operands, dim)
+    def add(label, kernel, dim, ups, activation, *wanted):
+        make = getattr(kernels, kernel)
+        for config in kernels.configs(kernel, dim, ups):
+            size = f"{config.rows}x{config.columns}{' split' * config.split}"
+            build = partial(make, activation, *wanted, config)
+            backward = kernel != "forward"
+            cases[f"flash_mlp {label} {dim} {size}"] = partial(
+                _flash_mlp, build, dim, ups, backward
+            )
 
-    for dim in range(low, high, kernels.DIM_STEP):
-        add("forward", dim, partial(kernels.forward, "silu"), 3)
-        add("backward x", dim, partial(kernels.backward_x, "silu"), 4)
-        for wanted in kernels.weight_passes(dim):
-            name = f"backward {' '.join(wanted)}"
-            add(name, dim, partial(kernels.backward_w, "silu", wanted), 4)
+    def add_all(label, dim, ups, activation):
+        add(f"{label}forward", "forward", dim, ups, activation)
+        add(f"{label}dx", "backward_x", dim, ups, activation)
+        for wanted in kernels.weight_passes(dim, ups):
+            names = ("gate", "w1", "w2")[-ups - 1 :]
+            name = " ".join(f"d{names[n]}" for n in wanted)
+            add(f"{label}{name}", "backward_w", dim, ups, activation, wanted)
+
+    for dim in range(16, kernels.MAX_DIM + 1, 16):
+        add_all("", dim, 1, "silu")
+    for dim in range(32, kernels.MAX_GATED_DIM + 1, 32):
+        add_all("gated ", dim, 2, "silu")
     for activation in ACTIVATIONS:
-        for dim in (64, 128) if activation != "silu" else ():
-            add(f"{activation} forward", dim, partial(kernels.forward, activation), 3)
-            make = partial(kernels.backward_w, activation, ("w1", "w2"))
-            add(f"{activation} backward w1 w2", dim, make, 4)
+        if activation != "silu":
+            add_all(f"{activation} ", 64, 1, activation)
     return cases
 
 

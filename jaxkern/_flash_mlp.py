@@ -1,5 +1,8 @@
 """The multi-head MLP: one small MLP for each head."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,7 +16,7 @@ from ._checks import (
     check_shape,
 )
 from ._matmul import widen
-from ._mgpu import on_hopper
+from ._mgpu import on_hopper, runs_locally
 
 
 def flash_mlp(
@@ -21,26 +24,31 @@ def flash_mlp(
     w1: Float[Array, "heads dim hidden"],
     w2: Float[Array, "heads hidden dim"],
     *,
+    w_gate: Float[Array, "heads dim hidden"] | None = None,
     activation: str = "silu",
     implementation: Implementation | None = None,
 ) -> Float[Array, "heads batch dim"]:
-    r"""An MLP without biases for each head.
+    r"""An MLP without biases for each head, gated if there is a `w_gate`.
 
     $$y_h = \mathrm{act}(x_h W_{1h}) W_{2h}$$
+    $$y_h = (\mathrm{act}(x_h W_{\mathrm{gate},h}) \odot x_h W_{1h}) W_{2h}$$
 
-    Matmuls accumulate in float32, the activation is computed in float32, its result is
-    rounded to the dtype of `x`, and so is `y`.
+    Matmuls accumulate in float32, the activation and the product with it are computed
+    in float32, their result is rounded to the dtype of `x`, and so is `y`.
 
     Implementations:
 
     - "xla": batched matmuls; the hidden layer goes through memory. Any size and dtype.
-    - "mosaic_gpu": the hidden layer stays on the chip in both passes, so only `x`, `w1`
-      and `w2` are saved for the backward. On an H100 or H200, in bfloat16 and float16,
-      with `dim` a multiple of 16 from 16 to 256 and `hidden` a multiple of 8. Silu and
-      sigmoid use the hardware's approximate tanh. Gradients are deterministic. Under
-      `vmap` the new axis joins the heads; an argument that lacks it is copied.
+    - "mosaic_gpu": the hidden layer stays on the chip in both passes, so only the
+      arguments are saved for the backward. On an H100 or H200, in bfloat16 and float16,
+      with `dim` up to 256 (192 if gated), `dim` and `hidden` multiples of 8; nothing is
+      padded in memory. Silu and sigmoid use the hardware's approximate tanh. Gradients
+      are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Under `vmap`
+      the new axis joins the heads; an argument that lacks it is copied.
 
-    None picks "xla" until the kernel has been measured: it is compiled for sm_90a and
+    None picks the kernel where it can run and is predicted to be faster, on one device
+    or inside `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel over
+    devices. Predicted, from the rates of an H200: the kernel is compiled for sm_90a and
     checked in an emulator, but has not run on a GPU yet.
 
     Args:
@@ -58,7 +66,8 @@ def flash_mlp(
     op = "flash_mlp"
     check_implementation(op, implementation)
     act = get_activation(op, activation)
-    check_floating(op, x=x, w1=w1, w2=w2)
+    gate = {} if w_gate is None else {"w_gate": w_gate}
+    check_floating(op, x=x, w1=w1, w2=w2, **gate)
     if x.ndim != 3:
         raise ValueError(f"{op}: x must have shape (heads, batch, dim), got {x.shape}")
     heads, _, dim = x.shape
@@ -66,19 +75,44 @@ def flash_mlp(
     hidden = w1.shape[-1] if w1.ndim == 3 else 0
     check_shape(op, "w1", w1, (heads, dim, hidden if w1.ndim == 3 else "hidden"), given)
     check_shape(op, "w2", w2, (heads, hidden, dim), given)
-    if implementation == "mosaic_gpu":
-        reason = _flash_mlp_mgpu.unsupported(x, w1, w2, on_hopper=on_hopper())
-        if reason:
-            raise NotImplementedError(f"{op}: {reason}")
-        return _flash_mlp_mgpu.mlp(x, w1, w2, activation)
-    return _reference(x, w1, w2, act)
+    if w_gate is not None:
+        check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
+    ups = (w1,) if w_gate is None else (w_gate, w1)
+    if select(op, x, ups, implementation) == "xla":
+        return _reference(x, ups, w2, act)
+    return _flash_mlp_mgpu.mlp(x, ups, w2, activation)
+
+
+def select(
+    op: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    ups: Sequence[jax.Array],
+    implementation: Implementation | None,
+) -> Implementation:
+    """What runs an MLP of these shapes: a pure function of them and of the devices.
+
+    Raises:
+        NotImplementedError: the kernel was asked for and cannot; it says why.
+    """
+    kernel = _flash_mlp_mgpu
+    reason = kernel.unsupported(x, ups, on_hopper=on_hopper())
+    if implementation == "mosaic_gpu" and reason:
+        raise NotImplementedError(f"{op}: {reason}")
+    if implementation is not None:
+        return implementation
+    if reason or not runs_locally():
+        return "xla"
+    (heads, batch, dim), hidden = x.shape, ups[0].shape[-1]
+    faster = kernel.predicted_faster(heads, batch, dim, hidden, len(ups))
+    return "mosaic_gpu" if faster else "xla"
 
 
 def _reference(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, act: Activation
+    x: jax.Array, ups: tuple[jax.Array, ...], w2: jax.Array, act: Activation
 ) -> jax.Array:
+    def activate(z, *up):
+        return math.prod(map(widen, up), start=act.value(widen(z))).astype(z.dtype)
+
     # The backward computes the activation again, from its input in the dtype of x.
-    activate = jax.checkpoint(
-        lambda z: act.value(widen(z)).astype(z.dtype), prevent_cse=False
-    )
-    return jnp.matmul(activate(jnp.matmul(x, w1)), w2)
+    hidden = jax.checkpoint(activate, prevent_cse=False)
+    return jnp.matmul(hidden(*(jnp.matmul(x, w) for w in ups)), w2)

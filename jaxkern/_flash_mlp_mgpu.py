@@ -1,16 +1,23 @@
 """The multi-head MLP on Hopper: the hidden layer stays on the chip, in both passes.
 
-Two warpgroups compute, each its own rows, and one loads. The forward holds a tile of
-tokens and walks the hidden axis; while the activation of one tile runs on the special
-function units, the next tile's matmul runs on the tensor cores. The backward computes
-the hidden layer again, twice: for dx over tiles of tokens, walking the hidden axis, and
-for the weights over tiles of hidden features, walking the tokens. So there are seven
-matmuls where five would do, and in return no atomics: gradients are deterministic.
-Rows and features past the end are zeros when TMA loads them, dropped when it stores.
+The forward holds tokens and walks the hidden axis: while the activation of one tile
+runs on the special function units, the next tile's matmul runs on the tensor cores.
+
+The backward computes the hidden layer again, twice: for dx it holds tokens and walks
+the hidden axis, for the weights it holds hidden features and walks the tokens. That is
+seven matmuls where five would do. One pass of five has both sums to make, over hidden
+features for dx and over tokens for the weights, and one of them must leave the block:
+
+- dx, for hidden tiles of 128 features: float32 partial sums, written and read again,
+  are 8 bytes x tokens x dim x hidden / 128 a head. At (32, 4096, 64, 512) that is
+  268 MB, 56 us at 4.8 TB/s, to save two matmuls of 17 us at the tensor cores' rate.
+- both weights, a copy for every group of blocks that share a head: at hidden 512 and
+  dim 64 those are 256 KB in float32, more than a block's registers or shared memory.
+- atomics in float32 have the traffic of the first, and a result that depends on the
+  order of arrival.
 """
 
-import dataclasses
-import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -20,86 +27,143 @@ from jax.experimental import pallas as pl
 
 from ._mgpu import (
     IN_KERNEL,
+    SMEM_BYTES,
     TMA_ROW_BYTES,
-    dot,
-    dot_add,
+    add_dots,
+    dots,
+    multiprocessors,
     plgpu,
-    slot,
-    swizzle_of,
-    tiles,
+    vary_alike,
     zeros,
 )
+from ._mgpu_walk import STEP, Config, Operand, walk
 
-COMPUTE = 2
-# With 168 registers a thread at launch, 2 x 240 and 24 are what three warpgroups have.
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 DTYPES = ("bfloat16", "float16")
-MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 16
-# Beyond, the sums for both weights do not fit in registers: a pass for each.
-BOTH_WEIGHTS_DIM = 128
+MAX_DIM = 256
+# Of the gated form, whose tiles take half as much shared memory again.
+MAX_GATED_DIM = 192
+
+# Of an H200: multiply-adds and special function operations a clock of one
+# multiprocessor; memory and L2 bytes, and clocks, a microsecond.
+MACS, MUFU_OPS = 2048, 16
+MEMORY_BYTES, L2_BYTES, CLOCKS = 4.8e6, 5.5e6, 1830.0
+# Predicted: the part of the tensor cores' and the memory's rate that is reached, and
+# microseconds of a launch until its first loads are there and its last stores done.
+MATMUL_RATE, MEMORY_RATE, LAUNCH_US = 0.7, 0.8, 2.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Tile sizes of one pass.
+def configs(kernel: str, dim: int, ups: int) -> tuple[Config, ...]:
+    """The tiles to choose from, the largest first.
 
-    rows: tokens of one computing warpgroup (hidden features, for the weights' pass).
-    columns: what a step of the walk takes: hidden features (tokens).
-    steps: tiles in flight.
+    The largest that spill no register; predicted to be fast, not measured.
     """
-
-    rows: int
-    columns: int
-    steps: int
-
-    def __post_init__(self):
-        for name, size, step in [("rows", self.rows, 64), ("columns", self.columns, 8)]:
-            if size < step or size % step:
-                raise ValueError(
-                    f"flash_mlp: {name} must be a multiple of {step}, got {size}"
-                )
-        if self.columns > 256 or self.steps < 1:
-            raise ValueError(
-                "flash_mlp: columns must be at most 256 and steps at least 1, "
-                f"got {self.columns} and {self.steps}"
-            )
-
-
-# The largest tiles that spill no register; predicted to be fast, not measured.
-def forward_config(dim: int) -> Config:
-    return Config(64, 128, 2) if dim <= 128 else Config(64, 64, 2)
-
-
-def backward_x_config(dim: int) -> Config:
-    if dim <= 128:
-        return Config(64, 64, 2)
-    return Config(64, 32, 2) if dim <= 192 else Config(64, 16, 2)
+    dim = pl.cdiv(dim, STEP) * STEP
+    match kernel, ups:
+        case "forward", 1:
+            columns = 128 if dim <= 128 else 64 if dim <= 224 else 32
+        case "backward_x", 1:
+            columns = 128 if dim <= 64 else 64 if dim <= 128 else 32
+        case "backward_w", 1:
+            columns = 64 if dim <= 96 else 32
+        case _:
+            columns = 64 if dim <= 64 else 32
+    tile_bytes = 64 * dim * 2
+    held, walked = {
+        "forward": (1, ups + 1),
+        "backward_x": (2, ups + 1),
+        "backward_w": (ups + 1, 2),
+    }[kernel]
+    needed = 2 * 2 * held * tile_bytes + 2 * walked * columns * tile_bytes // 64
+    normal = Config(64, columns, held=2 if needed <= SMEM_BYTES - 2048 else 1)
+    half = Config(64, min(columns, 64), steps=4, split=True, held=1)
+    wide = (Config(128, 64),) if (kernel, ups) == ("forward", 1) and dim <= 96 else ()
+    splits = dim <= (96 if kernel == "backward_w" else 128)
+    return (*wide, normal, half) if splits else (*wide, normal)
 
 
-def backward_w_config(dim: int) -> Config:
-    return Config(64, 64, 2) if dim <= 96 else Config(64, 32, 2)
+def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
+    """The launches that make the weights' gradients, and which ones each makes.
+
+    As many as have their sums in registers: the first matrices by number, then w2.
+    """
+    names = range(ups + 1)
+    together = 2 if dim <= (128 if ups == 1 else 96) else 1
+    return tuple(tuple(names[i : i + together]) for i in range(0, len(names), together))
 
 
-def weight_passes(dim: int) -> tuple[tuple[str, ...], ...]:
-    """The launches that make the weights' gradients, and what each makes."""
-    return (("w1", "w2"),) if dim <= BOTH_WEIGHTS_DIM else (("w1",), ("w2",))
+def choose(kernel: str, heads: int, size: int, dim: int, ups: int) -> Config:
+    """The tiles of which a multiprocessor has the fewest rows to compute."""
+    sms = multiprocessors()
+
+    def rows_in_turn(config: Config) -> int:
+        rows = config.rows * config.parts
+        return pl.cdiv(heads * pl.cdiv(size, rows), sms) * rows
+
+    return min(configs(kernel, dim, ups), key=rows_in_turn)
+
+
+def predicted_us(
+    kernel: str, heads: int, size: int, walked: int, dim: int, ups: int, sums: int = 1
+) -> float:
+    """Time of one launch on an H200, predicted and not measured.
+
+    Tiles take turns on the multiprocessors. One takes as long as its matmuls or its
+    activations, whichever is more, at 0.7 of the chip's rate; all together no less than
+    the walked tiles take to come from L2, and every array to and from memory. 2 us pass
+    before the first tile and after the last one.
+
+    size, walked: of the held and of the walked axis.
+    sums: how many gradients a launch for the weights makes.
+    """
+    config = choose(kernel, heads, size, dim, ups)
+    rows = config.rows * config.parts
+    blocks = heads * pl.cdiv(size, rows)
+    turns = pl.cdiv(blocks, multiprocessors())
+    products, tiles, held = {
+        "forward": (ups + 1, ups + 1, 2),
+        "backward_x": (2 * ups + 1, ups + 1, 3),
+        "backward_w": (ups + 1 + sums, 2, ups + 1 + sums),
+    }[kernel]
+    clocks = rows * walked * max(products * dim / MACS, 1 / MUFU_OPS)
+    from_l2 = blocks * tiles * walked * dim * 2 / L2_BYTES
+    moved = heads * dim * 2 * (held * size + tiles * walked)
+    from_memory = moved / MEMORY_BYTES / MEMORY_RATE
+    computed = turns * clocks / CLOCKS / MATMUL_RATE
+    return LAUNCH_US + max(computed, from_l2, from_memory)
+
+
+def predicted_faster(heads: int, batch: int, dim: int, hidden: int, ups: int) -> bool:
+    """Whether the forward is predicted to beat XLA's, which stores the hidden layer.
+
+    XLA launches each matmul and the activation, which reads and writes it.
+    """
+    ours = predicted_us("forward", heads, batch, hidden, dim, ups)
+    layer, tokens = heads * batch * hidden, heads * batch * dim
+    weights = heads * dim * hidden
+    products = layer * dim / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE)
+    moved = {"up": tokens + weights + layer, "down": layer + weights + tokens}
+    rate = MEMORY_BYTES * MEMORY_RATE
+    matmuls = [max(products, 2 * moved["up"] / rate)] * ups
+    matmuls.append(max(products, 2 * moved["down"] / rate))
+    activation = 2 * (ups + 1) * layer / rate
+    return ours < sum(matmuls) + activation + LAUNCH_US * (ups + 2)
 
 
 def unsupported(
-    x: jax.Array, w1: jax.Array, w2: jax.Array, *, on_hopper: bool
+    x: jax.Array | jax.ShapeDtypeStruct, ups: Sequence[jax.Array], *, on_hopper: bool
 ) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
-    dim, hidden = w1.shape[1:]
-    itemsize = x.dtype.itemsize
+    dim, hidden = ups[0].shape[1:]
+    step = TMA_ROW_BYTES // x.dtype.itemsize
+    largest = MAX_DIM if len(ups) == 1 else MAX_GATED_DIM
     if str(x.dtype) not in DTYPES:
         return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {x.dtype}"
-    if not MIN_DIM <= dim <= MAX_DIM or dim % DIM_STEP:
+    if not step <= dim <= largest or dim % step:
         return (
-            f"dim must be a multiple of {DIM_STEP} from {MIN_DIM} to {MAX_DIM} "
-            f"for mosaic_gpu, got {dim}"
+            f"dim must be a multiple of {step} from {step} to {largest} for "
+            f"mosaic_gpu{' with w_gate' * (len(ups) - 1)}, got {dim}"
         )
-    if hidden * itemsize % TMA_ROW_BYTES:
-        step = TMA_ROW_BYTES // itemsize
+    if hidden % step:
         return f"hidden must be a multiple of {step} for mosaic_gpu, got {hidden}"
     if 0 in x.shape or hidden == 0:
         return f"no axis may be empty for mosaic_gpu, got {x.shape} and {hidden}"
@@ -108,25 +172,31 @@ def unsupported(
     return None
 
 
+def mlp(x, ups, w2, activation):
+    """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`."""
+    x, w2, *ups = vary_alike([x, w2, *ups])
+    return _mlp(x, tuple(ups), w2, activation)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def mlp(x, w1, w2, activation):
-    """act(x w1) w2 for each head; what `unsupported` lets through."""
-    return forward(activation)(x, w1, w2)
+def _mlp(x, ups, w2, activation):
+    return forward(activation)(x, *ups, w2)
 
 
-def _mlp_fwd(x, w1, w2, activation):
-    return mlp(x, w1, w2, activation), (x, w1, w2)
+def _mlp_fwd(x, ups, w2, activation):
+    return _mlp(x, ups, w2, activation), (x, ups, w2)
 
 
 def _mlp_bwd(activation, saved, dy):
-    args = (*saved, dy)
+    x, ups, w2 = saved
+    args = (x, *ups, w2, dy)
     dx = backward_x(activation)(*args)
-    passes = weight_passes(saved[0].shape[-1])
-    dw1_t, dw2 = (dw for p in passes for dw in backward_w(activation, p)(*args))
-    return dx, dw1_t.mT, dw2
+    passes = weight_passes(x.shape[-1], len(ups))
+    *d_ups, dw2 = (dw for p in passes for dw in backward_w(activation, p)(*args))
+    return dx, tuple(d.mT for d in d_ups), dw2
 
 
-mlp.defvjp(_mlp_fwd, _mlp_bwd)
+_mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
 def _over_heads(kernel):
@@ -146,292 +216,135 @@ def _over_heads(kernel):
     return kernel
 
 
-def forward(activation: str):
-    """The forward's kernel, of x, w1 and w2."""
-    return _over_heads(partial(_forward, activation))
+def forward(activation: str, config: Config | None = None):
+    """The forward's kernel, of x, one matrix or two, and w2."""
+    return _over_heads(partial(_forward, activation, config))
 
 
-def backward_x(activation: str):
-    """The kernel of dx, of x, w1, w2 and dy."""
-    return _over_heads(partial(_backward_x, activation))
+def backward_x(activation: str, config: Config | None = None):
+    """The kernel of dx, of the forward's arguments and dy."""
+    return _over_heads(partial(_backward_x, activation, config))
 
 
-def backward_w(activation: str, wanted: tuple[str, ...]):
-    """The kernel of the weights' gradients, of x, w1, w2 and dy."""
-    return _over_heads(partial(_backward_w, activation, wanted))
+def backward_w(activation: str, wanted: tuple[int, ...], config: Config | None = None):
+    """The kernel of those weights' gradients, transposed but for w2's."""
+    return _over_heads(partial(_backward_w, activation, wanted, config))
 
 
-def _load_ring(steps, count, produced, consumed, load):
-    """What the loading warpgroup does: fill each slot once its last tile is consumed.
-
-    load: from the step and its slot to (source, target) in the order of the barriers.
-    """
-    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-
-    @pl.loop(0, count)
-    def _(i):
-        s = slot(i, steps)
-        for n, (source, target) in enumerate(load(i, s)):
-
-            @pl.when(i >= steps)
-            def _(n=n):
-                plgpu.barrier_wait(consumed[n].at[s])
-
-            plgpu.copy_gmem_to_smem(source, target, produced[n].at[s])
-
-    # A barrier must be seen to the end of its last phase.
-    @pl.loop(max(0, count - steps), count)
-    def _(i):
-        for barrier in consumed:
-            plgpu.barrier_wait(barrier.at[slot(i, steps)])
+def _hidden(activation, z):
+    value = IN_KERNEL[activation].value(z[0])
+    return value if len(z) == 1 else value * z[1]
 
 
-def _load_weights(config, count, gmem, smem, produced, consumed):
-    """Tiles of w1 and w2 along the hidden axis."""
-
-    def tiles_of(i, s):
-        features = pl.ds(i * config.columns, config.columns)
-        yield gmem[0].at[:, features], smem[0].at[s]
-        yield gmem[1].at[features], smem[1].at[s]
-
-    _load_ring(config.steps, count, produced, consumed, tiles_of)
+def _d_z(activation, z, d_hidden):
+    value, derivative = IN_KERNEL[activation]
+    if len(z) == 1:
+        return [d_hidden * derivative(z[0])]
+    return [d_hidden * z[1] * derivative(z[0]), d_hidden * value(z[0])]
 
 
-def _store(value, smem, gmem):
-    smem[...] = value.astype(smem.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem, gmem)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _launch(kernel, config, out, grid, smem, barriers, name):
-    """`smem`: the shapes of the kernel's buffers, in order."""
-    dtype = out[0].dtype
-    # One swizzle for all tiles, since both operands of a wgmma need the same; it must
-    # tile the contracted axis too.
-    narrowest = math.gcd(config.columns, *(shape[-1] for shape in smem))
-    layout = tiles(dtype, swizzle_of(narrowest, dtype.itemsize))
-    return plgpu.kernel(
-        kernel,
-        out_type=out,
-        scratch_types=[plgpu.SMEM(s, dtype, transforms=layout) for s in smem]
-        + barriers,
-        grid=grid,
-        grid_names=("head", "tile"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-
-
-def _ring_barriers(steps):
-    """Of two tiles a step: produced by TMA, consumed by every computing warpgroup."""
-    produced = [plgpu.Barrier(num_barriers=steps) for _ in range(2)]
-    consumed = [
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps) for _ in range(2)
-    ]
-    return [*produced, *consumed]
-
-
-def _forward(activation, x, w1, w2):
+def _forward(activation, config, x, *weights):
     heads, batch, dim = x.shape
-    config = forward_config(dim)
-    rows, columns, steps = config.rows, config.columns, config.steps
-    count = pl.cdiv(w1.shape[2], columns)
-    act = IN_KERNEL[activation].value
+    *ups, w2 = weights
+    down = len(ups)
+    config = config or choose("forward", heads, batch, dim, len(ups))
+    tile = plgpu.ACC((config.rows, config.columns), jnp.float32)
 
-    def kernel(
-        x_gmem, w1_gmem, w2_gmem, y_gmem, x_smem, w1_smem, w2_smem, x_produced,
-        w1_produced, w2_produced, w1_consumed, w2_consumed,
-    ):  # fmt: skip
-        head, tile = lax.axis_index("head"), lax.axis_index("tile")
-        warpgroup = lax.axis_index("warpgroup")
+    def body(held, ring):
+        (x,) = held
+        z = dots(*((x, ring.wait(n, 0)) for n in range(down)))
+        for n in range(down):
+            ring.release(n, 0)
 
-        @pl.when(warpgroup < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            tokens = pl.ds((tile * COMPUTE + warpgroup) * rows, rows)
-            x = x_smem.at[warpgroup]
-            plgpu.copy_gmem_to_smem(
-                x_gmem.at[head, tokens], x, x_produced.at[warpgroup]
-            )
-            plgpu.barrier_wait(x_produced.at[warpgroup])
-            plgpu.barrier_wait(w1_produced.at[0])
-            z = dot(x, w1_smem.at[0])
-            plgpu.barrier_arrive(w1_consumed.at[0])
+        def step(i, carry):
+            y, *z = carry
 
-            def body(i, carry):
-                y, z = carry
-                here, ahead = slot(i, steps), slot(i + 1, steps)
+            def overlap(*ahead):
+                # In flight during the activation of this tile.
+                for n in range(down):
+                    plgpu.wgmma(ahead[n], x, ring.wait(n, i + 1))
+                hidden = _hidden(activation, z).astype(x.dtype)
+                added = add_dots(y, (hidden, ring.wait(down, i)))
+                return added, *(acc[...] for acc in ahead)
 
-                def overlap(z_next):
-                    plgpu.barrier_wait(w1_produced.at[ahead])
-                    # In flight during the activation of this tile.
-                    plgpu.wgmma(z_next, x, w1_smem.at[ahead])
-                    hidden = act(z).astype(x.dtype)
-                    plgpu.barrier_wait(w2_produced.at[here])
-                    return dot_add(y, hidden, w2_smem.at[here]), z_next[...]
+            carry = pl.run_scoped(overlap, *[tile] * down)
+            for n in range(down):
+                ring.release(n, i + 1)
+            ring.release(down, i)
+            return carry
 
-                y, z = pl.run_scoped(overlap, plgpu.ACC((rows, columns), jnp.float32))
-                plgpu.barrier_arrive(w1_consumed.at[ahead])
-                plgpu.barrier_arrive(w2_consumed.at[here])
-                return y, z
+        start = zeros(config.rows, x.shape[1]), *z
+        y, *z = lax.fori_loop(0, ring.count - 1, step, start)
+        hidden = _hidden(activation, z).astype(x.dtype)
+        y = add_dots(y, (hidden, ring.wait(down, ring.count - 1)))
+        ring.release(down, ring.count - 1)
+        return [y]
 
-            y, z = lax.fori_loop(0, count - 1, body, (zeros(rows, dim), z))
-            last = slot(jnp.int32(count - 1), steps)
-            plgpu.barrier_wait(w2_produced.at[last])
-            y = dot_add(y, act(z).astype(x.dtype), w2_smem.at[last])
-            plgpu.barrier_arrive(w2_consumed.at[last])
-            _store(y, x, y_gmem.at[head, tokens])
-
-        @pl.when(warpgroup == COMPUTE)
-        def load():
-            weights = (w1_gmem.at[head], w2_gmem.at[head]), (w1_smem, w2_smem)
-            consumed = w1_consumed, w2_consumed
-            _load_weights(config, count, *weights, (w1_produced, w2_produced), consumed)
-
-    return _launch(
-        kernel,
-        config,
-        (jax.ShapeDtypeStruct(x.shape, x.dtype),),
-        (heads, pl.cdiv(batch, COMPUTE * rows)),
-        [(COMPUTE, rows, dim), (steps, dim, columns), (steps, columns, dim)],
-        [plgpu.Barrier(num_barriers=COMPUTE), *_ring_barriers(steps)],
-        "flash_mlp_forward",
-    )(x, w1, w2)[0]
+    walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
+    name = "flash_mlp_forward"
+    return walk(body, config, [Operand(x, 1)], walked, 1, name)[0]
 
 
-def _backward_x(activation, x, w1, w2, dy):
+def _backward_x(activation, config, x, *others):
     heads, batch, dim = x.shape
-    config = backward_x_config(dim)
-    rows, columns, steps = config.rows, config.columns, config.steps
-    count = pl.cdiv(w1.shape[2], columns)
-    derivative = IN_KERNEL[activation].derivative
+    *ups, w2, dy = others
+    down = len(ups)
+    config = config or choose("backward_x", heads, batch, dim, len(ups))
 
-    def kernel(
-        x_gmem, w1_gmem, w2_gmem, dy_gmem, dx_gmem, x_smem, dy_smem, w1_smem, w2_smem,
-        rows_produced, w1_produced, w2_produced, w1_consumed, w2_consumed,
-    ):  # fmt: skip
-        head, tile = lax.axis_index("head"), lax.axis_index("tile")
-        warpgroup = lax.axis_index("warpgroup")
+    def body(held, ring):
+        dy, x = held
 
-        @pl.when(warpgroup < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            tokens = pl.ds((tile * COMPUTE + warpgroup) * rows, rows)
-            x, dy = x_smem.at[warpgroup], dy_smem.at[warpgroup]
-            ready = rows_produced.at[warpgroup]
-            plgpu.copy_gmem_to_smem(x_gmem.at[head, tokens], x, ready)
-            plgpu.copy_gmem_to_smem(dy_gmem.at[head, tokens], dy, ready)
-            plgpu.barrier_wait(ready)
+        def step(i, dx):
+            ups = [ring.wait(n, i) for n in range(down)]
+            w2 = ring.wait(down, i)
+            *z, d_hidden = dots(*((x, up) for up in ups), (dy, w2.transpose((1, 0))))
+            ring.release(down, i)
+            d_z = [d.astype(x.dtype) for d in _d_z(activation, z, d_hidden)]
+            transposed = [up.transpose((1, 0)) for up in ups]
+            dx = add_dots(dx, *zip(d_z, transposed, strict=True))
+            for n in range(down):
+                ring.release(n, i)
+            return dx
 
-            def body(i, dx):
-                s = slot(i, steps)
-                w1, w2 = w1_smem.at[s], w2_smem.at[s]
-                plgpu.barrier_wait(w1_produced.at[s])
-                z = dot(x, w1)
-                plgpu.barrier_wait(w2_produced.at[s])
-                d_hidden = dot(dy, w2.transpose((1, 0)))
-                plgpu.barrier_arrive(w2_consumed.at[s])
-                dz = (d_hidden * derivative(z)).astype(x.dtype)
-                dx = dot_add(dx, dz, w1.transpose((1, 0)))
-                plgpu.barrier_arrive(w1_consumed.at[s])
-                return dx
+        return [lax.fori_loop(0, ring.count, step, zeros(config.rows, x.shape[1]))]
 
-            dx = lax.fori_loop(0, count, body, zeros(rows, dim))
-            _store(dx, x, dx_gmem.at[head, tokens])
-
-        @pl.when(warpgroup == COMPUTE)
-        def load():
-            weights = (w1_gmem.at[head], w2_gmem.at[head]), (w1_smem, w2_smem)
-            consumed = w1_consumed, w2_consumed
-            _load_weights(config, count, *weights, (w1_produced, w2_produced), consumed)
-
-    held = (COMPUTE, rows, dim)
-    return _launch(
-        kernel,
-        config,
-        (jax.ShapeDtypeStruct(x.shape, x.dtype),),
-        (heads, pl.cdiv(batch, COMPUTE * rows)),
-        [held, held, (steps, dim, columns), (steps, columns, dim)],
-        [
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-            *_ring_barriers(steps),
-        ],
-        "flash_mlp_backward_x",
-    )(x, w1, w2, dy)[0]
+    held = [Operand(dy, 1), Operand(x, 1)]
+    walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
+    return walk(body, config, held, walked, 1, "flash_mlp_backward_x")[0]
 
 
-def _backward_w(activation, wanted, x, w1, w2, dy):
-    """Of dw1, transposed, and dw2 those that are wanted: "w1", "w2" or both.
-
-    Hidden features are the rows, so that only views of SMEM are transposed.
-    """
+def _backward_w(activation, wanted, config, x, *others):
+    """Hidden features are the rows, so that only views of SMEM are transposed."""
     heads, batch, dim = x.shape
-    hidden, config = w1.shape[2], backward_w_config(dim)
-    rows, columns, steps = config.rows, config.columns, config.steps
-    count = pl.cdiv(batch, columns)
-    act, derivative = IN_KERNEL[activation]
+    *ups, w2, dy = others
+    down, hidden = len(ups), w2.shape[1]
+    config = config or choose("backward_w", heads, hidden, dim, len(ups))
 
-    def kernel(x_gmem, w1_gmem, w2_gmem, dy_gmem, *refs):
-        out_gmem, refs = refs[: len(wanted)], refs[len(wanted) :]
-        w1_smem, w2_smem, x_smem, dy_smem, weights_produced, *refs = refs
-        x_produced, dy_produced, x_consumed, dy_consumed = refs
-        head, tile = lax.axis_index("head"), lax.axis_index("tile")
-        warpgroup = lax.axis_index("warpgroup")
+    def body(held, ring):
+        *ups, w2 = held
 
-        @pl.when(warpgroup < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            features = pl.ds((tile * COMPUTE + warpgroup) * rows, rows)
-            w1, w2 = w1_smem.at[warpgroup], w2_smem.at[warpgroup]
-            ready = weights_produced.at[warpgroup]
-            plgpu.copy_gmem_to_smem(w1_gmem.at[head, :, features], w1, ready)
-            plgpu.copy_gmem_to_smem(w2_gmem.at[head, features], w2, ready)
-            plgpu.barrier_wait(ready)
+        def step(i, sums):
+            x, dy = ring.wait(0, i), ring.wait(1, i)
+            pairs = [(up.transpose((1, 0)), x.transpose((1, 0))) for up in ups]
+            if wanted == (down,):
+                z = dots(*pairs)
+                factors = {}
+            else:
+                *z, d_hidden = dots(*pairs, (w2, dy.transpose((1, 0))))
+                factors = dict(enumerate(_d_z(activation, z, d_hidden)))
+            factors[down] = _hidden(activation, z)
+            added = [
+                add_dots(a, (factors[n].astype(w2.dtype), dy if n == down else x))
+                for a, n in zip(sums, wanted, strict=True)
+            ]
+            ring.release(0, i)
+            ring.release(1, i)
+            return added
 
-            def body(i, sums):
-                s = slot(i, steps)
-                x, dy = x_smem.at[s], dy_smem.at[s]
-                added = dict(zip(wanted, sums, strict=True))
-                plgpu.barrier_wait(x_produced.at[s])
-                z = dot(w1.transpose((1, 0)), x.transpose((1, 0)))
-                plgpu.barrier_wait(dy_produced.at[s])
-                if "w2" in wanted:
-                    added["w2"] = dot_add(added["w2"], act(z).astype(w2.dtype), dy)
-                if "w1" in wanted:
-                    d_hidden = dot(w2, dy.transpose((1, 0)))
-                    dz = (d_hidden * derivative(z)).astype(w1.dtype)
-                    added["w1"] = dot_add(added["w1"], dz, x)
-                plgpu.barrier_arrive(dy_consumed.at[s])
-                plgpu.barrier_arrive(x_consumed.at[s])
-                return tuple(added[name] for name in wanted)
+        start = [zeros(config.rows, w2.shape[1]) for _ in wanted]
+        return lax.fori_loop(0, ring.count, step, start)
 
-            start = tuple(zeros(rows, dim) for _ in wanted)
-            sums = lax.fori_loop(0, count, body, start)
-            # The tile of w2 has been read to the end, and has the results' shape.
-            for added, gmem in zip(sums, out_gmem, strict=True):
-                _store(added, w2, gmem.at[head, features])
-
-        @pl.when(warpgroup == COMPUTE)
-        def load():
-            def tiles_of(i, s):
-                tokens = pl.ds(i * columns, columns)
-                yield x_gmem.at[head, tokens], x_smem.at[s]
-                yield dy_gmem.at[head, tokens], dy_smem.at[s]
-
-            produced = x_produced, dy_produced
-            _load_ring(steps, count, produced, (x_consumed, dy_consumed), tiles_of)
-
-    walked = (steps, columns, dim)
-    shape = jax.ShapeDtypeStruct((heads, hidden, dim), x.dtype)
-    return _launch(
-        kernel,
-        config,
-        tuple(shape for _ in wanted),
-        (heads, pl.cdiv(hidden, COMPUTE * rows)),
-        [(COMPUTE, dim, rows), (COMPUTE, rows, dim), walked, walked],
-        [plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE), *_ring_barriers(steps)],
-        f"flash_mlp_backward_{'_'.join(wanted)}",
-    )(x, w1, w2, dy)
+    held = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
+    walked = [Operand(x, 1), Operand(dy, 1)]
+    name = f"flash_mlp_backward_w{''.join(map(str, wanted))}"
+    return walk(body, config, held, walked, len(wanted), name)

@@ -1,5 +1,6 @@
 """What the Mosaic GPU kernels share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ plgpu: Any = mosaic_gpu
 SMEM_BYTES = 232448
 # TMA needs rows of a multiple of 16 bytes.
 TMA_ROW_BYTES = 16
+# Of an H100 with SXM and of an H200; for devices that do not say.
+MULTIPROCESSORS = 132
 
 
 def swizzle_of(features: int, itemsize: int) -> int:
@@ -36,19 +39,26 @@ def slot(i: jax.Array, slots: int) -> jax.Array:
     return lax.rem(i, jnp.array(slots, i.dtype))
 
 
-def dot(a, b):
-    """`a @ b` in new float32 accumulators, awaited; `a` in SMEM or registers."""
+def dots(*pairs):
+    """`a @ b` of each pair, all awaited together; `a` in SMEM or registers."""
 
-    def multiply(acc):
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+    def multiply(*accumulators):
+        for acc, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(acc, a, b)
+        return [acc[...] for acc in accumulators]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
+    return pl.run_scoped(multiply, *[plgpu.ACC(s, jnp.float32) for s in shapes])
 
 
-def dot_add(acc, a, b):
-    """`acc + a @ b`, awaited; `a` in SMEM or registers."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+def add_dots(acc, *pairs):
+    """`acc` and `a @ b` of each pair, awaited; `a` in SMEM or registers."""
+
+    def multiply(ref):
+        for a, b in pairs:
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(acc))
 
 
 def zeros(rows: int, columns: int):
@@ -58,11 +68,39 @@ def zeros(rows: int, columns: int):
     )
 
 
+def multiprocessors() -> int:
+    """How many blocks run at once, one on each."""
+    return getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)
+
+
 def on_hopper() -> bool:
     """Whether the default device is an H100, an H200 or one like them."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
+
+
+def runs_locally() -> bool:
+    """Whether an op sees one device's arrays whole: XLA cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+
+
+def vary_alike(arrays: Sequence[jax.Array], *like: jax.Array) -> list[jax.Array]:
+    """The arrays, as varying on all axes of a `jax.shard_map` that any varies on.
+
+    Kernels want arguments that are alike in this, and do not say it of their results.
+    """
+
+    def varying(a):
+        return jax.typeof(a).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, (*arrays, *like)))
+    missing = [tuple(axes - varying(a)) for a in arrays]
+    return [
+        lax.pcast(a, names, to="varying") if names else a
+        for a, names in zip(arrays, missing, strict=True)
+    ]
 
 
 def _sigmoid(z):

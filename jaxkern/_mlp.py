@@ -1,5 +1,6 @@
 """Gated and low-rank MLPs."""
 
+import math
 import warnings
 from functools import partial
 from typing import Literal, get_args
@@ -9,16 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from . import _flash_mlp_mgpu
 from ._activations import ACTIVATIONS
 from ._checks import (
     Implementation,
     check_batched,
     check_floating,
+    check_implementation,
     check_pair,
     check_shape,
     check_xla_only,
     raise_unknown,
 )
+from ._flash_mlp import select
 from ._matmul import matmul, widen
 from ._sparsity import GROUP, KEPT, sparsify_2_4
 
@@ -243,11 +247,15 @@ def low_rank_relu2(
     $|z| = 256$. Saved for the backward: the arguments, and in the dtype of `x` the
     results of all matmuls but the last and the input of the third.
 
+    "mosaic_gpu" is `flash_mlp` between the first and the last matmul, for equal ranks
+    and without a selection per token; the hidden features then never reach memory. None
+    picks as `flash_mlp` does.
+
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
             dtypes differ.
         ValueError: the shapes do not fit, or `sparsity` or `implementation` is unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     Warns:
         UserWarning: a rank saves nothing over a full-rank weight.
@@ -257,7 +265,7 @@ def low_rank_relu2(
         https://arxiv.org/abs/2503.16672.
     """
     op = "low_rank_relu2"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     check_sparsity(op, sparsity)
     _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
@@ -265,5 +273,32 @@ def low_rank_relu2(
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
+    if _select(op, x, up, down, sparsity, implementation) == "mosaic_gpu":
+        core = matmul(x, up[0]).reshape(1, -1, up[1].shape[0])
+        core = _flash_mlp_mgpu.mlp(core, (up[1][None],), down[0][None], "relu2")
+        return matmul(core.reshape(*x.shape[:-1], -1), down[1])
     hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity)
     return _low_rank_matmul(hidden, down)
+
+
+def _select(
+    op: str,
+    x: jax.Array,
+    up: Pair,
+    down: Pair,
+    sparsity: Sparsity | None,
+    implementation: Implementation | None,
+) -> Implementation:
+    ranks = up[1].shape[0], down[0].shape[1]
+    reason = None
+    if sparsity not in (None, "2:4-static"):
+        reason = f"sparsity must be None or '2:4-static', got {sparsity!r}"
+    elif ranks[0] != ranks[1]:
+        reason = f"ranks of up and down must be equal, got {ranks[0]} and {ranks[1]}"
+    if reason and implementation == "mosaic_gpu":
+        raise NotImplementedError(f"{op}: for mosaic_gpu, {reason}")
+    if reason:
+        return "xla"
+    tokens = math.prod(x.shape[:-1])
+    core = jax.ShapeDtypeStruct((1, tokens, ranks[0]), x.dtype)
+    return select(op, core, [up[1][None]], implementation)

@@ -10,6 +10,7 @@ import jaxkern
 from benchmarks import _mlp_definitions as definitions
 from benchmarks._harness import relative_error as relative_error
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
+from jaxkern._activations import ACTIVATIONS
 
 # For tests of what happens to arguments of the wrong type.
 untyped: Any = jaxkern
@@ -172,3 +173,48 @@ def op_args(tokens=16, d_in=24, hidden=64, rank=8):
     (_, *kernels), _ = swiglu_args(size, jnp.float32)
     x, gate, up, down, _ = low_rank_args(size, jnp.float32)
     return x, {"kernels": tuple(kernels), "gate": gate, "up": up, "down": down}
+
+
+def flash_mlp_args(size, dtype, gated=False) -> tuple[Any, Any]:
+    """(x, w1, w2), with w_gate if gated, and the result's cotangent."""
+    heads, batch, dim, hidden = size
+    shapes = [(heads, batch, dim), (heads, dim, hidden), (heads, hidden, dim)]
+    scales = [1.0, dim**-0.5, max(hidden, 1) ** -0.5]
+    if gated:
+        shapes, scales = [*shapes, shapes[1]], [*scales, scales[1]]
+    args = [
+        normal(i, s, dtype, c)
+        for i, (s, c) in enumerate(zip(shapes, scales, strict=True))
+    ]
+    return tuple(args), normal(7, shapes[0], dtype)
+
+
+def flash_mlp_float64(args, g, activation) -> Any:
+    """The equations and their gradients by hand, in NumPy, but for act and act'."""
+    x, w1, w2, *gate, g = to_float64((*args, g))
+    z, up = np.matmul(x, (gate or [w1])[0]), np.matmul(x, w1) if gate else 1.0
+    with jax.enable_x64(True):
+        act, slope = (np.asarray(f(jnp.asarray(z))) for f in ACTIVATIONS[activation])
+    hidden, d_hidden = act * up, np.matmul(g, w2.swapaxes(1, 2))
+    d_z = d_hidden * up * slope
+    d_x = np.matmul(d_z, (gate or [w1])[0].swapaxes(1, 2))
+    d_w2, d_w = (np.matmul(a.swapaxes(1, 2), b) for a, b in ((hidden, g), (x, d_z)))
+    y = np.matmul(hidden, w2)
+    if not gate:
+        return y, (d_x, d_w, d_w2)
+    d_x = d_x + np.matmul(d_hidden * act, w1.swapaxes(1, 2))
+    d_w1 = np.matmul(x.swapaxes(1, 2), d_hidden * act)
+    return y, (d_x, d_w1, d_w2, d_w)
+
+
+def flash_mlp_plain(activation):
+    """As one writes it: the activation in float32, every result rounded once."""
+
+    def mlp(x, w1, w2, w_gate=None):
+        z = jnp.einsum("hbd,hde->hbe", x, w1 if w_gate is None else w_gate)
+        hidden = ACTIVATIONS[activation].value(z.astype(jnp.float32))
+        if w_gate is not None:
+            hidden = hidden * jnp.einsum("hbd,hde->hbe", x, w1).astype(jnp.float32)
+        return jnp.einsum("hbe,hed->hbd", hidden.astype(x.dtype), w2)
+
+    return mlp

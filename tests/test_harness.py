@@ -140,6 +140,22 @@ def test_without_warm_up_a_peer_compiles_anew_or_is_not_said_to():
     assert "compile_s" not in eager
 
 
+def test_figures_of_the_program_follow_its_check_and_join_the_row():
+    order = []
+
+    def checked(fn):
+        order.append("check")
+        return check(fn)
+
+    def figures():
+        order.append("figures")
+        return {"allocated_bytes": 7}
+
+    row = {}
+    measure(Program(double, (X,), checked, figures=figures), Options(), 1, row)
+    assert order == ["check", "figures"] and row["allocated_bytes"] == 7
+
+
 def test_compile_time_is_not_that_of_a_cached_program():
     jax.jit(double)(X)
     (first,), (again,) = (run([case("a")], Options()) for _ in range(2))

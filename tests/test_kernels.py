@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import _kernel_compile as compiler
 from benchmarks import kernels
-from jaxkern import _flash_mlp_mgpu
+from jaxkern import _flash_mlp_mgpu as flash_mlp
 
 PTXAS = """
   wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
@@ -47,16 +47,21 @@ def test_what_must_not_be_shipped(change, reason):
     assert got is None if reason is None else got and got.startswith(reason)
 
 
-def test_every_dim_that_is_supported_is_compiled():
+def test_every_configuration_that_can_be_chosen_is_compiled():
     cases = kernels.make_cases()
-    for dim in range(16, 257, 16):
-        args = [
-            jnp.zeros(s, jnp.bfloat16) for s in ((1, 8, dim), (1, dim, 8), (1, 8, dim))
-        ]
-        assert _flash_mlp_mgpu.unsupported(*args, on_hopper=True) is None
-        passes = [" ".join(p) for p in _flash_mlp_mgpu.weight_passes(dim)]
-        for name in ["forward", "backward x", *(f"backward {p}" for p in passes)]:
-            assert f"flash_mlp {name} {dim}" in cases
+    for dim in range(8, 257, 8):
+        x, w1 = (jnp.zeros(s, jnp.bfloat16) for s in ((1, 8, dim), (1, dim, 8)))
+        assert flash_mlp.unsupported(x, [w1], on_hopper=True) is None
+        # A tile has the next multiple of 16.
+        dim = -dim // 16 * -16
+        for kernel, label in (("forward", "forward"), ("backward_x", "dx")):
+            for config in flash_mlp.configs(kernel, dim, 1):
+                split = " split" * config.split
+                name = f"flash_mlp {label} {dim} {config.rows}x{config.columns}{split}"
+                assert name in cases
+        for wanted in flash_mlp.weight_passes(dim, 1):
+            label = " ".join(("dw1", "dw2")[n] for n in wanted)
+            assert any(name.startswith(f"flash_mlp {label} {dim} ") for name in cases)
 
 
 def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
@@ -80,11 +85,15 @@ def test_a_kernel_that_fails_is_a_failed_row():
     }
 
 
-def test_each_kernel_is_one_module():
-    for name in ("forward 64", "backward x 64", "backward w1 w2 64", "backward w1 256"):
-        fn, args = kernels.make_cases()[f"flash_mlp {name}"]()
-        modules = compiler.lower(fn, args)
-        assert len(modules) == 1 and len(modules[0]) > 1000
+@pytest.mark.parametrize(
+    "name",
+    ["forward 64 128x64", "dx 64 64x64 split", "gated dgate dw1 64 64x64", "dw2 256"],
+)
+def test_each_kernel_is_one_module(name):
+    build = next(b for n, b in kernels.make_cases().items() if f"flash_mlp {name}" in n)
+    fn, args = build()
+    modules = compiler.lower(fn, args)
+    assert len(modules) == 1 and len(modules[0]) > 1000
 
 
 def test_compile_one(tmp_path):
@@ -97,7 +106,8 @@ def test_compile_one(tmp_path):
         jax.ShapeDtypeStruct(s, jnp.bfloat16)
         for s in ((2, 256, 64), (2, 64, 512), (2, 512, 64))
     ]
-    (module,) = compiler.lower(_flash_mlp_mgpu.forward("silu"), tuple(args))
+    config = flash_mlp.Config(64, 128)
+    (module,) = compiler.lower(flash_mlp.forward("silu", config), tuple(args))
     row = compiler.compile_module(module, plugin, disassembler, tmp_path)
     assert compiler.problems(row) is None
     if disassembler:

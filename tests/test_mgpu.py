@@ -8,7 +8,7 @@ import pytest
 from helpers import normal, relative_error
 from jax.experimental import pallas as pl
 
-from jaxkern._mgpu import dot, dot_add, plgpu, slot, swizzle_of, tiles, zeros
+from jaxkern._mgpu import add_dots, dots, plgpu, slot, swizzle_of, tiles, zeros
 
 ROWS, DEPTH, COLUMNS, COUNT, STEPS = 64, 64, 64, 4, 2
 
@@ -31,7 +31,7 @@ def matmul(a, b, mistake=None):
                         plgpu.barrier_arrive(consumed.at[s])
 
                     return pl.run_state(early)(plgpu.ACC.init(y))
-                y = dot_add(y, a_smem.at[s], b_smem.at[s])
+                y = add_dots(y, (a_smem.at[s], b_smem.at[s]))
                 if mistake != "never released":
                     plgpu.barrier_arrive(consumed.at[s])
                 return y
@@ -108,7 +108,7 @@ def test_dot_with_registers_on_the_left(interpreted):
     def kernel(a_gmem, y_gmem, a_smem, ready):
         plgpu.copy_gmem_to_smem(a_gmem, a_smem, ready)
         plgpu.barrier_wait(ready)
-        y_gmem[...] = dot(a_smem[...], a_smem)
+        (y_gmem[...],) = dots((a_smem[...], a_smem))
 
     square = A[:, :ROWS]
     y = plgpu.kernel(

@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import _mlp_definitions as definitions
-from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
+from jaxkern import _flash_mlp, low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
 SIZES = [
@@ -296,7 +296,14 @@ UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((
         (
             lambda: untyped.low_rank_relu2(X, UP, DOWN, implementation="mosaic_gpu"),
             NotImplementedError,
-            "low_rank_relu2: implementation must be 'xla'",
+            "low_rank_relu2: dtype must be bfloat16 or float16 for mosaic_gpu",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(
+                X, UP, DOWN, sparsity="2:4", implementation="mosaic_gpu"
+            ),
+            NotImplementedError,
+            "for mosaic_gpu, sparsity must be None or '2:4-static', got '2:4'",
         ),
     ],
 )
@@ -352,3 +359,31 @@ def test_on_gpu(dtype):
         for sparsity in SPARSITIES:
             test_low_rank_relu2(size, sparsity, dtype)
         test_accumulation_is_float32(dtype)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("sparsity", [None, "2:4-static"])
+def test_low_rank_relu2_in_the_kernel(sparsity, monkeypatch):
+    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
+    size = (70, 33, 144, 16, 33)
+    x, up, _, down, g = low_rank_args(size, jnp.bfloat16)
+    x = x.reshape(2, 35, 33)
+
+    def run(x, up, down):
+        y = low_rank_relu2(x, up, down, sparsity=sparsity, implementation="mosaic_gpu")
+        assert y.shape == (2, 35, 33)
+        return y.reshape(70, 33)
+
+    got = value_and_vjp(run, (x, up, down), g)
+    got = got[0], (got[1][0].reshape(70, 33), *got[1][1:])
+    plain = partial(definitions.relu2, SELECTIONS[sparsity])
+    bound = value_and_vjp(plain, (x.reshape(70, 33), up, down), g)
+    wide = to_float64((x.reshape(70, 33), up, down, g))
+    assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
+
+
+def test_low_rank_relu2_with_two_ranks_has_no_kernel():
+    x, up, _, down, _ = low_rank_args((7, 33, 144, 16, 33), jnp.bfloat16)
+    down = down[0][:, 1:], down[1][1:]
+    with pytest.raises(NotImplementedError, match="must be equal, got 16 and 15"):
+        low_rank_relu2(x, up, down, implementation="mosaic_gpu")

@@ -251,17 +251,22 @@ class LowRankReLU2(nnx.Module):
 
 
 class FlashMLP(nnx.Module):
-    """`jaxkern.flash_mlp` with the two kernels of each head.
+    """`jaxkern.flash_mlp` with the kernels of each head.
+
+    Kernels are annotated with the logical axes "heads", "embed" and "mlp" for
+    `nnx.get_partition_spec`.
 
     Args:
         num_heads: how many MLPs.
         dim: size of the last axis of the input and of the output.
         hidden_features: size of the activated layer.
+        gated: whether there is a `w_gate`; with "silu", each head is a SwiGLU.
         activation: as in `jaxkern.flash_mlp`.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
-        kernel_init: for both kernels, head by head. The original study drew
-            N(0, 1 / hidden) for the first and N(0, 1 / dim) for the second.
+        kernel_init: for every kernel, head by head. The original study's, N(0, 1 /
+            hidden) for the first and N(0, 1 / dim) for the second, is
+            `nnx.initializers.variance_scaling(1.0, "fan_out", "normal", batch_axis=0)`.
         implementation: as in `jaxkern.flash_mlp`.
 
     Raises:
@@ -274,6 +279,7 @@ class FlashMLP(nnx.Module):
         dim: int,
         hidden_features: int,
         *,
+        gated: bool = False,
         activation: str = "silu",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -289,14 +295,14 @@ class FlashMLP(nnx.Module):
             hidden_features=hidden_features,
         )
         get_activation("FlashMLP", activation)
-        widen, narrow = (dim, hidden_features), (hidden_features, dim)
-        names = ("heads", "embed", "mlp"), ("heads", "mlp", "embed")
-        self.w1 = make_kernel(
-            kernel_init, rngs, (num_heads, *widen), param_dtype, names[0]
-        )
-        self.w2 = make_kernel(
-            kernel_init, rngs, (num_heads, *narrow), param_dtype, names[1]
-        )
+
+        def kernel(d_in, d_out, *names):
+            shape = num_heads, d_in, d_out
+            return make_kernel(kernel_init, rngs, shape, param_dtype, ("heads", *names))
+
+        self.w1 = kernel(dim, hidden_features, "embed", "mlp")
+        self.w2 = kernel(hidden_features, dim, "mlp", "embed")
+        self.w_gate = kernel(dim, hidden_features, "embed", "mlp") if gated else None
         self.dim = dim
         self.activation = activation
         self.dtype = dtype
@@ -306,11 +312,14 @@ class FlashMLP(nnx.Module):
         self, x: Float[Array, "heads batch dim"]
     ) -> Float[Array, "heads batch dim"]:
         check_input("FlashMLP", x, self.dim)
-        x, w1, w2 = promote_dtype((x, self.w1[...], self.w2[...]), dtype=self.dtype)
+        gates = () if self.w_gate is None else (self.w_gate[...],)
+        weights = self.w1[...], self.w2[...], *gates
+        x, w1, w2, *gates = promote_dtype((x, *weights), dtype=self.dtype)
         return flash_mlp(
             x,
             w1,
             w2,
+            w_gate=gates[0] if gates else None,
             activation=self.activation,
             implementation=self.implementation,
         )

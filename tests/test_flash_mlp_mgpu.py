@@ -1,0 +1,274 @@
+"""The Hopper kernels, in an emulator that detects races."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    flash_mlp_args,
+    flash_mlp_float64,
+    flash_mlp_plain,
+    to_float64,
+    value_and_vjp,
+)
+
+from jaxkern import _flash_mlp, _flash_mlp_mgpu, _mgpu_walk, flash_mlp
+from jaxkern._activations import ACTIVATIONS
+from jaxkern._mgpu import IN_KERNEL
+from jaxkern._mgpu_walk import Config
+
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+configs = _flash_mlp_mgpu.configs
+
+
+def kernel(activation="silu"):
+    def mlp(x, w1, w2, w_gate=None):
+        ups = (w1,) if w_gate is None else (w_gate, w1)
+        return _flash_mlp_mgpu.mlp(x, ups, w2, activation)
+
+    return mlp
+
+
+def check(args: Any, g, activation="silu", fn=None):
+    got = value_and_vjp(fn or kernel(activation), args, g)
+    bound = value_and_vjp(flash_mlp_plain(activation), args, g)
+    assert_as_exact(got, bound, flash_mlp_float64(args, g, activation))
+
+
+@pytest.fixture(params=["largest", "split"])
+def tiles(request, monkeypatch):
+    """Whatever the size, the largest tiles that can be chosen, or the smallest."""
+    n = {"largest": 0, "split": -1}[request.param]
+    monkeypatch.setattr(_flash_mlp_mgpu, "configs", lambda *a: (configs(*a)[n],))
+
+
+# Sizes that cross tiles, fall short of one, and leave the second warpgroup nothing.
+@pytest.mark.usefixtures("interpreted", "tiles")
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "size, activation, dtype",
+    [
+        ((2, 150, 64, 264), "silu", jnp.bfloat16),
+        ((1, 130, 120, 136), "gelu", jnp.float16),
+        ((1, 65, 24, 72), "sigmoid", jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_values_and_gradients(size, activation, dtype, gated):
+    check(*flash_mlp_args(size, dtype, gated), activation)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "size, activation, dtype",
+    [
+        ((1, 17, 16, 8), "relu", jnp.bfloat16),
+        ((1, 63, 96, 200), "relu2", jnp.float16),
+        ((1, 1, 48, 400), "leaky_relu", jnp.bfloat16),
+        ((1, 129, 128, 136), "identity", jnp.bfloat16),
+        ((1, 70, 192, 72), "silu", jnp.bfloat16),
+        ((1, 70, 256, 72), "silu", jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_other_sizes_and_activations(size, activation, dtype):
+    check(*flash_mlp_args(size, dtype), activation)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_gated_at_its_largest_dim():
+    check(*flash_mlp_args((1, 70, 192, 72), jnp.bfloat16, gated=True))
+
+
+@pytest.mark.usefixtures("interpreted", "tiles")
+def test_a_block_takes_several_tiles(monkeypatch):
+    monkeypatch.setattr(_mgpu_walk, "multiprocessors", lambda: 2)
+    check(*flash_mlp_args((5, 80, 16, 136), jnp.bfloat16))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_under_vmap():
+    (x, w1, w2), g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
+    several = jnp.stack([x, 2 * x, -x])
+
+    def gradients(x):
+        return value_and_vjp(kernel(), (x, w1, w2), g)
+
+    got = jax.vmap(gradients)(several)
+    for i, one in enumerate(several):
+        args = one, w1, w2
+        bound = value_and_vjp(flash_mlp_plain("silu"), args, g)
+        picked = jax.tree.map(lambda a, i=i: a[i], got)
+        assert_as_exact(picked, bound, flash_mlp_float64(args, g, "silu"))
+
+
+def in_scan(mlp):
+    """Head by head."""
+
+    def by_heads(*args):
+        def step(carry, one):
+            return carry, mlp(*(a[None] for a in one))[0]
+
+        return jax.lax.scan(step, None, args)[1]
+
+    return by_heads
+
+
+def in_shard_map(spec):
+    def wrap(mlp):
+        # The emulator has one device at a time.
+        mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        weights = spec if spec == jax.P("i") else jax.P()
+        specs = spec, weights, weights
+        return jax.shard_map(mlp, mesh=mesh, in_specs=specs, out_specs=spec)
+
+    return wrap
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jax.checkpoint,
+        in_scan,
+        in_shard_map(jax.P("i")),
+        in_shard_map(jax.P(None, "i")),
+    ],
+    ids=["remat", "scan", "shard_map over heads", "shard_map over batch"],
+)
+def test_under_other_transforms(transform):
+    args, g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
+    check(args, g, fn=transform(kernel()))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_deterministic():
+    args, g = flash_mlp_args((1, 70, 64, 136), jnp.bfloat16)
+    first, again = (value_and_vjp(kernel(), args, g) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(*to_float64((a, b)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_extreme_values_stay_in_their_token():
+    (x, w1, w2), g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
+    extremes = jnp.array([1e4, -1e4, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
+    args = x.at[1, :5, 0].set(extremes), w1, w2
+    y, (dx, *_) = value_and_vjp(kernel(), args, g)
+    clean, (clean_dx, *_) = value_and_vjp(kernel(), (x, w1, w2), g)
+    others = np.delete(np.arange(40), range(20, 25))
+    for got, expected in ((y, clean), (dx, clean_dx)):
+        got, expected = (to_float64(a).reshape(40, 32) for a in (got, expected))
+        np.testing.assert_array_equal(got[others], expected[others])
+    bound = to_float64(flash_mlp_plain("silu")(*args)[1, :5])
+    np.testing.assert_allclose(to_float64(y[1, :5]), bound, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_only_the_arguments_are_saved_for_the_backward():
+    args, _ = flash_mlp_args((1, 20, 32, 40), jnp.bfloat16, gated=True)
+    saved = jax.tree.leaves(jax.vjp(kernel(), *args)[1])
+    assert sorted(a.shape for a in saved) == sorted(a.shape for a in args)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
+    args, _ = flash_mlp_args((2, 70, 32, 136), jnp.bfloat16)
+
+    def uses_the_kernel(**options):
+        return "flash_mlp_forward" in str(
+            jax.make_jaxpr(lambda *a: flash_mlp(*a, **options))(*args)
+        )
+
+    assert not uses_the_kernel()
+    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
+    assert not uses_the_kernel()
+    monkeypatch.setattr(_flash_mlp, "runs_locally", lambda: True)
+    assert uses_the_kernel()
+    assert not uses_the_kernel(implementation="xla")
+    monkeypatch.setattr(_flash_mlp_mgpu, "predicted_faster", lambda *a: False)
+    assert not uses_the_kernel()
+    assert uses_the_kernel(implementation="mosaic_gpu")
+    check(args, args[0])
+
+
+@pytest.mark.parametrize(
+    "shape, faster",
+    [
+        ((32, 4096, 64, 512, 1), True),
+        ((8, 512, 64, 512, 1), True),
+        ((12, 1024, 64, 768, 2), True),
+        # One block would walk a long hidden axis alone.
+        ((1, 64, 256, 2**20, 1), False),
+        ((1, 128, 256, 8192, 1), False),
+    ],
+)
+def test_predictions(shape: tuple[int, int, int, int, int], faster):
+    assert _flash_mlp_mgpu.predicted_faster(*shape) == faster
+
+
+def test_small_problems_are_split_and_large_ones_take_large_tiles():
+    def rows(heads, size):
+        config = _flash_mlp_mgpu.choose("forward", heads, size, 64, 1)
+        return config.rows * config.parts
+
+    assert rows(8, 512) == 64
+    assert rows(12, 1024) == 128
+    assert rows(32, 4096) == 256
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rows": 63}, "rows must be a multiple of 64, got 63"),
+        ({"columns": 12}, "columns must be a multiple of 8, got 12"),
+        ({"columns": 512}, "columns must be at most 256, .*, got 512, 2 and 2"),
+        ({"steps": 3, "split": True}, "steps must be a multiple of 2 to split, got 3"),
+    ],
+)
+def test_config_refuses_nonsense(options, message):
+    with pytest.raises(ValueError, match=f"Config: {message}"):
+        Config(**({"rows": 64, "columns": 64} | options))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (Config(64, 256, steps=4), "must fit 232448 bytes of shared memory, got 10"),
+    ],
+)
+def test_config_that_does_not_fit_says_what_it_needs(config, message):
+    (x, w1, w2), _ = flash_mlp_args((2, 20, 192, 40), jnp.bfloat16)
+    with pytest.raises(ValueError, match=f"flash_mlp_forward: .* {message}"):
+        _flash_mlp_mgpu.forward("silu", config)(x, w1, w2)
+
+
+@activations
+def test_the_kernels_forms_are_those_of_the_table(activation):
+    z = jnp.array([-1e4, -30.0, -1.0, 0.0, 0.5, 30.0, 1e4])
+    ours, table = IN_KERNEL[activation], ACTIVATIONS[activation]
+    for a, b in zip(ours, table, strict=True):
+        np.testing.assert_allclose(a(z), b(z), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.gpu
+@activations
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dim", [24, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
+def test_on_gpu(activation, dim, dtype, gated):
+    if gated and dim > _flash_mlp_mgpu.MAX_GATED_DIM:
+        pytest.skip("too large to be gated")
+    args, g = flash_mlp_args((3, 1000, dim, 520), dtype, gated)
+    check(args, g, activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("size", [(40, 1100, 64, 264), (2, 100, 64, 264)], ids=str)
+def test_tiles_on_gpu(size):
+    check(*flash_mlp_args(size, jnp.bfloat16))

@@ -3,6 +3,7 @@
 from . import nn as nn
 from ._attention import attention as attention
 from ._attention import merge_attention as merge_attention
+from ._dilated import dilated_attention as dilated_attention
 from ._flash_mlp import flash_mlp as flash_mlp
 from ._mlp import low_rank_matmul as low_rank_matmul
 from ._mlp import low_rank_relu2 as low_rank_relu2

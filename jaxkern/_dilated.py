@@ -1,0 +1,312 @@
+"""Dilated attention: sparse patterns of segments, mixed as one softmax."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from numbers import Integral
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from ._attention import attention, check_query_key_value
+from ._checks import Implementation, check_shape, check_xla_only, raise_unknown
+from ._matmul import widen
+
+HeadOffsets = Literal["paper", "blocks", "pattern"]
+PatternsPerHead = Literal["all", "one"]
+Uncovered = Literal["zero", "error"]
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Each head attends to every `dilation`-th row of a segment, from its offset on."""
+
+    segment: int
+    dilation: int
+    offsets: tuple[int, ...]
+
+    @property
+    def chosen(self) -> Bool[np.ndarray, "dilation heads"]:
+        return np.arange(self.dilation)[:, None] == np.array(self.offsets)
+
+    def of_heads(self, start: int, stop: int, step: int = 1) -> "_Pattern":
+        return _Pattern(self.segment, self.dilation, self.offsets[start:stop:step])
+
+    def divides(self, seq: int) -> bool:
+        return seq % self.segment == 0 and self.segment % self.dilation == 0
+
+    def select(
+        self, x: Shaped[Array, "batch seq #heads *features"]
+    ) -> Shaped[Array, "segments rows heads *features"]:
+        """Each head's rows of each segment, zeros for those beyond its end."""
+        w, r = self.segment, self.dilation
+        batch, seq, *rest = x.shape
+        segments, rows = batch * -(-seq // w), -(-w // r)
+        x = _pad(x, -seq % w).reshape(segments, w, *rest)
+        x = _pad(x, -w % r).reshape(segments, rows, r, *rest)
+        # A sum over one-hot rows, not a gather: it fuses, and heads stay where they
+        # are on a mesh. Its transpose is `spread`.
+        chosen = self.chosen.reshape(*self.chosen.shape, *[1] * (len(rest) - 1))
+        x = jnp.where(chosen, x, jnp.zeros((), x.dtype))
+        return x.any(2) if x.dtype == bool else x.sum(2, dtype=x.dtype)
+
+    def spread(
+        self, x: Float[Array, "segments rows heads *features"], seq: int, fill: float
+    ) -> Float[Array, "batch seq heads *features"]:
+        """The inverse of `select`; the rows that it left out are `fill`."""
+        w, r = self.segment, self.dilation
+        segments, rows, *rest = x.shape
+        chosen = self.chosen.reshape(*self.chosen.shape, *[1] * (len(rest) - 1))
+        x = jnp.where(chosen, x[:, :, None], jnp.asarray(fill, x.dtype))
+        x = x.reshape(segments, rows * r, *rest)[:, :w]
+        per_batch = -(-seq // w)
+        return x.reshape(segments // per_batch, per_batch * w, *rest)[:, :seq]
+
+
+def _pad(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 2))
+
+
+def dilated_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Bool[Array, "batch seq"] | None = None,
+    head_offsets: HeadOffsets = "paper",
+    patterns_per_head: PatternsPerHead = "all",
+    stop_gradient_mix: bool = False,
+    uncovered: Uncovered = "zero",
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> (
+    Float[Array, "batch seq heads dim_v"]
+    | tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]
+):
+    r"""LongNet's attention: near tokens densely, far ones at growing strides.
+
+    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each, head $j$ takes
+    the rows $o, o + r_i, o + 2 r_i, ...$ with offset $o = j \bmod r_i$, and attends
+    among them alone, which gives $O_i$ and the log-sum-exp $L_i$ (0 and $-\infty$ in
+    the rows it did not take). Then per token and head
+
+    $$O = \sum_i \alpha_i O_i, \qquad
+      \alpha_i = \frac{\exp L_i}{\sum_j \exp L_j}$$
+
+    which is one softmax over all keys, with $\log c$ added to the logit of a key that
+    $c$ patterns share with the query. The gradient is exact, through $\alpha$ too. A
+    pattern costs $4\,\mathrm{batch}\,\mathrm{heads}\,\mathrm{seq}\,w\,\mathrm{dim}/r^2$
+    FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
+    where `w` exceeds the sequence, the sequence is the segment.
+
+    Heads are counted in the array given: to split heads by `shard_map`, give each
+    device a multiple of every rate, and let "paper" choose the offsets.
+
+    Args:
+        segment_lengths: $w_i$, in tokens.
+        dilation_rates: $r_i$, as many.
+        scale: of the logits; None is $1/\sqrt{\mathrm{dim}}$.
+        key_mask: False for padding, which no query attends to.
+        head_offsets: "paper" as above; "blocks" for $\lfloor j / \lceil H/r_i \rceil
+            \rfloor$, consecutive heads alike, as torchscale has it; "pattern" for
+            $i \bmod r_i$, all heads alike.
+        patterns_per_head: "all" as above. "one" splits the heads into consecutive
+            groups, one for each pattern, the first ones larger by one head where they
+            do not divide; with "pattern" this is dilated-attention-pytorch's variant,
+            but for its final division by the number of patterns.
+        stop_gradient_mix: treat $\alpha$ as constant in the backward, as torchscale.
+        uncovered: what to do about a row that its head takes in no pattern: "zero"
+            gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
+        return_lse: also return $\log \sum_i \exp L_i$, float32.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the dtypes differ.
+        ValueError: the shapes do not fit, the patterns are not two equally long
+            sequences of positive integers, each rate exceeds its segment, heads are
+            fewer than the patterns to split them among, rows are uncovered though that
+            is an "error", or a name is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    References:
+        LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
+    """
+    op = "dilated_attention"
+    check_xla_only(op, implementation)
+    check_query_key_value(op, query, key, value)
+    batch, seq, heads, _ = query.shape
+    given = f" for query of shape {query.shape}"
+    check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
+    _check_key_mask(op, key_mask, (batch, seq))
+    _check_names(op, head_offsets, patterns_per_head, uncovered)
+    patterns = _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets)
+    groups = _head_groups(op, patterns, heads, patterns_per_head)
+    if uncovered == "error":
+        _check_covered(op, groups, seq)
+    parts = [
+        _attend(
+            query[:, :, start:stop],
+            *_key_value_heads(key, value, start, stop, heads),
+            key_mask,
+            [pattern.of_heads(start, stop) for pattern in members],
+            is_causal,
+            scale,
+            stop_gradient_mix,
+        )
+        for (start, stop), members in groups
+    ]
+    out, lse = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+    return (out, lse) if return_lse else out
+
+
+def _attend(query, key, value, key_mask, patterns, is_causal, scale, stop_gradient_mix):
+    """All heads through all patterns, and the mixture."""
+    seq, outs, lses = query.shape[1], [], []
+    for pattern in patterns:
+        out, lse = _attend_pattern(
+            query, key, value, key_mask, pattern, is_causal, scale
+        )
+        outs.append(out)
+        lses.append(pattern.spread(lse, seq, fill=-jnp.inf))
+    stacked = jnp.stack(lses)
+    reached = ~jnp.isneginf(stacked).all(0)
+    # Without the inner guard its gradient is 0/0 where no pattern reaches.
+    total = jax.nn.logsumexp(jnp.where(reached, stacked, 0), axis=0)
+    shares = jnp.exp(stacked - total)
+    if stop_gradient_mix:
+        shares = jax.lax.stop_gradient(shares)
+    # Weighted before they are spread, so that no pattern keeps rows that it left out.
+    parts = [
+        pattern.spread(pattern.select(share)[..., None] * widen(out), seq, fill=0.0)
+        for pattern, share, out in zip(patterns, shares, outs, strict=True)
+    ]
+    mixed = reduce(jnp.add, parts)
+    return mixed.astype(value.dtype), jnp.where(reached, total, -jnp.inf)
+
+
+def _attend_pattern(query, key, value, key_mask, pattern, is_causal, scale):
+    seq, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
+    group = heads // kv_heads
+    if pattern.offsets != tuple(np.repeat(pattern.offsets[::group], group)):
+        # Query heads of one key head take different rows of it.
+        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+        group = 1
+    of_keys = pattern.of_heads(0, heads, group)
+    mask = None
+    if key_mask is not None or not pattern.divides(seq):
+        # Padded rows select False, like the masked ones.
+        valid = jnp.ones((query.shape[0], seq), bool) if key_mask is None else key_mask
+        mask = pattern.select(valid[:, :, None]).swapaxes(1, 2)[:, :, None]
+    return attention(
+        pattern.select(query),
+        of_keys.select(key),
+        of_keys.select(value),
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        return_lse=True,
+    )
+
+
+def _key_value_heads(key, value, start, stop, heads):
+    """The key and value heads of query heads from `start` up to `stop`."""
+    group = heads // key.shape[2]
+    if start % group or stop % group:
+        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+        group = 1
+    return (x[:, :, start // group : stop // group] for x in (key, value))
+
+
+def _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets):
+    lengths = _positive_integers(op, "segment_lengths", segment_lengths)
+    rates = _positive_integers(op, "dilation_rates", dilation_rates)
+    if len(lengths) != len(rates):
+        raise ValueError(
+            f"{op}: dilation_rates must be as many as the {len(lengths)} "
+            f"segment_lengths, got {len(rates)}"
+        )
+    if all(r > w for w, r in zip(lengths, rates, strict=True)):
+        raise ValueError(
+            f"{op}: dilation_rates must not all exceed their segment_lengths "
+            f"{lengths}, got {rates}"
+        )
+    patterns = []
+    for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        match head_offsets:
+            case "paper":
+                offsets = [j % r for j in range(heads)]
+            case "blocks":
+                offsets = [j // -(-heads // r) for j in range(heads)]
+            case _:
+                offsets = [i % r] * heads
+        patterns.append(_Pattern(min(w, seq), r, tuple(offsets)))
+    return patterns
+
+
+def _positive_integers(op, name, values) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise TypeError(f"{op}: {name} must be a sequence of integers, got {values!r}")
+    for x in values:
+        if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
+            raise ValueError(
+                f"{op}: {name} must hold integers of at least 1, got {x!r}"
+            )
+    return tuple(int(x) for x in values)
+
+
+def _head_groups(op, patterns, heads, patterns_per_head):
+    """Ranges of heads, each with the patterns that it runs."""
+    if patterns_per_head == "all":
+        return [((0, heads), patterns)]
+    count = len(patterns)
+    if heads < count:
+        raise ValueError(
+            f"{op}: heads of query must be at least the {count} patterns for "
+            f"patterns_per_head='one', got {heads}"
+        )
+    size, larger = divmod(heads, count)
+    starts = [i * size + min(i, larger) for i in range(count + 1)]
+    ranges = zip(starts, starts[1:], strict=False)
+    return [(heads_of, [p]) for heads_of, p in zip(ranges, patterns, strict=True)]
+
+
+def _check_names(op, head_offsets, patterns_per_head, uncovered) -> None:
+    for name, got, valid in [
+        ("head_offsets", head_offsets, HeadOffsets),
+        ("patterns_per_head", patterns_per_head, PatternsPerHead),
+        ("uncovered", uncovered, Uncovered),
+    ]:
+        if got not in get_args(valid):
+            raise_unknown(op, name, got, get_args(valid))
+
+
+def _check_key_mask(op, key_mask, shape) -> None:
+    if key_mask is None:
+        return
+    got = getattr(key_mask, "dtype", type(key_mask).__name__)
+    if got != jnp.dtype(bool):
+        raise TypeError(f"{op}: key_mask must be an array of bool, got {got}")
+    check_shape(op, "key_mask", key_mask, shape)
+
+
+def _check_covered(op, groups, seq) -> None:
+    for (start, stop), patterns in groups:
+        if any(pattern.dilation == 1 for pattern in patterns):
+            continue
+        covered = np.zeros((seq, stop - start), bool)
+        for pattern in patterns:
+            in_segment = np.arange(seq) % pattern.segment
+            offsets = np.array(pattern.offsets[start:stop])
+            covered |= in_segment[:, None] % pattern.dilation == offsets
+        if not covered.all():
+            row, head = np.argwhere(~covered)[0]
+            raise ValueError(
+                f"{op}: patterns must cover every row of every head for "
+                f"uncovered='error', got row {row} of head {start + head} in none"
+            )

@@ -1,0 +1,236 @@
+"""Multi-head attention around any of the attention functions."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from .._attention import attention
+from .._checks import check_floating, check_shape, raise_unknown
+from ._linear import check_arguments
+
+QKNorm = Literal["head", "embed"]
+default_attention_kernel_init = nnx.initializers.xavier_normal()
+
+
+def axis_metadata(*axis_names: str | None) -> dict[str, Any]:
+    """What `make_kernel` annotates, for the parameters of flax's own layers."""
+    return {"out_sharding": axis_names, "eager_sharding": False}
+
+
+def scale_init(init: Initializer, gain: float) -> Initializer:
+    return lambda *args, **kwargs: gain * init(*args, **kwargs)
+
+
+class MultiHeadAttention(nnx.Module):
+    r"""Projections to heads, an attention function, and the projection back.
+
+    $$y = \mathrm{concat}_h(\mathrm{attention}(x W_Q^h, z W_K^h, z W_V^h)) W_O$$
+
+    with biases unless `use_bias` is False; $z = x$ in self-attention. The function is
+    called as `attention_fn(query, key, value, **options)` on arrays (batch, seq, heads,
+    head_dim), key and value with `num_kv_heads`, and returns one of the query's shape.
+    Options that stay are bound by `functools.partial`, those that change are given to
+    the call of the module, which hands them on:
+
+    - `MultiHeadAttention(512, 8, is_causal=True, rngs=rngs)` runs `attention`, and
+      `module(x, mask=mask)` gives it a mask;
+    - `attention_fn=partial(dilated_attention, segment_lengths=(2048, 8192),
+      dilation_rates=(1, 4))`, and `module(x, key_mask=mask)` for padding;
+    - `attention_fn=partial(block_sparse_attention, mask=block_mask)`, or
+      `module(x, mask=block_mask)`;
+    - `attention_fn=partial(ring_attention, axis_name="seq")`, where the module is
+      called inside `jax.shard_map`.
+
+    Kernels are annotated with the logical axes "embed", "heads" and "kv_heads" for
+    `nnx.get_partition_spec`.
+
+    Args:
+        embed_dim: size of the last axis of the inputs and of the output.
+        num_heads: of the query.
+        num_kv_heads: of key and value, a divisor of `num_heads`; None for as many.
+        head_dim: None for embed_dim / num_heads.
+        attention_fn: see above.
+        is_causal: give `is_causal=True` to `attention_fn`; if False it gets no such
+            option, so one without it fits, and one with it bound keeps it.
+        use_bias: for all four projections.
+        qk_norm: normalize query and key before the attention, each by its own norm:
+            "head" over the features of each head (one norm for all), "embed" over those
+            of all heads together; None does not.
+        sub_layer_norm: normalize the heads' outputs together, before the projection
+            back, by a norm of its own.
+        norm: makes them, called as `norm(features, dtype=, param_dtype=, rngs=)`.
+        gain: factor of the initial value and output kernels; those of query and key
+            keep 1. Magneto's is sqrt(log(2 layers)).
+        dtype: of the computation; None promotes from inputs and parameters.
+        param_dtype: of the parameters.
+        kernel_init: for each kernel, as a matrix of all its heads.
+
+    Raises:
+        TypeError: `attention_fn` or `norm` cannot be called.
+        ValueError: a size is not a positive integer, or does not divide; `gain` is not
+            positive; `qk_norm` is unknown.
+
+    References:
+        Attention Is All You Need, section 3.2.2: https://arxiv.org/abs/1706.03762.
+        qk_norm="head": ViT-22B, eq. 3, https://arxiv.org/abs/2302.05442.
+        sub_layer_norm and gain: Magneto, https://arxiv.org/abs/2210.06423.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        attention_fn: Callable[..., Any] = attention,
+        is_causal: bool = False,
+        use_bias: bool = True,
+        qk_norm: QKNorm | None = None,
+        sub_layer_norm: bool = False,
+        norm: Callable[..., nnx.Module] = nnx.LayerNorm,
+        gain: float = 1.0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_attention_kernel_init,
+        rngs: nnx.Rngs,
+    ):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
+        _check_heads(sizes, kv_heads, head_dim)
+        _check_options(attention_fn, norm, qk_norm, gain)
+        dim = embed_dim // num_heads if head_dim is None else head_dim
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def project(heads, name, init):
+            return nnx.LinearGeneral(
+                embed_dim,
+                (heads, dim),
+                use_bias=use_bias,
+                kernel_init=init,
+                kernel_metadata=axis_metadata("embed", name, None),
+                bias_metadata=axis_metadata(name, None),
+                **dtypes,
+            )
+
+        scaled_init = scale_init(kernel_init, gain)
+        self.query = project(num_heads, "heads", kernel_init)
+        self.key = project(kv_heads, "kv_heads", kernel_init)
+        self.value = project(kv_heads, "kv_heads", scaled_init)
+        self.out = nnx.LinearGeneral(
+            (num_heads, dim),
+            embed_dim,
+            axis=(-2, -1),
+            use_bias=use_bias,
+            kernel_init=scaled_init,
+            kernel_metadata=axis_metadata("heads", None, "embed"),
+            bias_metadata=axis_metadata("embed"),
+            **dtypes,
+        )
+
+        def norm_of(heads, across_heads):
+            return norm(heads * dim if across_heads else dim, **dtypes)
+
+        across = qk_norm == "embed"
+        self.query_norm = norm_of(num_heads, across) if qk_norm else None
+        self.key_norm = norm_of(kv_heads, across) if qk_norm else None
+        self.sub_norm = norm_of(num_heads, True) if sub_layer_norm else None
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = kv_heads
+        self.head_dim = dim
+        self.qk_norm: QKNorm | None = qk_norm
+        self.attention_fn = (
+            partial(attention_fn, is_causal=True) if is_causal else attention_fn
+        )
+
+    def __call__(
+        self,
+        query: Float[Array, "batch seq_q embed"],
+        key: Float[Array, "batch seq_kv embed"] | None = None,
+        value: Float[Array, "batch seq_kv embed"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch seq_q embed"]:
+        """Self-attention, or attention to `key`, whose values are its own or `value`.
+
+        Args:
+            options: for `attention_fn`.
+
+        Raises:
+            TypeError: an input is no floating-point array, `attention_fn` does not
+                take an option, or returns more than an array.
+            ValueError: a shape does not fit, or there is a value without a key.
+        """
+        if key is None and value is not None:
+            raise ValueError(
+                "MultiHeadAttention: key must be given with value, got value alone"
+            )
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, x in [("query", query), ("key", key), ("value", value)]:
+            check_floating("MultiHeadAttention", **{name: x})
+            shape = "batch", "seq", self.embed_dim
+            check_shape("MultiHeadAttention", name, x, shape)
+        q, k, v = self.query(query), self.key(key), self.value(value)
+        if self.qk_norm is not None:
+            across = self.qk_norm == "embed"
+            q = _normalize(self.query_norm, q, across)
+            k = _normalize(self.key_norm, k, across)
+        heads = self.attention_fn(q, k, v, **options)
+        _check_result(heads, q.shape)
+        if self.sub_norm is not None:
+            heads = _normalize(self.sub_norm, heads, across_heads=True)
+        return self.out(heads)
+
+
+def _normalize(norm, x, across_heads):
+    """By each head's features, or by those of all heads together."""
+    if not across_heads:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
+
+def _check_heads(sizes, kv_heads, head_dim) -> None:
+    op = "MultiHeadAttention"
+    given = {} if head_dim is None else {"head_dim": head_dim}
+    check_arguments(op, None, **sizes, num_kv_heads=kv_heads, **given)
+    embed_dim, num_heads = sizes["embed_dim"], sizes["num_heads"]
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(
+            f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
+            f"given, got {num_heads}"
+        )
+    if num_heads % kv_heads:
+        raise ValueError(
+            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
+        )
+
+
+def _check_options(attention_fn, norm, qk_norm, gain) -> None:
+    op = "MultiHeadAttention"
+    for name, function in [("attention_fn", attention_fn), ("norm", norm)]:
+        if not callable(function):
+            kind = type(function).__name__
+            raise TypeError(f"{op}: {name} must be callable, got {kind}")
+    if qk_norm not in (None, *get_args(QKNorm)):
+        raise_unknown(op, "qk_norm", qk_norm, (None, *get_args(QKNorm)))
+    if not gain > 0:
+        raise ValueError(f"{op}: gain must be positive, got {gain!r}")
+
+
+def _check_result(heads, shape) -> None:
+    op = "MultiHeadAttention"
+    if not isinstance(heads, jax.Array):
+        kind = type(heads).__name__
+        raise TypeError(f"{op}: attention_fn must return one array, got {kind}")
+    if heads.shape != shape:
+        raise ValueError(
+            f"{op}: attention_fn must return the query's shape {shape}, "
+            f"got {heads.shape}"
+        )

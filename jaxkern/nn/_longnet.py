@@ -1,0 +1,160 @@
+"""The LongNet encoder."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float
+
+from .._dilated import dilated_attention
+from ._attention import (
+    MultiHeadAttention,
+    axis_metadata,
+    default_attention_kernel_init,
+    scale_init,
+)
+from ._linear import check_arguments, check_input
+
+
+class LongNetBlock(nnx.Module):
+    """Dilated attention and a GELU feed-forward, each with Magneto's two norms.
+
+    The arguments are those of `LongNet`, with `gain` for the initial kernels of all but
+    query and key.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        hidden_features: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        is_causal: bool,
+        gain: float,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attention_norm = nnx.LayerNorm(embed_dim, **dtypes)
+        self.attention = MultiHeadAttention(
+            embed_dim,
+            num_heads,
+            attention_fn=partial(
+                dilated_attention,
+                segment_lengths=tuple(segment_lengths),
+                dilation_rates=tuple(dilation_rates),
+            ),
+            is_causal=is_causal,
+            sub_layer_norm=True,
+            gain=gain,
+            **dtypes,
+        )
+        linear = partial(
+            nnx.Linear,
+            kernel_init=scale_init(default_attention_kernel_init, gain),
+            **dtypes,
+        )
+        self.mlp_norm = nnx.LayerNorm(embed_dim, **dtypes)
+        self.up = linear(
+            embed_dim,
+            hidden_features,
+            kernel_metadata=axis_metadata("embed", "mlp"),
+            bias_metadata=axis_metadata("mlp"),
+        )
+        self.hidden_norm = nnx.LayerNorm(hidden_features, **dtypes)
+        self.down = linear(
+            hidden_features,
+            embed_dim,
+            kernel_metadata=axis_metadata("mlp", "embed"),
+            bias_metadata=axis_metadata("embed"),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        key_mask: Bool[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        x = x + self.attention(self.attention_norm(x), key_mask=key_mask)
+        hidden = jax.nn.gelu(self.up(self.mlp_norm(x)))
+        return x + self.down(self.hidden_norm(hidden))
+
+
+class LongNet(nnx.Module):
+    """The encoder of LongNet on embeddings, whose shape it keeps.
+
+    Pre-norm blocks of `dilated_attention` and a GELU feed-forward, with Magneto's norms
+    and initial gain sqrt(log(2 num_layers)), and a norm at the end. Embeddings and
+    positions (the paper's are XPOS, inside the attention) are the caller's.
+
+    Args:
+        embed_dim: size of the last axis of the input and of the output.
+        num_heads: of the attention; a divisor of `embed_dim`.
+        num_layers: how many blocks.
+        hidden_features: of the feed-forward; None for 4 embed_dim.
+        segment_lengths: as in `dilated_attention`; the paper's by default.
+        dilation_rates: as in `dilated_attention`; the paper's by default.
+        is_causal: as in `dilated_attention`.
+        dtype: of the computation; None promotes from input and parameters.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: a size is not a positive integer, or does not divide.
+
+    References:
+        LongNet: https://arxiv.org/abs/2307.02486; Magneto, section 3:
+        https://arxiv.org/abs/2210.06423.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        *,
+        hidden_features: int | None = None,
+        segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
+        dilation_rates: Sequence[int] = (1, 2, 4, 6, 12),
+        is_causal: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        hidden = 4 * embed_dim if hidden_features is None else hidden_features
+        check_arguments("LongNet", None, num_layers=num_layers, hidden_features=hidden)
+        self.blocks = nnx.List(
+            LongNetBlock(
+                embed_dim,
+                num_heads,
+                hidden_features=hidden,
+                segment_lengths=segment_lengths,
+                dilation_rates=dilation_rates,
+                is_causal=is_causal,
+                gain=math.sqrt(math.log(2 * num_layers)),
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nnx.LayerNorm(
+            embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.embed_dim = embed_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        key_mask: Bool[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        """The encoded sequence; `key_mask` is False for padding."""
+        check_input("LongNet", x, self.embed_dim)
+        for block in self.blocks:
+            x = block(x, key_mask)
+        return self.norm(x)

@@ -1,0 +1,503 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    assert_near,
+    normal,
+    to_float64,
+    untyped,
+    value_and_vjp,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import attention, dilated_attention
+
+# seq, heads, kv_heads, segment_lengths, dilation_rates
+CASES: dict[str, Any] = {
+    "one full segment": (16, 2, 2, [16], [1]),
+    "all divides": (16, 4, 4, [4, 8, 16], [1, 2, 4]),
+    "ragged tail": (19, 4, 4, [4, 8, 32], [1, 2, 4]),
+    "rate does not divide segment": (21, 3, 3, [5, 7, 11], [1, 2, 3]),
+    "segment above seq": (9, 2, 2, [16, 64], [1, 2]),
+    "fewer heads than rate": (20, 2, 2, [6, 20], [1, 5]),
+    "offset beyond segment": (12, 5, 5, [3, 6], [4, 1]),
+    "uncovered rows": (14, 3, 3, [7, 14], [2, 4]),
+    "offset beyond seq": (3, 4, 4, [8], [4]),
+    "two heads a key": (18, 6, 3, [6, 9], [1, 2]),
+    "one key head": (18, 4, 1, [6, 18], [1, 3]),
+    "same pattern twice": (10, 2, 2, [5, 5], [1, 1]),
+    "single token": (1, 2, 1, [1, 4], [1, 2]),
+}
+EMPTY = 7.0
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
+    seq, heads, kv_heads, lengths, rates = case
+    shapes = (seq, heads, dim), (seq, kv_heads, dim), (seq, kv_heads, dim_v)
+    args = tuple(normal(i, (batch, *s), dtype) for i, s in enumerate(shapes))
+    g = normal(3, (batch, seq, heads, dim_v), dtype), normal(4, (batch, seq, heads))
+    return args, g, {"segment_lengths": lengths, "dilation_rates": rates}
+
+
+def head_offset(rule, head, heads, pattern, rate):
+    match rule:
+        case "paper":
+            return head % rate
+        case "blocks":
+            return head // -(-heads // rate)
+        case _:
+            return pattern % rate
+
+
+def multiplicity(seq, heads, lengths, rates, rule="paper", runs=None):
+    """How many patterns select a query and a key in one segment, head by head."""
+    count = np.zeros((heads, seq, seq))
+    for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        for head in range(heads):
+            if runs is not None and i not in runs[head]:
+                continue
+            offset = head_offset(rule, head, heads, i, r)
+            for start in range(0, seq, w):
+                rows = np.arange(start + offset, min(start + w, seq), r)
+                count[head][np.ix_(rows, rows)] += 1
+    return count
+
+
+def allowed(count, is_causal, key_mask=None, batch=2):
+    count = count * np.tri(count.shape[-1]) if is_causal else count
+    count = np.broadcast_to(count, (batch, *count.shape))
+    return count if key_mask is None else count * np.asarray(key_mask)[:, None, None]
+
+
+def exact(args, g, count, scale=None):
+    """One softmax with log c added to the logits: values and gradients by hand."""
+    q, k, v = to_float64(args)
+    d_out, d_lse = to_float64(g)
+    group, scale = q.shape[2] // k.shape[2], scale or q.shape[-1] ** -0.5
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    weights = count * np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) * scale)
+    total = weights.sum(-1, keepdims=True)
+    weights = np.divide(weights, total, out=weights, where=total > 0)
+    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    total = total[..., 0]
+    lse = np.log(total, out=np.full(total.shape, EMPTY), where=total > 0)
+    d_weights = np.einsum("bqhd,bkhd->bhqk", d_out, v)
+    d_logits = d_weights - np.einsum("bqhd,bqhd->bhq", d_out, out)[..., None]
+    d_logits = weights * (d_logits + d_lse.swapaxes(1, 2)[..., None]) * scale
+
+    def per_key_head(x):
+        return x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3)
+
+    d_q = np.einsum("bhqk,bkhd->bqhd", d_logits, k)
+    d_k = per_key_head(np.einsum("bhqk,bqhd->bkhd", d_logits, q))
+    d_v = per_key_head(np.einsum("bhqk,bqhd->bkhd", weights, d_out))
+    return (out, lse.swapaxes(1, 2)), (d_q, d_k, d_v)
+
+
+def with_lse(**options):
+    """`dilated_attention`, with a number for the lse of rows without keys."""
+
+    def run(query, key, value):
+        out, lse = dilated_attention(query, key, value, return_lse=True, **options)
+        return out, jnp.where(jnp.isneginf(lse), EMPTY, lse)
+
+    return run
+
+
+def values_and_gradients(fn, args, g):
+    """As `value_and_vjp`, but compiled in half the time."""
+
+    def run(args, g):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(g)
+
+    quick = {"xla_backend_optimization_level": 0}
+    return jax.jit(run).lower(args, g).compile(compiler_options=quick)(args, g)
+
+
+def assert_exact(case, is_causal=False, key_mask=None, batch=2, **options):
+    args, g, patterns = inputs(case, batch=batch)
+    run = with_lse(is_causal=is_causal, key_mask=key_mask, **patterns, **options)
+    got = values_and_gradients(run, args, g)
+    rule = options.get("head_offsets", "paper")
+    seq, heads, _, lengths, rates = case
+    count = multiplicity(seq, heads, lengths, rates, rule)
+    count = allowed(count, is_causal, key_mask, batch)
+    assert_near(got, exact(args, g, count), 3e-5)
+    return got
+
+
+@cases
+def test_is_one_softmax_with_multiplicities(case):
+    assert_exact(case)
+
+
+@cases
+def test_causal_with_a_key_mask(case):
+    # The second sequence is padding only.
+    key_mask = jax.random.bernoulli(jax.random.key(5), 0.6, (2, case[0]))
+    got = assert_exact(case, is_causal=True, key_mask=key_mask.at[1].set(False))
+    (out, _), gradients = got
+    assert not any(np.asarray(x[1]).any() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("name", ["all divides", "ragged tail", "offset beyond seq"])
+def test_causal(name):
+    assert_exact(CASES[name], is_causal=True)
+
+
+@pytest.mark.parametrize("head_offsets", ["blocks", "pattern"])
+@pytest.mark.parametrize("name", ["all divides", "one key head"])
+def test_head_offsets(name, head_offsets):
+    assert_exact(CASES[name], head_offsets=head_offsets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_low_precision_is_within_twice_the_plain_form(dtype):
+    case = 19, 4, 2, [4, 8, 32], [1, 2, 4]
+    args, g, patterns = inputs(case, dtype, dim=32, dim_v=32)
+    count = allowed(multiplicity(case[0], case[1], *case[3:]), False)
+
+    def plain(q, k, v):
+        group = q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
+        logits = logits * q.shape[-1] ** -0.5 + jnp.log(count)
+        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+        lse = jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+    got = value_and_vjp(with_lse(**patterns), args, g)
+    assert_as_exact(got, value_and_vjp(plain, args, g), exact(args, g, count))
+
+
+@settings(max_examples=8)
+@given(
+    seq=st.integers(1, 33),
+    heads=st.integers(1, 5),
+    patterns=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=3
+    ).filter(lambda ps: any(r <= w for w, r in ps)),
+    is_causal=st.booleans(),
+)
+def test_any_patterns(seq, heads, patterns, is_causal):
+    lengths, rates = zip(*patterns, strict=True)
+    case = seq, heads, heads, lengths, rates
+    assert_exact(case, is_causal=is_causal, batch=1)
+
+
+def test_gradients_by_finite_differences_through_the_mixture():
+    case = CASES["uncovered rows"]
+    with jax.enable_x64(True):
+        args, g, patterns = inputs(case)
+        args, g = jax.tree.map(lambda x: x.astype(jnp.float64), (args, g))
+        along = jax.tree.map(
+            lambda x: jnp.cos(7 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape),
+            args,
+        )
+        run = jax.jit(with_lse(**patterns))
+
+        def loss(step):
+            moved = jax.tree.map(lambda x, d: x + step * d, args, along)
+            out, lse = run(*moved)
+            return (out * g[0]).sum() + (lse * g[1]).sum()
+
+        _, gradients = values_and_gradients(run, args, g)
+        slope = sum(jnp.vdot(a, b) for a, b in zip(gradients, along, strict=True))
+        step = 1e-5
+        difference = (loss(step) - loss(-step)) / (2 * step)
+        np.testing.assert_allclose(slope, difference, rtol=1e-8)
+
+
+def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
+    case = CASES["two heads a key"]
+    args, (g, _), patterns = inputs(case)
+    stopped = partial(dilated_attention, **patterns, stop_gradient_mix=True)
+    ours = partial(dilated_attention, **patterns)
+    got, gradients = values_and_gradients(stopped, args, g)
+    masks = [
+        jnp.asarray(multiplicity(case[0], case[1], [w], [r]) > 0)[None]
+        for w, r in zip(*case[3:], strict=True)
+    ]
+
+    def frozen(*args):
+        parts = [attention(*args, mask=mask, return_lse=True) for mask in masks]
+        lse = jnp.stack([lse for _, lse in parts])
+        shares = jax.lax.stop_gradient(jax.nn.softmax(lse, axis=0))
+        return sum(s[..., None] * o for s, (o, _) in zip(shares, parts, strict=True))
+
+    assert_near((got, gradients), values_and_gradients(frozen, args, g), 3e-5)
+    _, true_gradients = values_and_gradients(ours, args, g)
+    assert abs(np.asarray(gradients[0] - true_gradients[0])).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, sizes, head_offsets",
+    [
+        (6, 6, (2, 2, 2), "pattern"),
+        (5, 5, (2, 2, 1), "paper"),
+        (6, 3, (2, 2, 2), "paper"),
+        (8, 2, (3, 3, 2), "blocks"),
+    ],
+    ids=str,
+)
+def test_heads_split_among_patterns(heads, kv_heads, sizes, head_offsets):
+    case = 13, heads, kv_heads, [4, 8, 16], [1, 2, 3]
+    args, g, patterns = inputs(case)
+    options = {"patterns_per_head": "one", "head_offsets": head_offsets}
+    got = values_and_gradients(with_lse(**options, **patterns), args, g)
+    runs = np.repeat(np.arange(3), sizes)[:, None]
+    count = multiplicity(13, heads, *case[3:], head_offsets, runs)
+    assert_near(got, exact(args, g, allowed(count, False)), 3e-5)
+
+
+def test_weights_sum_to_one():
+    (q, k, v), _, patterns = inputs(CASES["rate does not divide segment"])
+    run = jax.jit(partial(dilated_attention, **patterns))
+    np.testing.assert_allclose(run(q, k, jnp.ones_like(v)), 1, rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    case = CASES["uncovered rows"]
+    args, g, patterns = inputs(case)
+    args = (100 * args[0], 100 * args[1], args[2])
+    got = values_and_gradients(with_lse(**patterns), args, g)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+def test_transforms():
+    args, (g, _), patterns = inputs(CASES["two heads a key"])
+    run = partial(dilated_attention, **patterns)
+
+    def one(*args):
+        return run(*(x[None] for x in args))[0]
+
+    def scanned(*args):
+        return jax.lax.scan(lambda _, a: (None, one(*a)), None, args)[1]
+
+    expected = values_and_gradients(run, args, g)
+    for transformed in (jax.checkpoint(run), jax.vmap(one), scanned):
+        assert_near(values_and_gradients(transformed, args, g), expected)
+
+
+def compiled_gradients(case) -> Any:
+    args, (g, _), patterns = inputs(case)
+    run = partial(dilated_attention, **patterns)
+    return jax.jit(lambda *a: jax.vjp(run, *a)[1](g)).lower(*args).compile().as_text()
+
+
+@pytest.mark.parametrize("name", ["all divides", "two heads a key"])
+def test_rows_are_not_gathered(name):
+    text = compiled_gradients(CASES[name])
+    assert " gather(" not in text and " scatter(" not in text
+
+
+def flops(fn, *args):
+    cost: Any = jax.jit(fn).lower(*args).compile().cost_analysis()
+    return cost["flops"]
+
+
+@pytest.mark.parametrize("w, r", [(64, 1), (256, 1), (256, 2), (512, 4)])
+def test_cost(w, r):
+    seq, heads, dim = 512, 4, 64
+    x = normal(0, (1, seq, heads, dim))
+    run = partial(dilated_attention, segment_lengths=[w], dilation_rates=[r])
+    matmuls = 4 * heads * seq * w * dim / r**2
+    # Besides: the softmax of the logits, and selecting and spreading of the rows.
+    assert 1 < flops(run, x, x, x) / matmuls < 1.25
+
+
+def test_cost_of_a_mixture_beside_dense_attention():
+    seq, heads, dim = 512, 4, 64
+    x = normal(0, (1, seq, heads, dim))
+    lengths, rates = [seq // 4, seq // 2, seq], [1, 2, 4]
+    run = partial(dilated_attention, segment_lengths=lengths, dilation_rates=rates)
+    dense = 4 * heads * seq**2 * dim
+    # 1/4 + 1/8 + 1/16 of the dense one.
+    assert flops(run, x, x, x) / dense == pytest.approx(7 / 16, rel=0.2)
+
+
+def test_needs_no_collective_where_batch_and_heads_are_sharded():
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    args, (g, _), patterns = inputs((16, 8, 8, [8, 16], [1, 3]))
+    run = partial(dilated_attention, **patterns)
+    place = NamedSharding(mesh, P("data", None, "heads", None))
+    placed = jax.device_put((args, g), place)
+    gradients = jax.jit(lambda args, g: jax.vjp(run, *args)[1](g))
+    text: Any = gradients.lower(*placed).compile().as_text()
+    assert not any(f" {name}" in text for name in ("all-", "collective-"))
+    assert_near(gradients(*placed), gradients(args, g))
+
+
+def test_shard_map_over_batch_and_heads():
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("data", "heads"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:4],
+    )
+    args, (g, _), patterns = inputs((16, 4, 4, [4, 16], [1, 2]))
+    run = partial(dilated_attention, **patterns)
+    spec = P("data", None, "heads", None)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    expected = values_and_gradients(run, args, g)
+    assert_near(values_and_gradients(sharded, args, g), expected)
+
+
+X = jnp.ones((2, 8, 4, 4))
+OK: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "lengths, rates, options, uncovered",
+    [
+        ([4, 8], [1, 2], {}, None),
+        # Each row of a pair is in one pattern.
+        ([8, 8], [2, 2], {"head_offsets": "pattern"}, None),
+        # Head 0 takes the rows that divide by 2 or 3, head 1 those after them.
+        ([8, 8], [2, 3], {}, "row 0 of head 1"),
+        ([4, 8], [1, 2], {"patterns_per_head": "one"}, "row 0 of head 3"),
+    ],
+    ids=str,
+)
+def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncovered):
+    run = partial(
+        dilated_attention,
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        uncovered="error",
+        **options,
+    )
+    if uncovered is None:
+        assert jax.eval_shape(run, X, X, X).shape == X.shape
+    else:
+        with pytest.raises(ValueError, match=f"got {uncovered} in none"):
+            jax.eval_shape(run, X, X, X)
+
+
+def call(*args, **options):
+    return lambda: untyped.dilated_attention(*(args or (X, X, X)), **(OK | options))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            call(dilation_rates=[1]),
+            ValueError,
+            "dilated_attention: dilation_rates must be as many as the 2 "
+            "segment_lengths, got 1",
+        ),
+        (
+            call(segment_lengths=[2, 3], dilation_rates=[3, 4]),
+            ValueError,
+            r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
+        ),
+        (
+            call(segment_lengths=[4, 0]),
+            ValueError,
+            "segment_lengths must hold integers of at least 1, got 0",
+        ),
+        (
+            call(dilation_rates=[1, 2.0]),
+            ValueError,
+            "dilation_rates must hold integers of at least 1, got 2.0",
+        ),
+        (
+            call(dilation_rates=[True, 2]),
+            ValueError,
+            "dilation_rates must hold integers of at least 1, got True",
+        ),
+        (
+            call(segment_lengths=[], dilation_rates=[]),
+            TypeError,
+            r"segment_lengths must be a sequence of integers, got \[\]",
+        ),
+        (
+            call(segment_lengths=8, dilation_rates=1),
+            TypeError,
+            "segment_lengths must be a sequence of integers, got 8",
+        ),
+        (
+            call(head_offsets="none"),
+            ValueError,
+            "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
+        ),
+        (
+            call(patterns_per_head="two"),
+            ValueError,
+            "patterns_per_head must be one of 'all', 'one', got 'two'",
+        ),
+        (
+            call(uncovered="nan"),
+            ValueError,
+            "uncovered must be one of 'zero', 'error', got 'nan'",
+        ),
+        (
+            call(
+                segment_lengths=[8] * 5,
+                dilation_rates=[1] * 5,
+                patterns_per_head="one",
+            ),
+            ValueError,
+            "heads of query must be at least the 5 patterns for "
+            "patterns_per_head='one', got 4",
+        ),
+        (
+            call(key_mask=jnp.ones((2, 8))),
+            TypeError,
+            "key_mask must be an array of bool, got float32",
+        ),
+        (
+            call(key_mask=[True]),
+            TypeError,
+            "key_mask must be an array of bool, got list",
+        ),
+        (
+            call(key_mask=jnp.ones((2, 7), bool)),
+            ValueError,
+            r"key_mask must have shape \(2, 8\), got \(2, 7\)",
+        ),
+        (
+            call(X, X[:, :4], X[:, :4]),
+            ValueError,
+            r"key must have shape \(2, 8, .*, got \(2, 4, 4, 4\)",
+        ),
+        (
+            call(X, X, X.astype(jnp.bfloat16)),
+            TypeError,
+            "value must have the dtype of query, float32, got bfloat16",
+        ),
+        (
+            call(X, X[:, :, :3], X[:, :, :3]),
+            ValueError,
+            "heads of key must divide the 4 of query, got 3",
+        ),
+        (
+            call(implementation="mosaic_gpu"),
+            NotImplementedError,
+            "dilated_attention: implementation must be 'xla', got 'mosaic_gpu'",
+        ),
+        (
+            call(implementation="cuda"),
+            ValueError,
+            "dilated_attention: implementation must be one of None, 'xla'",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

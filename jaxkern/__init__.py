@@ -3,6 +3,8 @@
 from . import nn as nn
 from ._attention import attention as attention
 from ._attention import merge_attention as merge_attention
+from ._block_mask import BlockMask as BlockMask
+from ._block_sparse import block_sparse_attention as block_sparse_attention
 from ._dilated import dilated_attention as dilated_attention
 from ._flash_mlp import flash_mlp as flash_mlp
 from ._mlp import low_rank_matmul as low_rank_matmul

@@ -1,0 +1,586 @@
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import untyped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import BlockMask
+
+# (q_len, kv_len, block_size)
+SIZES = {
+    "one": (1, 1, 1),
+    "whole": (64, 64, 16),
+    "ragged": (100, 70, 16),
+    "wide": (33, 129, 32),
+    "tall": (129, 33, 32),
+    "one-block": (5, 7, 128),
+    "odd-block": (50, 41, 7),
+}
+sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+
+
+def states_of(dense, block_size):
+    """0, 1, 2 for empty, partial and full blocks; what lies past an end is False."""
+    *leading, rows, columns = dense.shape
+    past = [(0, 0)] * len(leading) + [(0, -n % block_size) for n in (rows, columns)]
+    padded = np.pad(dense, past)
+    rows, columns = (n // block_size for n in padded.shape[-2:])
+    tiles = padded.reshape(*leading, rows, block_size, columns, block_size)
+    return tiles.any((-3, -1)).astype(int) + tiles.all((-3, -1))
+
+
+def listed(num_blocks, indices, columns):
+    """The blocks on the lists, of which each must ascend."""
+    num_blocks, indices = np.asarray(num_blocks), np.asarray(indices)
+    on = np.zeros((*num_blocks.shape, columns), bool)
+    for row in np.ndindex(num_blocks.shape):
+        columns_of_row = indices[row][: num_blocks[row]]
+        assert (np.diff(columns_of_row) > 0).all()
+        on[row][columns_of_row] = True
+    return on
+
+
+def states_listed(mask):
+    rows, columns = mask.grid
+    part = listed(mask.kv_num_blocks, mask.kv_indices, columns)
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+    part_across = listed(mask.q_num_blocks, mask.q_indices, rows)
+    full_across = listed(mask.full_q_num_blocks, mask.full_q_indices, rows)
+    np.testing.assert_array_equal(part_across, part.swapaxes(2, 3))
+    np.testing.assert_array_equal(full_across, full.swapaxes(2, 3))
+    assert not (part & full).any()
+    return part + 2 * full
+
+
+def assert_is(mask, dense, exact_lists=True):
+    dense = np.asarray(dense)
+    dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
+    assert mask.shape == dense.shape
+    np.testing.assert_array_equal(mask.to_dense(), dense)
+    got, expected = states_listed(mask), states_of(dense, mask.block_size)
+    if exact_lists:
+        np.testing.assert_array_equal(got, expected)
+    else:
+        assert (got[expected == 1] == 1).all()
+        assert (got[expected == 0] != 2).all() and (got[expected == 2] != 0).all()
+    assert mask.density == pytest.approx((got > 0).mean())
+
+
+def positions(size):
+    return np.arange(size[0])[:, None], np.arange(size[1])
+
+
+@sizes
+def test_causal(size):
+    q, k = positions(size)
+    assert_is(BlockMask.causal(*size[:2], block_size=size[2]), k <= q)
+
+
+@sizes
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 40, 1000])
+def test_local_window(size, window):
+    q, k = positions(size)
+    mask = BlockMask.local_window(*size[:2], window=window, block_size=size[2])
+    assert_is(mask, abs(q - k) <= window)
+
+
+@sizes
+@pytest.mark.parametrize("rates", [(), (1,), (1, 2, 4), (3, 3)], ids=str)
+def test_dilated(size, rates):
+    q, k = (x // size[2] for x in positions(size))
+    mask = BlockMask.dilated(*size[:2], rates=rates, block_size=size[2])
+    expected = q == k
+    for rate in rates:
+        expected = expected | (abs(q - k) == rate)
+    assert_is(mask, expected)
+
+
+def test_dilated_has_the_published_densities():
+    densities = [BlockMask.dilated(n, n, rates=[1]).density for n in (512, 1024)]
+    assert densities == [10 / 16, 22 / 64]
+
+
+@sizes
+@pytest.mark.parametrize("stride", [1, 2, 3, 100])
+def test_strided(size, stride):
+    q, k = (x // size[2] for x in positions(size))
+    mask = BlockMask.strided(*size[:2], stride=stride, block_size=size[2])
+    assert_is(mask, (q - k) % stride == 0)
+
+
+@sizes
+@pytest.mark.parametrize("tokens", [0, 1, 16, 20, 1000])
+@pytest.mark.parametrize("window", [0, 20])
+def test_global_local(size, tokens, window):
+    q, k = positions(size)
+    mask = BlockMask.global_local(
+        *size[:2], global_tokens=tokens, window=window, block_size=size[2]
+    )
+    expected = (abs(q - k) <= window) | (q < tokens) | (k < tokens)
+    # A block that needs both parts to be full counts as partial.
+    assert_is(mask, expected, exact_lists=False)
+    got = states_listed(mask) > 0
+    np.testing.assert_array_equal(got[0, 0], states_of(expected, size[2]) > 0)
+
+
+def test_global_tokens_of_half_a_block_are_a_column_and_a_row():
+    mask = BlockMask.global_local(1024, 1024, global_tokens=64, window=0)
+    states = states_listed(mask)[0, 0]
+    assert (states[:, 0] == 1).all() and (states[0] == 1).all()
+
+
+DOCUMENTS = {
+    "ascending": np.repeat([0, 1, 2, 3], [16, 3, 40, 21]),
+    "one": np.full(50, 7),
+    "returning": np.repeat([0, 1, 0, 5, 1], [16, 16, 32, 5, 20]),
+    "each its own": np.arange(37),
+    "negative": np.repeat([-1, 4, -1], [20, 20, 20]),
+    "batch": np.random.default_rng(0).integers(0, 3, (3, 60)).cumsum(1) // 16,
+    "scattered": np.random.default_rng(1).integers(0, 9, (2, 70)),
+}
+documents = pytest.mark.parametrize("ids", DOCUMENTS.values(), ids=DOCUMENTS)
+
+
+@documents
+@pytest.mark.parametrize("block_size", [1, 16, 100])
+def test_document(ids, block_size):
+    expected = (ids[..., :, None] == ids[..., None, :])[..., None, :, :]
+    expected = expected.reshape(-1, 1, *expected.shape[-2:])
+    assert_is(BlockMask.document(ids, block_size=block_size), expected)
+    assert_is(BlockMask.document(jnp.asarray(ids), block_size=block_size), expected)
+
+
+@documents
+def test_document_and_from_blocks_under_jit(ids):
+    host = BlockMask.document(ids, block_size=16)
+    mask = jax.jit(lambda ids: BlockMask.document(ids, block_size=16))(ids)
+    assert_is(mask, host.to_dense(), exact_lists=False)
+    if (np.diff(ids) >= 0).all():
+        np.testing.assert_array_equal(states_listed(mask), states_listed(host))
+
+    @jax.jit
+    def causal_documents(ids):
+        n = ids.shape[-1]
+        mask = BlockMask.document(ids, block_size=16)
+        assert str(mask) == f"BlockMask(q_len={n}, kv_len={n}, block_size=16)"
+        both = BlockMask.causal(n, n, block_size=16) & mask
+        return both, both.density
+
+    both, density = causal_documents(ids)
+    n = ids.shape[-1]
+    expected = BlockMask.causal(n, n, block_size=16) & mask
+    np.testing.assert_array_equal(states_listed(both), states_listed(expected))
+    np.testing.assert_array_equal(both.to_dense(), expected.to_dense())
+    assert float(density) == pytest.approx(expected.density)
+
+
+LEADING = {"shared": (), "heads": (3,), "batch and heads": (2, 3), "batch": (2, 1)}
+
+
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@pytest.mark.parametrize("lengths", [(64, 48), (50, 47)], ids=str)
+def test_from_blocks(leading, lengths):
+    blocks = np.random.default_rng(0).random((*leading, 4, 3)) < 0.5
+    dense = np.kron(blocks, np.ones((16, 16), bool))[..., : lengths[0], : lengths[1]]
+
+    def build(blocks, **options):
+        q_len, kv_len = lengths
+        return BlockMask.from_blocks(
+            blocks, block_size=16, q_len=q_len, kv_len=kv_len, **options
+        )
+
+    assert_is(build(blocks), dense)
+    assert_is(build(jnp.asarray(blocks)), dense)
+    assert_is(jax.jit(build)(blocks), dense)
+
+    def keep(b, h, q, k):
+        return (q + k + b + h) % 3 == 0
+
+    b, h, q, k = np.ogrid[: mask_batch(leading), : mask_heads(leading), :64, :48]
+    kept = dense & keep(b, h, q, k)[..., : lengths[0], : lengths[1]]
+    masks = (
+        build(blocks, mask_fn=keep),
+        jax.jit(lambda x: build(x, mask_fn=keep))(blocks),
+    )
+    for mask in masks:
+        assert_is(mask, kept)
+
+
+def mask_batch(leading):
+    return leading[0] if len(leading) == 2 else 1
+
+
+def mask_heads(leading):
+    return leading[-1] if leading else 1
+
+
+def test_from_blocks_fills_the_lengths():
+    assert BlockMask.from_blocks(np.ones((2, 3), bool)).shape == (1, 1, 256, 384)
+
+
+@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
+@sizes
+def test_from_dense(leading, size):
+    rng = np.random.default_rng(0)
+    dense = rng.random((*leading, *size[:2])) < 0.5
+    dense[..., size[2] :, :] = True
+    dense[..., : size[2] // 2] = False
+    mask = BlockMask.from_dense(dense, block_size=size[2])
+    assert_is(mask, dense)
+    assert_is(BlockMask.from_dense(jnp.asarray(dense), block_size=size[2]), dense)
+
+
+def test_from_dense_keeps_equal_blocks_once():
+    q, k = positions((512, 512))
+    mask = BlockMask.from_dense(k <= q, block_size=64)
+    stored: Any = mask.mask_fn
+    assert stored.bits.shape == (1, 1, 3, 64, 8)
+
+
+@sizes
+def test_from_mask_fn(size):
+    def fn(b, h, q, k):
+        return (k <= q) & ((q + b) // 4 % (h + 2) == 0)
+
+    mask = BlockMask.from_mask_fn(fn, *size[:2], batch=2, heads=3, block_size=size[2])
+    assert_is(mask, fn(*np.ogrid[:2, :3, : size[0], : size[1]]))
+
+
+def test_mask_fn_of_one_batch_is_that_of_the_first():
+    mask = BlockMask.from_mask_fn(lambda b, h, q, k: q >= k + b + h, 20, 20)
+    blocks = BlockMask.from_blocks(np.ones((2, 3, 1, 1), bool), q_len=20, kv_len=20)
+    q, k = positions((20, 20))
+    assert_is(mask & blocks, np.broadcast_to(k <= q, (2, 3, 20, 20)))
+
+
+def test_a_mask_fn_that_ignores_its_arguments():
+    mask = BlockMask.from_mask_fn(lambda b, h, q, k: k % 2 == 0, 9, 10, block_size=4)
+    assert_is(mask, np.broadcast_to(np.arange(10) % 2 == 0, (9, 10)))
+
+
+def test_masks_can_be_built_under_jit():
+    @jax.jit
+    def build(x):
+        masks = (
+            BlockMask.causal(40, 40, block_size=16),
+            BlockMask.from_mask_fn(lambda b, h, q, k: q == k, 40, 40, block_size=16),
+            BlockMask.document(np.arange(40) // 9, block_size=16),
+        )
+        assert all(isinstance(m.density, float) for m in masks)
+        return x, masks
+
+    q, k = positions((40, 40))
+    expected = k <= q, q == k, q // 9 == k // 9
+    for mask, dense in zip(build(1.0)[1], expected, strict=True):
+        assert_is(mask, dense)
+
+
+dense_masks = st.builds(
+    lambda seed, share, leading, size: (
+        np.random.default_rng(seed).random((*leading, *size)) < share
+    ),
+    st.integers(0, 100),
+    st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]),
+    st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]),
+    st.just((20, 13)),
+)
+block_sizes = st.sampled_from([1, 4, 5, 32])
+
+
+@settings(max_examples=12)
+@given(dense_masks, dense_masks, block_sizes)
+def test_and_or_of_dense(a, b, block_size):
+    masks = [BlockMask.from_dense(x, block_size=block_size) for x in (a, b)]
+    assert_is(masks[0] & masks[1], a & b, exact_lists=False)
+    assert_is(masks[0] | masks[1], a | b, exact_lists=False)
+    states = [states_of(x, block_size) for x in (a, b)]
+    for mask, op in [
+        (masks[0] & masks[1], np.minimum),
+        (masks[0] | masks[1], np.maximum),
+    ]:
+        np.testing.assert_array_equal(states_listed(mask), op(*states))
+
+
+PATTERNS = {
+    "causal": lambda n, m: BlockMask.causal(n, m, block_size=8),
+    "window": lambda n, m: BlockMask.local_window(n, m, window=9, block_size=8),
+    "global": lambda n, m: BlockMask.global_local(
+        n, m, global_tokens=3, window=4, block_size=8
+    ),
+    "dilated": lambda n, m: BlockMask.dilated(n, m, rates=[2], block_size=8),
+    "strided": lambda n, m: BlockMask.strided(n, m, stride=2, block_size=8),
+    "empty": lambda n, m: BlockMask.from_dense(np.zeros((n, m), bool), block_size=8),
+    "heads": lambda n, m: BlockMask.from_mask_fn(
+        lambda b, h, q, k: (q + k) % (h + 1) == 0, n, m, heads=2, block_size=8
+    ),
+    "blocks": lambda n, m: BlockMask.from_blocks(
+        np.random.default_rng(0).random((-(-n // 8), -(-m // 8))) < 0.5,
+        block_size=8,
+        q_len=n,
+        kv_len=m,
+        mask_fn=lambda b, h, q, k: q != k,
+    ),
+}
+names = st.sampled_from(sorted(PATTERNS))
+
+
+@settings(max_examples=12)
+@given(names, names, names, st.sampled_from([(30, 30), (17, 40), (24, 16)]))
+def test_and_or_of_patterns(a, b, c, lengths):
+    masks = [PATTERNS[name](*lengths) for name in (a, b, c)]
+    dense = [np.asarray(mask.to_dense()) for mask in masks]
+    mask = (masks[0] & masks[1]) | masks[2]
+    assert_is(mask, (dense[0] & dense[1]) | dense[2], exact_lists=False)
+
+
+@pytest.mark.parametrize(
+    "names", [("causal", "heads", "blocks"), ("empty", "global", "dilated")]
+)
+def test_and_or_under_jit(names):
+    masks = [PATTERNS[name](17, 40) for name in names]
+    mask = (masks[0] & masks[1]) | masks[2]
+    traced = jax.jit(lambda a, b, c: (a & b) | c)(*masks)
+    np.testing.assert_array_equal(states_listed(traced), states_listed(mask))
+    np.testing.assert_array_equal(traced.to_dense(), mask.to_dense())
+
+
+def test_a_mask_is_a_pytree():
+    n = 64
+    mask = BlockMask.document(np.arange(n) // 20, block_size=16)
+    mask &= BlockMask.causal(n, n, block_size=16)
+    leaves, tree = jax.tree.flatten(mask)
+    assert_is(jax.tree.unflatten(tree, leaves), mask.to_dense())
+    assert_is(jax.device_put(mask), mask.to_dense())
+    assert all(leaf.shape[:2] == (1, 1) for leaf in leaves)
+    np.testing.assert_array_equal(
+        jax.jit(lambda m: m.to_dense())(mask), mask.to_dense()
+    )
+    assert "BlockMask(q_len=64" in repr(jax.tree.map(lambda x: None, mask))
+
+
+def test_equal_patterns_share_one_compiled_program():
+    density: Any = jax.jit(lambda mask: mask.density)
+
+    def build(window):
+        n = 100
+        local = BlockMask.local_window(n, n, window=30, block_size=16)
+        ids = BlockMask.document(np.arange(n) // window, block_size=16)
+        return BlockMask.causal(n, n, block_size=16) & local & ids
+
+    for window in (100, 100, 101):
+        assert density(build(window)) == pytest.approx(build(window).density)
+    assert density._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "build, most_bytes",
+    [
+        (lambda n: BlockMask.causal(n, n), 2**19),
+        (
+            lambda n: (
+                BlockMask.causal(n, n) & BlockMask.local_window(n, n, window=4096)
+            ),
+            2**20,
+        ),
+        (lambda n: BlockMask.global_local(n, n, global_tokens=512, window=4096), 2**23),
+        (lambda n: BlockMask.dilated(n, n, rates=[1, 2, 4]), 2**20),
+        (lambda n: BlockMask.document(np.arange(n, dtype=np.int32) // 999), 2**23),
+    ],
+    ids=["causal", "causal-window", "global", "dilated", "document"],
+)
+def test_a_million_tokens(build, most_bytes):
+    start = time.perf_counter()
+    mask = build(2**20)
+    # 0.03 to 0.2 s where nothing else runs.
+    assert time.perf_counter() - start < 5
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(mask)) <= most_bytes
+
+
+def test_flex_attention_names():
+    mask = BlockMask.causal(100, 70, block_size=16)
+    assert mask.kv_num_blocks.shape == mask.full_kv_num_blocks.shape == (1, 1, 7)
+    assert mask.kv_indices.shape == mask.full_kv_indices.shape == (1, 1, 7, 5)
+    assert mask.q_num_blocks.shape == mask.full_q_num_blocks.shape == (1, 1, 5)
+    assert mask.q_indices.shape == mask.full_q_indices.shape == (1, 1, 5, 7)
+    np.testing.assert_array_equal(mask.full_kv_num_blocks[0, 0], [0, 1, 2, 3, 4, 4, 0])
+    np.testing.assert_array_equal(mask.full_kv_indices[0, 0, 3], [0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(mask.full_q_indices[0, 0, 1], [2, 3, 4, 5, 0, 0, 0])
+
+
+def test_pictures():
+    mask = BlockMask.causal(64, 50, block_size=16)
+    assert repr(mask) == (
+        "BlockMask(1, 1, 64, 50): block_size=16, 6 full and 4 partial blocks, "
+        "density 0.62"
+    )
+    picture = "+...\n#+..\n##+.\n###+"
+    assert mask.to_string() == picture
+    assert str(mask) == f"{mask!r}\n{picture}"
+    assert mask.to_string(width=2) == "+.\n#+"
+    assert mask.to_string(width=3) == "+.\n#+"
+    heads = BlockMask.from_blocks(np.array([[[True]], [[False]]]))
+    assert [heads.to_string(head=h) for h in (0, 1)] == ["#", "."]
+    with pytest.raises(IndexError, match="to_string: head must be below 2, got 2"):
+        heads.to_string(head=2)
+
+
+def test_plot(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    mask = BlockMask.causal(64, 64, block_size=16)
+    axes = mask.plot()
+    assert axes.get_xlabel() == "key block"
+    np.testing.assert_array_equal(axes.images[0].get_array(), states_listed(mask)[0, 0])
+    assert mask.plot(ax=axes) is axes
+    matplotlib.pyplot.close(axes.figure)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(
+        ImportError, match="BlockMask.plot: matplotlib must be installed"
+    ):
+        mask.plot()
+
+
+def test_partition_specs():
+    blocks = np.ones((2, 3, 4, 4), bool)
+    specs = jax.tree.leaves(
+        BlockMask.from_blocks(blocks).partition_specs("data", "model")
+    )
+    assert set(specs) == {P("data", "model")}
+    ids = BlockMask.document(np.zeros((2, 512), np.int32))
+    assert set(jax.tree.leaves(ids.partition_specs("data", "model"))) == {
+        P("data", None)
+    }
+    assert set(jax.tree.leaves(ids.partition_specs())) == {P(None, None)}
+
+
+CAUSAL = BlockMask.causal(64, 64, block_size=16)
+IDS = np.zeros(64, np.int32)
+
+
+def under_jit(fn, *args):
+    return lambda: jax.jit(fn)(*args)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: untyped.BlockMask.causal(0, 4),
+            ValueError,
+            "BlockMask.causal: q_len must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: untyped.BlockMask.causal(4, 4, block_size=1.5),
+            ValueError,
+            "block_size must be an integer of at least 1, got 1.5",
+        ),
+        (
+            lambda: untyped.BlockMask.local_window(4, 4, window=-1),
+            ValueError,
+            "BlockMask.local_window: window must be an integer of at least 0, got -1",
+        ),
+        (
+            lambda: untyped.BlockMask.dilated(4, 4, rates=[1, 0]),
+            ValueError,
+            r"BlockMask.dilated: rates\[1\] must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: untyped.BlockMask.strided(4, 4, stride=0),
+            ValueError,
+            "BlockMask.strided: stride must be an integer of at least 1, got 0",
+        ),
+        (
+            lambda: untyped.BlockMask.global_local(4, 4, global_tokens=-2, window=1),
+            ValueError,
+            "global_tokens must be an integer of at least 0, got -2",
+        ),
+        (
+            lambda: untyped.BlockMask.document([0, 1]),
+            TypeError,
+            "BlockMask.document: segment_ids must be an array, got list",
+        ),
+        (
+            lambda: untyped.BlockMask.document(np.zeros(4)),
+            TypeError,
+            "segment_ids must be of integers, got float64",
+        ),
+        (
+            lambda: untyped.BlockMask.document(IDS.reshape(2, 2, 16)),
+            ValueError,
+            r"segment_ids must have shape \(seq,\) or .*, got \(2, 2, 16\)",
+        ),
+        (
+            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2))),
+            TypeError,
+            "BlockMask.from_blocks: blocks must be boolean, got float64",
+        ),
+        (
+            lambda: untyped.BlockMask.from_blocks(np.ones(2, bool)),
+            ValueError,
+            r"blocks must have shape \(q, kv\), .*, got \(2,\)",
+        ),
+        (
+            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2), bool), q_len=128),
+            ValueError,
+            "from_blocks: q_len must fill 2 blocks of 128, got 128",
+        ),
+        (
+            lambda: untyped.BlockMask.from_dense(IDS.reshape(8, 8)),
+            TypeError,
+            "BlockMask.from_dense: mask must be boolean, got int32",
+        ),
+        (
+            under_jit(BlockMask.from_dense, np.ones((4, 4), bool)),
+            TypeError,
+            "from_dense: mask must have values, got an array traced by jit",
+        ),
+        (
+            lambda: untyped.BlockMask.from_mask_fn(lambda b, h, q, k: q - k, 4, 4),
+            TypeError,
+            "BlockMask.from_mask_fn: fn must give booleans, got int32",
+        ),
+        (
+            under_jit(
+                lambda x: BlockMask.from_mask_fn(lambda b, h, q, k: x[q] == k, 4, 4),
+                np.arange(4),
+            ),
+            TypeError,
+            "from_mask_fn: the result of fn must have values, got an array traced",
+        ),
+        (
+            under_jit(lambda x: CAUSAL.to_string() and x.to_string(), CAUSAL),
+            TypeError,
+            "BlockMask.to_string: mask must have values, got an array traced",
+        ),
+        (
+            lambda: CAUSAL & BlockMask.causal(64, 64, block_size=8),
+            ValueError,
+            r"BlockMask &: \(q_len, kv_len, block_size\) of both must be equal, "
+            r"got \(64, 64, 16\) and \(64, 64, 8\)",
+        ),
+        (
+            lambda: (
+                BlockMask.from_blocks(np.ones((2, 1, 1), bool))
+                | BlockMask.from_blocks(np.ones((3, 1, 1), bool))
+            ),
+            ValueError,
+            r"batch and heads of both must be equal or 1, got \(1, 2\) and \(1, 3\)",
+        ),
+        (
+            lambda: untyped.BlockMask.causal(4, 4) & True,
+            TypeError,
+            "unsupported operand",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,201 @@
+"""Tables of `benchmarks.attention`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from . import _attention_programs as programs
+from ._attention_model import (
+    PASSES,
+    PUBLISHED,
+    Blocks,
+    Published,
+    Shape,
+)
+from ._harness import Row
+from ._report import number, print_problems, print_table, table
+
+PLAIN = "plain jnp"
+DILATED = "dilated_attention of n by 1"
+# What the published names stand for here.
+TITLES = {
+    "standard": "attention",
+    "improved": f"{DILATED}, the same result by that path",
+    "ring_v2_collective": "ring_attention",
+    "multihead_standard": "nn.MultiHeadAttention over attention",
+    "multihead_improved": f"nn.MultiHeadAttention over {DILATED}",
+    "block_sparse": "block_sparse_attention",
+    "block_sparse_multihead": "nn.MultiHeadAttention over it, without norms",
+}
+
+
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    """Lines of the header."""
+    lines = {
+        "shapes": "(batch, seq, heads), dim 64",
+        "checked": "1024 queries of a row at most, and gradients through them",
+        "memory": "XLA's plan for results and temporaries, on each device",
+    }
+    if args.grid != "real":
+        densities = ", ".join(
+            f"{100 * Blocks('near').mask(seq).density:.1f} % at {seq}"
+            for seq in sorted({shape.seq for _, shape in PUBLISHED})
+        )
+        lines |= {
+            "published": "PyTorch, float32; MiB less weights and inputs. Its improved",
+            "": "attends over heads; its failed rows met modules built for 8 heads",
+            "norms": "of query, key and result, each its own; published: one for two",
+            "blocks": f"a block and its two neighbours: {densities}",
+        }
+    if not args.on_device:
+        lines["rings"] = "devices are parts of one CPU: memory counts, time does not"
+    left_out: dict[str, list[str]] = {}
+    for peer in (*programs.PEERS, programs.FLEX):
+        reason = programs.why_left_out(peer, args)
+        if reason:
+            left_out.setdefault(reason, []).append(peer)
+    for i, (reason, peers) in enumerate(left_out.items()):
+        lines["left out" + " " * i] = f"{', '.join(peers)}: {reason}"
+    return lines
+
+
+def print_all(
+    console: Console, rows: Sequence[Row], describe: Callable, args: argparse.Namespace
+) -> None:
+    published = [row for row in rows if row["grid"] == "published"]
+    by_name: dict[str, list[Row]] = {}
+    for row in published:
+        by_name.setdefault(row["implementation"], []).append(row)
+    names = [*TITLES, *(name for name in by_name if name not in TITLES)]
+    for name in names:
+        if name in by_name:
+            _print_published(console, name, by_name[name], args.backward)
+    _print_real(console, [row for row in rows if row["grid"] == "real"])
+    _print_slower(console, rows)
+    ratios = [row["error"] for row in rows if row["status"] == "ok"]
+    if ratios:
+        console.print(
+            "All results were checked against float64 before they were timed: errors "
+            f"up to\n{max(ratios):.1e}, each at most twice that of plain jnp."
+        )
+    if any(row.get("includes_compile") for row in rows):
+        console.print("* mean, without warm-up: the first call includes compile")
+    print_problems(console, rows, describe)
+
+
+def _print_published(
+    console: Console, name: str, rows: list[Row], backward: bool
+) -> None:
+    title = f"{name}: {TITLES[name]}" if name in TITLES else name
+    if rows[0]["by"] == "ring_attention":
+        count = rows[0]["devices"]
+        title += f" on {count} device{'s' * (count > 1)}"
+    columns = ["", "ms", "± std", "ktok/s", "MiB"]
+    if compared := name in TITLES and not backward:
+        columns += ["published ms", "MiB", "ktok/s"]
+    result = table(f"{title}, {PASSES[backward]}", columns)
+    for row in rows:
+        cells = _time_cells(row) or [row["status"], "-", "-", "-"]
+        if compared:
+            cells += _published_cells(PUBLISHED[name, shape_of(row)])
+        result.add_row(row["shape"], *cells)
+    print_table(console, result)
+
+
+def _time_cells(row: Row) -> list[str]:
+    if row["status"] != "ok":
+        return []
+    mark = "*" if row["includes_compile"] else ""
+    tokens = row["batch"] * row["seq"] / row["time_ms"]
+    cells = [mark + number(row["time_ms"]), number(row["std_ms"], 2)]
+    return [*cells, number(tokens), number(allocated_mib(row))]
+
+
+def _published_cells(line: Published) -> list[str]:
+    if line.time_ms is None or line.tokens_per_s is None:
+        return ["failed (published)", "-", "-"]
+    rate = number(line.tokens_per_s / 1e3)
+    return [f"{line.time_ms:.2f}", number(line.net_mib), rate]
+
+
+def shape_of(row: Row) -> Shape:
+    return Shape(*(int(row[name]) for name in ("batch", "seq", "heads", "dim")))
+
+
+def allocated_mib(row: Row) -> float | None:
+    """Beside arguments; the same on each device."""
+    if "temp_bytes" not in row:
+        return None
+    return (row["temp_bytes"] + row["output_bytes"]) / 2**20
+
+
+def _print_real(console: Console, rows: Sequence[Row]) -> None:
+    """By sequence; work and time are over those of dense attention."""
+    if not rows:
+        return
+    tera = any(row.get("device_ms") for row in rows)
+    unit, factor = ("TFLOP/s", 1) if tera else ("GFLOP/s", 1e3)
+    sizes = f"batch {rows[0]['batch']}, {rows[0]['heads']} heads"
+    title = f"{rows[0]['pass']}, {sizes}; work and time: over those of attention"
+    result = table(title, ["", "ms", "± std", unit, "MiB", "work", "time"])
+    dense = {
+        row["seq"]: row
+        for row in rows
+        if row["implementation"] == "attention" and row["status"] == "ok"
+    }
+    seq = None
+    for row in rows:
+        if row["seq"] != seq:
+            seq = row["seq"]
+            result.add_row(f"[bold]n = {seq}[/bold]")
+        cells = _time_cells(row) or [row["status"], "-", "-", "-"]
+        if row["status"] == "ok":
+            cells[2] = number(factor * row["tflops"])
+        work = row["flops"] / (14 if row["pass"] != PASSES[0] else 4)
+        work /= row["batch"] * row["heads"] * row["dim"] * row["seq"] ** 2
+        result.add_row(
+            f" {row['implementation']}",
+            *cells,
+            number(work, 2),
+            number(time_over(row, dense.get(row["seq"])), 2),
+        )
+    print_table(console, result)
+
+
+def time_over(row: Row, other: Row | None) -> float | None:
+    """How many times as long as the other; None where one of them has no time."""
+    if row["status"] != "ok" or other is None or other["status"] != "ok":
+        return None
+    return row["time_ms"] / other["time_ms"]
+
+
+def _plain_of(row: Row) -> str:
+    """The row of plain jnp that computes the same; for blocks and rings a dense one."""
+    name = row["implementation"]
+    if row["grid"] == "real" and row["by"] == "dilated_attention":
+        return f"{PLAIN} {name.removeprefix('dilated ')}"
+    causal = row["grid"] == "real" and name.endswith("causal")
+    return f"{PLAIN} causal" if causal else PLAIN
+
+
+def slower_than_plain(rows: Sequence[Row]) -> dict[str, float]:
+    """Our rows that take longer than plain jnp does, and how many times as long."""
+    found = {(row["grid"], row["shape"], row["implementation"]): row for row in rows}
+    slower = {}
+    for row in rows:
+        if row["by"] not in programs.OURS or "multihead" in row["implementation"]:
+            continue
+        other = found.get((row["grid"], row["shape"], _plain_of(row)))
+        ratio = time_over(row, other)
+        if ratio is not None and ratio > 1:
+            slower[f"{row['implementation']} {row['shape']}"] = ratio
+    return slower
+
+
+def _print_slower(console: Console, rows: Sequence[Row]) -> None:
+    if not any(row["by"] == PLAIN and row["status"] == "ok" for row in rows):
+        return
+    slower = slower_than_plain(rows)
+    names = ", ".join(f"{name} {ratio:.1f} x" for name, ratio in slower.items())
+    console.print(f"Slower than plain jnp: {names or 'none'}.", markup=False)

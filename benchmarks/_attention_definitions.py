@@ -15,7 +15,7 @@ from ._attention_model import Dilated, Shape, Task
 from ._harness import Check, check_against, with_gradients
 
 # Queries that are checked: all of a short sequence, else so many of each row's.
-ALL_ROWS, SOME_ROWS = 1024, 256
+ALL_ROWS, SOME_ROWS = 512, 256
 
 # Of the norms, as published.
 EPSILON = 1e-5
@@ -102,12 +102,14 @@ def multihead(core: Call, query, key, value, state):
     return jnp.einsum("bshd,hde->bse", heads, kernel) + bias
 
 
-def make_module(task: Task, core: Call, dtype: Any, seed: int) -> Any:
-    """The module around an attention function: how it is built, and its parameters."""
-    norms = task.module == "norms"
-    module = jaxkern.nn.MultiHeadAttention(
-        task.shape.embed,
-        task.shape.heads,
+def make_module(
+    shape: Shape, module: str, core: Call, dtype: Any, seed: int
+) -> tuple[Any, Any]:
+    """Multi-head attention around a function: how it is built, and its parameters."""
+    norms = module == "norms"
+    whole = jaxkern.nn.MultiHeadAttention(
+        shape.embed,
+        shape.heads,
         attention_fn=core,
         qk_norm="embed" if norms else None,
         sub_layer_norm=norms,
@@ -115,20 +117,25 @@ def make_module(task: Task, core: Call, dtype: Any, seed: int) -> Any:
         param_dtype=dtype,
         rngs=nnx.Rngs(seed),
     )
-    return nnx.split(module)
+    return nnx.split(whole)
 
 
 def make_arguments(task: Task, dtype: Any, seed: int, backward: bool) -> tuple:
     """Query, key and value, each its own; then a module's parameters; first dy."""
-    s = task.shape
-    sizes = (s.embed,) if task.module else (s.heads, s.dim)
+    return _arguments(task.shape, task.module, task.scale, dtype, seed, backward)
+
+
+# Rows that follow each other have the same ones.
+@lru_cache(maxsize=1)
+def _arguments(shape, module, scale, dtype, seed, backward):
+    sizes = (shape.embed,) if module else (shape.heads, shape.dim)
     keys = jax.random.split(jax.random.key(seed), 4)
-    dy, *inputs = (
-        jax.random.normal(key, (s.batch, s.seq, *sizes), dtype) for key in keys
-    )
-    inputs = [x * jnp.asarray(task.scale, dtype) for x in inputs]
-    if task.module:
-        inputs.append(make_module(task, jaxkern.attention, dtype, seed)[1])
+    size = shape.batch, shape.seq, *sizes
+    dy, *inputs = (jax.random.normal(key, size, dtype) for key in keys)
+    inputs = [x * jnp.asarray(scale, dtype) for x in inputs]
+    if module:
+        _, state = make_module(shape, module, jaxkern.attention, dtype, seed)
+        inputs.append(state)
     return (dy, *inputs) if backward else tuple(inputs)
 
 
@@ -140,13 +147,18 @@ def checked_rows(seq: int) -> np.ndarray:
     return np.sort([0, *(1 + between), seq - 1]).astype(np.int32)
 
 
-def define(task: Task, rows: np.ndarray, counts, query, key, value, *state):
-    """The result of some queries: one softmax over all keys, each met so many times."""
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    core = partial(_weigh_out, bias=jnp.log(counts.astype(wide)))
-    if task.module:
-        return multihead(core, query[:, rows], key, value, *state)
-    return core(query[:, rows], key, value)
+@partial(jax.jit, static_argnames="backward")
+def define(rows, counts, *args, backward: bool):
+    """What some queries give: one softmax over all keys, each met so many times."""
+
+    def result(query, key, value, *state):
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        core = partial(_weigh_out, bias=jnp.log(counts.astype(wide)))
+        if state:
+            return multihead(core, query[:, rows], key, value, *state)
+        return core(query[:, rows], key, value)
+
+    return (with_gradients(result) if backward else result)(*args)
 
 
 def _weigh_out(*args, bias):
@@ -162,16 +174,11 @@ def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any
     counts = task.pattern.counts(task.shape, rows)
     if backward:
         args = (args[0][:, rows], *args[1:])
-
-    @jax.jit
-    def run(counts, *args):
-        fn = partial(define, task, rows, counts)
-        return (with_gradients(fn) if backward else fn)(*args)
-
-    in_dtype = jax.tree.map(np.asarray, run(counts, *args))
+    run = partial(define, backward=backward)
+    in_dtype = jax.tree.map(np.asarray, run(rows, counts, *args))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
-        return in_dtype, jax.tree.map(np.asarray, run(counts, *wide))
+        return in_dtype, jax.tree.map(np.asarray, run(rows, counts, *wide))
 
 
 def check(key: tuple[Any, ...], run: Call) -> Check:

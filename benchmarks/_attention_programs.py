@@ -82,7 +82,8 @@ def build(entry: Entry, args: Any) -> Program:
         return _torch_program(entry, key)
     fn, inputs = core(task, entry.by), definitions.make_arguments(*key)
     if task.module:
-        graph, _ = definitions.make_module(task, fn, args.dtype, args.seed)
+        sizes = task.shape, task.module
+        graph, _ = definitions.make_module(*sizes, fn, args.dtype, args.seed)
         fn = partial(_call_module, graph)
     if backward:
         fn = with_gradients(fn)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -28,10 +28,6 @@ class _Pattern:
     dilation: int
     offsets: tuple[int, ...]
 
-    @property
-    def chosen(self) -> Bool[np.ndarray, "dilation heads"]:
-        return np.arange(self.dilation)[:, None] == np.array(self.offsets)
-
     def of_heads(self, start: int, stop: int, step: int = 1) -> "_Pattern":
         return _Pattern(self.segment, self.dilation, self.offsets[start:stop:step])
 
@@ -40,34 +36,41 @@ class _Pattern:
 
     def select(
         self, x: Shaped[Array, "batch seq #heads *features"]
-    ) -> Shaped[Array, "segments rows heads *features"]:
+    ) -> Shaped[Array, "batch segments rows heads *features"]:
         """Each head's rows of each segment, zeros for those beyond its end."""
         w, r = self.segment, self.dilation
         batch, seq, *rest = x.shape
-        segments, rows = batch * -(-seq // w), -(-w // r)
-        x = _pad(x, -seq % w).reshape(segments, w, *rest)
-        x = _pad(x, -w % r).reshape(segments, rows, r, *rest)
+        segments, rows = -(-seq // w), -(-w // r)
+        x = _pad(x, 1, -seq % w).reshape(batch, segments, w, *rest)
+        x = _pad(x, 2, -w % r).reshape(batch, segments, rows, r, *rest)
         # A sum over one-hot rows, not a gather: it fuses, and heads stay where they
         # are on a mesh. Its transpose is `spread`.
-        chosen = self.chosen.reshape(*self.chosen.shape, *[1] * (len(rest) - 1))
-        x = jnp.where(chosen, x, jnp.zeros((), x.dtype))
-        return x.any(2) if x.dtype == bool else x.sum(2, dtype=x.dtype)
+        x = jnp.where(self._chosen(x), x, jnp.zeros((), x.dtype))
+        return x.any(3) if x.dtype == bool else x.sum(3, dtype=x.dtype)
 
     def spread(
-        self, x: Float[Array, "segments rows heads *features"], seq: int, fill: float
+        self,
+        x: Float[Array, "batch segments rows heads *features"],
+        seq: int,
+        fill: float,
     ) -> Float[Array, "batch seq heads *features"]:
         """The inverse of `select`; the rows that it left out are `fill`."""
-        w, r = self.segment, self.dilation
-        segments, rows, *rest = x.shape
-        chosen = self.chosen.reshape(*self.chosen.shape, *[1] * (len(rest) - 1))
-        x = jnp.where(chosen, x[:, :, None], jnp.asarray(fill, x.dtype))
-        x = x.reshape(segments, rows * r, *rest)[:, :w]
-        per_batch = -(-seq // w)
-        return x.reshape(segments // per_batch, per_batch * w, *rest)[:, :seq]
+        batch, segments, rows, *rest = x.shape
+        x = x[:, :, :, None]
+        x = jnp.where(self._chosen(x), x, jnp.asarray(fill, x.dtype))
+        x = x.reshape(batch, segments, rows * self.dilation, *rest)
+        x = x[:, :, : self.segment].reshape(batch, segments * self.segment, *rest)
+        return x[:, :seq]
+
+    def _chosen(self, x: jax.Array) -> Bool[np.ndarray, "dilation heads *ones"]:
+        """Which of each `dilation` rows a head takes, to go with (..., dilation, heads,
+        *features) after batch, segments and rows."""
+        chosen = np.arange(self.dilation)[:, None] == np.array(self.offsets)
+        return chosen.reshape(*chosen.shape, *[1] * (x.ndim - 5))
 
 
-def _pad(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, rows)] + [(0, 0)] * (x.ndim - 2))
+def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
+    return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
 
 
 def dilated_attention(
@@ -195,32 +198,45 @@ def _attend_pattern(query, key, value, key_mask, pattern, is_causal, scale):
     group = heads // kv_heads
     if pattern.offsets != tuple(np.repeat(pattern.offsets[::group], group)):
         # Query heads of one key head take different rows of it.
-        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
-        group = 1
+        key, value, group = _repeat(key, group), _repeat(value, group), 1
     of_keys = pattern.of_heads(0, heads, group)
     mask = None
     if key_mask is not None or not pattern.divides(seq):
         # Padded rows select False, like the masked ones.
         valid = jnp.ones((query.shape[0], seq), bool) if key_mask is None else key_mask
-        mask = pattern.select(valid[:, :, None]).swapaxes(1, 2)[:, :, None]
-    return attention(
-        pattern.select(query),
-        of_keys.select(key),
-        of_keys.select(value),
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        return_lse=True,
-    )
+        mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
+
+    # Not merged with the batch, which may be sharded on a mesh.
+    @partial(jax.vmap, in_axes=1, out_axes=1)
+    def attend_segment(query, key, value, mask):
+        return attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=True,
+        )
+
+    rows = pattern.select(query), of_keys.select(key), of_keys.select(value)
+    return attend_segment(*rows, mask)
 
 
 def _key_value_heads(key, value, start, stop, heads):
     """The key and value heads of query heads from `start` up to `stop`."""
     group = heads // key.shape[2]
     if start % group or stop % group:
-        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
-        group = 1
-    return (x[:, :, start // group : stop // group] for x in (key, value))
+        key, value, group = _repeat(key, group), _repeat(value, group), 1
+    kept = slice(start // group, stop // group)
+    return key[:, :, kept], value[:, :, kept]
+
+
+def _repeat(x, group):
+    # On explicit mesh axes it asks for the sharding, elsewhere it takes none.
+    sharding = jax.typeof(x).sharding
+    kept = sharding if sharding.mesh.explicit_axes else None
+    return jnp.repeat(x, group, axis=2, out_sharding=kept)
 
 
 def _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets):

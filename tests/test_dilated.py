@@ -44,8 +44,14 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
     seq, heads, kv_heads, lengths, rates = case
     shapes = (seq, heads, dim), (seq, kv_heads, dim), (seq, kv_heads, dim_v)
-    args = tuple(normal(i, (batch, *s), dtype) for i, s in enumerate(shapes))
-    g = normal(3, (batch, seq, heads, dim_v), dtype), normal(4, (batch, seq, heads))
+    # By NumPy: JAX would compile a generator for every shape.
+    rng, wide = np.random.default_rng(0), jnp.promote_types(dtype, jnp.float32)
+
+    def draw(*shape, dtype=dtype):
+        return jnp.asarray(rng.standard_normal(shape).astype(dtype))
+
+    args = tuple(draw(batch, *shape) for shape in shapes)
+    g = draw(batch, seq, heads, dim_v), draw(batch, seq, heads, dtype=wide)
     return args, g, {"segment_lengths": lengths, "dilation_rates": rates}
 
 
@@ -145,8 +151,8 @@ def test_is_one_softmax_with_multiplicities(case):
 @cases
 def test_causal_with_a_key_mask(case):
     # The second sequence is padding only.
-    key_mask = jax.random.bernoulli(jax.random.key(5), 0.6, (2, case[0]))
-    got = assert_exact(case, is_causal=True, key_mask=key_mask.at[1].set(False))
+    key_mask = np.random.default_rng(5).random((2, case[0])) < [[0.6], [0.0]]
+    got = assert_exact(case, is_causal=True, key_mask=jnp.asarray(key_mask))
     (out, _), gradients = got
     assert not any(np.asarray(x[1]).any() for x in (out, *gradients))
 
@@ -154,6 +160,13 @@ def test_causal_with_a_key_mask(case):
 @pytest.mark.parametrize("name", ["all divides", "ragged tail", "offset beyond seq"])
 def test_causal(name):
     assert_exact(CASES[name], is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_segments_longer_than_a_tile_of_attention(is_causal):
+    case = 701, 2, 1, [301, 701], [1, 2]
+    key_mask = jnp.asarray(np.random.default_rng(5).random((1, 701)) < 0.8)
+    assert_exact(case, is_causal=is_causal, key_mask=key_mask, batch=1)
 
 
 @pytest.mark.parametrize("head_offsets", ["blocks", "pattern"])
@@ -199,21 +212,18 @@ def test_any_patterns(seq, heads, patterns, is_causal):
 def test_gradients_by_finite_differences_through_the_mixture():
     case = CASES["uncovered rows"]
     with jax.enable_x64(True):
-        args, g, patterns = inputs(case)
-        args, g = jax.tree.map(lambda x: x.astype(jnp.float64), (args, g))
-        along = jax.tree.map(
-            lambda x: jnp.cos(7 * jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape),
-            args,
-        )
-        run = jax.jit(with_lse(**patterns))
+        args, g, patterns = inputs(case, jnp.float64)
+        along = [np.cos(7.0 * np.arange(x.size)).reshape(x.shape) for x in args]
+        run = with_lse(**patterns)
 
+        @jax.jit
         def loss(step):
-            moved = jax.tree.map(lambda x, d: x + step * d, args, along)
+            moved = [x + step * d for x, d in zip(args, along, strict=True)]
             out, lse = run(*moved)
             return (out * g[0]).sum() + (lse * g[1]).sum()
 
         _, gradients = values_and_gradients(run, args, g)
-        slope = sum(jnp.vdot(a, b) for a, b in zip(gradients, along, strict=True))
+        slope = sum(np.vdot(a, b) for a, b in zip(gradients, along, strict=True))
         step = 1e-5
         difference = (loss(step) - loss(-step)) / (2 * step)
         np.testing.assert_allclose(slope, difference, rtol=1e-8)
@@ -341,6 +351,18 @@ def test_needs_no_collective_where_batch_and_heads_are_sharded():
     assert_near(gradients(*placed), gradients(args, g))
 
 
+def test_batch_on_an_explicit_mesh_axis():
+    kind = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    args, (g, _), patterns = inputs(CASES["two heads a key"])
+    run = partial(dilated_attention, **patterns)
+    expected = values_and_gradients(run, args, g)
+    placed = jax.device_put((args, g), NamedSharding(mesh, P("data")))
+    got = values_and_gradients(run, *placed)
+    assert_near(got, expected)
+    assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(got))
+
+
 def test_shard_map_over_batch_and_heads():
     mesh = jax.make_mesh(
         (2, 2),
@@ -358,6 +380,7 @@ def test_shard_map_over_batch_and_heads():
 
 X = jnp.ones((2, 8, 4, 4))
 OK: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]}
+FIVE = {"segment_lengths": [8] * 5, "dilation_rates": [1] * 5}
 
 
 @pytest.mark.parametrize(
@@ -387,117 +410,87 @@ def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncover
             jax.eval_shape(run, X, X, X)
 
 
-def call(*args, **options):
-    return lambda: untyped.dilated_attention(*(args or (X, X, X)), **(OK | options))
+REFUSALS = [
+    (
+        {"dilation_rates": [1]},
+        ValueError,
+        "dilation_rates must be as many as the 2 segment_lengths, got 1",
+    ),
+    (
+        {"segment_lengths": [2, 3], "dilation_rates": [3, 4]},
+        ValueError,
+        r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
+    ),
+    (
+        {"segment_lengths": [4, 0]},
+        ValueError,
+        "segment_lengths must hold integers of at least 1",
+    ),
+    (
+        {"dilation_rates": [1, 2.0]},
+        ValueError,
+        "must hold integers of at least 1, got 2.0",
+    ),
+    (
+        {"dilation_rates": [True, 2]},
+        ValueError,
+        "must hold integers of at least 1, got True",
+    ),
+    ({"segment_lengths": []}, TypeError, r"must be a sequence of integers, got \[\]"),
+    ({"segment_lengths": 8}, TypeError, "must be a sequence of integers, got 8"),
+    (
+        {"head_offsets": "none"},
+        ValueError,
+        "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
+    ),
+    (
+        {"patterns_per_head": "two"},
+        ValueError,
+        "patterns_per_head must be one of 'all', 'one', got 'two'",
+    ),
+    (
+        {"uncovered": "nan"},
+        ValueError,
+        "uncovered must be one of 'zero', 'error', got 'nan'",
+    ),
+    (
+        {**FIVE, "patterns_per_head": "one"},
+        ValueError,
+        "heads of query must be at least the 5 patterns for patterns_per_head='one', "
+        "got 4",
+    ),
+    ({"key_mask": X}, TypeError, "key_mask must be an array of bool, got float32"),
+    ({"key_mask": [True]}, TypeError, "key_mask must be an array of bool, got list"),
+    (
+        {"key_mask": X[..., 0] > 0},
+        ValueError,
+        r"must have shape \(2, 8\), got \(2, 8, 4\)",
+    ),
+    ({"key": X[:, :4], "value": X[:, :4]}, ValueError, r"key must have shape \(2, 8, "),
+    ({"key": X[:, :, :3], "value": X[:, :, :3]}, ValueError, "heads of .* 4.* 3"),
+    (
+        {"value": X.astype(jnp.bfloat16)},
+        TypeError,
+        "value must have the dtype of query, float32",
+    ),
+    (
+        {"implementation": "mosaic_gpu"},
+        NotImplementedError,
+        "implementation must be 'xla', got 'mosaic_gpu'",
+    ),
+    (
+        {"implementation": "cuda"},
+        ValueError,
+        "implementation must be one of None, 'xla'",
+    ),
+]
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (
-            call(dilation_rates=[1]),
-            ValueError,
-            "dilated_attention: dilation_rates must be as many as the 2 "
-            "segment_lengths, got 1",
-        ),
-        (
-            call(segment_lengths=[2, 3], dilation_rates=[3, 4]),
-            ValueError,
-            r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
-        ),
-        (
-            call(segment_lengths=[4, 0]),
-            ValueError,
-            "segment_lengths must hold integers of at least 1, got 0",
-        ),
-        (
-            call(dilation_rates=[1, 2.0]),
-            ValueError,
-            "dilation_rates must hold integers of at least 1, got 2.0",
-        ),
-        (
-            call(dilation_rates=[True, 2]),
-            ValueError,
-            "dilation_rates must hold integers of at least 1, got True",
-        ),
-        (
-            call(segment_lengths=[], dilation_rates=[]),
-            TypeError,
-            r"segment_lengths must be a sequence of integers, got \[\]",
-        ),
-        (
-            call(segment_lengths=8, dilation_rates=1),
-            TypeError,
-            "segment_lengths must be a sequence of integers, got 8",
-        ),
-        (
-            call(head_offsets="none"),
-            ValueError,
-            "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
-        ),
-        (
-            call(patterns_per_head="two"),
-            ValueError,
-            "patterns_per_head must be one of 'all', 'one', got 'two'",
-        ),
-        (
-            call(uncovered="nan"),
-            ValueError,
-            "uncovered must be one of 'zero', 'error', got 'nan'",
-        ),
-        (
-            call(
-                segment_lengths=[8] * 5,
-                dilation_rates=[1] * 5,
-                patterns_per_head="one",
-            ),
-            ValueError,
-            "heads of query must be at least the 5 patterns for "
-            "patterns_per_head='one', got 4",
-        ),
-        (
-            call(key_mask=jnp.ones((2, 8))),
-            TypeError,
-            "key_mask must be an array of bool, got float32",
-        ),
-        (
-            call(key_mask=[True]),
-            TypeError,
-            "key_mask must be an array of bool, got list",
-        ),
-        (
-            call(key_mask=jnp.ones((2, 7), bool)),
-            ValueError,
-            r"key_mask must have shape \(2, 8\), got \(2, 7\)",
-        ),
-        (
-            call(X, X[:, :4], X[:, :4]),
-            ValueError,
-            r"key must have shape \(2, 8, .*, got \(2, 4, 4, 4\)",
-        ),
-        (
-            call(X, X, X.astype(jnp.bfloat16)),
-            TypeError,
-            "value must have the dtype of query, float32, got bfloat16",
-        ),
-        (
-            call(X, X[:, :, :3], X[:, :, :3]),
-            ValueError,
-            "heads of key must divide the 4 of query, got 3",
-        ),
-        (
-            call(implementation="mosaic_gpu"),
-            NotImplementedError,
-            "dilated_attention: implementation must be 'xla', got 'mosaic_gpu'",
-        ),
-        (
-            call(implementation="cuda"),
-            ValueError,
-            "dilated_attention: implementation must be one of None, 'xla'",
-        ),
-    ],
+    "options, error, message", REFUSALS, ids=[m for *_, m in REFUSALS]
 )
-def test_refusals(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+def test_refusals(options, error, message):
+    options = {"query": X, "key": X, "value": X} | OK | options
+    with pytest.raises(error, match=f"dilated_attention: .*{message}"):
+        untyped.dilated_attention(**options)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int8, Int32
@@ -16,11 +15,16 @@ from . import _block_patterns as patterns
 from . import _block_picture as picture
 from . import _block_predicates as predicates
 from ._block_checks import (
-    check_array,
+    check_alike,
+    check_broadcast,
     check_concrete,
+    check_index,
+    check_segment_ids,
     check_sizes,
+    fitting_length,
     four_axes,
     has_values,
+    on_host,
 )
 from ._block_lists import (
     EMPTY,
@@ -103,12 +107,11 @@ class BlockMask:
         """Block i sees block i and, of each rate r, the blocks i - r and i + r."""
         op = "BlockMask.dilated"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        for i, rate in enumerate(rates):
-            check_sizes(op, 1, **{f"rates[{i}]": rate})
+        check_sizes(op, 1, **{f"rates[{i}]": rate for i, rate in enumerate(rates)})
         fn = predicates.Diagonals((0, *sorted({*rates})), block_size)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
         runs = patterns.diagonals(fn.distances, *grid)
-        return _from_runs(runs, fn, q_len, kv_len, block_size)
+        return _build(runs, fn, q_len, kv_len, block_size)
 
     @staticmethod
     def strided(
@@ -121,7 +124,7 @@ class BlockMask:
         fn = predicates.Strided(stride, block_size)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
         runs = patterns.strided(stride, *grid)
-        return _from_runs(runs, fn, q_len, kv_len, block_size)
+        return _build(runs, fn, q_len, kv_len, block_size)
 
     @staticmethod
     def global_local(
@@ -143,7 +146,7 @@ class BlockMask:
             patterns.band(near, *sizes),
             patterns.first_tokens(global_tokens, *sizes),
         )
-        return _from_runs(runs, predicates.Either(near, first), *sizes)
+        return _build(runs, predicates.Either(near, first), *sizes)
 
     @staticmethod
     def document(
@@ -162,21 +165,14 @@ class BlockMask:
         """
         op = "BlockMask.document"
         check_sizes(op, 1, block_size=block_size)
-        check_array(op, "segment_ids", segment_ids, jnp.integer)
-        if segment_ids.ndim not in (1, 2) or 0 in segment_ids.shape:
-            raise ValueError(
-                f"{op}: segment_ids must have shape (seq,) or (batch, seq) and no "
-                f"empty axis, got {segment_ids.shape}"
-            )
+        check_segment_ids(op, segment_ids)
         seq = segment_ids.shape[-1]
-        ids = segment_ids.reshape(-1, seq)
+        ids = on_host(segment_ids).reshape(-1, seq)
         sizes = seq, seq, block_size
+        fn = predicates.Segments(ids[:, None])
         if isinstance(ids, Tracer):
-            states = patterns.segment_states(ids, block_size)
-            return _from_states(states, predicates.Segments(ids[:, None]), *sizes)
-        ids = np.asarray(ids)
-        runs = patterns.segments(ids, block_size)
-        return _from_runs(runs, predicates.Segments(ids[:, None]), *sizes)
+            return _build(patterns.segment_states(ids, block_size), fn, *sizes)
+        return _build(patterns.segments(ids, block_size), fn, *sizes)
 
     @staticmethod
     def from_blocks(
@@ -201,28 +197,19 @@ class BlockMask:
         op = "BlockMask.from_blocks"
         check_sizes(op, 1, block_size=block_size)
         blocks = four_axes(op, "blocks", blocks)
-        counts = blocks.shape[2:]
         q_len, kv_len = (
-            count * block_size if length is None else length
-            for length, count in zip((q_len, kv_len), counts, strict=True)
+            fitting_length(op, name, length, count, block_size)
+            for name, length, count in zip(
+                ("q_len", "kv_len"), (q_len, kv_len), blocks.shape[2:], strict=True
+            )
         )
-        for name, length, count in zip(
-            ("q_len", "kv_len"), (q_len, kv_len), counts, strict=True
-        ):
-            if blocks_of(length, block_size) != count:
-                raise ValueError(
-                    f"{op}: {name} must fill {count} blocks of {block_size}, "
-                    f"got {length}"
-                )
-        on = FULL if mask_fn is None else PARTIAL
-        states = on * blocks.astype(np.int8)
+        state = FULL if mask_fn is None else PARTIAL
+        states = state * blocks.astype(np.int8)
         if mask_fn is not None:
             mask_fn = predicates.Function(mask_fn, *blocks.shape[:2])
         fn = predicates.Blocks(states, mask_fn, block_size)
-        if isinstance(states, Tracer):
-            return _from_states(states, fn, q_len, kv_len, block_size)
-        runs = runs_of_dense(np.asarray(states))
-        return _from_runs(runs, fn, q_len, kv_len, block_size)
+        on = states if isinstance(states, Tracer) else runs_of_dense(np.asarray(states))
+        return _build(on, fn, q_len, kv_len, block_size)
 
     @staticmethod
     def from_dense(
@@ -242,7 +229,7 @@ class BlockMask:
         check_concrete(op, mask=mask)
         states, fn = patterns.tiles(np.asarray(mask), block_size)
         _, _, q_len, kv_len = mask.shape
-        return _from_runs(runs_of_dense(states), fn, q_len, kv_len, block_size)
+        return _build(runs_of_dense(states), fn, q_len, kv_len, block_size)
 
     @staticmethod
     def from_mask_fn(
@@ -275,7 +262,7 @@ class BlockMask:
         states = patterns.states_of_function(fn, q_len, kv_len, block_size)
         check_concrete(op, **{"the result of fn": states})
         runs = runs_of_dense(np.asarray(states))
-        return _from_runs(runs, fn, q_len, kv_len, block_size)
+        return _build(runs, fn, q_len, kv_len, block_size)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -293,14 +280,14 @@ class BlockMask:
     def density(self) -> float | Array:
         """The fraction of blocks that are not empty: what attention has to visit."""
         full, part = self.full_kv.num_blocks, self.kv.num_blocks
-        total = part.size * self.grid[1]
+        total = float(part.size * self.grid[1])
         if self._is_concrete():
             return float(np.sum(full, dtype=int) + np.sum(part, dtype=int)) / total
         return (full.sum() + part.sum()) / total
 
     def to_dense(self) -> Bool[Array, "batch heads q_len kv_len"]:
         """Every pair of tokens; (batch or 1, heads or 1, q_len, kv_len)."""
-        return _to_dense(self)
+        return predicates.dense(self.mask_fn, self.shape)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
         """The pairs that are in both."""
@@ -404,52 +391,32 @@ class BlockMask:
         return states.astype(jnp.int8)
 
     def _picture(self, op: str, batch: int, head: int) -> np.ndarray:
-        for name, index, count in zip(
-            ("batch", "head"), (batch, head), self.shape, strict=False
-        ):
-            if index not in range(count):
-                raise IndexError(f"{op}: {name} must be below {count}, got {index}")
+        check_index(op, "batch", batch, self.shape[0])
+        check_index(op, "head", head, self.shape[1])
         check_concrete(op, mask=self.kv.num_blocks)
         return self._runs().to_dense()[batch, head]
 
 
 def _band(fn: predicates.Band, q_len: int, kv_len: int, block_size: int) -> BlockMask:
     runs = patterns.band(fn, q_len, kv_len, block_size)
-    return _from_runs(runs, fn, q_len, kv_len, block_size)
+    return _build(runs, fn, q_len, kv_len, block_size)
 
 
-@jax.jit
-def _to_dense(mask: BlockMask) -> Bool[Array, "batch heads q_len kv_len"]:
-    batch, heads, *pairs = mask.shape
-    q, k = (jnp.arange(length) for length in pairs)
-
-    def head(n):
-        attends = mask.mask_fn(n // heads, n % heads, q[:, None], k)
-        return jnp.broadcast_to(attends, pairs)
-
-    return lax.map(head, jnp.arange(batch * heads)).reshape(mask.shape)
-
-
-def _from_runs(
-    runs: Runs, mask_fn: MaskFn, q_len: int, kv_len: int, block_size: int
+def _build(
+    on: Runs | jax.Array, mask_fn: MaskFn, q_len: int, kv_len: int, block_size: int
 ) -> BlockMask:
-    runs = combine(np.minimum, runs, patterns.inside(q_len, kv_len, block_size))
-    across = runs.transpose()
-    kv, full_kv = runs.lists(PARTIAL), runs.lists(FULL)
-    q, full_q = across.lists(PARTIAL), across.lists(FULL)
-    return BlockMask(kv, full_kv, q, full_q, mask_fn, block_size, q_len, kv_len)
-
-
-def _from_states(
-    states: jax.Array, mask_fn: MaskFn, q_len: int, kv_len: int, block_size: int
-) -> BlockMask:
-    most = patterns.inside(q_len, kv_len, block_size).to_dense()
-    states = jnp.minimum(states, most)
-    kv, full_kv, q, full_q = (
-        lists_of_dense(x == state)
-        for x in (states, states.swapaxes(2, 3))
-        for state in (PARTIAL, FULL)
-    )
+    """From the states of the blocks, as runs or, where they are traced, as an array."""
+    inside = patterns.inside(q_len, kv_len, block_size)
+    if isinstance(on, Runs):
+        on = combine(np.minimum, on, inside)
+        kv, full_kv = on.lists(PARTIAL), on.lists(FULL)
+        across = on.transpose()
+        q, full_q = across.lists(PARTIAL), across.lists(FULL)
+    else:
+        on = jnp.minimum(on, inside.to_dense())
+        kv, full_kv = lists_of_dense(on == PARTIAL), lists_of_dense(on == FULL)
+        across = on.swapaxes(2, 3)
+        q, full_q = lists_of_dense(across == PARTIAL), lists_of_dense(across == FULL)
     return BlockMask(kv, full_kv, q, full_q, mask_fn, block_size, q_len, kv_len)
 
 
@@ -457,21 +424,12 @@ def _combine(symbol: str, a: BlockMask, b: BlockMask) -> BlockMask:
     if not isinstance(b, BlockMask):
         return NotImplemented
     sizes = a.q_len, a.kv_len, a.block_size
-    other = b.q_len, b.kv_len, b.block_size
-    if sizes != other:
-        raise ValueError(
-            f"BlockMask {symbol}: (q_len, kv_len, block_size) of both must be equal, "
-            f"got {sizes} and {other}"
-        )
-    if any(m != n and 1 not in (m, n) for m, n in zip(a.shape, b.shape, strict=True)):
-        raise ValueError(
-            f"BlockMask {symbol}: batch and heads of both must be equal or 1, "
-            f"got {a.shape[:2]} and {b.shape[:2]}"
-        )
+    check_alike(f"BlockMask {symbol}", sizes, (b.q_len, b.kv_len, b.block_size))
+    check_broadcast(f"BlockMask {symbol}", a.shape[:2], b.shape[:2])
     both = symbol == "&"
     fn = (predicates.Both if both else predicates.Either)(a.mask_fn, b.mask_fn)
     if a._is_concrete() and b._is_concrete():
         runs = combine(np.minimum if both else np.maximum, a._runs(), b._runs())
-        return _from_runs(runs, fn, *sizes)
+        return _build(runs, fn, *sizes)
     states = (jnp.minimum if both else jnp.maximum)(a._states(), b._states())
-    return _from_states(states, fn, *sizes)
+    return _build(states, fn, *sizes)

@@ -9,10 +9,13 @@ predicates are those of the masks.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
 
 from ._block_lists import FULL, PARTIAL, AnyArray, Leaf
 
@@ -165,3 +168,17 @@ class Either:
 
     def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
         return self.first(b, h, q, k) | self.second(b, h, q, k)
+
+
+@partial(jax.jit, static_argnames="shape")
+def dense(
+    mask_fn: MaskFn, shape: tuple[int, int, int, int]
+) -> Bool[Array, "batch heads q_len kv_len"]:
+    batch, heads, *pairs = shape
+    q, k = (jnp.arange(length) for length in pairs)
+
+    def head(n):
+        attends = mask_fn(n // heads, n % heads, q[:, None], k)
+        return jnp.broadcast_to(attends, pairs)
+
+    return lax.map(head, jnp.arange(batch * heads)).reshape(shape)

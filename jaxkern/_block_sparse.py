@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ._attention import check_query_key_value
+from ._attention import check_query_key_value, check_scale
 from ._attention_tiles import (
     add_tile,
     empty_carry,
@@ -61,7 +61,8 @@ def block_sparse_attention(
     Raises:
         TypeError: an argument is no floating-point array, the dtypes differ, or `mask`
             is no `BlockMask`.
-        ValueError: the shapes do not fit, or `implementation` is unknown.
+        ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
+            unknown.
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
 
     References:
@@ -73,7 +74,7 @@ def block_sparse_attention(
     check_xla_only(op, implementation)
     check_query_key_value(op, query, key, value)
     _check_mask(op, mask, query, key)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_scale(op, scale, query.shape[-1])
     leaves, tree = jax.tree.flatten(mask)
     query, key, value, *leaves = vary_alike(
         query, key, value, *map(jnp.asarray, leaves)

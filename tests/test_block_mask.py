@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import untyped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -265,19 +264,24 @@ def test_a_mask_fn_that_ignores_its_arguments():
     assert_is(mask, np.broadcast_to(np.arange(10) % 2 == 0, (9, 10)))
 
 
+IDS_ON_DEVICE = jnp.arange(40) // 9
+CAUSAL_ON_DEVICE = jnp.tri(40, dtype=bool)
+
+
 def test_masks_can_be_built_under_jit():
     @jax.jit
     def build(x):
         masks = (
             BlockMask.causal(40, 40, block_size=16),
             BlockMask.from_mask_fn(lambda b, h, q, k: q == k, 40, 40, block_size=16),
-            BlockMask.document(np.arange(40) // 9, block_size=16),
+            BlockMask.document(IDS_ON_DEVICE, block_size=16),
+            BlockMask.from_dense(CAUSAL_ON_DEVICE, block_size=16),
         )
         assert all(isinstance(m.density, float) for m in masks)
         return x, masks
 
     q, k = positions((40, 40))
-    expected = k <= q, q == k, q // 9 == k // 9
+    expected = k <= q, q == k, q // 9 == k // 9, k <= q
     for mask, dense in zip(build(1.0)[1], expected, strict=True):
         assert_is(mask, dense)
 
@@ -294,7 +298,7 @@ dense_masks = st.builds(
 block_sizes = st.sampled_from([1, 4, 5, 32])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(dense_masks, dense_masks, block_sizes)
 def test_and_or_of_dense(a, b, block_size):
     masks = [BlockMask.from_dense(x, block_size=block_size) for x in (a, b)]
@@ -331,7 +335,7 @@ PATTERNS = {
 names = st.sampled_from(sorted(PATTERNS))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(names, names, names, st.sampled_from([(30, 30), (17, 40), (24, 16)]))
 def test_and_or_of_patterns(a, b, c, lengths):
     masks = [PATTERNS[name](*lengths) for name in (a, b, c)]
@@ -458,129 +462,3 @@ def test_partition_specs():
         P("data", None)
     }
     assert set(jax.tree.leaves(ids.partition_specs())) == {P(None, None)}
-
-
-CAUSAL = BlockMask.causal(64, 64, block_size=16)
-IDS = np.zeros(64, np.int32)
-
-
-def under_jit(fn, *args):
-    return lambda: jax.jit(fn)(*args)
-
-
-@pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (
-            lambda: untyped.BlockMask.causal(0, 4),
-            ValueError,
-            "BlockMask.causal: q_len must be an integer of at least 1, got 0",
-        ),
-        (
-            lambda: untyped.BlockMask.causal(4, 4, block_size=1.5),
-            ValueError,
-            "block_size must be an integer of at least 1, got 1.5",
-        ),
-        (
-            lambda: untyped.BlockMask.local_window(4, 4, window=-1),
-            ValueError,
-            "BlockMask.local_window: window must be an integer of at least 0, got -1",
-        ),
-        (
-            lambda: untyped.BlockMask.dilated(4, 4, rates=[1, 0]),
-            ValueError,
-            r"BlockMask.dilated: rates\[1\] must be an integer of at least 1, got 0",
-        ),
-        (
-            lambda: untyped.BlockMask.strided(4, 4, stride=0),
-            ValueError,
-            "BlockMask.strided: stride must be an integer of at least 1, got 0",
-        ),
-        (
-            lambda: untyped.BlockMask.global_local(4, 4, global_tokens=-2, window=1),
-            ValueError,
-            "global_tokens must be an integer of at least 0, got -2",
-        ),
-        (
-            lambda: untyped.BlockMask.document([0, 1]),
-            TypeError,
-            "BlockMask.document: segment_ids must be an array, got list",
-        ),
-        (
-            lambda: untyped.BlockMask.document(np.zeros(4)),
-            TypeError,
-            "segment_ids must be of integers, got float64",
-        ),
-        (
-            lambda: untyped.BlockMask.document(IDS.reshape(2, 2, 16)),
-            ValueError,
-            r"segment_ids must have shape \(seq,\) or .*, got \(2, 2, 16\)",
-        ),
-        (
-            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2))),
-            TypeError,
-            "BlockMask.from_blocks: blocks must be boolean, got float64",
-        ),
-        (
-            lambda: untyped.BlockMask.from_blocks(np.ones(2, bool)),
-            ValueError,
-            r"blocks must have shape \(q, kv\), .*, got \(2,\)",
-        ),
-        (
-            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2), bool), q_len=128),
-            ValueError,
-            "from_blocks: q_len must fill 2 blocks of 128, got 128",
-        ),
-        (
-            lambda: untyped.BlockMask.from_dense(IDS.reshape(8, 8)),
-            TypeError,
-            "BlockMask.from_dense: mask must be boolean, got int32",
-        ),
-        (
-            under_jit(BlockMask.from_dense, np.ones((4, 4), bool)),
-            TypeError,
-            "from_dense: mask must have values, got an array traced by jit",
-        ),
-        (
-            lambda: untyped.BlockMask.from_mask_fn(lambda b, h, q, k: q - k, 4, 4),
-            TypeError,
-            "BlockMask.from_mask_fn: fn must give booleans, got int32",
-        ),
-        (
-            under_jit(
-                lambda x: BlockMask.from_mask_fn(lambda b, h, q, k: x[q] == k, 4, 4),
-                np.arange(4),
-            ),
-            TypeError,
-            "from_mask_fn: the result of fn must have values, got an array traced",
-        ),
-        (
-            under_jit(lambda x: CAUSAL.to_string() and x.to_string(), CAUSAL),
-            TypeError,
-            "BlockMask.to_string: mask must have values, got an array traced",
-        ),
-        (
-            lambda: CAUSAL & BlockMask.causal(64, 64, block_size=8),
-            ValueError,
-            r"BlockMask &: \(q_len, kv_len, block_size\) of both must be equal, "
-            r"got \(64, 64, 16\) and \(64, 64, 8\)",
-        ),
-        (
-            lambda: (
-                BlockMask.from_blocks(np.ones((2, 1, 1), bool))
-                | BlockMask.from_blocks(np.ones((3, 1, 1), bool))
-            ),
-            ValueError,
-            r"batch and heads of both must be equal or 1, got \(1, 2\) and \(1, 3\)",
-        ),
-        (
-            lambda: untyped.BlockMask.causal(4, 4) & True,
-            TypeError,
-            "unsupported operand",
-        ),
-    ],
-)
-def test_refusals(call, error, message):
-    with pytest.raises(error, match=message):
-        call()

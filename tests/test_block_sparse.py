@@ -1,18 +1,17 @@
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    DTYPES,
-    assert_as_exact,
-    assert_near,
-    normal,
-    to_float64,
-    untyped,
-    value_and_vjp,
+from attention_definitions import (
+    assert_attention,
+    attention_args,
+    attention_float64,
+    plain_attention,
 )
+from helpers import DTYPES, assert_near, untyped, value_and_vjp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -21,77 +20,25 @@ from jax.sharding import PartitionSpec as P
 from jaxkern import BlockMask, block_sparse_attention
 
 
-def attend(query, key, value, mask, **options) -> Any:
+def attend(query, key, value, mask, scale=None) -> Any:
     return block_sparse_attention(
-        query, key, value, mask=mask, return_lse=True, **options
+        query, key, value, mask=mask, scale=scale, return_lse=True
     )
 
 
-def attention_float64(query, key, value, dense, cotangents, scale=None) -> Any:
-    """Output, log-sum-exp and the three gradients, by hand, with every logit."""
-    groups = query.shape[2] // key.shape[2]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    keys, values = (np.repeat(x, groups, axis=2) for x in (key, value))
-    logits = scale * np.einsum("bqhd,bkhd->bhqk", query, keys)
-    logits = np.where(dense, logits, -np.inf)
-    top = logits.max(-1, keepdims=True)
-    top = np.where(np.isneginf(top), 0, top)
-    total = np.exp(logits - top).sum(-1, keepdims=True)
-    weights = np.exp(logits - top) / np.where(total > 0, total, 1)
-    out = np.einsum("bhqk,bkhd->bqhd", weights, values)
-    lse = np.log(total, out=np.full_like(total, -np.inf), where=total > 0) + top
-    d_out, d_lse = cotangents
-    d_weights = np.einsum("bqhd,bkhd->bhqk", d_out, values)
-    delta = (d_out * out).sum(-1) - d_lse
-    d_logits = weights * (d_weights - delta.transpose(0, 2, 1)[..., None]) * scale
-    d_query = np.einsum("bhqk,bkhd->bqhd", d_logits, keys)
-    d_key = np.einsum("bhqk,bqhd->bkhd", d_logits, query)
-    d_value = np.einsum("bhqk,bqhd->bkhd", weights, d_out)
-    d_key, d_value = (
-        x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3)
-        for x in (d_key, d_value)
-    )
-    return (out, lse[..., 0].transpose(0, 2, 1)), (d_query, d_key, d_value)
+def make_args(
+    mask, dtype: Any = jnp.float32, *, batch=2, heads=4, kv_heads=2, dim=8, dim_v=8
+) -> Any:
+    size = batch, *mask.shape[2:], heads, kv_heads, dim, dim_v
+    return attention_args(size, dtype)
 
 
-def plain(query, key, value, dense) -> Any:
-    """What one would write: matmuls in the dtype, softmax in float32."""
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * scale
-    logits = jnp.where(dense, logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, -1).astype(value.dtype)
-    lse = jax.nn.logsumexp(logits, -1).swapaxes(1, 2)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value), lse
-
-
-def make_args(mask, dtype=jnp.float32, batch=2, heads=4, kv_heads=2, dim=8, dim_v=8):
-    _, _, q_len, kv_len = mask.shape
-    args = (
-        normal(0, (batch, q_len, heads, dim), dtype),
-        normal(1, (batch, kv_len, kv_heads, dim), dtype),
-        normal(2, (batch, kv_len, kv_heads, dim_v), dtype),
-    )
-    cotangents = (
-        normal(3, (batch, q_len, heads, dim_v), dtype),
-        normal(4, (batch, q_len, heads)),
-    )
-    return args, cotangents
-
-
-def visible(lse):
-    """A number to compare in place of the -inf of an empty row, which must agree."""
-    return np.where(np.isneginf(lse), 12345.0, lse)
-
-
-def assert_is_dense_attention(mask, args, cotangents, **options):
-    fn = lambda *args: attend(*args, mask, **options)  # noqa: E731
-    (out, lse), gradients = value_and_vjp(fn, args, cotangents)
-    dense = np.asarray(mask.to_dense())
-    (exact_out, exact_lse), exact_gradients = attention_float64(
-        *to_float64(args), dense, to_float64(cotangents), **options
-    )
-    assert_near((out, *gradients), (exact_out, *exact_gradients))
-    assert_near(visible(lse), visible(exact_lse))
+def assert_is_dense_attention(mask, args, cotangents, scale=None):
+    got = value_and_vjp(partial(attend, mask=mask, scale=scale), args, cotangents)
+    scale = args[0].shape[-1] ** -0.5 if scale is None else scale
+    shape = args[0].shape[0], args[0].shape[2], *mask.shape[2:]
+    dense = np.broadcast_to(mask.to_dense(), shape)
+    assert_attention(got, attention_float64(args, cotangents, dense, scale))
 
 
 def random_blocks(seed, *shape, share=0.4):
@@ -106,7 +53,7 @@ def random_mask(*leading):
     """Full, partial, empty blocks and, in every head, a row that is empty."""
     blocks = random_blocks(0, *leading, 5, 4)
     blocks[..., 2, :] = False
-    sizes: dict[str, int] = {"block_size": 16, "q_len": 77, "kv_len": 61}
+    sizes: Any = {"block_size": 16, "q_len": 77, "kv_len": 61}
     other = random_blocks(1, *leading, 5, 4, share=0.3)
     other[..., 2, :] = False
     return BlockMask.from_blocks(blocks, **sizes) | BlockMask.from_blocks(
@@ -117,12 +64,9 @@ def random_mask(*leading):
 MASKS = {
     "shared": lambda: random_mask(),
     "heads": lambda: random_mask(4),
-    "batch": lambda: random_mask(2, 1),
     "batch and heads": lambda: random_mask(2, 4),
-    "causal": lambda: BlockMask.causal(70, 70, block_size=16),
     "causal, wide": lambda: BlockMask.causal(33, 100, block_size=16),
     "causal, tall": lambda: BlockMask.causal(100, 33, block_size=16),
-    "window": lambda: BlockMask.local_window(100, 100, window=20, block_size=32),
     "global": lambda: BlockMask.global_local(
         90, 90, global_tokens=10, window=5, block_size=16
     ),
@@ -134,7 +78,6 @@ MASKS = {
         & BlockMask.causal(70, 70, block_size=16)
     ),
     "empty": lambda: BlockMask.from_blocks(np.zeros((2, 3), bool), block_size=16),
-    "one token": lambda: BlockMask.causal(1, 1),
 }
 masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
@@ -145,15 +88,14 @@ def test_is_dense_attention(mask):
     assert_is_dense_attention(mask, *make_args(mask))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("leading", [(), (4,)], ids=["shared", "heads"])
-def test_fewer_key_heads_other_value_dim_and_scale(kv_heads, leading):
+def test_one_key_head_other_value_dim_and_scale(leading):
     mask = random_mask(*leading)
-    args, cotangents = make_args(mask, kv_heads=kv_heads, dim=7, dim_v=5)
+    args, cotangents = make_args(mask, kv_heads=1, dim=7, dim_v=5)
     assert_is_dense_attention(mask, args, cotangents, scale=0.7)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     seed=st.integers(0, 100),
     block_size=st.sampled_from([1, 3, 8, 64]),
@@ -169,48 +111,32 @@ def test_any_mask_is_dense_attention(seed, block_size, q_len, kv_len, leading, s
     assert_is_dense_attention(mask, args, cotangents)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("leading", [(), (4,)], ids=["shared", "heads"])
-def test_error_is_that_of_the_plain_form(dtype, leading):
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_error_is_that_of_the_plain_form(dtype):
     diagonal = BlockMask.local_window(77, 61, window=20, block_size=16)
-    mask = random_mask(*leading) | diagonal
-    args, cotangents = make_args(mask, dtype, kv_heads=4, dim=32, dim_v=32)
-    dense = mask.to_dense()
-    got = value_and_vjp(lambda *args: attend(*args, mask), args, cotangents)
-    expected = value_and_vjp(lambda *args: plain(*args, dense), args, cotangents)
-    exact = attention_float64(
-        *to_float64(args), np.asarray(dense), to_float64(cotangents)
-    )
+    mask = random_mask(4) | diagonal
+    args, cotangents = make_args(mask, dtype, dim=32, dim_v=32)
+    dense = jnp.broadcast_to(mask.to_dense(), (2, 4, 77, 61))
+    got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
+    plain = partial(plain_attention, visible=dense, scale=32**-0.5)
     assert got[0][1].dtype == jnp.float32
-    assert_as_exact(got, expected, exact)
+    assert_attention(
+        got,
+        attention_float64(args, cotangents, np.asarray(dense), 32**-0.5),
+        value_and_vjp(plain, args, cotangents),
+    )
 
 
-def test_empty_rows_give_zero_minus_infinity_and_no_gradient():
+def test_empty_rows_have_no_gradient_even_of_an_infinite_loss():
     mask = random_mask(4)
-    args, cotangents = make_args(mask)
-    # As from a loss that takes the log-sum-exp of a row that has none.
-    cotangents = cotangents[0], jnp.full_like(cotangents[1], jnp.nan).at[:, :32].set(1)
-    (out, lse), gradients = value_and_vjp(
-        lambda *args: attend(*args, mask), args, cotangents
-    )
-    empty = ~np.asarray(mask.to_dense()).any(-1)[0].T
-    assert empty[32:48].all()
-    assert (np.asarray(out)[:, empty] == 0).all()
-    np.testing.assert_array_equal(np.isneginf(lse), np.broadcast_to(empty, lse.shape))
-    cotangents = cotangents[0], cotangents[1].at[:, 32:48].set(0)
-    only_empty = jax.tree.map(
-        lambda x: x.at[:, :32].set(0).at[:, 48:].set(0), cotangents
-    )
-    _, gradients = value_and_vjp(
-        lambda *args: attend(*args, mask),
-        args,
-        (
-            only_empty[0],
-            jnp.full_like(lse, jnp.nan).at[:, :32].set(0).at[:, 48:].set(0),
-        ),
-    )
-    for gradient in gradients:
-        assert (np.asarray(gradient) == 0).all()
+    args, (d_out, d_lse) = make_args(mask)
+    seen = np.asarray(mask.to_dense()).any(-1).swapaxes(1, 2)
+    assert not seen[:, 32:48].any()
+    d_lse = jnp.where(seen, d_lse, jnp.nan)
+    got = value_and_vjp(partial(attend, mask=mask), args, (d_out, d_lse))
+    finite = d_out, jnp.where(seen, d_lse, 0)
+    dense = np.broadcast_to(mask.to_dense(), (2, 4, 77, 61))
+    assert_attention(got, attention_float64(args, finite, dense, 8**-0.5))
 
 
 def test_keys_that_no_block_has_are_never_read():
@@ -221,33 +147,30 @@ def test_keys_that_no_block_has_are_never_read():
     (query, key, value), cotangents = make_args(mask)
     unseen = slice(48, 64)
     args = query, key.at[:, unseen].set(jnp.nan), value.at[:, unseen].set(jnp.nan)
-    got = value_and_vjp(lambda *args: attend(*args, mask), args, cotangents)
+    got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
     (out, _), gradients = got
     assert all(np.isfinite(x).all() for x in (out, *gradients))
     assert (gradients[1][:, unseen] == 0).all()
 
 
-@pytest.mark.parametrize("magnitude", [1e2, 1e4])
-def test_large_logits(magnitude):
-    mask = random_mask(4)
+def test_large_logits():
+    magnitude, mask = 1e4, random_mask(4)
     (query, key, value), cotangents = make_args(mask)
     args = magnitude * query, key, value
-    (out, lse), gradients = value_and_vjp(
-        lambda *args: attend(*args, mask), args, cotangents
-    )
-    exact, _ = attention_float64(
-        *to_float64(args), np.asarray(mask.to_dense()), to_float64(cotangents)
-    )
-    assert all(np.isfinite(x).all() for x in gradients)
-    assert_near((out, visible(lse)), (exact[0], visible(exact[1])), 1e-6 * magnitude)
+    got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
+    assert all(np.isfinite(x).all() for x in (got[0][0], *got[1]))
+    dense = np.broadcast_to(mask.to_dense(), (2, 4, 77, 61))
+    exact = attention_float64(args, cotangents, dense, 8**-0.5)
+    # A logit of m is known to m * eps, and so is the logarithm of its weight.
+    assert_attention(got, exact, bound=2e-6 * magnitude)
 
 
 def lowered(mask, both_passes):
     def forward(args, mask):
-        return attend(*args, mask)
+        return attend(*args, mask=mask)
 
     def backward(args, mask):
-        value, vjp = jax.vjp(lambda *args: attend(*args, mask), *args)
+        value, vjp = jax.vjp(lambda *args: attend(*args, mask=mask), *args)
         return vjp(value)
 
     args, _ = make_args(mask, batch=1, heads=2, kv_heads=2, dim=16, dim_v=16)
@@ -287,16 +210,16 @@ def test_every_block_is_visited_once():
 
 
 def loss(args, mask):
-    out, lse = attend(*args, mask)
+    out, lse = attend(*args, mask=mask)
     return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
 
 
 value_and_grads = jax.jit(jax.value_and_grad(loss))
 
 
-@masks
-def test_the_mask_is_an_argument_or_a_constant_of_jit(mask):
-    mask = mask()
+@pytest.mark.parametrize("name", ["heads", "documents"])
+def test_the_mask_is_an_argument_or_a_constant_of_jit(name):
+    mask = MASKS[name]()
     args, _ = make_args(mask)
     expected = value_and_grads(args, mask)
     closed_over = jax.jit(jax.value_and_grad(lambda args: loss(args, mask)))
@@ -353,7 +276,7 @@ def test_remat_and_scan():
         return x.at[:, :77].add(out)
 
     def loops(x, mask):
-        return sum(layer(layer(x, mask), mask).ravel() ** 2)
+        return (layer(layer(x, mask), mask) ** 2).sum()
 
     def scans(x, mask):
         step = jax.checkpoint(lambda x, _: (layer(x, mask), None))
@@ -369,8 +292,10 @@ def make_mesh():
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
 
 
-@pytest.mark.parametrize("name", ["shared", "heads", "batch", "batch and heads"])
-@pytest.mark.parametrize("kv_heads", [4, 8])
+@pytest.mark.parametrize(
+    "name, kv_heads",
+    [("shared", 4), ("heads", 4), ("batch", 4), ("batch and heads", 8)],
+)
 def test_shard_map_over_batch_and_heads(name, kv_heads):
     leading = {"heads": (8,), "batch": (2, 1), "batch and heads": (2, 8), "shared": ()}
     blocks = random_blocks(0, *leading[name], 5, 4)
@@ -386,7 +311,8 @@ def test_shard_map_over_batch_and_heads(name, kv_heads):
     )
 
     def sharded_loss(args, mask):
-        out, lse = sharded(*args, mask)
+        query, key, value = args
+        out, lse = sharded(query, key, value, mask)
         return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
 
     got = jax.jit(jax.value_and_grad(sharded_loss))(args, mask)
@@ -395,7 +321,7 @@ def test_shard_map_over_batch_and_heads(name, kv_heads):
 
 def test_shard_map_with_whole_keys():
     """Queries are split over the batch, keys and values are everywhere the same."""
-    mask = BlockMask.causal(40, 40, block_size=16)
+    mask = BlockMask.local_window(40, 40, window=9, block_size=16)
     (query, key, value), _ = make_args(mask, batch=8)
     key, value = key[:1], value[:1]
 
@@ -420,7 +346,7 @@ def test_shard_map_with_whole_keys():
     assert_near(got, expected)
 
 
-@pytest.mark.parametrize("leading", [(), (4,), (2, 4)], ids=["shared", "heads", "both"])
+@pytest.mark.parametrize("leading", [(), (2, 4)], ids=["shared", "batch and heads"])
 def test_sharded_arguments(leading):
     mask = random_mask(*leading)
     args, _ = make_args(mask, kv_heads=4)

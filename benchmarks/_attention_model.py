@@ -150,10 +150,6 @@ class Task:
             return attention + projections
         return 3.5 * attention + 3 * projections
 
-    def work(self) -> float:
-        """Pairs that are computed, over all pairs."""
-        return self.pattern.pairs(self.shape.seq, self.shape.heads) / self.shape.seq**2
-
 
 @dataclass(frozen=True)
 class Published:

@@ -83,7 +83,9 @@ def build(entry: Entry, args: Any) -> Program:
     fn, inputs = core(task, entry.by), definitions.make_arguments(*key)
     if task.module:
         sizes = task.shape, task.module
-        graph, _ = definitions.make_module(*sizes, fn, args.dtype, args.seed)
+        make = partial(definitions.make_module, *sizes, fn, args.dtype, args.seed)
+        # Its parameters are among the inputs.
+        graph = nnx.graphdef(nnx.eval_shape(make))
         fn = partial(_call_module, graph)
     if backward:
         fn = with_gradients(fn)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from . import _attention_programs as programs
+from ._attention_definitions import CANCELLATION
 from ._attention_model import (
     PASSES,
     PUBLISHED,
     Blocks,
+    Dense,
     Published,
     Shape,
+    Task,
 )
 from ._harness import Row
 from ._report import number, print_problems, print_table, table
@@ -33,8 +36,8 @@ TITLES = {
 def notes(args: argparse.Namespace) -> dict[str, str]:
     """Lines of the header."""
     lines = {
-        "shapes": "(batch, seq, heads), dim 64",
-        "checked": "1024 queries of a row at most, and gradients through them",
+        "computed": f"{PASSES[args.backward]} of (batch, seq, heads) with dim 64",
+        "checked": "up to 512 queries a row, 256 of more; gradients through them",
         "memory": "XLA's plan for results and temporaries, on each device",
     }
     if args.grid != "real":
@@ -42,22 +45,30 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
             f"{100 * Blocks('near').mask(seq).density:.1f} % at {seq}"
             for seq in sorted({shape.seq for _, shape in PUBLISHED})
         )
-        lines |= {
-            "published": "PyTorch, float32; MiB less weights and inputs. Its improved",
-            "": "attends over heads; its failed rows met modules built for 8 heads",
-            "norms": "of query, key and result, each its own; published: one for two",
-            "blocks": f"a block and its two neighbours: {densities}",
-        }
+        lines["published"] = _below(
+            "PyTorch, float32, forward; MiB less weights and inputs. Its improved",
+            "attends over heads; its failed rows met modules built for 8 heads",
+        )
+        lines["norms"] = (
+            "of query, key and result, each its own; published: one for two"
+        )
+        lines["blocks"] = f"a block and its two neighbours: {densities}"
     if not args.on_device:
         lines["rings"] = "devices are parts of one CPU: memory counts, time does not"
-    left_out: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for peer in (*programs.PEERS, programs.FLEX):
         reason = programs.why_left_out(peer, args)
         if reason:
-            left_out.setdefault(reason, []).append(peer)
-    for i, (reason, peers) in enumerate(left_out.items()):
-        lines["left out" + " " * i] = f"{', '.join(peers)}: {reason}"
+            reasons.setdefault(reason, []).append(peer)
+    if reasons:
+        left_out = (f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        lines["left out"] = _below(*left_out)
     return lines
+
+
+def _below(*texts: str) -> str:
+    """Under each other, where the header's texts begin."""
+    return ("\n" + " " * 14).join(texts)
 
 
 def print_all(
@@ -73,11 +84,12 @@ def print_all(
             _print_published(console, name, by_name[name], args.backward)
     _print_real(console, [row for row in rows if row["grid"] == "real"])
     _print_slower(console, rows)
-    ratios = [row["error"] for row in rows if row["status"] == "ok"]
-    if ratios:
+    errors = [row["error"] for row in rows if row["status"] == "ok"]
+    if errors:
+        more = f", gradients + {CANCELLATION:.0e}" if args.backward else ""
         console.print(
             "All results were checked against float64 before they were timed: errors "
-            f"up to\n{max(ratios):.1e}, each at most twice that of plain jnp."
+            f"up to\n{max(errors):.1e}, each at most twice that of plain jnp{more}."
         )
     if any(row.get("includes_compile") for row in rows):
         console.print("* mean, without warm-up: the first call includes compile")
@@ -94,7 +106,7 @@ def _print_published(
     columns = ["", "ms", "± std", "ktok/s", "MiB"]
     if compared := name in TITLES and not backward:
         columns += ["published ms", "MiB", "ktok/s"]
-    result = table(f"{title}, {PASSES[backward]}", columns)
+    result = table(title, columns)
     for row in rows:
         cells = _time_cells(row) or [row["status"], "-", "-", "-"]
         if compared:
@@ -137,7 +149,7 @@ def _print_real(console: Console, rows: Sequence[Row]) -> None:
     tera = any(row.get("device_ms") for row in rows)
     unit, factor = ("TFLOP/s", 1) if tera else ("GFLOP/s", 1e3)
     sizes = f"batch {rows[0]['batch']}, {rows[0]['heads']} heads"
-    title = f"{rows[0]['pass']}, {sizes}; work and time: over those of attention"
+    title = f"{sizes}, dim 64; work and time: over those of attention"
     result = table(title, ["", "ms", "± std", unit, "MiB", "work", "time"])
     dense = {
         row["seq"]: row
@@ -152,8 +164,7 @@ def _print_real(console: Console, rows: Sequence[Row]) -> None:
         cells = _time_cells(row) or [row["status"], "-", "-", "-"]
         if row["status"] == "ok":
             cells[2] = number(factor * row["tflops"])
-        work = row["flops"] / (14 if row["pass"] != PASSES[0] else 4)
-        work /= row["batch"] * row["heads"] * row["dim"] * row["seq"] ** 2
+        work = row["flops"] / Task(shape_of(row), Dense()).flops(row["pass"])
         result.add_row(
             f" {row['implementation']}",
             *cells,
@@ -197,5 +208,6 @@ def _print_slower(console: Console, rows: Sequence[Row]) -> None:
     if not any(row["by"] == PLAIN and row["status"] == "ok" for row in rows):
         return
     slower = slower_than_plain(rows)
-    names = ", ".join(f"{name} {ratio:.1f} x" for name, ratio in slower.items())
-    console.print(f"Slower than plain jnp: {names or 'none'}.", markup=False)
+    console.print(f"Slower than plain jnp: {len(slower) or 'none'} of our rows.")
+    for name, ratio in slower.items():
+        console.print(f"  {name}: {ratio:.2f} times its time", markup=False)

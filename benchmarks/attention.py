@@ -43,7 +43,7 @@ GRIDS = ("published", "real")
 WARMUP, CPU_WARMUP = 5, 2
 ITERATIONS = 50
 # On a CPU a row computes about so much, in so many calls at least and at most.
-CPU_FLOPS, CPU_ITERATIONS = 2e10, (3, 10)
+CPU_FLOPS, CPU_ITERATIONS = 1e10, (3, 10)
 
 # Of a published row: what computes it here, what it computes, the module around it.
 IMPLEMENTATIONS: dict[str, tuple[str, Pattern, str | None]] = {
@@ -196,7 +196,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backward", action="store_true", help="forward and all gradients")
     help_only = "the rows, as --list prints them, in which it is found"
     add("--only", type=_pattern, default="", metavar="REGEX", help=help_only)
-    help_devices = "in the published row's ring; a CPU is split into as many (default 1)"
+    help_devices = (
+        "in the published row's ring; a CPU is split into as many (default 1)"
+    )
     add("--devices", type=positive, default=1, metavar="N", help=help_devices)
     add(
         "--peers",

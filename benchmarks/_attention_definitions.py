@@ -27,7 +27,7 @@ CANCELLATION = 32 * float(jnp.finfo(jnp.float32).eps)
 Call = Callable[..., Any]
 
 
-def weigh(query, key, value, bias=None):
+def weigh(query, key, value, bias: Any = None):
     """Attention with all logits at once, and its log-sum-exp (batch, heads, seq).
 
     A query that meets no key has result 0 and log-sum-exp -inf.
@@ -52,7 +52,7 @@ def causal_bias(seq: int):
 
 def attend(query, key, value, is_causal=False):
     bias = causal_bias(query.shape[1]) if is_causal else None
-    return weigh(query, key, value, bias)[0]
+    return _weigh_out(query, key, value, bias)
 
 
 def attend_dilated(query, key, value, pattern: Dilated):
@@ -63,19 +63,18 @@ def attend_dilated(query, key, value, pattern: Dilated):
         w = min(w, seq)
         first = w * jnp.arange(seq // w)[:, None, None] + head % r
         rows = first + r * jnp.arange(w // r)[:, None]  # (segments, rows, heads)
-        taken = (
+        q, k, v = (
             x[:, rows, head].reshape(-1, w // r, heads, dim)
             for x in (query, key, value)
         )
-        out, lse = weigh(*taken, causal_bias(w // r) if pattern.is_causal else None)
+        out, lse = weigh(q, k, v, causal_bias(w // r) if pattern.is_causal else None)
         out = out.reshape(batch, *rows.shape, dim)
         lse = lse.swapaxes(1, 2).reshape(batch, *rows.shape)
         outs.append(jnp.zeros_like(query).at[:, rows, head].set(out))
         empty = jnp.full(query.shape[:3], -jnp.inf, lse.dtype)
         lses.append(empty.at[:, rows, head].set(lse))
     shares = jax.nn.softmax(jnp.stack(lses), axis=0)[..., None]
-    mixed = sum(share * out for share, out in zip(shares, outs, strict=True))
-    return mixed.astype(value.dtype)
+    return (shares * jnp.stack(outs)).sum(0).astype(value.dtype)
 
 
 def _project(x, layer):
@@ -134,7 +133,7 @@ def _arguments(shape, module, scale, dtype, seed, backward):
     sizes = (shape.embed,) if module else (shape.heads, shape.dim)
     # NumPy's, which compiles nothing.
     random, size = np.random.default_rng(seed), (shape.batch, shape.seq, *sizes)
-    inputs = [
+    inputs: list[Any] = [
         jnp.asarray(factor * random.standard_normal(size, np.float32), dtype)
         for factor in (scale, scale, scale, 1)
     ]
@@ -167,8 +166,8 @@ def define(rows, counts, *args, backward: bool):
     return (with_gradients(result) if backward else result)(*args)
 
 
-def _weigh_out(*args, bias):
-    return weigh(*args, bias)[0]
+def _weigh_out(query, key, value, bias):
+    return weigh(query, key, value, bias)[0]
 
 
 # The rows of one task follow each other.

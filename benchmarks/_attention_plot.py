@@ -13,16 +13,16 @@ from ._harness import Row
 # Those of one kind share a colour; peers are grey, causal rows dashed.
 COLOURS = {
     "attention": "#c1272d",
-    "dilated n/4": "#0072b2",
-    "dilated n/2": "#56b4e9",
-    "dilated 256": "#004c6d",
+    "dilated quarters": "#0072b2",
+    "dilated halves": "#56b4e9",
+    "dilated fixed": "#004c6d",
     "block-sparse": "#2e8b57",
     "ring": "#7a3e9d",
     "jax.nn": "#a0a0a0",
     "torch sdpa": "#e69f00",
     "torch flex": "#b3661a",
     "tokamax": "#d16ba5",
-    "plain jnp n/": "#d8b365",
+    "plain jnp quarters": "#d8b365",
     "plain jnp": "#606060",
 }
 QUANTITIES = {

@@ -52,7 +52,12 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         lines["norms"] = (
             "of query, key and result, each its own; published: one for two"
         )
-        lines["blocks"] = f"a block and its two neighbours: {densities}"
+        lines["near"] = f"a block of 128 and its two neighbours: {densities}"
+    if args.grid != "published":
+        lines["dilated"] = _below(
+            "quarters: n/4, n/2, n by 1, 2, 4; halves: n/2, n by 1, 2;",
+            "fixed: 256, 1024 by 1, 4",
+        )
     if not args.on_device:
         lines["rings"] = "devices are parts of one CPU: memory counts, time does not"
     reasons: dict[str, list[str]] = {}
@@ -165,11 +170,12 @@ def _print_real(console: Console, rows: Sequence[Row]) -> None:
         if row["status"] == "ok":
             cells[2] = number(factor * row["tflops"])
         work = row["flops"] / Task(shape_of(row), Dense()).flops(row["pass"])
+        ratio = time_over(row, dense.get(row["seq"]))
         result.add_row(
             f" {row['implementation']}",
             *cells,
-            number(work, 2),
-            number(time_over(row, dense.get(row["seq"])), 2),
+            f"{work:.3f}",
+            "-" if ratio is None else f"{ratio:.2f}",
         )
     print_table(console, result)
 

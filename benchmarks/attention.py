@@ -62,9 +62,6 @@ PUBLISHED_PEERS = ("plain jnp", "torch sdpa")
 SEQS = (512, 1024, 2048)
 FULL_SEQS = tuple(512 * 2**i for i in range(8))
 CPU_HEADS, HEADS = 4, 16
-# Segments as parts of the sequence, or in tokens, and their rates.
-FRACTIONS = (((4, 2, 1), (1, 2, 4)), ((2, 1), (1, 2)))
-FIXED = Dilated((256, 1024), (1, 4))
 DENSITIES, DENSITIES_SEQ = (5, 10, 25, 50, 100), 4096
 RINGS, RING_SEQ = (1, 2, 4, 8), 2048
 
@@ -120,33 +117,24 @@ def real_entries(args: argparse.Namespace) -> list[Entry]:
         for count in rings:
             name = f"ring of {count} causal"
             add(name, causal, "ring_attention", devices=count)
-        for pattern in _dilated(seq):
-            name = _describe_dilated(pattern, seq)
+        for name, pattern in _dilated(seq).items():
             add(f"dilated {name}", pattern, "dilated_attention")
-            if args.peers and pattern.segment_lengths == (seq // 4, seq // 2, seq):
-                add(name, pattern, "plain jnp")
+        if args.peers:
+            add("quarters", _dilated(seq)["quarters"], "plain jnp")
         for which in ("near", "causal"):
             add(f"block-sparse {which}", Blocks(which), "block_sparse_attention")
             add(which, Blocks(which), *flex)
     return rows
 
 
-def _dilated(seq: int) -> list[Dilated]:
-    patterns = [
-        Dilated(tuple(seq // part for part in parts), rates)
-        for parts, rates in FRACTIONS
-    ]
-    lengths, rates = patterns[0].segment_lengths, patterns[0].dilation_rates
-    return [patterns[0], Dilated(lengths, rates, is_causal=True), patterns[1], FIXED]
-
-
-def _describe_dilated(pattern: Dilated, seq: int) -> str:
-    lengths = (
-        str(w) if pattern == FIXED else "n" if w == seq else f"n/{seq // w}"
-        for w in pattern.segment_lengths
-    )
-    rates = ",".join(map(str, pattern.dilation_rates))
-    return f"{','.join(lengths)} by {rates}" + " causal" * pattern.is_causal
+def _dilated(seq: int) -> dict[str, Dilated]:
+    quarters = (seq // 4, seq // 2, seq), (1, 2, 4)
+    return {
+        "quarters": Dilated(*quarters),
+        "quarters causal": Dilated(*quarters, is_causal=True),
+        "halves": Dilated((seq // 2, seq), (1, 2)),
+        "fixed": Dilated((256, 1024), (1, 4)),
+    }
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:

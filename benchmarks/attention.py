@@ -100,7 +100,8 @@ def real_entries(args: argparse.Namespace) -> list[Entry]:
     for seq in sorted({*whole, DENSITIES_SEQ}):
         shape = Shape(1, seq, heads)
         add("attention", Dense(), "attention")
-        add("", Dense(), *programs.peers(args))
+        if seq in whole:
+            add("", Dense(), *programs.peers(args))
         if seq == DENSITIES_SEQ:
             for percent in DENSITIES:
                 name, pattern = f"{percent}%", Blocks(percent)
@@ -113,7 +114,7 @@ def real_entries(args: argparse.Namespace) -> list[Entry]:
             add(f"ring of {count}", Dense(), "ring_attention", devices=count)
         causal = Dense(is_causal=True)
         add("attention causal", causal, "attention")
-        add("causal", causal, *programs.peers(args))
+        add("causal", causal, *(p for p in programs.peers(args) if p != "jax.nn xla"))
         for count in rings:
             name = f"ring of {count} causal"
             add(name, causal, "ring_attention", devices=count)

@@ -152,6 +152,7 @@ def test_every_kind_of_row_is_right(small, name):
     assert len(rows) >= 3
     assert [r["reason"] for r in rows if r["status"] != "ok"] == []
     assert {r["pass"] for r in rows} == {PASSES[bool(backward)]}
+    assert max(r["error"] for r in rows) < 1e-5
 
 
 def test_bfloat16_rows_are_right(small):
@@ -172,6 +173,19 @@ def test_wrong_rows_are_refused(small, monkeypatch, backward):
     only = r"real \(1, 256, 4\) (plain jnp|attention)$"
     ours, plain = measured("--only", only, *backward)
     assert ours["reason"].startswith("WrongValues") and plain["status"] == "ok"
+
+
+def test_errors_of_gradients_are_against_their_usual_size():
+    exact = {"query": np.array([[0.0, 0], [3, 4]]), "bias": np.full(2, 1e-15)}
+    usual = 5 / np.sqrt(2)
+    noise = {"query": exact["query"] + [[1e-6, 0], [0, 0]], "bias": np.zeros(2)}
+    error = definitions.gradient_error(noise, exact)
+    assert error == pytest.approx(1e-6 / usual)
+    noise["bias"] = np.array([1e-3, 0])
+    error = definitions.gradient_error(noise, exact)
+    assert error == pytest.approx(1e-3 / usual)
+    noise["bias"][1] = np.nan
+    assert np.isnan(definitions.gradient_error(noise, exact))
 
 
 def test_some_queries_of_a_long_sequence_are_checked(monkeypatch):

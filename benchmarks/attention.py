@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
     least, most = CPU_ITERATIONS
     default = ITERATIONS if args.on_device else f"{least} to {most}"
-    calls = f"{args.iterations or default} calls after {args.warmup} warm-ups"
+    calls = f"{args.iterations or default} calls after {args.warmup} warm-up"
+    calls += "s" * (args.warmup != 1)
     meta = metadata(
         "attention",
         dtype=str(args.dtype),

@@ -1,0 +1,230 @@
+"""The plain forms of `benchmarks.attention`, and what its rows are checked against."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxkern
+
+from ._attention_model import Dilated, Shape, Task
+from ._harness import Check, check_against, with_gradients
+
+# Queries that are checked: all of a short sequence, else so many of each row's.
+ALL_ROWS, SOME_ROWS = 512, 256
+
+# Of the norms, as published.
+EPSILON = 1e-5
+
+# Allowed beside twice the plain form's error, of a gradient's usual norm: a query that
+# sees one key in each of several patterns sums terms that are 0 only together.
+CANCELLATION = 32 * float(jnp.finfo(jnp.float32).eps)
+# Of the largest gradient's norm: what float64 leaves of one that is 0.
+ZERO = 1e-12
+
+Call = Callable[..., Any]
+
+
+def weigh(query, key, value, bias: Any = None):
+    """Attention with all logits at once, and its log-sum-exp (batch, heads, seq).
+
+    A query that meets no key has result 0 and log-sum-exp -inf.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
+    logits = logits * query.shape[-1] ** -0.5
+    if bias is not None:
+        logits += bias.astype(wide)
+    top = logits.max(-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.maximum(top, jnp.finfo(wide).min))
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    lse = (jnp.log(total) + top)[..., 0]
+    weights = weights / jnp.where(total, total, 1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), lse
+
+
+def causal_bias(seq: int):
+    return jnp.where(jnp.tri(seq, dtype=bool), 0.0, -jnp.inf)
+
+
+def attend(query, key, value, is_causal=False):
+    bias = causal_bias(query.shape[1]) if is_causal else None
+    return _weigh_out(query, key, value, bias)
+
+
+def attend_dilated(query, key, value, pattern: Dilated):
+    """Each pattern by gathering its rows, all logits of a segment at once."""
+    batch, seq, heads, dim = query.shape
+    head, outs, lses = jnp.arange(heads), [], []
+    for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True):
+        w = min(w, seq)
+        first = w * jnp.arange(seq // w)[:, None, None] + head % r
+        rows = first + r * jnp.arange(w // r)[:, None]  # (segments, rows, heads)
+        q, k, v = (
+            x[:, rows, head].reshape(-1, w // r, heads, dim)
+            for x in (query, key, value)
+        )
+        out, lse = weigh(q, k, v, causal_bias(w // r) if pattern.is_causal else None)
+        out = out.reshape(batch, *rows.shape, dim)
+        lse = lse.swapaxes(1, 2).reshape(batch, *rows.shape)
+        outs.append(jnp.zeros_like(query).at[:, rows, head].set(out))
+        empty = jnp.full(query.shape[:3], -jnp.inf, lse.dtype)
+        lses.append(empty.at[:, rows, head].set(lse))
+    shares = jax.nn.softmax(jnp.stack(lses), axis=0)[..., None]
+    return (shares * jnp.stack(outs)).sum(0).astype(value.dtype)
+
+
+def _project(x, layer):
+    return jnp.einsum("bse,ehd->bshd", x, layer["kernel"][...]) + layer["bias"][...]
+
+
+def _layer_norm(x, layer):
+    """Over all heads together, as all of the published norms."""
+    flat = x.reshape(*x.shape[:2], -1)
+    wide = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
+    y = scaled.astype(x.dtype) * layer["scale"][...] + layer["bias"][...]
+    return y.reshape(x.shape)
+
+
+def multihead(core: Call, query, key, value, state):
+    """Projections, `core`, and the projection back; norms where `state` has any."""
+    inputs = {"query": query, "key": key, "value": value}
+    q, k, v = (_project(x, state[name]) for name, x in inputs.items())
+    if "query_norm" in state:
+        q = _layer_norm(q, state["query_norm"])
+        k = _layer_norm(k, state["key_norm"])
+    heads = core(q, k, v)
+    if "sub_norm" in state:
+        heads = _layer_norm(heads, state["sub_norm"])
+    kernel, bias = (state["out"][x][...] for x in ("kernel", "bias"))
+    return jnp.einsum("bshd,hde->bse", heads, kernel) + bias
+
+
+def make_module(
+    shape: Shape, module: str, core: Call, dtype: Any, seed: int
+) -> jaxkern.nn.MultiHeadAttention:
+    """Multi-head attention around a function."""
+    norms = module == "norms"
+    return jaxkern.nn.MultiHeadAttention(
+        shape.embed,
+        shape.heads,
+        attention_fn=core,
+        qk_norm="embed" if norms else None,
+        sub_layer_norm=norms,
+        norm=partial(nnx.LayerNorm, epsilon=EPSILON),
+        param_dtype=dtype,
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def make_arguments(task: Task, dtype: Any, seed: int, backward: bool) -> tuple:
+    """Query, key and value, each its own; then a module's parameters; first dy."""
+    return _arguments(task.shape, task.module, task.scale, dtype, seed, backward)
+
+
+# Rows that follow each other have the same ones.
+@lru_cache(maxsize=1)
+def _arguments(shape, module, scale, dtype, seed, backward):
+    sizes = (shape.embed,) if module else (shape.heads, shape.dim)
+    # NumPy's, which compiles nothing.
+    random, size = np.random.default_rng(seed), (shape.batch, shape.seq, *sizes)
+    inputs: list[Any] = [
+        jnp.asarray(factor * random.standard_normal(size, np.float32), dtype)
+        for factor in (scale, scale, scale, 1)
+    ]
+    *inputs, dy = inputs
+    if module:
+        make = partial(make_module, shape, module, jaxkern.attention, dtype, seed)
+        inputs.append(nnx.state(make()))
+    return (dy, *inputs) if backward else tuple(inputs)
+
+
+def checked_rows(seq: int) -> np.ndarray:
+    """The first and the last query, and others at random, in order."""
+    if seq <= ALL_ROWS:
+        return np.arange(seq, dtype=np.int32)
+    between = np.random.default_rng(seq).choice(seq - 2, SOME_ROWS - 2, replace=False)
+    return np.sort([0, *(1 + between), seq - 1]).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames="backward")
+def define(rows, counts, *args, backward: bool):
+    """What some queries give: one softmax over all keys, each met so many times."""
+
+    def result(query, key, value, *state):
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        core = partial(_weigh_out, bias=jnp.log(counts.astype(wide)))
+        if state:
+            return multihead(core, query[:, rows], key, value, *state)
+        return core(query[:, rows], key, value)
+
+    return (with_gradients(result) if backward else result)(*args)
+
+
+def _weigh_out(query, key, value, bias):
+    return weigh(query, key, value, bias)[0]
+
+
+# The rows of one task follow each other.
+@lru_cache(maxsize=1)
+def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
+    """Of the checked queries: in the dtype, and in float64."""
+    args = make_arguments(task, dtype, seed, backward)
+    rows = checked_rows(task.shape.seq)
+    counts = task.pattern.counts(task.shape, rows)
+    if backward:
+        args = (args[0][:, rows], *args[1:])
+    run = partial(define, backward=backward)
+    in_dtype = jax.tree.map(np.asarray, run(rows, counts, *args))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
+        return in_dtype, jax.tree.map(np.asarray, run(rows, counts, *wide))
+
+
+def gradient_error(got: Any, exact: Any) -> float:
+    """As `relative_error`, with no row's norm below the usual one's.
+
+    A query that sees one key has gradient 0, of which rounding is all that is left. And
+    a whole gradient that is 0, as a key bias's is, is held to the largest one.
+    """
+    got, exact = (
+        [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
+        for tree in (got, exact)
+    )
+    usual = [np.sqrt(np.mean(np.linalg.norm(x, axis=-1) ** 2)) for x in exact]
+
+    def error(a, b, floor):
+        floor = max(usual) if floor < ZERO * max(usual) else floor
+        norms = np.maximum(np.linalg.norm(b, axis=-1), floor)
+        return np.max(np.linalg.norm(a - b, axis=-1) / norms)
+
+    # np.max and not max(), which may drop a NaN.
+    return float(np.max(list(map(error, got, exact, usual))))
+
+
+def check(key: tuple[Any, ...], run: Call) -> Check:
+    """What `run` computes for the checked queries against `results(*key)`.
+
+    The gradients are those of the checked queries alone: the others' cotangents are 0.
+    """
+    task, dtype, _, backward = key
+    args, rows = make_arguments(*key), checked_rows(task.shape.seq)
+    in_dtype, exact = results(*key)
+    if not backward:
+        return check_against(run(*args)[:, rows], in_dtype, exact, dtype)
+    only = np.zeros((task.shape.seq, *[1] * (args[0].ndim - 2)), bool)
+    only[rows] = True
+    out, gradients = run(jnp.where(only, args[0], 0), *args[1:])
+    of_out = check_against(out[:, rows], in_dtype[0], exact[0], dtype)
+    bound = 2 * gradient_error(in_dtype[1], exact[1]) + CANCELLATION
+    of_gradients = Check(gradient_error(gradients, exact[1]), bound)
+    # The worse one; written so that a NaN is worse than anything.
+    fine = of_gradients.error / bound <= of_out.error / of_out.bound
+    return of_out if fine else of_gradients

@@ -1,0 +1,186 @@
+"""What the rows of `benchmarks.attention` compute: shapes, patterns, and their work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import jaxkern
+
+from ._report import published
+
+PASSES = ("forward", "forward+backward")
+BLOCK = 128
+# Resident in every published peak: weights of three modules, and six inputs.
+PUBLISHED_WEIGHTS_MIB, PUBLISHED_INPUTS = 12.04, 6
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    seq: int
+    heads: int
+    dim: int = 64
+
+    def __str__(self) -> str:
+        return f"({self.batch}, {self.seq}, {self.heads})"
+
+    @property
+    def embed(self) -> int:
+        return self.heads * self.dim
+
+    @property
+    def bytes(self) -> int:
+        """Of a query, key, value or output in float32."""
+        return 4 * self.batch * self.seq * self.embed
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every query sees every key, or none after it."""
+
+    is_causal: bool = False
+
+    def pairs(self, seq: int, heads: int) -> float:
+        """Queries times keys that a head computes."""
+        return _pairs(seq, self.is_causal)
+
+    def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
+        """(1 or heads, rows, seq): how often a query meets a key in one softmax."""
+        keys = np.arange(shape.seq)
+        seen = np.ones((1, len(rows), shape.seq), np.int8)
+        return seen * (keys <= rows[:, None]) if self.is_causal else seen
+
+
+@dataclass(frozen=True)
+class Dilated:
+    """LongNet's patterns: segments of w tokens, of which a head takes every r-th."""
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    is_causal: bool = False
+
+    def _patterns(self, seq: int) -> list[tuple[int, int]]:
+        lengths = (min(w, seq) for w in self.segment_lengths)
+        return list(zip(lengths, self.dilation_rates, strict=True))
+
+    def pairs(self, seq: int, heads: int) -> float:
+        """As a pattern costs 4 batch heads n w dim / r^2: n/w segments of w/r rows."""
+        return sum(
+            seq / w * _pairs(w / r, self.is_causal) for w, r in self._patterns(seq)
+        )
+
+    def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
+        head = np.arange(shape.heads)[:, None, None]
+        q, k = rows[:, None], np.arange(shape.seq)
+        counts = np.zeros((shape.heads, len(rows), shape.seq), np.int8)
+        for w, r in self._patterns(shape.seq):
+            taken = (q % w % r == head % r) & (k % w % r == head % r)
+            counts += taken & (q // w == k // w)
+        return counts * (k <= q) if self.is_causal else counts
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of 128 queries and keys: "near", "causal", or a percentage of all."""
+
+    which: str | int
+
+    def grid(self, seq: int) -> np.ndarray:
+        """Which blocks there are; a percentage is spread evenly over the rows."""
+        n = seq // BLOCK
+        i, j = np.indices((n, n))
+        match self.which:
+            case "near":
+                return abs(i - j) <= 1
+            case "causal":
+                return j <= i
+        wanted = max(1, round(n * n * int(self.which) / 100))
+        # In every row the same number of columns, more or less one, drawn at random.
+        ranks = np.random.default_rng(0).permuted(j, axis=1)
+        return ranks < (wanted * (i + 1)) // n - (wanted * i) // n
+
+    def mask(self, seq: int) -> jaxkern.BlockMask:
+        match self.which:
+            case "near":
+                return jaxkern.BlockMask.dilated(seq, seq, rates=[1], block_size=BLOCK)
+            case "causal":
+                return jaxkern.BlockMask.causal(seq, seq, block_size=BLOCK)
+        return jaxkern.BlockMask.from_blocks(self.grid(seq), block_size=BLOCK)
+
+    def pairs(self, seq: int, heads: int) -> float:
+        """Of whole blocks, which are what is computed."""
+        return self.grid(seq).sum() * BLOCK**2
+
+    def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
+        keys = np.arange(shape.seq)
+        seen = self.grid(shape.seq)[rows[:, None] // BLOCK, keys // BLOCK]
+        if self.which == "causal":
+            seen = seen & (keys <= rows[:, None])
+        return seen[None].astype(np.int8)
+
+
+Pattern = Dense | Dilated | Blocks
+
+
+def _pairs(seq: float, is_causal: bool) -> float:
+    return seq * (seq + 1) / 2 if is_causal else seq**2
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row computes, whoever computes it.
+
+    module: None for attention alone; "plain" with the four projections of a multi-head
+        module around it; "norms" also with norms of query, of key and of the result.
+    scale: the standard deviation of query, key and value.
+    """
+
+    shape: Shape
+    pattern: Pattern
+    module: str | None = None
+    scale: float = 1.0
+
+    def flops(self, which: str) -> float:
+        """Of the matmuls; attention's backward computes the logits again: 5 for 2."""
+        s = self.shape
+        pairs = self.pattern.pairs(s.seq, s.heads)
+        attention = 4.0 * s.batch * s.heads * s.dim * pairs
+        projections = 8.0 * s.batch * s.seq * s.embed**2 if self.module else 0.0
+        if which == "forward":
+            return attention + projections
+        return 3.5 * attention + 3 * projections
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published row; figures are None where it failed."""
+
+    name: str
+    shape: Shape
+    time_ms: float | None
+    memory_mib: float | None
+    tokens_per_s: float | None
+
+    @property
+    def net_mib(self) -> float | None:
+        """What it allocated beside what was resident anyway."""
+        if self.memory_mib is None:
+            return None
+        inputs = PUBLISHED_INPUTS * self.shape.bytes / 2**20
+        return self.memory_mib - PUBLISHED_WEIGHTS_MIB - inputs
+
+
+def _read() -> dict[tuple[str, Shape], Published]:
+    rows = {}
+    for line in published("attention"):
+        sizes = (int(line[x]) for x in ("batch_size", "seq_len", "num_heads"))
+        name, shape = line["implementation"], Shape(*sizes)
+        figures = (
+            float(line[x]) if line["status"] == "ok" else None
+            for x in ("time_ms", "memory_mb", "tokens_per_s")
+        )
+        rows[name, shape] = Published(name, shape, *figures)
+    return rows
+
+
+PUBLISHED = _read()

@@ -1,0 +1,217 @@
+"""Who computes the rows of `benchmarks.attention`, and how."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxkern
+
+from . import _attention_definitions as definitions
+from . import _torch
+from ._attention_model import Blocks, Dense, Dilated, Task
+from ._harness import Check, Program, Skip, with_gradients
+
+OURS = (
+    "attention",
+    "dilated_attention",
+    "block_sparse_attention",
+    "ring_attention",
+)
+PEERS = ("plain jnp", "jax.nn xla", "jax.nn cudnn", "tokamax", "torch sdpa")
+FLEX = "torch flex"
+# They hold all logits of a segment at once.
+WHOLE = ("plain jnp", "jax.nn xla")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be: its name, what it computes, who does, and on how many devices."""
+
+    grid: str
+    name: str
+    task: Task
+    by: str
+    devices: int = 1
+
+    def needed_bytes(self, backward: bool) -> float:
+        """Of the program, and of the float64 check."""
+        s, itemsize = self.task.shape, 8
+        checked = len(definitions.checked_rows(s.seq)) * s.seq
+        logits = checked * itemsize
+        if self.by in WHOLE:
+            logits = max(logits, 4 * self.task.pattern.pairs(s.seq, s.heads))
+        copies = 6 if backward else 3
+        return copies * (s.batch * s.heads * logits + 4 * s.bytes)
+
+
+def why_left_out(peer: str, args: Any) -> str | None:
+    """The reason why a peer has no rows in this run, or None."""
+    if not args.peers:
+        return "--no-peers"
+    match peer:
+        case "jax.nn cudnn" if jax.default_backend() != "gpu":
+            return "it needs an NVIDIA GPU"
+        case "jax.nn cudnn" if args.dtype.itemsize != 2:
+            return f"dtype must be bfloat16 or float16, got {args.dtype}"
+        case "torch sdpa" | "torch flex":
+            return _torch.why_left_out(True)
+        case "tokamax" if importlib.util.find_spec("tokamax") is None:
+            return "it is not installed (pip install tokamax)"
+    return None
+
+
+def peers(args: Any) -> list[str]:
+    return [peer for peer in PEERS if why_left_out(peer, args) is None]
+
+
+def build(entry: Entry, args: Any) -> Program:
+    task, backward = entry.task, args.backward
+    key = task, args.dtype, args.seed, backward
+    if entry.by == "ring_attention":
+        return _ring(entry, key)
+    if entry.by.startswith("torch"):
+        return _torch_program(entry, key)
+    fn, inputs = core(task, entry.by), definitions.make_arguments(*key)
+    if task.module:
+        sizes = task.shape, task.module
+        make = partial(definitions.make_module, *sizes, fn, args.dtype, args.seed)
+        # Its parameters are among the inputs.
+        graph = nnx.graphdef(nnx.eval_shape(make))
+        fn = partial(_call_module, graph)
+    if backward:
+        fn = with_gradients(fn)
+    return Program(fn, inputs, partial(definitions.check, key))
+
+
+def _call_module(graph, query, key, value, state):
+    return nnx.merge(graph, state)(query, key, value)
+
+
+def core(task: Task, by: str) -> Callable[..., Any]:
+    """The attention function of (query, key, value)."""
+    pattern, seq = task.pattern, task.shape.seq
+    causal = {} if isinstance(pattern, Blocks) else {"is_causal": pattern.is_causal}
+    match by:
+        case "attention":
+            return partial(jaxkern.attention, **causal)
+        case "dilated_attention":
+            lengths, rates = (seq,), (1,)
+            if isinstance(pattern, Dilated):
+                lengths, rates = pattern.segment_lengths, pattern.dilation_rates
+            return partial(
+                jaxkern.dilated_attention,
+                segment_lengths=lengths,
+                dilation_rates=rates,
+                **causal,
+            )
+        case "block_sparse_attention" if isinstance(pattern, Blocks):
+            mask = pattern.mask(seq)
+            return partial(jaxkern.block_sparse_attention, mask=mask)
+        case "plain jnp" if isinstance(pattern, Dilated):
+            return partial(definitions.attend_dilated, pattern=pattern)
+        case "plain jnp":
+            return partial(definitions.attend, **causal)
+        case "tokamax":
+            tokamax = importlib.import_module("tokamax")
+            return partial(tokamax.dot_product_attention, **causal)
+    implementation = by.removeprefix("jax.nn ")
+    return partial(
+        jax.nn.dot_product_attention, implementation=implementation, **causal
+    )
+
+
+def _ring(entry: Entry, key: tuple[Any, ...]) -> Program:
+    """The tokens lie in the ring's order before the clock starts, as in training."""
+    task, count = entry.task, entry.devices
+    if len(jax.devices()) < count:
+        raise Skip(f"needs {count} devices, there are {len(jax.devices())}")
+    is_causal = _is_causal(task)
+    layout = "zigzag" if is_causal else "contiguous"
+    indices, inverse = jaxkern.ring_permutation(task.shape.seq, count, layout)
+    mesh, spec = Mesh(jax.devices()[:count], ("seq",)), P(None, "seq")
+    fn = jax.shard_map(
+        partial(
+            jaxkern.ring_attention,
+            axis_name="seq",
+            is_causal=is_causal,
+            layout=layout,
+        ),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+
+    def place(x):
+        return jax.device_put(x[:, indices], NamedSharding(mesh, spec))
+
+    def check(run: Callable[..., Any]) -> Check:
+        def whole(*inputs):
+            results = run(*map(place, inputs))
+            return jax.tree.map(lambda x: np.asarray(x)[:, inverse], results)
+
+        return definitions.check(key, whole)
+
+    inputs = tuple(map(place, definitions.make_arguments(*key)))
+    return Program(with_gradients(fn) if key[-1] else fn, inputs, check)
+
+
+def _torch_program(entry: Entry, key: tuple[Any, ...]) -> Program:
+    backward = key[-1]
+    framework, module = "torch eager", partial(_sdpa, _is_causal(entry.task))
+    if entry.by == FLEX:
+        on_cpu = jax.default_backend() != "gpu"
+        if backward and on_cpu:
+            raise Skip("PyTorch's FlexAttention has no backward on a CPU")
+        framework, module = "torch compile", _flex(entry.task, on_cpu)
+    inputs = definitions.make_arguments(*key)
+    check = partial(definitions.check, key)
+    return _torch.program(module, framework, inputs, check, backward)
+
+
+def _is_causal(task: Task) -> bool:
+    return task.pattern == Dense(is_causal=True)
+
+
+def _sdpa(is_causal, F, *inputs):
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return out.transpose(1, 2)
+
+
+def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
+    """FlexAttention over the same lists of blocks, whose names ours share."""
+    assert isinstance(task.pattern, Blocks)
+    torch = importlib.import_module("torch")
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    mask = task.pattern.mask(task.shape.seq)
+    lists = (
+        torch.tensor(np.asarray(x), device="cpu" if on_cpu else "cuda")
+        for x in (
+            mask.kv_num_blocks,
+            mask.kv_indices,
+            mask.full_kv_num_blocks,
+            mask.full_kv_indices,
+        )
+    )
+    causal = {"mask_mod": lambda b, h, q, k: q >= k}
+    block_mask = flex.BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=mask.block_size,
+        **(causal if task.pattern.which == "causal" else {}),
+    )
+
+    def module(F, *inputs):
+        q, k, v = (x.transpose(1, 2) for x in inputs)
+        out = flex.flex_attention(q, k, v, block_mask=block_mask)
+        return out.transpose(1, 2)
+
+    return module

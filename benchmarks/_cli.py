@@ -76,9 +76,17 @@ def plot_file(text: str) -> Path:
 
 
 def make_parser(
-    module: str, description: str, *, full: bool = True, plot: bool = True
+    module: str,
+    description: str,
+    *,
+    full: bool = True,
+    plot: bool = True,
+    warmup: int | None = 5,
 ) -> argparse.ArgumentParser:
-    """With `--full` and `--plot` where the benchmark has them."""
+    """With `--full` and `--plot` where the benchmark has them.
+
+    warmup: the default; None for one that depends on the device.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -96,9 +104,10 @@ def make_parser(
     add(
         "--warmup",
         type=natural,
-        default=5,
+        default=warmup,
         metavar="N",
-        help="calls before the clock starts; with 0 the first one compiles (default 5)",
+        help="calls before the clock starts; with 0 the first one compiles (default "
+        f"{'5, on a CPU 1' if warmup is None else warmup})",
     )
     add("--iterations", type=positive, metavar="N", help="calls to time, for every row")
     add(

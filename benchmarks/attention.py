@@ -178,7 +178,7 @@ def _pattern(text: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("benchmarks.attention", __doc__ or "", full=False)
+    parser = make_parser("benchmarks.attention", __doc__ or "", full=False, warmup=None)
     add = parser.add_argument
     add("--grid", choices=(*GRIDS, "all"), default="all", help="default: all")
     add("--full", action="store_true", help="the real grid to 65536 tokens")
@@ -195,7 +195,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="plain jnp and jax.nn; PyTorch and tokamax where they are installed",
     )
-    parser.set_defaults(warmup=None)
     args = parser.parse_args(argv)
     if args.plot and args.grid == "published":
         parser.error("--plot draws the real grid: leave out --grid published")

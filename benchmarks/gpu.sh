@@ -8,7 +8,7 @@ mkdir -p "$folder" || exit 1
 status=0
 # Without the options that need the packages of the extra "dev".
 $python -m pytest -q -o addopts= -W default -m gpu tests || status=1
-for benchmark in flash_mlp mlp; do
+for benchmark in flash_mlp attention mlp; do
   $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
     --plot "$folder/$benchmark.png" || status=1
 done

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._checks import check_batched, check_floating, raise_unknown
@@ -75,7 +76,7 @@ def _check_number(op: str, name: str, value: Any, least: float = 0.0) -> None:
     numeric = isinstance(value, int | float | jax.Array) or hasattr(value, "dtype")
     if not numeric or jnp.shape(value) != ():
         raise TypeError(f"{op}: {name} must be one number, got {value!r}")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not (value > 0 and value >= least):
         wanted = f"at least {least:g}" if least else "positive"

@@ -58,13 +58,13 @@ def _run(
     samples = 1 if shared else len(x)
     keys = None if key is None else jax.random.split(key, (samples, len(logits)))
 
-    def draw(logits: Arrays, keys: PRNGKeyArray | None) -> Arrays:
+    def draw(logits: Arrays, keys: jax.Array | None) -> Arrays:
         if keys is None:
             return tuple(map(estimator, logits))
         pairs = zip(logits, keys, strict=True)
         return tuple(estimator(one, key=key) for one, key in pairs)
 
-    def sample(x: jax.Array, logits: Arrays, keys: PRNGKeyArray | None) -> jax.Array:
+    def sample(x: jax.Array, logits: Arrays, keys: jax.Array | None) -> jax.Array:
         return layer(x, draw(logits, keys), _product)
 
     if shared:

@@ -81,10 +81,9 @@ def _run(
         case "vmap":
             return jax.vmap(sample)(*each)
         case "fused":
-            # Kept for the backward: what goes in and what products other products need.
-            # Masks and masked weights are cheap to make again, one sample at a time.
-            policy = jax.checkpoint_policies.dots_saveable
-            one = jax.checkpoint(sample, prevent_cse=False, policy=policy)
+            # The backward starts again from the arguments: what one sample needs for it
+            # is as large as a weight, and cheaper to make than to keep for all.
+            one = jax.checkpoint(sample, prevent_cse=False)
             return lax.map(lambda part: one(*part), each)
 
 
@@ -244,7 +243,8 @@ def masked_bilinear(
       (W_3 \odot m_{3b}) + b_3$$
 
     Masks, `method` and `key` are as in `masked_matmul`; the biases are not masked.
-    "fused" keeps for the backward, beside the arguments, the two products with `h`.
+    "fused" keeps only the arguments for the backward, which therefore computes the two
+    products with `h` again.
 
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and

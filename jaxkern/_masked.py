@@ -158,9 +158,9 @@ def masked_matmul(
     Args:
         estimator: from logits (d_in, d_out) to a mask of their shape and dtype, such as
             `straight_through`. It sees one sample, so it need not be elementwise.
-        key: for estimators that draw, which then get a `key` of their own for each
-            sample: `jaxkern.reinmax`. The draws are the same by every method. An
-            estimator that holds a key itself draws the same noise for every sample.
+        key: for estimators that draw, such as `reinmax`: each sample's call gets a
+            `key` of its own, the same by every method. An estimator that holds a key
+            itself draws the same noise for every sample.
 
     Raises:
         TypeError: an array is none or not floating-point, the dtypes of `x` and `w`

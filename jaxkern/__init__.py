@@ -6,7 +6,15 @@ from ._attention import merge_attention as merge_attention
 from ._block_mask import BlockMask as BlockMask
 from ._block_sparse import block_sparse_attention as block_sparse_attention
 from ._dilated import dilated_attention as dilated_attention
+from ._estimators import binary_concrete as binary_concrete
+from ._estimators import gumbel_softmax as gumbel_softmax
+from ._estimators import reinmax as reinmax
+from ._estimators import reinmax_categorical as reinmax_categorical
+from ._estimators import seed_reinmax as seed_reinmax
+from ._estimators import straight_through as straight_through
 from ._flash_mlp import flash_mlp as flash_mlp
+from ._masked import masked_bilinear as masked_bilinear
+from ._masked import masked_matmul as masked_matmul
 from ._mlp import low_rank_matmul as low_rank_matmul
 from ._mlp import low_rank_relu2 as low_rank_relu2
 from ._mlp import low_rank_swiglu as low_rank_swiglu

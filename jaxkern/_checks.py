@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NoReturn, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Implementation = Literal["xla", "mosaic_gpu"]
@@ -75,6 +76,19 @@ def check_batched(op: str, name: str, array: jax.Array) -> None:
             f"{op}: {name} must have shape (..., features) with features at least 1, "
             f"got {array.shape}"
         )
+
+
+def check_key(op: str, key: object, because: str = "") -> None:
+    """`key` is one random key, typed or as `jax.random.PRNGKey` makes it."""
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+            return
+        if key.dtype == np.uint32 and key.shape == (2,):
+            return
+    got = f"{key.dtype}{key.shape}" if isinstance(key, jax.Array) else repr(key)
+    raise TypeError(
+        f"{op}: key must be a key, as from jax.random.key{because}, got {got}"
+    )
 
 
 def raise_unknown(op: str, name: str, got: object, valid: Sequence[object]) -> NoReturn:

@@ -6,7 +6,7 @@ zeros that are never kept before an entry that is there.
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from ._checks import (
     Implementation,
     check_batched,
     check_floating,
+    check_key,
     check_shape,
     check_xla_only,
     raise_unknown,
 )
+from ._estimators import with_derivative_of
 from ._matmul import matmul, widen
 
 GROUP = 4
@@ -144,31 +146,6 @@ def _draw(
     return jnp.where(drawn, wide / (first + second), 0).astype(groups.dtype)
 
 
-def _check_key(op: str, key: Any) -> None:
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(
-        key.dtype, jax.dtypes.prng_key
-    )
-    if typed and key.shape == ():
-        return
-    # As jax.random.PRNGKey makes it.
-    if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,):
-        return
-    got = f"{key.dtype}{key.shape}" if isinstance(key, jax.Array) else repr(key)
-    raise TypeError(
-        f"{op}: key must be a key, as from jax.random.key, for method='mvue', got {got}"
-    )
-
-
-@jax.custom_jvp
-def _straight_through(value: Array, x: Array) -> Array:
-    """`value`, with the derivative of `x`."""
-    del x
-    return value
-
-
-_straight_through.defjvps(None, lambda x_dot, out, value, x: x_dot)
-
-
 def sparsify_2_4(
     x: Float[Array, "*batch features"],
     *,
@@ -218,7 +195,7 @@ def sparsify_2_4(
     if method not in get_args(Method):
         raise_unknown(op, "method", method, get_args(Method))
     if method == "mvue":
-        _check_key(op, key)
+        check_key(op, key, ", for method='mvue'")
     elif key is not None:
         raise ValueError(
             f"{op}: key must be given for method='mvue' only, got one for {method!r}"
@@ -236,10 +213,10 @@ def sparsify_2_4(
             kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
             return _ungroup(kept, features)
         case "soft":
-            return _straight_through(_soft(x, scale), x)
+            return with_derivative_of(_soft(x, scale), x)
         case "mvue":
             assert key is not None
-            return _straight_through(
+            return with_derivative_of(
                 _ungroup(_draw(_group(x), features, key), features), x
             )
         case "static":

@@ -175,7 +175,7 @@ def test_head_offsets(name, head_offsets):
     assert_exact(CASES[name], head_offsets=head_offsets)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
 def test_low_precision_is_within_twice_the_plain_form(dtype):
     case = 19, 4, 2, [4, 8, 32], [1, 2, 4]
     args, g, patterns = inputs(case, dtype, dim=32, dim_v=32)

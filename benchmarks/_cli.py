@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +74,26 @@ def plot_file(text: str) -> Path:
             f"must end in .png, .svg or .pdf, got {text!r}"
         )
     return path
+
+
+def pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r}: {error}"
+        ) from None
+    return text
+
+
+def add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only",
+        type=pattern,
+        default="",
+        metavar="REGEX",
+        help="the rows, as --list prints them, in which it is found",
+    )
 
 
 def make_parser(

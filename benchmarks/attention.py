@@ -35,7 +35,7 @@ from ._attention_model import (
     Task,
 )
 from ._attention_programs import FLEX, Entry
-from ._cli import make_parser, positive
+from ._cli import add_only, make_parser, positive
 from ._harness import Case, Options, matmul_peak_tflops
 from ._report import execute, make_console, metadata, print_header
 
@@ -167,24 +167,13 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     )
 
 
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a regular expression, got {text!r}: {error}"
-        ) from None
-    return text
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("benchmarks.attention", __doc__ or "", full=False, warmup=None)
     add = parser.add_argument
     add("--grid", choices=(*GRIDS, "all"), default="all", help="default: all")
     add("--full", action="store_true", help="the real grid to 65536 tokens")
     add("--backward", action="store_true", help="forward and all gradients")
-    help_only = "the rows, as --list prints them, in which it is found"
-    add("--only", type=_pattern, default="", metavar="REGEX", help=help_only)
+    add_only(parser)
     help_devices = (
         "in the published row's ring; a CPU is split into as many (default 1)"
     )
@@ -219,7 +208,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _split_cpu(count: int) -> None:
     """Before JAX starts; what else runs still has all cores."""
-    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore
+    # JAX's types do not have this option.
+    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -30,7 +30,7 @@ from . import _flash_mlp_model as model
 from . import _flash_mlp_plot as plots
 from . import _flash_mlp_report as report
 from . import _torch
-from ._cli import make_parser
+from ._cli import add_only, make_parser
 from ._flash_mlp_model import PASSES, Shape
 from ._harness import Case, Options, Program, Skip, matmul_peak_tflops, with_gradients
 from ._report import execute, make_console, metadata, print_header
@@ -122,23 +122,12 @@ def _make_case(
     )
 
 
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(
-            f"must be a regular expression, got {text!r}: {error}"
-        ) from None
-    return text
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("benchmarks.flash_mlp", __doc__ or "", full=False)
     add = parser.add_argument
     add("--full", action="store_true", help="the whole sizes, on a CPU too")
     add("--sweep", action="store_true", help="30 sizes beside the published ones")
-    help_only = "the rows, as --list prints them, in which it is found"
-    add("--only", type=_pattern, default="", metavar="REGEX", help=help_only)
+    add_only(parser)
     add(
         "--peers",
         action=argparse.BooleanOptionalAction,

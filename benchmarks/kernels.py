@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxkern import _flash_mlp_mgpu
 from jaxkern._activations import ACTIVATIONS
 
-from ._cli import writable
+from ._cli import pattern, writable
 from ._harness import Row
 from ._kernel_compile import (
     Missing,
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--only", type=re.compile, default="", metavar="REGEX", help="of the names")
+    add("--only", type=pattern, default="", metavar="REGEX", help="of the names")
     add("--json", type=writable, metavar="FILE", help="save the rows as they come")
     args = parser.parse_args(argv)
     try:

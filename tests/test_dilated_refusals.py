@@ -1,0 +1,125 @@
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import untyped
+
+from jaxkern import dilated_attention
+
+X = jnp.ones((2, 8, 4, 4))
+OK: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]}
+FIVE = {"segment_lengths": [8] * 5, "dilation_rates": [1] * 5}
+
+
+@pytest.mark.parametrize(
+    "lengths, rates, options, uncovered",
+    [
+        ([4, 8], [1, 2], {}, None),
+        # Each row of a pair is in one pattern.
+        ([8, 8], [2, 2], {"head_offsets": "pattern"}, None),
+        # Head 0 takes the rows that divide by 2 or 3, head 1 those after them.
+        ([8, 8], [2, 3], {}, "row 0 of head 1"),
+        ([4, 8], [1, 2], {"head_groups": True}, "row 0 of head 3"),
+    ],
+    ids=str,
+)
+def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncovered):
+    run = partial(
+        dilated_attention,
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        uncovered="error",
+        **options,
+    )
+    if uncovered is None:
+        assert jax.eval_shape(run, X, X, X).shape == X.shape
+    else:
+        with pytest.raises(ValueError, match=f"got {uncovered} in none"):
+            jax.eval_shape(run, X, X, X)
+
+
+REFUSALS = [
+    (
+        {"dilation_rates": [1]},
+        ValueError,
+        "dilation_rates must be as many as the 2 segment_lengths, got 1",
+    ),
+    (
+        {"segment_lengths": [2, 3], "dilation_rates": [3, 4]},
+        ValueError,
+        r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
+    ),
+    (
+        {"segment_lengths": [4, 0]},
+        ValueError,
+        "segment_lengths must hold integers of at least 1",
+    ),
+    (
+        {"dilation_rates": [1, 2.0]},
+        ValueError,
+        "must hold integers of at least 1, got 2.0",
+    ),
+    (
+        {"dilation_rates": [True, 2]},
+        ValueError,
+        "must hold integers of at least 1, got True",
+    ),
+    ({"segment_lengths": []}, TypeError, r"must be a sequence of integers, got \[\]"),
+    ({"segment_lengths": 8}, TypeError, "must be a sequence of integers, got 8"),
+    (
+        {"head_offsets": "none"},
+        ValueError,
+        "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
+    ),
+    (
+        {"head_groups": "two"},
+        ValueError,
+        "head_groups must be one of False, True, got 'two'",
+    ),
+    (
+        {"uncovered": "nan"},
+        ValueError,
+        "uncovered must be one of 'zero', 'error', got 'nan'",
+    ),
+    (
+        {**FIVE, "head_groups": True},
+        ValueError,
+        "heads of query must be at least the 5 patterns for head_groups, got 4",
+    ),
+    ({"key_mask": X}, TypeError, "key_mask must be an array of bool, got float32"),
+    ({"key_mask": [True]}, TypeError, "key_mask must be an array of bool, got list"),
+    (
+        {"key_mask": X[..., 0] > 0},
+        ValueError,
+        r"must have shape \(2, 8\), got \(2, 8, 4\)",
+    ),
+    ({"key": X[:, :4], "value": X[:, :4]}, ValueError, r"key must have shape \(2, 8, "),
+    ({"key": X[:, :, :3], "value": X[:, :, :3]}, ValueError, "heads of .* 4.* 3"),
+    (
+        {"value": X.astype(jnp.bfloat16)},
+        TypeError,
+        "value must have the dtype of query, float32",
+    ),
+    (
+        {"implementation": "mosaic_gpu"},
+        NotImplementedError,
+        "implementation must be 'xla', got 'mosaic_gpu'",
+    ),
+    (
+        {"implementation": "cuda"},
+        ValueError,
+        "implementation must be one of None, 'xla'",
+    ),
+]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "options, error, message", REFUSALS, ids=[m for *_, m in REFUSALS]
+)
+def test_refusals(options, error, message):
+    options = {"query": X, "key": X, "value": X} | OK | options
+    with pytest.raises(error, match=f"dilated_attention: .*{message}"):
+        untyped.dilated_attention(**options)

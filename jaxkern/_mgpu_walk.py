@@ -241,8 +241,8 @@ def walk(
             loop = plgpu.nd_loop(grid, collective_axes="block", init_carry=jnp.int32(0))
             loaded = loop(load_tile)
             # A barrier must be seen to the end of its last phase.
-            _wait_for_last(loaded // count, config.held, [held_consumed])
-            _wait_for_last(loaded, steps, consumed)
+            wait_for_last(loaded // count, config.held, [held_consumed])
+            wait_for_last(loaded, steps, consumed)
 
     operands = [o.array for o in (*held, *walked)]
     results = plgpu.kernel(
@@ -324,11 +324,13 @@ def _add_other(warpgroup, added, sums, barriers, store):
         plgpu.barrier_wait(consumed)
 
 
-def _wait_for_last(done, slots, barriers):
+def wait_for_last(done, slots: int, barriers, first=0) -> None:
+    """Of a ring of slots from the first on, `done` of which were filled."""
+
     @pl.loop(lax.max(done - slots, 0), done)
     def _(i):
         for barrier in barriers:
-            plgpu.barrier_wait(barrier.at[slot(i, slots)])
+            plgpu.barrier_wait(barrier.at[first + slot(i, slots)])
 
 
 def _check_divisible(operands, column_step):

@@ -1,0 +1,299 @@
+"""Block-sparse attention on Hopper: rows of blocks walk their lists, in both passes.
+
+The forward holds queries and walks keys and values, with a running maximum and sum. The
+two warpgroups take turns: one's softmax runs under the other one's matmuls. Partial
+blocks ask the mask's predicate, traced into the kernel, of every pair of tokens.
+
+The backward has two launches: one holds queries for their gradient, one holds keys and
+values and walks the transposed lists. That is seven matmuls where five would do, if one
+launch made all three gradients. It would hold keys and values and could not keep the
+queries' gradient, which is a sum over all of them: through atomics it depends on the
+order of arrival, and as partial sums in float32 it takes 8 bytes x dim for each query
+and block. Over dim 128 the sums of both, float32 of 64 x dim for a warpgroup, are more
+than its registers (at 192: 192 of 240, and 64 for a tile of logits and their gradient),
+so that keys and values have a launch each.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._block_mask import BlockMask
+from ._block_predicates_mgpu import readable, visible_in
+from ._mesh import vary_alike
+from ._mgpu import SMEM_BYTES, add_dots, dots, plgpu, zeros
+from ._mgpu_lists import Body, Tokens, Walk, rings_of, smem_bytes, walk_lists
+from ._mgpu_walk import CONTRACTED_STEP, ROW_STEP, Config
+
+DTYPES = ("bfloat16", "float16")
+MAX_DIM = 256
+BLOCK_STEP = 64
+# Of a warpgroup; what one wgmma takes.
+ROWS = 64
+# Some of a block's shared memory goes to alignment.
+MOST_BYTES = SMEM_BYTES - 2048
+LOG2_E = math.log2(math.e)
+# Below every logit, and finite: its difference to itself is 0.
+LOWEST = -1e30
+
+
+def config_of(kernel: str, dim: int, block_size: int) -> Config:
+    """The largest tiles that fit; predicted to be fast, not measured."""
+    tokens, numbers = (
+        Tokens(jax.ShapeDtypeStruct(shape, dtype), numbers=numbers)
+        for shape, dtype, numbers in [
+            ((1, 1, 1, dim), jnp.bfloat16, False),
+            ((1, 1, 2, 1), jnp.float32, True),
+        ]
+    )
+    pair = [tokens, tokens]
+    held, walked, most = {
+        "forward": ([tokens], [[tokens], [tokens]], 128 if dim <= 128 else 64),
+        "backward_q": ([*pair, numbers], [pair], 64 if dim <= 192 else 32),
+        "backward_kv": (pair, [[*pair, numbers]], 64),
+    }[kernel]
+    return next(
+        config
+        for columns in (128, 64, 32, 16)
+        for slots in (2, 1)
+        if columns <= min(most, block_size)
+        for config in [Config(ROWS, columns, held=slots)]
+        if smem_bytes(config, held, walked, rings_of(config, block_size)) <= MOST_BYTES
+    )
+
+
+def unsupported(
+    query: jax.Array, value: jax.Array, mask: BlockMask, scale: float, *, on_hopper: bool
+) -> str | None:
+    """Why the kernel cannot run this, or None if it can."""
+    dim = query.shape[-1]
+    if str(query.dtype) not in DTYPES:
+        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {query.dtype}"
+    if dim > MAX_DIM or value.shape[-1] != dim:
+        return (
+            f"dim and dim_v must be equal and at most {MAX_DIM} for mosaic_gpu, "
+            f"got {dim} and {value.shape[-1]}"
+        )
+    if mask.block_size % BLOCK_STEP:
+        return (
+            f"block_size must be a multiple of {BLOCK_STEP} for mosaic_gpu, "
+            f"got {mask.block_size}"
+        )
+    if scale <= 0:
+        return f"scale must be positive for mosaic_gpu, got {scale:g}"
+    if not on_hopper:
+        return "mosaic_gpu needs an H100 or H200, and the default device is none"
+    return None
+
+
+def attend(query, key, value, mask: BlockMask, scale: float):
+    """(out, lse), lse (batch, seq, heads); differentiable but for the mask."""
+    seq_q, dim = query.shape[1], query.shape[3]
+    query, key, value = (_pad(x) for x in (query, key, value))
+    leaves, tree = jax.tree.flatten(mask)
+    query, key, value, *leaves = vary_alike(query, key, value, *leaves)
+    mask = jax.tree.unflatten(tree, leaves)
+    out, lse = _attend(query, key, value, mask, scale)
+    return out[:, :seq_q, :, :dim], lse[:, :seq_q]
+
+
+def _pad(x):
+    """With zeros at the end, to what tiles of shared memory are made of."""
+    missing = -x.shape[1] % ROW_STEP, -x.shape[3] % CONTRACTED_STEP
+    return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, mask, scale):
+    out, lse = forward(query, key, value, mask, scale)
+    return out, lse[:, :, 0].mT
+
+
+def _attend_forward(query, key, value, mask, scale):
+    out, lse = _attend(query, key, value, mask, scale)
+    return (out, lse), (query, key, value, mask, out, lse)
+
+
+def _attend_backward(scale, saved, cotangents):
+    query, key, value, mask, out, lse = saved
+    d_out, d_lse = cotangents
+    unseen = jnp.isneginf(lse)
+    delta = jnp.einsum("bshd,bshd->bsh", d_out, out, preferred_element_type=jnp.float32)
+    delta -= jnp.where(unseen, 0, d_lse)
+    # exp2 of anything minus infinity is 0: unseen rows have no weights.
+    numbers = jnp.stack([jnp.where(unseen, jnp.inf, lse * LOG2_E), delta])
+    numbers = numbers.transpose(1, 3, 0, 2)
+    args = query, key, value, d_out, numbers, mask, scale
+    d_query = backward_q(*args)
+    d_key, d_value = (
+        backward_kv(("key", "value"), *args)
+        if query.shape[3] <= 128
+        else [backward_kv((name,), *args)[0] for name in ("key", "value")]
+    )
+    return d_query, d_key, d_value, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(query, key, value, mask, scale, config: Config | None = None):
+    """out, and the log-sum-exp as (batch, heads, 1, seq)."""
+    config = config or config_of("forward", query.shape[-1], mask.block_size)
+    factor = scale * LOG2_E
+    shape = config.rows, config.columns
+
+    def start(held):
+        top = jnp.full((config.rows,), LOWEST, jnp.float32)
+        total = jnp.zeros((config.rows,), jnp.float32)
+        row = plgpu.Layout.WGMMA.reduce(1)
+        top, total = (plgpu.layout_cast(x, row) for x in (top, total))
+        return zeros(config.rows, held[0].shape[1]), top, total
+
+    def step(carry, held, ring, visible):
+        summed, top, total = carry
+        (keys,) = ring.wait(0)
+
+        def multiply(acc):
+            plgpu.wgmma(acc, held[0], keys.transpose((1, 0)))
+            ring.take_turns()
+            return acc[...]
+
+        logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        ring.release(0)
+        if visible:
+            logits = jnp.where(visible(), logits, -jnp.inf)
+        higher = jnp.maximum(top, logits.max(axis=1) * factor)
+        weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(higher, shape, [0]))
+        fade = jnp.exp2(top - higher)
+        summed *= lax.broadcast_in_dim(fade, summed.shape, [0])
+        total = total * fade + weights.sum(axis=1)
+        rounded = weights.astype(query.dtype)
+        ring.take_turns()
+        (values,) = ring.wait(1)
+        summed = add_dots(summed, (rounded, values))
+        ring.release(1)
+        return summed, higher, total
+
+    def finish(carry, held):
+        summed, top, total = carry
+        seen = total > 0
+        total = jnp.where(seen, total, 1)
+        share = jnp.where(seen, 1 / total, 0)
+        lse = jnp.where(seen, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        return summed * lax.broadcast_in_dim(share, summed.shape, [0]), lse
+
+    held, walked = [Tokens(query)], [[Tokens(key)], [Tokens(value)]]
+    walk = _walk(mask, "kv", query, key, config)
+    body = Body(start, step, finish, [0, None], takes_turns=True)
+    return walk_lists(body, config, held, walked, walk, "attention_forward")
+
+
+def backward_q(
+    query, key, value, d_out, numbers, mask, scale, config: Config | None = None
+):
+    config = config or config_of("backward_q", query.shape[-1], mask.block_size)
+    factor = scale * LOG2_E
+    shape = config.rows, config.columns
+
+    def of_row(held, n):
+        row = plgpu.load(held[2].at[n], layout=plgpu.Layout.WGMMA.reduce(1))
+        return row
+
+    def start(held):
+        row = of_row(held, 0), of_row(held, 1)
+        return zeros(config.rows, held[0].shape[1]), *row
+
+    def step(carry, held, ring, visible):
+        summed, lse, delta = carry
+        keys, values = ring.wait(0)
+        logits, d_weights = dots(
+            (held[0], keys.transpose((1, 0))), (held[1], values.transpose((1, 0)))
+        )
+        lse_, delta_ = (lax.broadcast_in_dim(x, shape, [0]) for x in (lse, delta))
+        weights = jnp.exp2(logits * factor - lse_)
+        if visible:
+            weights = jnp.where(visible(), weights, 0)
+        d_logits = (weights * (d_weights - delta_)).astype(query.dtype)
+        summed = add_dots(summed, (d_logits, keys))
+        ring.release(0)
+        return summed, lse, delta
+
+    def finish(carry, held):
+        return [carry[0] * scale]
+
+    held = [Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]
+    walked = [[Tokens(key), Tokens(value)]]
+    walk = _walk(mask, "kv", query, key, config)
+    body = Body(start, step, finish, [0])
+    return walk_lists(body, config, held, walked, walk, "attention_backward_q")[0]
+
+
+def backward_kv(
+    wanted, query, key, value, d_out, numbers, mask, scale, config: Config | None = None
+):
+    """Keys are the rows, so that only views of shared memory are transposed."""
+    config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
+    factor = scale * LOG2_E
+    shape = config.rows, config.columns
+    with_key = "key" in wanted
+
+    def start(held):
+        return [zeros(config.rows, held[0].shape[1]) for _ in wanted]
+
+    def step(sums, held, ring, visible):
+        queries, d_outs, stats = ring.wait(0)
+        def of_column(n):
+            column = plgpu.load(stats.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
+            return lax.broadcast_in_dim(column, shape, [1])
+
+        (logits,) = dots((held[0], queries.transpose((1, 0))))
+        weights = jnp.exp2(logits * factor - of_column(0))
+        if visible:
+            weights = jnp.where(visible(), weights, 0)
+        added = {}
+        if "value" in wanted:
+            rounded = weights.astype(query.dtype)
+            added["value"] = add_dots(sums[wanted.index("value")], (rounded, d_outs))
+        if "key" in wanted:
+            (d_weights,) = dots((held[1], d_outs.transpose((1, 0))))
+            d_logits = (weights * (d_weights - of_column(1))).astype(query.dtype)
+            added["key"] = add_dots(sums[wanted.index("key")], (d_logits, queries))
+        # Read before TMA may write there again.
+        plgpu.commit_smem()
+        ring.release(0)
+        return [added[name] for name in wanted]
+
+    def finish(sums, held):
+        return [s * scale if n == "key" else s for n, s in zip(wanted, sums, strict=True)]
+
+    held = [Tokens(key), Tokens(value)]
+    walked = [[Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]]
+    walk = _walk(mask, "q", query, key, config)
+    outs = [("key", "value").index(name) for name in wanted]
+    body = Body(start, step, finish, outs)
+    name = f"attention_backward_{'_'.join(wanted)}"
+    return walk_lists(body, config, held, walked, walk, name)
+
+
+def _walk(mask: BlockMask, side: str, query, key, config: Config) -> Walk:
+    groups = query.shape[2] // key.shape[2]
+    fn, data = readable(mask)
+    across = side == "q"
+
+    def visible(refs, batch, head, row, column):
+        q, k = (column, row) if across else (row, column)
+        sizes = config.rows, config.columns
+        return visible_in(fn, refs, batch, head, q, k, sizes, int(across), mask.kv_len)
+
+    return Walk(
+        *((getattr(mask, side), getattr(mask, f"full_{side}")), mask.block_size),
+        *(visible, data),
+        heads=groups if across else 1,
+        share=1 if across else groups,
+    )

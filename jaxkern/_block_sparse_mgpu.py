@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ._block_mask import BlockMask
-from ._block_predicates_mgpu import readable, visible_in
+from ._block_predicates_mgpu import make_predicate, unreadable
 from ._mesh import vary_alike
 from ._mgpu import SMEM_BYTES, add_dots, dots, plgpu, zeros
 from ._mgpu_lists import Body, Tokens, Walk, rings_of, smem_bytes, walk_lists
@@ -55,14 +55,14 @@ def config_of(kernel: str, dim: int, block_size: int) -> Config:
     pair = [tokens, tokens]
     held, walked, most = {
         "forward": ([tokens], [[tokens], [tokens]], 128 if dim <= 128 else 64),
-        "backward_q": ([*pair, numbers], [pair], 64 if dim <= 192 else 32),
-        "backward_kv": (pair, [[*pair, numbers]], 64),
+        "backward_q": ([*pair, numbers], [pair], 128 if dim <= 96 else 64),
+        "backward_kv": (pair, [[*pair, numbers]], 128 if dim <= 64 else 64),
     }[kernel]
     return next(
         config
         for columns in (128, 64, 32, 16)
         for slots in (2, 1)
-        if columns <= min(most, block_size)
+        if columns <= most and block_size % columns == 0
         for config in [Config(ROWS, columns, held=slots)]
         if smem_bytes(config, held, walked, rings_of(config, block_size)) <= MOST_BYTES
     )
@@ -85,6 +85,8 @@ def unsupported(
             f"block_size must be a multiple of {BLOCK_STEP} for mosaic_gpu, "
             f"got {mask.block_size}"
         )
+    if reason := unreadable(mask.mask_fn):
+        return reason
     if scale <= 0:
         return f"scale must be positive for mosaic_gpu, got {scale:g}"
     if not on_hopper:
@@ -282,18 +284,13 @@ def backward_kv(
 
 
 def _walk(mask: BlockMask, side: str, query, key, config: Config) -> Walk:
-    groups = query.shape[2] // key.shape[2]
-    fn, data = readable(mask)
-    across = side == "q"
-
-    def visible(refs, batch, head, row, column):
-        q, k = (column, row) if across else (row, column)
-        sizes = config.rows, config.columns
-        return visible_in(fn, refs, batch, head, q, k, sizes, int(across), mask.kv_len)
-
+    groups, q_axis = query.shape[2] // key.shape[2], ("kv", "q").index(side)
+    predicate = make_predicate(mask, q_axis)
     return Walk(
-        *((getattr(mask, side), getattr(mask, f"full_{side}")), mask.block_size),
-        *(visible, data),
-        heads=groups if across else 1,
-        share=1 if across else groups,
+        (getattr(mask, side), getattr(mask, f"full_{side}")),
+        mask.block_size,
+        partial(predicate.visible, (config.rows, config.columns)),
+        predicate.data,
+        heads=groups if q_axis else 1,
+        share=1 if q_axis else groups,
     )

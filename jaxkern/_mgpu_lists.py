@@ -226,6 +226,9 @@ class _Frame:
                         visible = partial(walk.visible, self.data, *where)
                     s = mine_first + slot(at, config.steps)
                     ring = Ring(walked_smem, *barriers, turn, s)
+                    # Or the addresses of its parts would be kept in registers.
+                    part = lax.optimization_barrier(warpgroup)
+                    mine = [smem.at[here, part] for smem in held_smem]
                     return at + 1, body.step(sums, mine, ring, visible)
 
                 state = lax.fori_loop(0, count, step, state)
@@ -402,7 +405,7 @@ def _scratch(frame: _Frame):
     config, rings = frame.config, frame.rings
 
     def buffers(operands, size, *slots):
-        return [_buffer(o, size, slots) for o in operands]
+        return [_buffer(o, size, slots, config.columns) for o in operands]
 
     def barriers(slots, produced, consumed):
         return [
@@ -423,12 +426,14 @@ def _scratch(frame: _Frame):
     ]
 
 
-def _buffer(operand: Tokens, size: int, slots: tuple[int, ...]):
+def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
     shape, dtype = operand.tile(size), operand.array.dtype
     if operand.numbers:
         return plgpu.SMEM((*slots, *shape), dtype)
-    layout = tiles(dtype, swizzle_of(shape[1], dtype.itemsize))
-    return plgpu.SMEM((*slots, *shape), dtype, transforms=layout)
+    # One swizzle for all tiles, since both operands of a wgmma need the same; it must
+    # tile the contracted axis too.
+    swizzle = swizzle_of(math.gcd(columns, shape[1]), dtype.itemsize)
+    return plgpu.SMEM((*slots, *shape), dtype, transforms=tiles(dtype, swizzle))
 
 
 def _check_fits(name, config, held, walked, rings):

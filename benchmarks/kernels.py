@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxkern import _flash_mlp_mgpu
+from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu
 from jaxkern._activations import ACTIVATIONS
 
 from ._cli import pattern, writable
@@ -36,7 +37,8 @@ from ._kernel_compile import (
 )
 from ._report import Results, make_console, metadata, print_table, table
 
-HEADS, BATCH, HIDDEN = 16, 2048, 1024
+HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
+Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
 WORKERS = 2
 COLUMNS = {
     "regs": "registers",
@@ -55,8 +57,72 @@ def _flash_mlp(make: Callable[..., Any], dim: int, ups: int, backward: bool):
     return make(), tuple(args)
 
 
-def make_cases() -> dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]:
-    """Every kernel with every configuration that can be chosen for it."""
+def _attention(
+    kernel: str, wanted: tuple[str, ...] | None, dim: int, mask: Callable[[], BlockMask]
+):
+    """With two query heads a key head, of two batches."""
+    kernels = _block_sparse_mgpu
+    query, key, numbers = (
+        jax.ShapeDtypeStruct((2, *shape), dtype)
+        for shape, dtype in [
+            ((SEQ, 4, dim), jnp.bfloat16),
+            ((SEQ, 2, dim), jnp.bfloat16),
+            ((4, 2, SEQ), jnp.float32),
+        ]
+    )
+    inputs = query, key, key
+    scale = dim**-0.5
+    match kernel:
+        case "forward":
+            run = partial(kernels.forward, scale, True, mask())
+        case "backward_q":
+            run = partial(kernels.backward_q, scale, mask())
+        case _:
+            run = partial(kernels.backward_kv, scale, wanted, mask())
+    return run, inputs if kernel == "forward" else (*inputs, query, numbers)
+
+
+def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]]]:
+    """By name: head dims, and a mask whose partial blocks ask one kind of predicate."""
+    every = 16, 32, 48, 64, 80, 96, 128, 144, 192, 208, 224, 256
+    ids = np.arange(SEQ) // 300
+
+    def causal(block_size=128):
+        return BlockMask.causal(SEQ, SEQ, block_size=block_size)
+
+    def in_blocks():
+        blocks = np.random.default_rng(0).random((4, SEQ // 128, SEQ // 128)) < 0.5
+        return BlockMask.from_blocks(blocks) & causal()
+
+    return {
+        "causal": (every, causal),
+        "blocks of 64": ((64, 128, 256), partial(causal, 64)),
+        "documents": ((64, 128, 256), lambda: BlockMask.document(ids) & causal()),
+        "in blocks": ((128,), in_blocks),
+        "bits": ((128,), lambda: BlockMask.from_dense(np.tri(SEQ, SEQ) % 3 == 1)),
+        "strided": ((128,), lambda: BlockMask.strided(SEQ, SEQ, stride=2) & causal()),
+    }
+
+
+def attention_cases() -> Cases:
+    """Every head dim, and every kind of predicate."""
+    cases = {}
+    for name, (dims, mask) in _attention_masks().items():
+        for dim in dims:
+            launches = _block_sparse_mgpu.kv_launches(dim)
+            wanted = [("forward", None), ("backward_q", None)]
+            wanted += [("backward_kv", x) for x in launches]
+            for kernel, grads in wanted:
+                label = {"forward": "forward", "backward_q": "dq"}.get(kernel, "")
+                label = label or " ".join(f"d{x[0]}" for x in grads or ())
+                cases[f"attention {label} {dim} {name}"] = partial(
+                    _attention, kernel, grads, dim, mask
+                )
+    return cases
+
+
+def flash_mlp_cases() -> Cases:
+    """Every configuration that can be chosen."""
     kernels = _flash_mlp_mgpu
     cases = {}
 
@@ -120,10 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     # Nothing runs on a device, and the plugin is not to look for one.
     jax.config.update("jax_platforms", "cpu")
-    cases = {n: b for n, b in make_cases().items() if re.search(args.only, n)}
+    every = flash_mlp_cases() | attention_cases()
+    cases = {n: b for n, b in every.items() if re.search(args.only, n)}
     results = Results(args.json, metadata("kernels", arch="sm_90a"))
     console = make_console()
-    title = "flash_mlp compiled for sm_90a; counts are static, a loop counts once"
+    title = "compiled for sm_90a; counts are static, a loop counts once"
     result = table(title, ["", *COLUMNS])
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as stub, ThreadPoolExecutor(WORKERS) as pool:
@@ -133,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             results.add(row)
             cells = [str(row.get(field, "-")) for field in COLUMNS.values()]
-            result.add_row(row["kernel"].removeprefix("flash_mlp "), *cells)
+            result.add_row(row["kernel"], *cells)
     print_table(console, result)
     failed = [row for row in results.rows if row["status"] == "failed"]
     for row in failed:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from . import _block_sparse_mgpu as kernel
 from ._attention_tiles import (
     TILE,
     attention_by_tiles,
@@ -17,13 +18,15 @@ from ._attention_tiles import (
     make_tiling,
     normalize,
 )
+from ._block_mask import BlockMask
 from ._checks import (
     check_floating,
     check_implementation,
     check_shape,
-    raise_no_kernel,
 )
 from ._matmul import widen
+from ._mesh import runs_locally
+from ._mgpu import on_hopper
 
 Implementation = Literal["xla", "cudnn", "mosaic_gpu"]
 
@@ -62,11 +65,13 @@ def attention(
       linear in the sequence. Then saved for the backward are the arguments, $L$ and, in
       float32, $o$; tiles above the causal diagonal are skipped, and there is no
       forward-mode derivative.
+    - "mosaic_gpu": the kernel of `block_sparse_attention`, without `mask`.
     - "cudnn": the kernel behind `jax.nn.dot_product_attention`, for 16-bit dtypes on
       NVIDIA GPUs, without `mask` and `return_lse`: it gives masked rows the mean of
       the values, and rounds $L$ and drops its gradient.
 
-    None picks "xla": "cudnn" has not been measured here yet.
+    None picks "mosaic_gpu" where it can run and the logits are more than 256 x 256, and
+    "xla" otherwise: "cudnn" has not been measured here yet.
 
     Args:
         scale: a number known when traced; None stands for dim ** -0.5.
@@ -88,9 +93,13 @@ def attention(
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         _check_mask(op, mask, query, key)
+    implementation = _select(op, implementation, query, value, mask, scale)
+    seq_q, seq_kv = query.shape[1], key.shape[1]
     match implementation:
         case "mosaic_gpu":
-            raise_no_kernel(op)
+            blocks = _whole_mask(seq_q, seq_kv, is_causal)
+            out, lse = kernel.attend(query, key, value, blocks, scale)
+            return (out, lse) if return_lse else out
         case "cudnn":
             if return_lse:
                 reason = "return_lse must be False for cudnn, got True"
@@ -104,7 +113,6 @@ def attention(
                 is_causal=is_causal,
                 implementation="cudnn",
             )
-    seq_q, seq_kv = query.shape[1], key.shape[1]
     # Up to here neither is reliably faster, and this one has all derivatives; for a
     # single query over many keys it is: 3.5 ms against 5.4 over 4096, on two cores.
     if seq_q * seq_kv <= TILE**2:
@@ -116,6 +124,38 @@ def attention(
         tiling = make_tiling(seq_q, seq_kv, 0 if is_causal else None)
         out, lse = attention_by_tiles(query, key, value, mask, scale, tiling)
     return (out, lse) if return_lse else out
+
+
+def _select(
+    op: str,
+    implementation: Implementation | None,
+    query: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    scale: float,
+) -> Implementation:
+    if implementation in ("xla", "cudnn"):
+        return implementation
+    named, hopper = implementation is not None, on_hopper()
+    large = query.shape[1] * value.shape[1] > TILE**2
+    if not named and not (hopper and large and runs_locally()):
+        return "xla"
+    if mask is not None:
+        reason = (
+            f"mask must be None for mosaic_gpu, got one of shape {mask.shape}; "
+            "block_sparse_attention takes a BlockMask"
+        )
+    else:
+        reason = kernel.unsupported(query, value, None, scale, on_hopper=hopper)
+    if reason and named:
+        raise NotImplementedError(f"{op}: {reason}")
+    return "xla" if reason else "mosaic_gpu"
+
+
+def _whole_mask(seq_q: int, seq_kv: int, is_causal: bool) -> BlockMask:
+    if is_causal:
+        return BlockMask.causal(seq_q, seq_kv)
+    return BlockMask.local_window(seq_q, seq_kv, window=max(seq_q, seq_kv))
 
 
 def _reference(query, key, value, mask, scale):

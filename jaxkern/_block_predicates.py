@@ -171,6 +171,18 @@ class Either:
         return self.first(b, h, q, k) | self.second(b, h, q, k)
 
 
+def asks_for_batch(fn: Any) -> bool:
+    """Whether some user's function in the predicate may depend on the batch."""
+    match fn:
+        case Both(first, second) | Either(first, second):
+            return asks_for_batch(first) or asks_for_batch(second)
+        case Blocks(_, inner, _):
+            return asks_for_batch(inner)
+        case Function(_, batch, _):
+            return batch > 1
+    return False
+
+
 @partial(jax.jit, static_argnames="shape")
 def dense(
     mask_fn: MaskFn, shape: tuple[int, int, int, int]

@@ -11,7 +11,16 @@ from jax.experimental import pallas as pl
 
 from ._block_lists import FULL, PARTIAL
 from ._block_mask import BlockMask
-from ._block_predicates import Blocks, Both, Either, Function, Segments, Tiles
+from ._block_predicates import (
+    Blocks,
+    Both,
+    Diagonals,
+    Either,
+    Function,
+    Segments,
+    Strided,
+    Tiles,
+)
 from ._mgpu import plgpu
 
 # Of tokens; the largest tile of a kernel, which reads no further.
@@ -134,6 +143,10 @@ class _Where:
         numbers = plgpu.load(ref.at[index], layout=layout, optimized=False)
         return lax.broadcast_in_dim(numbers, self.sizes, [axis])
 
+    def everywhere(self, condition):
+        number = jnp.where(condition, 1, 0)
+        return jnp.broadcast_to(number, self.sizes) == 1
+
     def ask(self, fn: Any):
         match fn:
             case Both(first, second):
@@ -142,13 +155,16 @@ class _Where:
                 return self.ask(first) | self.ask(second)
             case Segments(ids):
                 return self.of_tokens(ids, 0) == self.of_tokens(ids, 1)
+            case Diagonals() | Strided():
+                # The same for all pairs of a block.
+                q, k = self.starts[self.q_axis], self.starts[1 - self.q_axis]
+                return self.everywhere(fn(self.batch, self.head, q, k))
             case Blocks(states, inner, size):
-                state = self.block(states, size).astype(jnp.int32)
-                full = jnp.broadcast_to(state, self.sizes) == FULL
+                state = self.block(states, size)
+                full = self.everywhere(state == FULL)
                 if inner is None:
                     return full
-                part = jnp.broadcast_to(state, self.sizes) == PARTIAL
-                return full | (part & self.ask(inner))
+                return full | (self.everywhere(state == PARTIAL) & self.ask(inner))
             case Tiles(tile_of, bits, size):
                 rows, columns = (
                     pl.ds(lax.rem(start, size), n)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from . import _block_sparse_mgpu as kernel
 from ._attention import check_query_key_value, check_scale
 from ._attention_tiles import (
     add_tile,
@@ -19,9 +20,10 @@ from ._attention_tiles import (
 )
 from ._block_lists import BlockLists
 from ._block_mask import BlockMask
-from ._checks import Implementation, check_xla_only
+from ._checks import Implementation, check_implementation
 from ._matmul import widen
-from ._mesh import vary_alike
+from ._mesh import runs_locally, vary_alike
+from ._mgpu import on_hopper
 
 
 def block_sparse_attention(
@@ -53,6 +55,19 @@ def block_sparse_attention(
     Products, softmax and sums are as in `attention`; the gradient of $L$ is exact.
     There is no forward-mode derivative.
 
+    Implementations:
+
+    - "xla": on every device.
+    - "mosaic_gpu": a fused kernel for bfloat16 and float16 on an H100 or H200, forward
+      and backward, for `dim` = `dim_v` up to 256 and blocks of a multiple of 64. What
+      the mask's `mask_fn` computes in partial blocks becomes a part of it: a user's may
+      only do arithmetic on its arguments. Weights are rounded to 16 bits before they
+      meet the values, logits are not. Arrays whose lengths are no multiples of 8, or
+      whose `dim` is none of 16, are padded by a copy.
+
+    None picks the kernel where it can run; by how much it is faster has not been
+    measured yet.
+
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be
             an argument of jit.
@@ -63,7 +78,7 @@ def block_sparse_attention(
             is no `BlockMask`.
         ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
             unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     References:
         The tiles and their gradients: FlashAttention-2, algorithms 1 and 2,
@@ -71,16 +86,36 @@ def block_sparse_attention(
         https://arxiv.org/abs/2412.05496, section 4.
     """
     op = "block_sparse_attention"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     check_query_key_value(op, query, key, value)
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
+    if _select(op, implementation, query, value, mask, scale) == "mosaic_gpu":
+        out, lse = kernel.attend(query, key, value, mask, scale)
+        return (out, lse) if return_lse else out
     leaves, tree = jax.tree.flatten(mask)
     query, key, value, *leaves = vary_alike(
         query, key, value, *map(jnp.asarray, leaves)
     )
     out, lse = _attend(query, key, value, jax.tree.unflatten(tree, leaves), scale)
     return (out, lse) if return_lse else out
+
+
+def _select(
+    op: str,
+    implementation: Implementation | None,
+    query: jax.Array,
+    value: jax.Array,
+    mask: BlockMask,
+    scale: float,
+) -> Implementation:
+    named, hopper = implementation is not None, on_hopper()
+    if implementation == "xla" or not (named or (hopper and runs_locally())):
+        return "xla"
+    reason = kernel.unsupported(query, value, mask, scale, on_hopper=hopper)
+    if reason and named:
+        raise NotImplementedError(f"{op}: {reason}")
+    return "xla" if reason else "mosaic_gpu"
 
 
 def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:

@@ -15,9 +15,8 @@ so that keys and values have a launch each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +24,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ._block_mask import BlockMask
+from ._block_predicates import asks_for_batch
 from ._block_predicates_mgpu import make_predicate, unreadable
 from ._mesh import vary_alike
-from ._mgpu import SMEM_BYTES, add_dots, dots, plgpu, zeros
+from ._mgpu import SMEM_BYTES, add_dots, dots, miscompiled, plgpu, zeros
 from ._mgpu_lists import Body, Tokens, Walk, rings_of, smem_bytes, walk_lists
 from ._mgpu_walk import CONTRACTED_STEP, ROW_STEP, Config
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
+# Up to here the sums of the gradients of both keys and values fit in registers.
+MAX_DIM_TOGETHER = 128
 BLOCK_STEP = 64
 # Of a warpgroup; what one wgmma takes.
 ROWS = 64
 # Some of a block's shared memory goes to alignment.
-MOST_BYTES = SMEM_BYTES - 2048
+MOST_BYTES = SMEM_BYTES - 4096
 LOG2_E = math.log2(math.e)
 # Below every logit, and finite: its difference to itself is 0.
 LOWEST = -1e30
@@ -55,7 +57,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> Config:
     pair = [tokens, tokens]
     held, walked, most = {
         "forward": ([tokens], [[tokens], [tokens]], 128 if dim <= 128 else 64),
-        "backward_q": ([*pair, numbers], [pair], 128 if dim <= 96 else 64),
+        "backward_q": ([*pair, numbers], [pair], 128 if dim <= 48 else 64),
         "backward_kv": (pair, [[*pair, numbers]], 128 if dim <= 64 else 64),
     }[kernel]
     return next(
@@ -68,10 +70,22 @@ def config_of(kernel: str, dim: int, block_size: int) -> Config:
     )
 
 
+def kv_launches(dim: int) -> Sequence[tuple[str, ...]]:
+    """What gradients the launches that walk queries make."""
+    if dim <= MAX_DIM_TOGETHER:
+        return [("key", "value")]
+    return [("key",), ("value",)]
+
+
 def unsupported(
-    query: jax.Array, value: jax.Array, mask: BlockMask, scale: float, *, on_hopper: bool
+    query: jax.Array,
+    value: jax.Array,
+    mask: BlockMask | None,
+    scale: float,
+    *,
+    on_hopper: bool,
 ) -> str | None:
-    """Why the kernel cannot run this, or None if it can."""
+    """Why the kernel cannot run this, or None if it can; a mask of None is dense."""
     dim = query.shape[-1]
     if str(query.dtype) not in DTYPES:
         return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {query.dtype}"
@@ -80,18 +94,18 @@ def unsupported(
             f"dim and dim_v must be equal and at most {MAX_DIM} for mosaic_gpu, "
             f"got {dim} and {value.shape[-1]}"
         )
-    if mask.block_size % BLOCK_STEP:
+    if scale <= 0:
+        return f"scale must be positive for mosaic_gpu, got {scale:g}"
+    if mask is not None and mask.block_size % BLOCK_STEP:
         return (
             f"block_size must be a multiple of {BLOCK_STEP} for mosaic_gpu, "
             f"got {mask.block_size}"
         )
-    if reason := unreadable(mask.mask_fn):
+    if mask is not None and (reason := unreadable(mask.mask_fn)):
         return reason
-    if scale <= 0:
-        return f"scale must be positive for mosaic_gpu, got {scale:g}"
     if not on_hopper:
         return "mosaic_gpu needs an H100 or H200, and the default device is none"
-    return None
+    return miscompiled()
 
 
 def attend(query, key, value, mask: BlockMask, scale: float):
@@ -99,7 +113,9 @@ def attend(query, key, value, mask: BlockMask, scale: float):
     seq_q, dim = query.shape[1], query.shape[3]
     query, key, value = (_pad(x) for x in (query, key, value))
     leaves, tree = jax.tree.flatten(mask)
-    query, key, value, *leaves = vary_alike(query, key, value, *leaves)
+    query, key, value, *leaves = vary_alike(
+        query, key, value, *map(jnp.asarray, leaves)
+    )
     mask = jax.tree.unflatten(tree, leaves)
     out, lse = _attend(query, key, value, mask, scale)
     return out[:, :seq_q, :, :dim], lse[:, :seq_q]
@@ -113,39 +129,78 @@ def _pad(x):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, mask, scale):
-    out, lse = forward(query, key, value, mask, scale)
-    return out, lse[:, :, 0].mT
+    out, lse2 = _over_batch(partial(forward, scale, False))(mask, query, key, value)
+    return out, lse2[:, :, 0].mT / LOG2_E
 
 
 def _attend_forward(query, key, value, mask, scale):
-    out, lse = _attend(query, key, value, mask, scale)
-    return (out, lse), (query, key, value, mask, out, lse)
+    args = mask, query, key, value
+    out, lse2, low = _over_batch(partial(forward, scale, True))(*args)
+    lse2 = lse2[:, :, 0]
+    return (out, lse2.mT / LOG2_E), (query, key, value, mask, (out, low), lse2)
 
 
 def _attend_backward(scale, saved, cotangents):
-    query, key, value, mask, out, lse = saved
-    d_out, d_lse = cotangents
-    unseen = jnp.isneginf(lse)
-    delta = jnp.einsum("bshd,bshd->bsh", d_out, out, preferred_element_type=jnp.float32)
-    delta -= jnp.where(unseen, 0, d_lse)
-    # exp2 of anything minus infinity is 0: unseen rows have no weights.
-    numbers = jnp.stack([jnp.where(unseen, jnp.inf, lse * LOG2_E), delta])
-    numbers = numbers.transpose(1, 3, 0, 2)
-    args = query, key, value, d_out, numbers, mask, scale
-    d_query = backward_q(*args)
-    d_key, d_value = (
-        backward_kv(("key", "value"), *args)
-        if query.shape[3] <= 128
-        else [backward_kv((name,), *args)[0] for name in ("key", "value")]
-    )
-    return d_query, d_key, d_value, None
+    query, key, value, mask, outs, lse2 = saved
+    return *gradients(query, key, value, mask, scale, outs, lse2, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def forward(query, key, value, mask, scale, config: Config | None = None):
-    """out, and the log-sum-exp as (batch, heads, 1, seq)."""
+def gradients(query, key, value, mask, scale, outs, lse2, d_out, d_lse):
+    """Of query, key and value.
+
+    outs: their sum is the output.
+    lse2: the log-sum-exp in base 2, (batch, heads, seq).
+    """
+    unseen = jnp.isneginf(lse2)
+    out = sum(x.astype(jnp.float32) for x in outs)
+    delta = (d_out * out).sum(-1).mT - jnp.where(unseen, 0, d_lse.mT)
+    # exp2 of anything minus infinity is 0: unseen rows have no weights.
+    numbers = jnp.stack([jnp.where(unseen, jnp.inf, lse2), delta], 2)
+    args = mask, query, key, value, d_out, numbers
+    (d_query,) = _over_batch(partial(backward_q, scale))(*args)
+    d_key_value = [
+        gradient
+        for wanted in kv_launches(query.shape[3])
+        for gradient in _over_batch(partial(backward_kv, scale, wanted))(*args)
+    ]
+    return d_query, *d_key_value
+
+
+def _over_batch(kernel):
+    """Under `vmap` the new axis joins the batch, where the mask has no batch."""
+    kernel = jax.custom_batching.custom_vmap(kernel)
+
+    @kernel.def_vmap
+    def rule(size, is_batched, mask, *args):
+        mask_is_batched = any(jax.tree.leaves(is_batched[0]))
+        if mask_is_batched or mask.shape[0] > 1 or asks_for_batch(mask.mask_fn):
+            each = _repeat(size, tuple(is_batched), (mask, *args))
+            outs = lax.map(lambda args: kernel(*args), each)
+        else:
+            args = _repeat(size, tuple(is_batched[1:]), args)
+            outs = kernel(mask, *(a.reshape(-1, *a.shape[2:]) for a in args))
+            outs = jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outs)
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return kernel
+
+
+def _repeat(size, is_batched, args):
+    def repeat(batched, a):
+        return a if batched else jnp.broadcast_to(a, (size, *jnp.shape(a)))
+
+    return jax.tree.map(repeat, is_batched, args)
+
+
+def forward(scale, exact, mask, query, key, value, config: Config | None = None):
+    """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
+
+    exact: and then what rounding took from `out`, rounded itself. The gradient of a
+        query is a difference, of which little may remain where it sees few keys.
+    """
     config = config or config_of("forward", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
     shape = config.rows, config.columns
@@ -187,29 +242,29 @@ def forward(query, key, value, mask, scale, config: Config | None = None):
         seen = total > 0
         total = jnp.where(seen, total, 1)
         share = jnp.where(seen, 1 / total, 0)
-        lse = jnp.where(seen, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
-        return summed * lax.broadcast_in_dim(share, summed.shape, [0]), lse
+        lse2 = jnp.where(seen, top + jnp.log2(total), -jnp.inf)
+        out = summed * lax.broadcast_in_dim(share, summed.shape, [0])
+        low = out - out.astype(query.dtype).astype(jnp.float32)
+        return [out, lse2, low][: 2 + exact]
 
     held, walked = [Tokens(query)], [[Tokens(key)], [Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
-    body = Body(start, step, finish, [0, None], takes_turns=True)
+    body = Body(start, step, finish, [0, None, 0][: 2 + exact], takes_turns=True)
     return walk_lists(body, config, held, walked, walk, "attention_forward")
 
 
 def backward_q(
-    query, key, value, d_out, numbers, mask, scale, config: Config | None = None
+    scale, mask, query, key, value, d_out, numbers, config: Config | None = None
 ):
+    """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
     shape = config.rows, config.columns
 
-    def of_row(held, n):
-        row = plgpu.load(held[2].at[n], layout=plgpu.Layout.WGMMA.reduce(1))
-        return row
-
     def start(held):
-        row = of_row(held, 0), of_row(held, 1)
-        return zeros(config.rows, held[0].shape[1]), *row
+        row = plgpu.Layout.WGMMA.reduce(1)
+        lse, delta = (plgpu.load(held[2].at[n], layout=row) for n in range(2))
+        return zeros(config.rows, held[0].shape[1]), lse, delta
 
     def step(carry, held, ring, visible):
         summed, lse, delta = carry
@@ -217,11 +272,11 @@ def backward_q(
         logits, d_weights = dots(
             (held[0], keys.transpose((1, 0))), (held[1], values.transpose((1, 0)))
         )
-        lse_, delta_ = (lax.broadcast_in_dim(x, shape, [0]) for x in (lse, delta))
-        weights = jnp.exp2(logits * factor - lse_)
+        weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(lse, shape, [0]))
         if visible:
             weights = jnp.where(visible(), weights, 0)
-        d_logits = (weights * (d_weights - delta_)).astype(query.dtype)
+        d_logits = weights * (d_weights - lax.broadcast_in_dim(delta, shape, [0]))
+        d_logits = d_logits.astype(query.dtype)
         summed = add_dots(summed, (d_logits, keys))
         ring.release(0)
         return summed, lse, delta
@@ -233,25 +288,28 @@ def backward_q(
     walked = [[Tokens(key), Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
     body = Body(start, step, finish, [0])
-    return walk_lists(body, config, held, walked, walk, "attention_backward_q")[0]
+    return walk_lists(body, config, held, walked, walk, "attention_backward_q")
 
 
 def backward_kv(
-    wanted, query, key, value, d_out, numbers, mask, scale, config: Config | None = None
+    scale, wanted, mask, query, key, value, d_out, numbers, config: Config | None = None
 ):
-    """Keys are the rows, so that only views of shared memory are transposed."""
+    """The wanted gradients, of "key", "value" or both.
+
+    Keys are the rows, so that only views of shared memory are transposed.
+    """
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
     shape = config.rows, config.columns
-    with_key = "key" in wanted
 
     def start(held):
         return [zeros(config.rows, held[0].shape[1]) for _ in wanted]
 
     def step(sums, held, ring, visible):
-        queries, d_outs, stats = ring.wait(0)
+        queries, d_outs, numbers = ring.wait(0)
+
         def of_column(n):
-            column = plgpu.load(stats.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
+            column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
             return lax.broadcast_in_dim(column, shape, [1])
 
         (logits,) = dots((held[0], queries.transpose((1, 0))))
@@ -272,7 +330,9 @@ def backward_kv(
         return [added[name] for name in wanted]
 
     def finish(sums, held):
-        return [s * scale if n == "key" else s for n, s in zip(wanted, sums, strict=True)]
+        return [
+            s * scale if n == "key" else s for n, s in zip(wanted, sums, strict=True)
+        ]
 
     held = [Tokens(key), Tokens(value)]
     walked = [[Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]]

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.lib import cuda_versions
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
@@ -75,6 +76,23 @@ def on_hopper() -> bool:
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
+
+
+def miscompiled() -> str | None:
+    """Why this CUDA must not compile a kernel with masks, or None.
+
+    The ptxas of 12.8.0 to 12.9.0 gets comparisons of positions wrong.
+    """
+    # jax's own kernels ask here; without a GPU there is nothing to ask.
+    versions: Any = cuda_versions
+    version = versions.cuda_runtime_get_version() if versions else 0
+    if 12080 <= version < 12091:
+        number = f"{version // 1000}.{version % 1000 // 10}.{version % 10}"
+        return (
+            "mosaic_gpu needs a CUDA before 12.8.0 or from 12.9.1 on, whose ptxas "
+            f"compiles masks right, got {number}"
+        )
+    return None
 
 
 def _sigmoid(z):

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from ._block_lists import BlockLists
 from ._mesh import vary_alike
 from ._mgpu import SMEM_BYTES, multiprocessors, plgpu, slot, swizzle_of, tiles
+from ._mgpu_schedule import make_schedule
 from ._mgpu_walk import (
     BARRIER_BYTES,
     COMPUTE,
@@ -33,13 +34,13 @@ from ._mgpu_walk import (
     Config,
     wait_for_last,
 )
-from ._mgpu_schedule import make_schedule
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq)."""
 
-    array: jax.Array
+    array: Any
     numbers: bool = False
 
     @property
@@ -201,6 +202,7 @@ class _Frame:
         config, body, walk = self.config, self.body, self.walk
         held_smem, walked_smem, numbers, held_barriers, barriers, turn = self.scratch
         produced, consumed = held_barriers
+        filled, emptied = barriers
         here = slot(info.local_index, config.held)
         mine = [smem.at[here, warpgroup] for smem in held_smem]
         mine_first = 0 if self.rings == 1 else warpgroup * config.steps
@@ -225,7 +227,7 @@ class _Frame:
                         where = batch, query_head, first, column
                         visible = partial(walk.visible, self.data, *where)
                     s = mine_first + slot(at, config.steps)
-                    ring = Ring(walked_smem, *barriers, turn, s)
+                    ring = Ring(walked_smem, filled, emptied, turn, s)
                     # Or the addresses of its parts would be kept in registers.
                     part = lax.optimization_barrier(warpgroup)
                     mine = [smem.at[here, part] for smem in held_smem]
@@ -250,7 +252,7 @@ class _Frame:
             smem[...] = value.astype(smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, target)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(consumed.at[here])
         return carry
 
@@ -260,7 +262,10 @@ class _Frame:
         held_smem, walked_smem, _, held_barriers, barriers, _ = self.scratch
         held_produced, held_consumed = held_barriers
         produced, consumed = barriers
-        held_gmem, walked_gmem = self.gmem[: len(self.held)], self.gmem[len(self.held) :]
+        held_gmem, walked_gmem = (
+            self.gmem[: len(self.held)],
+            self.gmem[len(self.held) :],
+        )
         batch, head, tile = self.place(info)
         here = slot(info.local_index, config.held)
 
@@ -276,7 +281,7 @@ class _Frame:
                 target, barrier = smem.at[here, part], held_produced.at[here]
                 plgpu.copy_gmem_to_smem(operand.cut(gmem, *at), target, barrier)
 
-        def load_step(ring, at, *place):
+        def load_step(ring, at, head, column):
             s = ring * config.steps + slot(at, config.steps)
             gmem = iter(walked_gmem)
             for n, group in enumerate(self.walked):
@@ -286,7 +291,8 @@ class _Frame:
                     plgpu.barrier_wait(consumed[n].at[s])
 
                 for operand, smem in zip(group, walked_smem[n], strict=True):
-                    source = operand.cut(next(gmem), *place, config.columns)
+                    place = batch, head, column
+                    source = operand.cut(next(gmem), *place, size=config.columns)
                     plgpu.copy_gmem_to_smem(source, smem.at[s], produced[n].at[s])
 
         def load_head(g, carry):
@@ -296,13 +302,13 @@ class _Frame:
 
                 def step(n, carry, lists=lists):
                     after = []
-                    for ring, (count, *where) in enumerate(lists):
+                    for ring, (count, start, indices) in enumerate(lists):
                         at = carry[ring]
 
                         @pl.when(n < count)
-                        def _(ring=ring, at=at, where=where):
-                            column = self.column(*where, n)
-                            load_step(ring, at, batch, walked_head, column)
+                        def _(ring=ring, at=at, start=start, indices=indices):
+                            column = self.column(start, indices, n)
+                            load_step(ring, at, walked_head, column)
 
                         after.append(at + (n < count).astype(at.dtype))
                     return after

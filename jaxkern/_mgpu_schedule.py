@@ -1,5 +1,6 @@
 """Which tile a block of the attention kernels takes when, and where its lists are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ L2_BYTES = 32e6
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Schedule:
-    """In the order in which tiles are taken: block i of n takes every n-th from the i-th.
+    """In the order in which tiles are taken; block i takes every n-th from the i-th.
 
     place: batch, head and number of a tile, (items, 3).
     rows: where the lists of its rows lie, (items, lanes, heads, 4): number of partial
@@ -27,7 +28,7 @@ class Schedule:
 
     place: Any
     rows: Any
-    indices: tuple[Any, Any]
+    indices: Sequence[Any]
 
 
 def make_schedule(
@@ -56,7 +57,7 @@ def make_schedule(
     place = jnp.stack(jnp.indices(rows.shape[:3]), -1).reshape(-1, 3)
     length = rows[..., 0::2].sum((-1, -2)).max(-1).ravel()
     order = _order(length, tiles, head_bytes)
-    indices = tuple(jnp.asarray(x.indices).ravel() for x in lists)
+    indices = [jnp.asarray(x.indices).ravel() for x in lists]
     rows = rows.reshape(-1, lanes, heads, 4)
     return Schedule(
         place[order].astype(jnp.int32), rows[order].astype(jnp.int32), indices

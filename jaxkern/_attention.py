@@ -1,7 +1,7 @@
 """Softmax attention with its log-sum-exp, and the merge of two partial results."""
 
 import math
-from typing import Literal
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,34 @@ from ._checks import (
 from ._matmul import widen
 
 Implementation = Literal["xla", "cudnn", "mosaic_gpu"]
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def attention(

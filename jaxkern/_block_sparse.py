@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,32 @@ from ._block_mask import BlockMask
 from ._checks import Implementation, check_xla_only
 from ._matmul import widen
 from ._mesh import vary_alike
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def block_sparse_attention(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,46 @@ class Pattern:
 
 def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
     return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def dilated_attention(

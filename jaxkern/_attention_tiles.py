@@ -34,8 +34,9 @@ def normalize(
 
 
 def finite(top: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """What to subtract: -inf - -inf would be NaN, -inf - 0 stays."""
-    return jnp.where(jnp.isneginf(top), 0, top)
+    """What to subtract: -inf - -inf would be NaN; -inf less a number stays."""
+    # XLA's CPU backend fuses a maximum into the product before it, but no select.
+    return jnp.maximum(top, jnp.finfo(top.dtype).min)
 
 
 class Carry(NamedTuple):
@@ -81,14 +82,17 @@ def add_tile(
     value: Float[Array, "*batch columns dim_v"],
 ) -> Carry:
     """The carry after one more tile of keys: the step of the online softmax."""
-    top = jnp.maximum(carry.top, logits.max(-1))
-    weights = jnp.exp(logits - finite(top)[..., None])
-    rescale = jnp.exp(carry.top - finite(top))
+    # Weighted by the tile's own maximum: waiting for that of the carry took up to 1.2
+    # times as long on two CPU cores.
+    own = logits.max(-1)
+    weights = jnp.exp(logits - finite(own)[..., None])
+    top = jnp.maximum(carry.top, own)
+    before, now = (jnp.exp(x - finite(top)) for x in (carry.top, own))
+    summed = _multiply("...gqs,...sd->...gqd", weights, value)
     return Carry(
-        carry.summed * rescale[..., None]
-        + _multiply("...gqs,...sd->...gqd", weights, value),
+        carry.summed * before[..., None] + summed * now[..., None],
         top,
-        carry.total * rescale + weights.sum(-1),
+        carry.total * before + weights.sum(-1) * now,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,32 @@ from ._checks import Implementation, check_implementation
 from ._matmul import widen
 from ._mesh import runs_locally, vary_alike
 from ._mgpu import on_hopper
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def block_sparse_attention(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,15 @@ Uncovered = Literal["zero", "error"]
 
 
 @dataclass(frozen=True)
-class _Pattern:
+class Pattern:
     """Each head attends to every `dilation`-th row of a segment, from its offset on."""
 
     segment: int
     dilation: int
     offsets: tuple[int, ...]
 
-    def of_heads(self, start: int, stop: int, step: int = 1) -> "_Pattern":
-        return _Pattern(self.segment, self.dilation, self.offsets[start:stop:step])
+    def of_heads(self, start: int, stop: int, step: int = 1) -> "Pattern":
+        return Pattern(self.segment, self.dilation, self.offsets[start:stop:step])
 
     def divides(self, seq: int) -> bool:
         return seq % self.segment == 0 and self.segment % self.dilation == 0
@@ -70,6 +70,46 @@ class _Pattern:
 
 def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
     return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
 
 
 def dilated_attention(
@@ -147,8 +187,13 @@ def dilated_attention(
     given = f" for query of shape {query.shape}"
     check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
     _check_key_mask(op, key_mask, (batch, seq))
-    _check_names(op, head_offsets, head_groups, uncovered)
-    patterns = _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets)
+    if not isinstance(head_groups, bool):
+        raise_unknown(op, "head_groups", head_groups, (False, True))
+    if uncovered not in get_args(Uncovered):
+        raise_unknown(op, "uncovered", uncovered, get_args(Uncovered))
+    patterns = make_patterns(
+        op, segment_lengths, dilation_rates, seq, heads, head_offsets
+    )
     groups = _group_heads(op, patterns, heads, head_groups)
     if uncovered == "error":
         _check_covered(op, groups, seq)
@@ -170,14 +215,27 @@ def dilated_attention(
 
 def _attend(query, key, value, key_mask, patterns, is_causal, scale, stop_gradient_mix):
     """All heads through all patterns, and the mixture."""
-    seq, outs, lses = query.shape[1], [], []
-    for pattern in patterns:
-        out, lse = _attend_pattern(
-            query, key, value, key_mask, pattern, is_causal, scale
-        )
-        outs.append(out)
-        lses.append(pattern.spread(lse, seq, fill=-jnp.inf))
-    stacked = jnp.stack(lses)
+    parts = [
+        attend_pattern(query, key, value, key_mask, pattern, is_causal, scale)
+        for pattern in patterns
+    ]
+    return mix(patterns, parts, query.shape[1], value.dtype, stop_gradient_mix)
+
+
+def mix(
+    patterns: Sequence[Pattern],
+    parts: Sequence[tuple[Float[Array, "..."], Float[Array, "..."]]],
+    seq: int,
+    dtype: jnp.dtype,
+    stop_gradient_mix: bool = False,
+) -> tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]:
+    """The results of all patterns, over the rows each selects, as one softmax."""
+    stacked = jnp.stack(
+        [
+            pattern.spread(lse, seq, fill=-jnp.inf)
+            for pattern, (_, lse) in zip(patterns, parts, strict=True)
+        ]
+    )
     reached = ~jnp.isneginf(stacked).all(0)
     # Without the inner guard its gradient is 0/0 where no pattern reaches.
     total = jax.nn.logsumexp(jnp.where(reached, stacked, 0), axis=0)
@@ -185,25 +243,31 @@ def _attend(query, key, value, key_mask, patterns, is_causal, scale, stop_gradie
     if stop_gradient_mix:
         shares = jax.lax.stop_gradient(shares)
     # Weighted before they are spread, so that no pattern keeps rows that it left out.
-    parts = [
+    weighted = [
         pattern.spread(pattern.select(share)[..., None] * widen(out), seq, fill=0.0)
-        for pattern, share, out in zip(patterns, shares, outs, strict=True)
+        for pattern, share, (out, _) in zip(patterns, shares, parts, strict=True)
     ]
-    mixed = reduce(jnp.add, parts)
-    return mixed.astype(value.dtype), jnp.where(reached, total, -jnp.inf)
+    mixed = reduce(jnp.add, weighted)
+    return mixed.astype(dtype), jnp.where(reached, total, -jnp.inf)
 
 
-def _attend_pattern(query, key, value, key_mask, pattern, is_causal, scale):
-    seq, heads, kv_heads = query.shape[1], query.shape[2], key.shape[2]
-    group = heads // kv_heads
-    if pattern.offsets != tuple(np.repeat(pattern.offsets[::group], group)):
-        # Query heads of one key head take different rows of it.
-        key, value, group = _repeat(key, group), _repeat(value, group), 1
-    of_keys = pattern.of_heads(0, heads, group)
+def attend_pattern(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    key_mask: Bool[Array, "batch seq"] | None,
+    pattern: Pattern,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[
+    Float[Array, "batch segments rows heads dim_v"],
+    Float[Array, "batch segments rows heads"],
+]:
+    """Attention within every segment, and its log-sum-exp, of the selected rows."""
     mask = None
-    if key_mask is not None or not pattern.divides(seq):
+    if key_mask is not None or not pattern.divides(query.shape[1]):
         # Padded rows select False, like the masked ones.
-        valid = jnp.ones((query.shape[0], seq), bool) if key_mask is None else key_mask
+        valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
 
     # Not merged with the batch, which may be sharded on a mesh.
@@ -219,8 +283,27 @@ def _attend_pattern(query, key, value, key_mask, pattern, is_causal, scale):
             return_lse=True,
         )
 
-    rows = pattern.select(query), of_keys.select(key), of_keys.select(value)
-    return attend_segment(*rows, mask)
+    return attend_segment(*select_rows(query, key, value, pattern), mask)
+
+
+def select_rows(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    pattern: Pattern,
+) -> tuple[
+    Float[Array, "batch segments rows heads dim"],
+    Float[Array, "batch segments rows heads_kv dim"],
+    Float[Array, "batch segments rows heads_kv dim_v"],
+]:
+    """The rows that attend to each other; heads of keys are repeated if they must."""
+    heads, kv_heads = query.shape[2], key.shape[2]
+    group = heads // kv_heads
+    if pattern.offsets != tuple(np.repeat(pattern.offsets[::group], group)):
+        # Query heads of one key head take different rows of it.
+        key, value, group = _repeat(key, group), _repeat(value, group), 1
+    of_keys = pattern.of_heads(0, heads, group)
+    return pattern.select(query), of_keys.select(key), of_keys.select(value)
 
 
 def _key_value_heads(key, value, start, stop, heads):
@@ -239,7 +322,17 @@ def _repeat(x, group):
     return jnp.repeat(x, group, axis=2, out_sharding=kept)
 
 
-def _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets):
+def make_patterns(
+    op: str,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    seq: int,
+    heads: int,
+    head_offsets: HeadOffsets,
+) -> list[Pattern]:
+    """The patterns of all heads, no segment longer than the sequence."""
+    if head_offsets not in get_args(HeadOffsets):
+        raise_unknown(op, "head_offsets", head_offsets, get_args(HeadOffsets))
     lengths = _positive_integers(op, "segment_lengths", segment_lengths)
     rates = _positive_integers(op, "dilation_rates", dilation_rates)
     if len(lengths) != len(rates):
@@ -261,7 +354,7 @@ def _patterns(op, segment_lengths, dilation_rates, seq, heads, head_offsets):
                 offsets = [j // -(-heads // r) for j in range(heads)]
             case _:
                 offsets = [i % r] * heads
-        patterns.append(_Pattern(min(w, seq), r, tuple(offsets)))
+        patterns.append(Pattern(min(w, seq), r, tuple(offsets)))
     return patterns
 
 
@@ -290,17 +383,6 @@ def _group_heads(op, patterns, heads, head_groups):
     starts = [i * size + min(i, larger) for i in range(count + 1)]
     ranges = zip(starts, starts[1:], strict=False)
     return [(heads_of, [p]) for heads_of, p in zip(ranges, patterns, strict=True)]
-
-
-def _check_names(op, head_offsets, head_groups, uncovered) -> None:
-    if not isinstance(head_groups, bool):
-        raise_unknown(op, "head_groups", head_groups, (False, True))
-    for name, got, valid in [
-        ("head_offsets", head_offsets, HeadOffsets),
-        ("uncovered", uncovered, Uncovered),
-    ]:
-        if got not in get_args(valid):
-            raise_unknown(op, name, got, get_args(valid))
 
 
 def _check_key_mask(op, key_mask, shape) -> None:

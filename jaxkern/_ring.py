@@ -1,7 +1,8 @@
 """Attention over a sequence that is split among devices: keys and values go round."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ._attention import check_query_key_value, check_scale, merge_attention
-from ._attention_tiles import (
-    Tiling,
-    attend,
-    attend_gradients,
-    make_tiling,
-)
-from ._checks import Implementation, check_xla_only, raise_unknown
-from ._mesh import vary_alike
-
-Layout = Literal["contiguous", "striped", "zigzag"]
+from ._attention import check_query_key_value, check_scale
+from ._checks import Implementation, check_shape, check_xla_only, raise_unknown
+from ._dilated import HeadOffsets
+from ._ring_dilated import attend_dilated_around
+from ._ring_steps import Layout, Ring, attend_around
 
 
 def ring_attention(
@@ -33,6 +28,9 @@ def ring_attention(
     is_causal: bool = False,
     layout: Layout = "contiguous",
     scale: float | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "paper",
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq_q heads dim_v"]:
     r"""`attention` over a sequence split among the devices of a mesh axis.
@@ -60,16 +58,28 @@ def ring_attention(
     `ring_permutation` gives the order of the tokens, `context_parallel_attention` does
     it all for arrays that are whole.
 
+    With `segment_lengths` and `dilation_rates` it is `dilated_attention` of the whole
+    sequence, in whose tokens the lengths are, in the layout "contiguous". A segment
+    within a device needs nothing of the others. The $m$ devices that share one of $w$
+    tokens are a ring of their own, and only tokens that a head takes go round: each
+    device sends $(w - w/m)/r$ keys and values for every head of the query; in the
+    backward these again, and $w/r$ gradients of each. Where all query heads of a key
+    take the same rows, these are sent once.
+
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
         ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
-            or `scale` is not finite.
+            `scale` is not finite, or the patterns are none of `dilated_attention`; a
+            segment is neither a divisor of a device's tokens nor all of those of one of
+            several equal groups of devices, or the rate of one across devices does not
+            divide a device's tokens.
         NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
 
     References:
         Ring Attention, https://arxiv.org/abs/2310.01889; striped:
         https://arxiv.org/abs/2311.09431; zigzag: Llama 3, section 3.3.2,
-        https://arxiv.org/abs/2407.21783.
+        https://arxiv.org/abs/2407.21783; dilated: LongNet, section 3, which gathers
+        what here goes round, https://arxiv.org/abs/2307.02486.
     """
     op = "ring_attention"
     check_xla_only(op, implementation)
@@ -87,159 +97,23 @@ def ring_attention(
             f"{op}: seq_q must be even for layout 'zigzag', two parts a device, "
             f"got {seq_q}"
         )
+    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     try:
-        rank = lax.axis_index(axis_name)
+        ring = Ring(axis_name, lax.axis_size(axis_name))
     except NameError:
         raise ValueError(
             f"{op}: axis_name must be an axis of the jax.shard_map around the call, "
             f"got {axis_name!r}"
         ) from None
-    arrays = vary_alike(query, key, value, rank)
-    return _ring(*arrays, axis_name, scale, layout if is_causal else None)
-
-
-class _Part(NamedTuple):
-    """Queries from `first_query` on see keys before `end_key`, up to a diagonal."""
-
-    first_query: int
-    end_key: int
-    diagonal: int | None
-
-    def tiling(self, seq_q: int) -> Tiling:
-        return make_tiling(seq_q - self.first_query, self.end_key, self.diagonal)
-
-
-def _parts(
-    layout: Layout | None, seq_q: int, seq_kv: int
-) -> tuple[_Part, _Part, _Part | None]:
-    """What is seen of one's own keys, an earlier device's and a later device's."""
-    everything = _Part(0, seq_kv, None)
-    triangle = _Part(0, seq_kv, 0)
-    match layout:
-        case None:
-            return everything, everything, everything
-        case "contiguous":
-            return triangle, everything, None
-        case "striped":
-            return triangle, triangle, _Part(0, seq_kv, -1)
-        case "zigzag":
-            return (
-                triangle,
-                _Part(0, seq_kv // 2, None),
-                _Part(seq_q // 2, seq_kv, None),
-            )
-
-
-def _pick(parts, step, rank, run):
-    """`run` on what is seen at a step after the first: then nothing is one's own."""
-    _, earlier, later = parts
-    if earlier == later:
-        return run(earlier)
-    return lax.cond(step <= rank, partial(run, earlier), partial(run, later))
-
-
-def _pad(x, before, after, fill=0.0):
-    widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, constant_values=fill)
-
-
-def _attend(query, keys_values, scale, part):
-    first, end, _ = part
-    key, value = (x[:, :end] for x in keys_values)
-    tiling = part.tiling(query.shape[1])
-    out, lse = attend(query[:, first:], key, value, None, scale, tiling)
-    return _pad(out, first, 0), _pad(lse, first, 0, -jnp.inf)
-
-
-def _gradients(query, keys_values, d_out, lse, delta, scale, part):
-    first, end, _ = part
-    key, value = (x[:, :end] for x in keys_values)
-    rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))
-    tiling = part.tiling(query.shape[1])
-    d_query, d_key, d_value = attend_gradients(
-        rows, key, value, None, d_out, lse, delta, scale, tiling
-    )
-    missing = keys_values[0].shape[1] - end
-    return _pad(d_query, first, 0), (_pad(d_key, 0, missing), _pad(d_value, 0, missing))
-
-
-def _send_on(tree, axis_name):
-    devices = lax.axis_size(axis_name)
-    return lax.ppermute(
-        tree, axis_name, [(i, (i + 1) % devices) for i in range(devices)]
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ring(query, key, value, rank, axis_name, scale, layout):
-    return _ring_forward(query, key, value, rank, axis_name, scale, layout)[0]
-
-
-def _ring_forward(query, key, value, rank, axis_name, scale, layout):
-    devices = lax.axis_size(axis_name)
-    parts = _parts(layout, query.shape[1], key.shape[1])
-
-    def add(out, lse, held, step):
-        def run(part):
-            if part is None:
-                return out, lse
-            return merge_attention(out, lse, *_attend(query, held, scale, part))
-
-        return _pick(parts, step, rank, run)
-
-    def turn(carry, step):
-        out, lse, held = carry
-        # Before the tiles, which need nothing of it, so that both can go on at once.
-        arriving = _send_on(held, axis_name)
-        return (*add(out, lse, held, step), arriving), None
-
-    keys_values = key, value
-    arriving = _send_on(keys_values, axis_name) if devices > 1 else None
-    out, lse = _attend(query, keys_values, scale, parts[0])
-    if devices > 1:
-        carry = out, lse, arriving
-        (out, lse, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
-        out, lse = add(out, lse, held, devices - 1)
-    return out.astype(value.dtype), (query, key, value, rank, out, lse)
-
-
-def _ring_backward(axis_name, scale, layout, saved, d_out):
-    query, key, value, rank, out, lse = saved
-    devices = lax.axis_size(axis_name)
-    parts = _parts(layout, query.shape[1], key.shape[1])
-    delta = (d_out * out).sum(-1)
-
-    def gradients(keys_values, part):
-        return _gradients(query, keys_values, d_out, lse, delta, scale, part)
-
-    def add(d_query, d_held, held, step):
-        # The sums so far come from the neighbour while this device's share is computed.
-        sums = d_query, _send_on(d_held, axis_name)
-
-        def run(part):
-            if part is None:
-                return sums
-            return jax.tree.map(jnp.add, sums, gradients(held, part))
-
-        return _pick(parts, step, rank, run)
-
-    def turn(carry, step):
-        d_query, d_held, held = carry
-        arriving = _send_on(held, axis_name)
-        return (*add(d_query, d_held, held, step), arriving), None
-
-    keys_values = key, value
-    arriving = _send_on(keys_values, axis_name) if devices > 1 else None
-    d_query, d_held = gradients(keys_values, parts[0])
-    if devices > 1:
-        carry = d_query, d_held, arriving
-        (d_query, d_held, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
-        d_query, d_held = add(d_query, d_held, held, devices - 1)
-        d_held = _send_on(d_held, axis_name)
-    return *(x.astype(query.dtype) for x in (d_query, *d_held)), None
-
-
-_ring.defvjp(_ring_forward, _ring_backward)
+    if segment_lengths is not None and dilation_rates is not None:
+        given = f" for query of shape {query.shape}"
+        check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), given)
+        patterns = segment_lengths, dilation_rates, head_offsets
+        return attend_dilated_around(
+            op, query, key, value, ring, is_causal, scale, *patterns
+        )
+    seen = layout if is_causal else None
+    return attend_around(query, key, value, ring, scale, seen)[0]
 
 
 def ring_permutation(
@@ -277,19 +151,25 @@ def context_parallel_attention(
     mesh: Mesh,
     axis_name: str,
     is_causal: bool = False,
-    layout: Layout = "zigzag",
+    layout: Layout | None = None,
     scale: float | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "paper",
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq_q heads dim_v"]:
     """`attention` of whole arrays, its sequence split over one axis of a mesh.
+
+    With `segment_lengths` and `dilation_rates` it is `dilated_attention`.
 
     Permutes the tokens into `layout`, runs `ring_attention` in `jax.shard_map`, and
     permutes back. Other mesh axes, automatic or explicit, keep what they split. The
     permutation moves every token in every call, and may gather the sequence for it: a
     training loop permutes its tokens and positions once, by `ring_permutation`, when
-    it loads a batch, and then calls `ring_attention`. Without `is_causal`, nothing is
-    permuted. There is no mask, so tokens that pad the sequence at its end are seen by
-    all without `is_causal`, and with it by each other only.
+    it loads a batch, and then calls `ring_attention`. A `layout` of None is "zigzag",
+    and with dilation "contiguous". Without `is_causal`, nothing is permuted. There is
+    no mask, so tokens that pad the sequence at its end are seen by all without
+    `is_causal`, and with it by each other only.
 
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
@@ -299,8 +179,11 @@ def context_parallel_attention(
     """
     op = "context_parallel_attention"
     check_xla_only(op, implementation)
+    if layout is None:
+        layout = "zigzag" if segment_lengths is None else "contiguous"
     _check_layout(op, layout)
     check_query_key_value(op, query, key, value)
+    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     if axis_name not in mesh.axis_names:
         raise_unknown(op, "axis_name", axis_name, mesh.axis_names)
     devices = mesh.shape[axis_name]
@@ -321,6 +204,9 @@ def context_parallel_attention(
             is_causal=is_causal,
             layout=layout,
             scale=scale,
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
+            head_offsets=head_offsets,
             implementation=implementation,
         ),
         mesh=mesh,
@@ -357,6 +243,25 @@ def _place(x, mesh, axis_name):
 def _check_layout(op: str, layout: object) -> None:
     if layout not in get_args(Layout):
         raise_unknown(op, "layout", layout, get_args(Layout))
+
+
+def _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout) -> None:
+    dilated = segment_lengths is not None
+    if dilated != (dilation_rates is not None):
+        alone = "segment_lengths" if dilated else "dilation_rates"
+        raise ValueError(
+            f"{op}: segment_lengths and dilation_rates must be given together, "
+            f"got {alone} alone"
+        )
+    if not dilated and head_offsets != "paper":
+        raise ValueError(
+            f"{op}: head_offsets must be left out without segment_lengths, "
+            f"got {head_offsets!r}"
+        )
+    if dilated and layout != "contiguous":
+        raise ValueError(
+            f"{op}: layout must be 'contiguous' with segment_lengths, got {layout!r}"
+        )
 
 
 def _check_divisible(op: str, seq: int, devices: int, layout: Layout) -> None:

@@ -2,15 +2,22 @@
 
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import attention, ring_attention, ring_permutation
+from jaxkern import attention, dilated_attention, ring_attention, ring_permutation
 
-SEQ, LAYOUT = 32, "zigzag"
+SEQ = 32
+PATTERNS: Any = {"segment_lengths": [4, 16, 32], "dilation_rates": [1, 2, 4]}
+# The layout of the tokens, the options of the ring, and the same of whole arrays.
+CASES = [
+    ("zigzag", {}, attention),
+    ("contiguous", PATTERNS, partial(dilated_attention, **PATTERNS)),
+]
 
 
 def main(process, port):
@@ -21,7 +28,13 @@ def main(process, port):
     devices = jax.device_count()
     assert devices == 4 and jax.local_device_count() == 2
     mesh = jax.make_mesh((devices,), ("ring",))
-    indices, inverse = ring_permutation(SEQ, devices, LAYOUT)
+    for layout, options, whole in CASES:
+        check(layout, options, whole, mesh)
+    print("equal on process", process)
+
+
+def check(layout, options, whole, mesh):
+    indices, _ = ring_permutation(SEQ, mesh.size, layout)
     rng = np.random.default_rng(0)
     shapes = [(1, SEQ, heads, 8) for heads in (4, 2, 2, 4)]
     *args, d_out = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -34,7 +47,9 @@ def main(process, port):
         )
 
     ring = jax.shard_map(
-        partial(ring_attention, axis_name="ring", is_causal=True, layout=LAYOUT),
+        partial(
+            ring_attention, axis_name="ring", is_causal=True, layout=layout, **options
+        ),
         mesh=mesh,
         in_specs=spec,
         out_specs=spec,
@@ -46,12 +61,11 @@ def main(process, port):
         return out, *vjp(d_out)
 
     got = both_passes(ring, *map(split, (d_out, *args)))
-    expected = both_passes(partial(attention, is_causal=True), d_out, *args)
-    for ours, whole in zip(got, expected, strict=True):
-        whole = np.asarray(whole)[:, indices]
+    expected = both_passes(partial(whole, is_causal=True), d_out, *args)
+    for ours, dense in zip(got, expected, strict=True):
+        dense = np.asarray(dense)[:, indices]
         for shard in ours.addressable_shards:
-            np.testing.assert_allclose(shard.data, whole[shard.index], atol=2e-5)
-    print("equal on process", process)
+            np.testing.assert_allclose(shard.data, dense[shard.index], atol=2e-5)
 
 
 if __name__ == "__main__":

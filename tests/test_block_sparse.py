@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from attention_definitions import (
     assert_attention,
+    assert_close,
     attention_args,
     attention_float64,
     plain_attention,
@@ -286,8 +287,8 @@ def test_remat_and_scan():
     assert_near(got, expected)
 
 
-def make_mesh():
-    kinds = (jax.sharding.AxisType.Auto,) * 2
+def make_mesh(kind="Auto"):
+    kinds = (jax.sharding.AxisType[kind],) * 2
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
 
 
@@ -345,12 +346,33 @@ def test_shard_map_with_whole_keys():
     assert_near(got, expected)
 
 
-@pytest.mark.parametrize("leading", [(), (2, 4)], ids=["shared", "batch and heads"])
-def test_sharded_arguments(leading):
+@pytest.mark.parametrize(
+    "leading, kind",
+    [((), "Auto"), ((), "Explicit"), ((4,), "Auto"), ((2, 1), "Auto")],
+    ids=["shared", "shared-explicit", "heads", "batch"],
+)
+def test_sharded_arguments(leading, kind):
     mask = random_mask(*leading)
-    args, _ = make_args(mask, kv_heads=4)
-    spread = jax.device_put(args, NamedSharding(make_mesh(), P("data", None, "model")))
-    assert_near(value_and_grads(spread, mask), value_and_grads(args, mask))
+    args, cotangents = make_args(mask, kv_heads=4)
+    expected = value_and_vjp(partial(attend, mask=mask), args, cotangents)
+    place = NamedSharding(make_mesh(kind), P("data", None, "model"))
+    args, cotangents = jax.device_put((args, cotangents), place)
+    got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
+    assert_attention(got, expected)
+
+
+@pytest.mark.parametrize("name", ["shared", "heads"])
+def test_jacobian(name):
+    leading = {"shared": (), "heads": (2,)}[name]
+    blocks = random_blocks(0, *leading, 3, 3, share=0.7)
+    mask = BlockMask.from_blocks(blocks, block_size=4, q_len=9, kv_len=10)
+    mask |= BlockMask.local_window(9, 10, window=2, block_size=4)
+    args, _ = make_args(mask, batch=1, heads=2, kv_heads=1, dim=3, dim_v=2)
+    visible = np.broadcast_to(mask.to_dense(), (1, 2, 9, 10))
+    plain = partial(plain_attention, visible=visible, scale=0.5)
+    run = partial(attend, mask=mask, scale=0.5)
+    every = [jax.jit(jax.jacrev(f, argnums=(0, 1, 2)))(*args) for f in (run, plain)]
+    assert_close(*every)
 
 
 MASK = BlockMask.causal(40, 40, block_size=16)

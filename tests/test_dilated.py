@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_definitions import assert_close
 from helpers import (
     DTYPES,
     assert_as_exact,
@@ -297,6 +298,25 @@ def test_transforms():
     expected = values_and_gradients(run, args, g)
     for transformed in (jax.checkpoint(run), jax.vmap(one), scanned):
         assert_near(values_and_gradients(transformed, args, g), expected)
+
+
+@pytest.mark.parametrize("name", ["rate does not divide segment", "two heads a key"])
+def test_jacobian(name):
+    case = CASES[name]
+    args, _, patterns = inputs(case, batch=1, dim=2, dim_v=2)
+    count = allowed(multiplicity(*case[:2], *case[3:]), True, batch=1)
+
+    def plain(q, k, v):
+        group = q.shape[2] // k.shape[2]
+        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        logits = logits + jnp.log(jnp.asarray(count, logits.dtype))
+        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
+        return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
+
+    run = with_lse(is_causal=True, **patterns)
+    every = [jax.jit(jax.jacrev(f, argnums=(0, 1, 2)))(*args) for f in (run, plain)]
+    assert_close(*every)
 
 
 def compiled_gradients(case) -> Any:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxkern._ring
+import jaxkern._ring_steps
 from jaxkern import (
     attention,
     context_parallel_attention,
@@ -32,7 +32,7 @@ from jaxkern import (
     ring_permutation,
 )
 from jaxkern._attention_tiles import make_tiling
-from jaxkern._ring import _parts
+from jaxkern._ring_steps import _parts
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
 # (batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v)
@@ -99,7 +99,8 @@ def test_one_device(layout):
 
 @layouts
 def test_several_tiles_a_part(layout, monkeypatch):
-    monkeypatch.setattr(jaxkern._ring, "make_tiling", partial(make_tiling, limit=8))
+    steps = jaxkern._ring_steps
+    monkeypatch.setattr(steps, "make_tiling", partial(make_tiling, limit=8))
     run = in_order(make_ring(4, layout, True), 4, layout)
     check(run, (1, 88, 88, 2, 1, 8, 8), True)
 

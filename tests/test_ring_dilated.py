@@ -1,0 +1,239 @@
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_definitions import assert_close, attention_args
+from flax import nnx
+from helpers import assert_as_exact, normal, to_float64, untyped
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import context_parallel_attention, dilated_attention, ring_attention
+from jaxkern.nn import MultiHeadAttention
+
+RING = P(None, "ring")
+# Of 64 tokens on 8 devices: half a shard, a pair's, four devices', more than there is.
+PATTERNS = {"segment_lengths": [4, 16, 32, 100], "dilation_rates": [1, 2, 4, 8]}
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def make_ring(devices, **options):
+    """The whole function of whole arrays, a device a part."""
+    mesh = jax.make_mesh(
+        (devices,),
+        ("ring",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+    ring = partial(ring_attention, axis_name="ring", **options)
+    return jax.shard_map(ring, mesh=mesh, in_specs=RING, out_specs=RING)
+
+
+def compiled(fn, args, d_out, options: Any = None) -> Any:
+    def both_passes(d_out, *args):
+        out, vjp = jax.vjp(fn, *args)
+        return out, vjp(d_out)
+
+    return jax.jit(both_passes).lower(d_out, *args).compile(compiler_options=options)
+
+
+def both_passes(fn, args, d_out) -> Any:
+    return compiled(fn, args, d_out, QUICK)(d_out, *args)
+
+
+def check(devices, size=(2, 64, 64, 4, 2, 8, 5), patterns=PATTERNS, **options):
+    options |= patterns
+    args, (d_out, _) = attention_args(size)
+    expected = both_passes(partial(dilated_attention, **options), args, d_out)
+    got = both_passes(make_ring(devices, **options), args, d_out)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_equals_dilated_attention_of_whole_arrays(devices, is_causal):
+    check(devices, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("head_offsets", ["blocks", "pattern"])
+def test_head_offsets(head_offsets):
+    check(4, is_causal=True, head_offsets=head_offsets, scale=0.7)
+
+
+def test_rows_that_no_pattern_takes():
+    patterns = {"segment_lengths": [6, 48], "dilation_rates": [4, 3]}
+    check(4, (1, 48, 48, 3, 3, 8, 8), patterns, is_causal=True)
+
+
+def test_one_device_may_hold_what_does_not_align():
+    patterns = {"segment_lengths": [7, 19], "dilation_rates": [1, 3]}
+    check(1, (1, 19, 19, 3, 1, 8, 8), patterns)
+
+
+def test_error_in_16_bits_is_that_of_whole_arrays():
+    args, (d_out, _) = attention_args((1, 64, 64, 4, 2, 16, 16), jnp.bfloat16)
+    run = partial(dilated_attention, is_causal=True, **PATTERNS)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, d_out))
+    exact = to_float64(both_passes(run, *wide))
+    got = both_passes(make_ring(4, is_causal=True, **PATTERNS), args, d_out)
+    assert_as_exact(got, both_passes(run, args, d_out), exact)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_context_parallel_attention(kind):
+    """The batch stays split over the other axis of the mesh."""
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "ring"), axis_types=axis_types)
+    args, (d_out, _) = attention_args((2, 64, 64, 4, 2, 8, 8))
+    options = {"is_causal": True} | PATTERNS
+    expected = both_passes(partial(dilated_attention, **options), args, d_out)
+    run = partial(context_parallel_attention, mesh=mesh, axis_name="ring", **options)
+    args = jax.device_put(args, NamedSharding(mesh, P("data")))
+    d_out = jax.device_put(d_out, NamedSharding(mesh, P("data", "ring")))
+    got = both_passes(run, args, d_out)
+    assert_close(got, expected)
+    assert got[0].sharding.spec[0] == "data"
+
+
+def test_in_a_module_under_remat_scan_and_vmap():
+    mesh = jax.make_mesh((4,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
+    patterns: Any = {"segment_lengths": [8, 32], "dilation_rates": [1, 2]}
+
+    def layers(attention_fn, x):
+        module = MultiHeadAttention(
+            *(16, 4), attention_fn=partial(attention_fn, **patterns), rngs=nnx.Rngs(0)
+        )
+
+        @jax.checkpoint
+        def layer(x, _):
+            return x + jax.vmap(module)(x), None
+
+        return jax.lax.scan(layer, x, None, length=2)[0]
+
+    x, spec = normal(0, (3, 1, 32, 16)), P(None, None, "ring")
+    ring = jax.shard_map(
+        partial(layers, partial(ring_attention, axis_name="ring")),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    expected = both_passes(partial(layers, dilated_attention), (x,), x)
+    assert_close(both_passes(ring, (x,), x), expected)
+
+
+def sent(text):
+    """Of each message: who sends to whom, and how many numbers."""
+    for line in text.splitlines():
+        if re.search(r"= .*collective-permute(-start)?\(", line):
+            shapes = re.findall(r"f32\[([\d,]*)\]", line.split("collective-permute")[0])
+            pairs = re.findall(r"\{(\d+),(\d+)\}", line)
+            sizes = {int(np.prod([int(n) for n in s.split(",")])) for s in shapes}
+            yield {(int(a), int(b)) for a, b in pairs}, sizes
+
+
+@pytest.mark.parametrize("group, rate", [(2, 1), (2, 4), (4, 2), (8, 8)])
+def test_only_selected_tokens_go_round_and_only_in_their_group(group, rate):
+    seq, heads, dim = 128, 2, 8
+    options: Any = {"segment_lengths": [group * 16], "dilation_rates": [rate]}
+    ring = make_ring(8, is_causal=True, **options)
+    arrays = [jax.ShapeDtypeStruct((1, seq, heads, dim), jnp.float32)] * 4
+    text = compiled(ring, arrays[1:], arrays[0]).as_text()
+    assert not any(f"all-{x}" in text for x in ("gather", "reduce", "to-all"))
+    assert "conditional" in text
+    neighbours = {(i, i // group * group + (i + 1) % group) for i in range(8)}
+    messages = list(sent(text))
+    assert messages
+    for pairs, sizes in messages:
+        assert pairs == neighbours
+        assert sizes == {seq // 8 // rate * heads * dim}
+
+
+def test_segments_within_devices_send_nothing():
+    options: Any = {"segment_lengths": [4, 16], "dilation_rates": [1, 3]}
+    arrays = [jax.ShapeDtypeStruct((1, 64, 3, 8), jnp.float32)] * 4
+    text = compiled(make_ring(4, **options), arrays[1:], arrays[0]).as_text()
+    assert "collective" not in text and "all-" not in text
+
+
+def test_memory_is_linear_in_the_sequence_over_the_devices():
+    used = {}
+    for devices, share in [(4, 1024), (8, 1024), (8, 2048)]:
+        seq = devices * share
+        ring = make_ring(
+            devices,
+            is_causal=True,
+            segment_lengths=[256, seq],
+            dilation_rates=[1, 4],
+        )
+        arrays = [jax.ShapeDtypeStruct((1, seq, 4, 32), jnp.float32)] * 4
+        memory = compiled(ring, arrays[1:], arrays[0]).memory_analysis()
+        used[devices, share] = memory.temp_size_in_bytes
+    assert used[8, 1024] < 1.1 * used[4, 1024]
+    assert used[8, 2048] < 2.1 * used[8, 1024]
+
+
+X = jnp.zeros((1, 64, 2, 4))
+ALIGN = (
+    "ring_attention: segment_lengths must divide the 16 tokens of a device, or be "
+    "those of one of several equal groups of the 4 devices, 32, 64, got "
+)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"segment_lengths": [6]}, ALIGN + "6"),
+        ({"segment_lengths": [24]}, ALIGN + "24"),
+        ({"segment_lengths": [48]}, ALIGN + "48"),
+        (
+            {"segment_lengths": [32], "dilation_rates": [3]},
+            "dilation_rates must divide the 16 tokens of a device where a segment "
+            "spans 2 devices, got 3 for 32 tokens",
+        ),
+        (
+            {"dilation_rates": [1, 2]},
+            "dilation_rates must be as many as the 1 segment_lengths, got 2",
+        ),
+        (
+            {"dilation_rates": None},
+            "segment_lengths and dilation_rates must be given together, got "
+            "segment_lengths alone",
+        ),
+        (
+            {"segment_lengths": None},
+            "must be given together, got dilation_rates alone",
+        ),
+        (
+            {"segment_lengths": None, "dilation_rates": None, "head_offsets": "blocks"},
+            "head_offsets must be left out without segment_lengths, got 'blocks'",
+        ),
+        ({"head_offsets": "brick"}, "head_offsets must be one of 'paper', 'blocks', "),
+        ({"layout": "striped"}, "layout must be 'contiguous' .*, got 'striped'"),
+        ({"layout": "zigzag"}, "layout must be 'contiguous' .*, got 'zigzag'"),
+    ],
+    ids=str,
+)
+def test_refusals(options, message):
+    options = {"segment_lengths": [16], "dilation_rates": [1]} | options
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(make_ring(4, **options), X, X, X)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_refusals():
+    options: Any = {"segment_lengths": [16], "dilation_rates": [1]}
+    with pytest.raises(ValueError, match=r"key must have shape \(1, 16, 2, 4\)"):
+        jax.eval_shape(make_ring(4, **options), X, X[:, :32], X[:, :32])
+    mesh = jax.make_mesh((4,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = partial(untyped.context_parallel_attention, mesh=mesh, axis_name="ring")
+    with pytest.raises(ValueError, match="context_parallel_attention: layout must be"):
+        run(X, X, X, layout="zigzag", **options)
+    with pytest.raises(ValueError, match="multiple of 4 .*, got 62: pad it by 2"):
+        run(*[X[:, :62]] * 3, **options)
+    with pytest.raises(TypeError, match="segment_lengths must be a sequence of int"):
+        run(X, X, X, segment_lengths=16, dilation_rates=[1])

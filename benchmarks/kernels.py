@@ -76,9 +76,9 @@ def _attention(
         case "forward":
             run = partial(kernels.forward, scale, True, mask())
         case "backward_q":
-            run = partial(kernels.backward_q, scale, mask())
+            run = partial(kernels.backward_q, scale, False, mask())
         case _:
-            run = partial(kernels.backward_kv, scale, wanted, mask())
+            run = partial(kernels.backward_kv, scale, False, wanted, mask())
     return run, inputs if kernel == "forward" else (*inputs, query, numbers)
 
 

@@ -18,7 +18,7 @@ from ._attention_tiles import (
     make_tiling,
     normalize,
 )
-from ._block_mask import BlockMask
+from ._block_mask import band_mask
 from ._checks import (
     check_floating,
     check_implementation,
@@ -121,11 +121,13 @@ def attention(
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         _check_mask(op, mask, query, key)
-    implementation = _select(op, implementation, query, value, mask, scale)
+    if implementation != "cudnn":
+        refused = None if mask is None else _no_mask(mask)
+        implementation = select_kernel(op, implementation, query, value, scale, refused)
     seq_q, seq_kv = query.shape[1], key.shape[1]
     match implementation:
         case "mosaic_gpu":
-            blocks = _whole_mask(seq_q, seq_kv, is_causal)
+            blocks = band_mask(None, 0 if is_causal else None, seq_q, seq_kv)
             out, lse = kernel.attend(query, key, value, blocks, scale)
             return (out, lse) if return_lse else out
         case "cudnn":
@@ -155,36 +157,34 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _select(
+def select_kernel(
     op: str,
-    implementation: Implementation | None,
-    query: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
+    implementation: Literal["xla", "mosaic_gpu"] | None,
+    query: jax.Array | jax.ShapeDtypeStruct,
+    value: jax.Array | jax.ShapeDtypeStruct,
     scale: float,
-) -> Implementation:
-    if implementation in ("xla", "cudnn"):
-        return implementation
+    reason: str | None = None,
+) -> Literal["xla", "mosaic_gpu"]:
+    """Where attention without a mask runs; a `reason` is one more against the kernel.
+
+    Raises:
+        NotImplementedError: the kernel is named and cannot run this.
+    """
     named, hopper = implementation is not None, on_hopper()
     large = query.shape[1] * value.shape[1] > TILE**2
-    if not named and not (hopper and large and runs_locally()):
+    if implementation == "xla" or not (named or (hopper and large and runs_locally())):
         return "xla"
-    if mask is not None:
-        reason = (
-            f"mask must be None for mosaic_gpu, got one of shape {mask.shape}; "
-            "block_sparse_attention takes a BlockMask"
-        )
-    else:
-        reason = kernel.unsupported(query, value, None, scale, on_hopper=hopper)
+    reason = reason or kernel.unsupported(query, value, None, scale, on_hopper=hopper)
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"
 
 
-def _whole_mask(seq_q: int, seq_kv: int, is_causal: bool) -> BlockMask:
-    if is_causal:
-        return BlockMask.causal(seq_q, seq_kv)
-    return BlockMask.local_window(seq_q, seq_kv, window=max(seq_q, seq_kv))
+def _no_mask(mask: jax.Array) -> str:
+    return (
+        f"mask must be None for mosaic_gpu, got one of shape {mask.shape}; "
+        "block_sparse_attention takes a BlockMask"
+    )
 
 
 def _reference(query, key, value, mask, scale):

@@ -88,7 +88,7 @@ class BlockMask:
         """`k <= q`."""
         op = "BlockMask.causal"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        return _band(predicates.Band(None, 0), q_len, kv_len, block_size)
+        return band_mask(None, 0, q_len, kv_len, block_size)
 
     @staticmethod
     def local_window(
@@ -98,7 +98,7 @@ class BlockMask:
         op = "BlockMask.local_window"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 0, window=window)
-        return _band(predicates.Band(-window, window), q_len, kv_len, block_size)
+        return band_mask(-window, window, q_len, kv_len, block_size)
 
     @staticmethod
     def dilated(
@@ -397,7 +397,15 @@ class BlockMask:
         return self._runs().to_dense()[batch, head]
 
 
-def _band(fn: predicates.Band, q_len: int, kv_len: int, block_size: int) -> BlockMask:
+def band_mask(
+    lower: int | None,
+    upper: int | None,
+    q_len: int,
+    kv_len: int,
+    block_size: int = BLOCK_SIZE,
+) -> BlockMask:
+    """`lower <= k - q <= upper`, where None is no bound."""
+    fn = predicates.Band(lower, upper)
     runs = patterns.band(fn, q_len, kv_len, block_size)
     return _build(runs, fn, q_len, kv_len, block_size)
 

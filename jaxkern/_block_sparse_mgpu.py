@@ -16,7 +16,7 @@ so that keys and values have a launch each.
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +78,8 @@ def kv_launches(dim: int) -> Sequence[tuple[str, ...]]:
 
 
 def unsupported(
-    query: jax.Array,
-    value: jax.Array,
+    query: jax.Array | jax.ShapeDtypeStruct,
+    value: jax.Array | jax.ShapeDtypeStruct,
     mask: BlockMask | None,
     scale: float,
     *,
@@ -111,20 +111,22 @@ def unsupported(
 def attend(query, key, value, mask: BlockMask, scale: float):
     """(out, lse), lse (batch, seq, heads); differentiable but for the mask."""
     seq_q, dim = query.shape[1], query.shape[3]
-    query, key, value = (_pad(x) for x in (query, key, value))
-    leaves, tree = jax.tree.flatten(mask)
-    query, key, value, *leaves = vary_alike(
-        query, key, value, *map(jnp.asarray, leaves)
-    )
-    mask = jax.tree.unflatten(tree, leaves)
-    out, lse = _attend(query, key, value, mask, scale)
+    arrays, mask = _prepare(mask, query, key, value)
+    out, lse = _attend(*arrays, mask, scale)
     return out[:, :seq_q, :, :dim], lse[:, :seq_q]
 
 
-def _pad(x):
-    """With zeros at the end, to what tiles of shared memory are made of."""
-    missing = -x.shape[1] % ROW_STEP, -x.shape[3] % CONTRACTED_STEP
-    return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])])
+def _prepare(mask, *arrays):
+    """Padded with zeros at the end, to what tiles of shared memory are made of."""
+
+    def pad(x):
+        missing = -x.shape[1] % ROW_STEP, -x.shape[3] % CONTRACTED_STEP
+        return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])])
+
+    leaves, tree = jax.tree.flatten(mask)
+    alike = vary_alike(*map(pad, arrays), *map(jnp.asarray, leaves))
+    n = len(arrays)
+    return alike[:n], jax.tree.unflatten(tree, alike[n:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -142,31 +144,67 @@ def _attend_forward(query, key, value, mask, scale):
 
 def _attend_backward(scale, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
-    return *gradients(query, key, value, mask, scale, outs, lse2, *cotangents), None
+    d_out, d_lse = cotangents
+    d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
+    delta = (d_out * _sum(outs)).sum(-1).mT - d_lse
+    args = mask, query, key, value, d_out, lse2, delta
+    return *(x for (x,) in _gradients(scale, False, *args)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def gradients(query, key, value, mask, scale, outs, lse2, d_out, d_lse):
-    """Of query, key and value.
+def attend_part(query, key, value, mask: BlockMask, scale: float):
+    """(out, lse) over some of the keys, to be merged with others: both in float32."""
+    seq_q, dim = query.shape[1], query.shape[3]
+    arrays, mask = _prepare(mask, query, key, value)
+    out, lse2, low = _over_batch(partial(forward, scale, True))(mask, *arrays)
+    lse = lse2[:, :, 0].mT / LOG2_E
+    return _sum([out, low])[:, :seq_q, :, :dim], lse[:, :seq_q]
 
-    outs: their sum is the output.
-    lse2: the log-sum-exp in base 2, (batch, heads, seq).
+
+def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta):
+    """What these keys add to the three gradients, in float32.
+
+    lse, delta: of all keys, (batch, seq, heads).
     """
-    unseen = jnp.isneginf(lse2)
-    out = sum(x.astype(jnp.float32) for x in outs)
-    delta = (d_out * out).sum(-1).mT - jnp.where(unseen, 0, d_lse.mT)
-    # exp2 of anything minus infinity is 0: unseen rows have no weights.
-    numbers = jnp.stack([jnp.where(unseen, jnp.inf, lse2), delta], 2)
-    args = mask, query, key, value, d_out, numbers
-    (d_query,) = _over_batch(partial(backward_q, scale))(*args)
-    d_key_value = [
-        gradient
-        for wanted in kv_launches(query.shape[3])
-        for gradient in _over_batch(partial(backward_kv, scale, wanted))(*args)
+    arrays, mask = _prepare(mask, query, key, value, d_out)
+    missing = -lse.shape[1] % ROW_STEP
+    lse2, delta = (
+        jnp.pad(x.mT, [(0, 0), (0, 0), (0, missing)]) for x in (lse * LOG2_E, delta)
+    )
+    gradients = map(
+        _sum, _gradients(scale, True, mask, *arrays, lse2=lse2, delta=delta)
+    )
+    return [
+        gradient[:, : x.shape[1], :, : x.shape[3]]
+        for x, gradient in zip((query, key, value), gradients, strict=True)
     ]
-    return d_query, *d_key_value
+
+
+def _sum(parts):
+    return reduce(jnp.add, (x.astype(jnp.float32) for x in parts))
+
+
+def _gradients(scale, exact, mask, query, key, value, d_out, lse2, delta):
+    """Of query, key and value, each in one part, or in two if exact.
+
+    lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
+    """
+    # exp2 of anything minus infinity is 0: unseen rows have no weights.
+    numbers = jnp.stack([jnp.where(jnp.isneginf(lse2), jnp.inf, lse2), delta], 2)
+    args = mask, query, key, value, d_out, numbers
+    parts = [*_over_batch(partial(backward_q, scale, exact))(*args)]
+    for wanted in kv_launches(query.shape[3]):
+        parts += _over_batch(partial(backward_kv, scale, exact, wanted))(*args)
+    each = 1 + exact
+    return [parts[i : i + each] for i in range(0, len(parts), each)]
+
+
+def _rounded(value, dtype, exact: bool):
+    """In one part, or in two: what rounding takes from it, rounded itself."""
+    low = value - value.astype(dtype).astype(jnp.float32)
+    return [value, low][: 1 + exact]
 
 
 def _over_batch(kernel):
@@ -198,8 +236,8 @@ def _repeat(size, is_batched, args):
 def forward(scale, exact, mask, query, key, value, config: Config | None = None):
     """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
-    exact: and then what rounding took from `out`, rounded itself. The gradient of a
-        query is a difference, of which little may remain where it sees few keys.
+    exact: and then the second part of `out`. The gradient of a query is a difference,
+        of which little may remain where it sees few keys.
     """
     config = config or config_of("forward", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
@@ -244,8 +282,8 @@ def forward(scale, exact, mask, query, key, value, config: Config | None = None)
         share = jnp.where(seen, 1 / total, 0)
         lse2 = jnp.where(seen, top + jnp.log2(total), -jnp.inf)
         out = summed * lax.broadcast_in_dim(share, summed.shape, [0])
-        low = out - out.astype(query.dtype).astype(jnp.float32)
-        return [out, lse2, low][: 2 + exact]
+        out, *low = _rounded(out, query.dtype, exact)
+        return [out, lse2, *low]
 
     held, walked = [Tokens(query)], [[Tokens(key)], [Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
@@ -254,9 +292,9 @@ def forward(scale, exact, mask, query, key, value, config: Config | None = None)
 
 
 def backward_q(
-    scale, mask, query, key, value, d_out, numbers, config: Config | None = None
+    scale, exact, mask, query, key, value, d_out, numbers, config: Config | None = None
 ):
-    """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
+    """The parts of d_query; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
     shape = config.rows, config.columns
@@ -282,19 +320,28 @@ def backward_q(
         return summed, lse, delta
 
     def finish(carry, held):
-        return [carry[0] * scale]
+        return _rounded(carry[0] * scale, query.dtype, exact)
 
     held = [Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]
     walked = [[Tokens(key), Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
-    body = Body(start, step, finish, [0])
+    body = Body(start, step, finish, [0] * (1 + exact))
     return walk_lists(body, config, held, walked, walk, "attention_backward_q")
 
 
 def backward_kv(
-    scale, wanted, mask, query, key, value, d_out, numbers, config: Config | None = None
+    scale,
+    exact,
+    wanted,
+    mask,
+    query,
+    key,
+    value,
+    d_out,
+    numbers,
+    config: Config | None = None,
 ):
-    """The wanted gradients, of "key", "value" or both.
+    """The parts of the wanted gradients, of "key", "value" or both.
 
     Keys are the rows, so that only views of shared memory are transposed.
     """
@@ -330,14 +377,17 @@ def backward_kv(
         return [added[name] for name in wanted]
 
     def finish(sums, held):
+        factors = [scale if name == "key" else 1.0 for name in wanted]
         return [
-            s * scale if n == "key" else s for n, s in zip(wanted, sums, strict=True)
+            part
+            for value, factor in zip(sums, factors, strict=True)
+            for part in _rounded(value * factor, query.dtype, exact)
         ]
 
     held = [Tokens(key), Tokens(value)]
     walked = [[Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]]
     walk = _walk(mask, "q", query, key, config)
-    outs = [("key", "value").index(name) for name in wanted]
+    outs = [("key", "value").index(x) for x in wanted for _ in range(1 + exact)]
     body = Body(start, step, finish, outs)
     name = f"attention_backward_{'_'.join(wanted)}"
     return walk_lists(body, config, held, walked, walk, name)

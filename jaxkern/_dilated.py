@@ -11,12 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from ._attention import attention, check_query_key_value
-from ._checks import Implementation, check_shape, check_xla_only, raise_unknown
+from ._attention import attention, check_query_key_value, check_scale, select_kernel
+from ._checks import (
+    Implementation,
+    check_implementation,
+    check_shape,
+    raise_unknown,
+)
 from ._matmul import widen
 
 HeadOffsets = Literal["paper", "blocks", "pattern"]
 Uncovered = Literal["zero", "error"]
+
+_NO_MASK = (
+    "key_mask must be None, and segments and rates must divide the sequence, "
+    "for mosaic_gpu"
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,10 @@ def dilated_attention(
     FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
     where `w` exceeds the sequence, the sequence is the segment.
 
+    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`,
+    without `key_mask` and where segments and rates divide the sequence. None picks it
+    for each pattern as `attention` does.
+
     Heads are counted in the array given: to split heads by `shard_map`, give each
     device a multiple of every rate, and let "paper" choose the offsets.
 
@@ -175,14 +189,15 @@ def dilated_attention(
             sequences of positive integers, each rate exceeds its segment, heads are
             fewer than the patterns to split them among, rows are uncovered though that
             is an "error", or a name is unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     References:
         LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
     """
     op = "dilated_attention"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     check_query_key_value(op, query, key, value)
+    scale = check_scale(op, scale, query.shape[-1])
     batch, seq, heads, _ = query.shape
     given = f" for query of shape {query.shape}"
     check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
@@ -199,13 +214,15 @@ def dilated_attention(
         _check_covered(op, groups, seq)
     parts = [
         _attend(
+            op,
             query[:, :, start:stop],
             *_key_value_heads(key, value, start, stop, heads),
             key_mask,
             [pattern.of_heads(start, stop) for pattern in members],
+            stop_gradient_mix,
             is_causal,
             scale,
-            stop_gradient_mix,
+            implementation,
         )
         for (start, stop), members in groups
     ]
@@ -213,10 +230,10 @@ def dilated_attention(
     return (out, lse) if return_lse else out
 
 
-def _attend(query, key, value, key_mask, patterns, is_causal, scale, stop_gradient_mix):
+def _attend(op, query, key, value, key_mask, patterns, stop_gradient_mix, *given):
     """All heads through all patterns, and the mixture."""
     parts = [
-        attend_pattern(query, key, value, key_mask, pattern, is_causal, scale)
+        attend_pattern(op, query, key, value, key_mask, pattern, *given)
         for pattern in patterns
     ]
     return mix(patterns, parts, query.shape[1], value.dtype, stop_gradient_mix)
@@ -252,13 +269,15 @@ def mix(
 
 
 def attend_pattern(
+    op: str,
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim_v"],
     key_mask: Bool[Array, "batch seq"] | None,
     pattern: Pattern,
     is_causal: bool,
-    scale: float | None,
+    scale: float,
+    implementation: Implementation | None,
 ) -> tuple[
     Float[Array, "batch segments rows heads dim_v"],
     Float[Array, "batch segments rows heads"],
@@ -269,6 +288,10 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
+    rows = select_rows(query, key, value, pattern)
+    refused = None if mask is None else _NO_MASK
+    one = [jax.eval_shape(lambda x: x[:, 0], x) for x in (rows[0], rows[2])]
+    chosen = select_kernel(op, implementation, *one, scale=scale, reason=refused)
 
     # Not merged with the batch, which may be sharded on a mesh.
     @partial(jax.vmap, in_axes=1, out_axes=1)
@@ -281,9 +304,10 @@ def attend_pattern(
             is_causal=is_causal,
             scale=scale,
             return_lse=True,
+            implementation=chosen,
         )
 
-    return attend_segment(*select_rows(query, key, value, pattern), mask)
+    return attend_segment(*rows, mask)
 
 
 def select_rows(

@@ -12,8 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ._attention import check_query_key_value, check_scale
-from ._checks import Implementation, check_shape, check_xla_only, raise_unknown
+from ._attention import check_query_key_value, check_scale, select_kernel
+from ._checks import (
+    Implementation,
+    check_implementation,
+    check_shape,
+    raise_unknown,
+)
 from ._dilated import HeadOffsets
 from ._ring_dilated import attend_dilated_around
 from ._ring_steps import Layout, Ring, attend_around
@@ -66,6 +71,9 @@ def ring_attention(
     backward these again, and $w/r$ gradients of each. Where all query heads of a key
     take the same rows, these are sent once.
 
+    With `implementation` "mosaic_gpu" each step runs the kernel of `attention`, which
+    None picks as it does there.
+
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
         ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
@@ -73,7 +81,7 @@ def ring_attention(
             segment is neither a divisor of a device's tokens nor all of those of one of
             several equal groups of devices, or the rate of one across devices does not
             divide a device's tokens.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     References:
         Ring Attention, https://arxiv.org/abs/2310.01889; striped:
@@ -82,7 +90,7 @@ def ring_attention(
         what here goes round, https://arxiv.org/abs/2307.02486.
     """
     op = "ring_attention"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     _check_layout(op, layout)
     check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
@@ -110,10 +118,11 @@ def ring_attention(
         check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), given)
         patterns = segment_lengths, dilation_rates, head_offsets
         return attend_dilated_around(
-            op, query, key, value, ring, is_causal, scale, *patterns
+            op, query, key, value, ring, is_causal, scale, *patterns, implementation
         )
     seen = layout if is_causal else None
-    return attend_around(query, key, value, ring, scale, seen)[0]
+    chosen = select_kernel(op, implementation, query, value, scale)
+    return attend_around(query, key, value, ring, scale, seen, chosen)[0]
 
 
 def ring_permutation(
@@ -175,10 +184,10 @@ def context_parallel_attention(
         TypeError: an argument is no floating-point array, or the dtypes differ.
         ValueError: as `ring_attention`; the mesh has no such axis, or it does not
             divide the sequence.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
     """
     op = "context_parallel_attention"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     if layout is None:
         layout = "zigzag" if segment_lengths is None else "contiguous"
     _check_layout(op, layout)

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 from jaxtyping import Array, Float
 
+from ._attention import select_kernel
+from ._checks import Implementation
 from ._dilated import (
     HeadOffsets,
     Pattern,
@@ -27,6 +29,7 @@ def attend_dilated_around(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     head_offsets: HeadOffsets,
+    implementation: Implementation | None,
 ) -> Float[Array, "batch seq heads dim_v"]:
     """A device's tokens of `dilated_attention` over those of all devices."""
     shard, heads = query.shape[1:3]
@@ -37,20 +40,24 @@ def attend_dilated_around(
     rings = [_ring_of_a_segment(op, x, shard, ring) for x in patterns]
     # Of a longer segment, a device holds as many tokens, from a multiple of the rate.
     patterns = [replace(x, segment=min(x.segment, shard)) for x in patterns]
+    given = is_causal, scale, implementation
     parts = [
-        _attend_across(query, key, value, pattern, group, is_causal, scale)
+        _attend_across(op, query, key, value, pattern, group, *given)
         if group.devices > 1
-        else attend_pattern(query, key, value, None, pattern, is_causal, scale)
+        else attend_pattern(op, query, key, value, None, pattern, *given)
         for pattern, group in zip(patterns, rings, strict=True)
     ]
     return mix(patterns, parts, shard, value.dtype)[0]
 
 
-def _attend_across(query, key, value, pattern, ring, is_causal, scale):
+def _attend_across(
+    op, query, key, value, pattern, ring, is_causal, scale, implementation
+):
     """`attend_pattern`, of the one segment that the devices of a ring share."""
     query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
     layout = "contiguous" if is_causal else None
-    out, lse = attend_around(query, key, value, ring, scale, layout)
+    chosen = select_kernel(op, implementation, query, value, scale)
+    out, lse = attend_around(query, key, value, ring, scale, layout, chosen)
     return out[:, None], lse[:, None]
 
 

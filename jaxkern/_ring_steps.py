@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from . import _block_sparse_mgpu as kernel
 from ._attention import merge_attention
 from ._attention_tiles import Tiling, attend, attend_gradients, make_tiling
+from ._block_mask import BlockMask, band_mask
+from ._checks import Implementation
 from ._mesh import vary_alike
 
 Layout = Literal["contiguous", "striped", "zigzag"]
@@ -41,9 +44,11 @@ def attend_around(
     ring: Ring,
     scale: float,
     layout: Layout | None,
+    implementation: Implementation,
 ) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
     """Attention to all keys of a ring; a layout makes it causal, None does not."""
-    return _around(*vary_alike(query, key, value, ring.rank()), ring, scale, layout)
+    arrays = vary_alike(query, key, value, ring.rank())
+    return _around(*arrays, ring, scale, layout, implementation)
 
 
 class _Part(NamedTuple):
@@ -55,6 +60,10 @@ class _Part(NamedTuple):
 
     def tiling(self, seq_q: int) -> Tiling:
         return make_tiling(seq_q - self.first_query, self.end_key, self.diagonal)
+
+    def mask(self, seq_q: int) -> BlockMask:
+        rows = seq_q - self.first_query
+        return band_mask(None, self.diagonal, rows, self.end_key)
 
 
 def _parts(
@@ -91,40 +100,53 @@ def _pad(x, before, after, fill=0.0):
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def _attend(query, keys_values, scale, part):
+def _attend(query, keys_values, scale, part, implementation):
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
-    tiling = part.tiling(query.shape[1])
-    out, lse = attend(query[:, first:], key, value, None, scale, tiling)
+    if implementation == "mosaic_gpu":
+        mask = part.mask(query.shape[1])
+        out, lse = kernel.attend_part(query[:, first:], key, value, mask, scale)
+    else:
+        tiling = part.tiling(query.shape[1])
+        out, lse = attend(query[:, first:], key, value, None, scale, tiling)
     return _pad(out, first, 0), _pad(lse, first, 0, -jnp.inf)
 
 
-def _gradients(query, keys_values, d_out, lse, delta, scale, part):
+def _gradients(query, keys_values, d_out, lse, delta, scale, part, implementation):
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
     rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))
-    tiling = part.tiling(query.shape[1])
-    d_query, d_key, d_value = attend_gradients(
-        rows, key, value, None, d_out, lse, delta, scale, tiling
-    )
+    if implementation == "mosaic_gpu":
+        mask = part.mask(query.shape[1])
+        d_query, d_key, d_value = kernel.part_gradients(
+            rows, key, value, mask, scale, d_out, lse, delta
+        )
+    else:
+        tiling = part.tiling(query.shape[1])
+        d_query, d_key, d_value = attend_gradients(
+            rows, key, value, None, d_out, lse, delta, scale, tiling
+        )
     missing = keys_values[0].shape[1] - end
     return _pad(d_query, first, 0), (_pad(d_key, 0, missing), _pad(d_value, 0, missing))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _around(query, key, value, rank, ring, scale, layout):
-    return _around_forward(query, key, value, rank, ring, scale, layout)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _around(*args):
+    return _around_forward(*args)[0]
 
 
-def _around_forward(query, key, value, rank, ring, scale, layout):
+def _around_forward(query, key, value, rank, ring, scale, layout, implementation):
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
+
+    def attend(keys_values, part):
+        return _attend(query, keys_values, scale, part, implementation)
 
     def add(out, lse, held, step):
         def run(part):
             if part is None:
                 return out, lse
-            return merge_attention(out, lse, *_attend(query, held, scale, part))
+            return merge_attention(out, lse, *attend(held, part))
 
         return _pick(parts, step, rank, run)
 
@@ -136,7 +158,7 @@ def _around_forward(query, key, value, rank, ring, scale, layout):
 
     keys_values = key, value
     arriving = ring.send_on(keys_values) if devices > 1 else None
-    out, lse = _attend(query, keys_values, scale, parts[0])
+    out, lse = attend(keys_values, parts[0])
     if devices > 1:
         carry = out, lse, arriving
         (out, lse, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
@@ -144,7 +166,7 @@ def _around_forward(query, key, value, rank, ring, scale, layout):
     return (out.astype(value.dtype), lse), (query, key, value, rank, out, lse)
 
 
-def _around_backward(ring, scale, layout, saved, cotangents):
+def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     query, key, value, rank, out, lse = saved
     d_out, d_lse = cotangents
     devices = ring.devices
@@ -152,7 +174,8 @@ def _around_backward(ring, scale, layout, saved, cotangents):
     delta = (d_out * out).sum(-1) - d_lse
 
     def gradients(keys_values, part):
-        return _gradients(query, keys_values, d_out, lse, delta, scale, part)
+        given = query, keys_values, d_out, lse, delta, scale, part
+        return _gradients(*given, implementation)
 
     def add(d_query, d_held, held, step):
         # The sums so far come from the neighbour while this device's share is computed.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import assert_as_exact, to_float64
+from helpers import assert_as_exact, to_float64, value_and_vjp
 
 
 def see(mask, is_causal, shape):
@@ -113,3 +113,20 @@ def assert_attention(got, exact, plain=None):
         assert_close(got, exact, 1e-5 + lse * np.finfo(np.float32).eps / 2)
     else:
         assert_as_exact(got, _without_infinity(plain), exact)
+
+
+def check_attention(fn, size, mask, dtype):
+    """`fn(query, key, value)`, (out, lse), and its gradients, as near as plain ones."""
+    batch, seq_q, seq_kv, heads, _, dim, _ = size
+    args, (d_out, d_lse) = attention_args(size, dtype)
+    visible = np.broadcast_to(mask, (batch, heads, seq_q, seq_kv))
+    # A row that sees nothing has no gradient of its log-sum-exp.
+    seen = visible.any(-1).swapaxes(1, 2)
+    cotangents = d_out, jnp.where(seen, d_lse, 0)
+
+    def plain(query, key, value):
+        return plain_attention(query, key, value, visible, dim**-0.5)
+
+    exact = attention_float64(args, cotangents, visible, dim**-0.5)
+    got = value_and_vjp(fn, args, cotangents)
+    assert_attention(got, exact, value_and_vjp(plain, args, cotangents))

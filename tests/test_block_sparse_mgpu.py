@@ -11,6 +11,7 @@ from attention_definitions import (
     assert_close,
     attention_args,
     attention_float64,
+    check_attention,
     plain_attention,
 )
 from helpers import assert_as_exact, value_and_vjp
@@ -18,13 +19,11 @@ from helpers import assert_as_exact, value_and_vjp
 from benchmarks._kernel_compile import lower
 from jaxkern import (
     BlockMask,
-    _attention,
     _block_sparse,
     _block_sparse_mgpu,
     _mgpu,
     _mgpu_lists,
     _mgpu_schedule,
-    attention,
     block_sparse_attention,
 )
 from jaxkern._block_lists import BlockLists
@@ -44,30 +43,15 @@ def few_blocks(request, monkeypatch):
 @pytest.fixture
 def hopper(monkeypatch):
     """As if the default device were one."""
-    for module in (_attention, _block_sparse):
-        monkeypatch.setattr(module, "on_hopper", lambda: True)
+    monkeypatch.setattr(_block_sparse, "on_hopper", lambda: True)
 
 
 def check(size, mask, dtype=BF16, fn=None):
-    """Values and gradients; `size` as for `attention_args`."""
-    args, (d_out, d_lse) = attention_args(size, dtype)
-    scale = size[5] ** -0.5
-    visible = np.broadcast_to(
-        mask.to_dense(), (size[0], size[3], mask.q_len, mask.kv_len)
-    )
-    # A row that sees nothing has no gradient of its log-sum-exp.
-    seen = visible.any(-1).swapaxes(1, 2)
-    cotangents = d_out, jnp.where(seen, d_lse, 0)
-
     def kernel(query, key, value):
+        scale = size[5] ** -0.5
         return _block_sparse_mgpu.attend(query, key, value, mask, scale)
 
-    def plain(query, key, value):
-        return plain_attention(query, key, value, visible, scale)
-
-    exact = attention_float64(args, cotangents, visible, scale)
-    got = value_and_vjp(fn or kernel, args, cotangents)
-    assert_attention(got, exact, value_and_vjp(plain, args, cotangents))
+    check_attention(fn or kernel, size, mask.to_dense(), dtype)
 
 
 def some_blocks(seed, heads, rows, columns):
@@ -151,11 +135,11 @@ def test_mask_computed_under_jit():
 
     def kernel(ids, *args):
         mask = BlockMask.document(ids)
-        return _block_sparse_mgpu.attend(*args, mask, 0.25)
+        return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
 
     def plain(ids, *args):
         visible = (ids[:, None, :, None] == ids[:, None, None]).repeat(2, 1)
-        return plain_attention(*args, visible, 0.25)
+        return plain_attention(*args, visible=visible, scale=0.25)
 
     visible = np.asarray(BlockMask.document(ids).to_dense())
     exact = attention_float64(args, cotangents, visible.repeat(2, 1), 0.25)
@@ -178,10 +162,10 @@ def test_large_logits():
     visible = np.asarray(mask.to_dense()).repeat(2, 1)
 
     def kernel(*args):
-        return _block_sparse_mgpu.attend(*args, mask, 0.25)
+        return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
 
     def plain(*args):
-        return plain_attention(*args, visible, 0.25)
+        return plain_attention(*args, visible=visible, scale=0.25)
 
     exact = attention_float64(args, cotangents, visible, 0.25)
     got = value_and_vjp(kernel, args, cotangents)
@@ -204,7 +188,7 @@ def test_under_vmap(mask):
 
     def gradients(query):
         def kernel(*args):
-            return _block_sparse_mgpu.attend(*args, mask, 0.25)
+            return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
 
         return value_and_vjp(kernel, (query, *args[1:]), cotangents)
 
@@ -228,7 +212,7 @@ def test_under_shard_map(over):
 
     def kernel(*args):
         def local(mask, *args):
-            return _block_sparse_mgpu.attend(*args, mask, 0.25)
+            return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
 
         sharded = jax.shard_map(
             local, mesh=mesh, in_specs=(specs, spec, spec, spec), out_specs=(spec, spec)
@@ -236,45 +220,6 @@ def test_under_shard_map(over):
         return sharded(mask, *args)
 
     check((1, 140, 140, 2, 2, 16, 16), mask, fn=kernel)
-
-
-@pytest.mark.usefixtures("interpreted", "hopper")
-@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
-def test_public_calls_run_the_kernel(is_causal):
-    size = 1, 140, 130, 2, 1, 16, 16
-    mask = BlockMask.causal(140, 130)
-    if not is_causal:
-        mask = BlockMask.local_window(140, 130, window=140)
-
-    def whole(*args):
-        return attention(
-            *args, is_causal=is_causal, return_lse=True, implementation="mosaic_gpu"
-        )
-
-    def blocks(*args):
-        return block_sparse_attention(
-            *args, mask=mask, return_lse=True, implementation="mosaic_gpu"
-        )
-
-    for fn in (whole, blocks):
-        check(size, mask, fn=fn)
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("seq, kernels", [(256, 0), (264, 1)])
-def test_none_picks_the_kernel_for_long_sequences(seq, kernels, monkeypatch):
-    monkeypatch.setattr(_attention, "runs_locally", lambda: True)
-    args, _ = attention_args((1, seq, seq, 2, 1, 16, 16), BF16)
-    assert len(lower(lambda *a: attention(*a), args)) == kernels
-
-
-@pytest.mark.usefixtures("hopper")
-def test_none_picks_xla_for_arrays_on_several_devices():
-    """XLA cannot split a kernel."""
-    args, _ = attention_args((1, 264, 264, 2, 1, 16, 16), BF16)
-    mask = BlockMask.causal(264, 264)
-    assert not lower(lambda *a: attention(*a), args)
-    assert not lower(lambda *a: block_sparse_attention(*a, mask=mask), args)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +240,7 @@ def test_any_size_lowers_for_a_gpu(size, mask):
 
     def gradients(args, cotangents):
         def kernel(*args):
-            return _block_sparse_mgpu.attend(*args, lists, 0.1)
+            return _block_sparse_mgpu.attend(*args, mask=lists, scale=0.1)
 
         return jax.vjp(kernel, *args)[1](cotangents)
 
@@ -308,7 +253,7 @@ def test_under_remat():
     mask = BlockMask.causal(64, 64)
 
     def loss(*args):
-        out, _ = _block_sparse_mgpu.attend(*args, mask, 0.25)
+        out, _ = _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
         return out.astype(jnp.float32).sum()
 
     def kernels(fn):
@@ -385,20 +330,6 @@ def test_refusals(options, message):
     assert not lower(lambda *args: block_sparse_attention(*args, **call), args)
 
 
-def test_refused_without_a_gpu():
-    args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
-    with pytest.raises(NotImplementedError, match="needs an H100 or H200"):
-        attention(*args, implementation="mosaic_gpu")
-
-
-@pytest.mark.usefixtures("hopper")
-def test_attention_refuses_a_dense_mask():
-    args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
-    mask = jnp.ones((1, 1, 70, 70), bool)
-    with pytest.raises(NotImplementedError, match="mask must be None .* BlockMask"):
-        attention(*args, mask=mask, implementation="mosaic_gpu")
-
-
 @pytest.mark.parametrize(
     "version, refused", [(0, False), (12080, True), (12090, True), (12091, False)]
 )
@@ -462,7 +393,7 @@ def test_long_sequences_on_gpu(seq):
     mask = BlockMask.causal(seq, seq)
 
     def kernel(*args):
-        return _block_sparse_mgpu.attend(*args, mask, 128**-0.5)
+        return _block_sparse_mgpu.attend(*args, mask=mask, scale=128**-0.5)
 
     first, second = (value_and_vjp(kernel, args, cotangents) for _ in range(2))
     for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):
@@ -474,8 +405,8 @@ def test_long_sequences_on_gpu(seq):
         visible = np.tri(seq, seq, dtype=bool)[rows][None, None].repeat(2, 1)
         want, want_lse = plain_attention(
             *(x.astype(jnp.float32) for x in (query[:, rows], key, value)),
-            visible,
-            128**-0.5,
+            visible=visible,
+            scale=128**-0.5,
         )
         np.testing.assert_allclose(lse[:, rows], want_lse, atol=1e-4)
         error = np.abs(np.asarray(out[:, rows], np.float32) - want).max()

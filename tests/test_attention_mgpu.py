@@ -1,0 +1,216 @@
+"""The ops that share the kernel of block-sparse attention."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_definitions import assert_close, attention_args, check_attention
+from helpers import assert_as_exact, value_and_vjp
+
+from benchmarks._kernel_compile import lower
+from jaxkern import (
+    BlockMask,
+    _attention,
+    _block_sparse,
+    _ring_steps,
+    attention,
+    block_sparse_attention,
+    dilated_attention,
+    ring_attention,
+)
+
+BF16 = jnp.bfloat16
+KERNEL: Any = {"implementation": "mosaic_gpu"}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if the default device were one."""
+    for module in (_attention, _block_sparse):
+        monkeypatch.setattr(module, "on_hopper", lambda: True)
+
+
+@pytest.mark.usefixtures("interpreted", "hopper")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
+def test_attention(is_causal):
+    size = 1, 140, 130, 2, 1, 16, 16
+    mask = np.ones((140, 130), bool)
+
+    def whole(*args):
+        return attention(*args, is_causal=is_causal, return_lse=True, **KERNEL)
+
+    check_attention(whole, size, np.tril(mask) if is_causal else mask, BF16)
+
+
+@pytest.mark.usefixtures("interpreted", "hopper")
+def test_block_sparse_attention():
+    mask = BlockMask.local_window(140, 130, window=40)
+
+    def blocks(*args):
+        return block_sparse_attention(*args, mask=mask, return_lse=True, **KERNEL)
+
+    check_attention(blocks, (1, 140, 130, 2, 1, 16, 16), mask.to_dense(), BF16)
+
+
+@pytest.mark.usefixtures("interpreted", "hopper")
+def test_dilated_attention():
+    """As near to float32 as by XLA."""
+    args, (d_out, d_lse) = attention_args((1, 64, 64, 2, 1, 16, 16), BF16)
+
+    def dilated(implementation, *args):
+        return dilated_attention(
+            *args,
+            segment_lengths=(32, 64),
+            dilation_rates=(1, 2),
+            is_causal=True,
+            return_lse=True,
+            implementation=implementation,
+        )
+
+    cotangents = d_out, d_lse
+    got, xla = (
+        value_and_vjp(partial(dilated, name), args, cotangents)
+        for name in ("mosaic_gpu", "xla")
+    )
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, cotangents))
+    exact = value_and_vjp(partial(dilated, "xla"), *wide)
+    assert_as_exact(got[0][0], xla[0][0], exact[0][0])
+    assert_close(got[0][1], exact[0][1])
+    assert_close(got[1], exact[1], bound=float(jnp.finfo(BF16).eps))
+
+
+def parts(layout):
+    own, earlier, later = _ring_steps._parts(layout, 140, 140)
+    return [part for part in (own, earlier, later) if part is not None]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("layout", [None, "contiguous", "striped", "zigzag"])
+def test_steps_of_a_ring(layout):
+    """The emulator has one device, so step by step: as XLA, unrounded sums included."""
+    (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
+    lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
+    held = key, value
+
+    @partial(jax.jit, static_argnums=(3, 4))
+    def step(query, held, d_out, part, implementation):
+        attended = _ring_steps._attend(query, held, 0.25, part, implementation)
+        given = query, held, d_out, lse, delta, 0.25, part
+        return attended, _ring_steps._gradients(*given, implementation)
+
+    for part in parts(layout)[1:]:
+        got = step(query, held, d_out, part, "mosaic_gpu")
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), (query, held, d_out))
+        exact = step(*wide, part, "xla")
+        unseen = np.isneginf(exact[0][1])
+        np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
+        got, exact = (
+            (out, np.where(unseen, 0, lse), gradients)
+            for (out, lse), gradients in (got, exact)
+        )
+        assert_close(got, exact, bound=float(jnp.finfo(BF16).eps))
+
+
+@pytest.mark.usefixtures("interpreted", "hopper")
+def test_ring_of_one():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P(None, "i")
+    args, (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
+
+    def ring(implementation, *args):
+        local = partial(
+            ring_attention, axis_name="i", is_causal=True, implementation=implementation
+        )
+        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
+
+    got, xla = (
+        value_and_vjp(partial(ring, name), args, d_out)
+        for name in ("mosaic_gpu", "xla")
+    )
+    wide = [x.astype(jnp.float32) for x in args], d_out.astype(jnp.float32)
+    assert_as_exact(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "dilated"])
+def test_ring_of_four_lowers_for_a_gpu(layout):
+    """Inside shard_map each device runs kernels, and None picks them."""
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P(None, "i")
+    args, (d_out, _) = attention_args((1, 4 * 272, 4 * 272, 2, 1, 16, 16), BF16)
+    options = {"layout": layout}
+    if layout == "dilated":
+        options = {"segment_lengths": (272, 4 * 272), "dilation_rates": (1, 1)}
+
+    def gradients(*args):
+        local = partial(ring_attention, axis_name="i", is_causal=True, **options)
+        ring = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+        out, vjp = jax.vjp(ring, *args)
+        return out, vjp(d_out)
+
+    assert len(lower(gradients, args)) >= 6
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("seq, kernels", [(256, 0), (264, 1)])
+def test_none_picks_the_kernel_for_long_sequences(seq, kernels, monkeypatch):
+    monkeypatch.setattr(_attention, "runs_locally", lambda: True)
+    args, _ = attention_args((1, seq, seq, 2, 1, 16, 16), BF16)
+    assert len(lower(lambda *a: attention(*a), args)) == kernels
+
+
+@pytest.mark.usefixtures("hopper")
+def test_none_picks_xla_for_arrays_on_several_devices():
+    """XLA cannot split a kernel."""
+    args, _ = attention_args((1, 264, 264, 2, 1, 16, 16), BF16)
+    mask = BlockMask.causal(264, 264)
+    assert not lower(lambda *a: attention(*a), args)
+    assert not lower(lambda *a: block_sparse_attention(*a, mask=mask), args)
+
+
+def test_refused_without_a_gpu():
+    args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
+    with pytest.raises(
+        NotImplementedError, match="attention: mosaic_gpu needs an H100"
+    ):
+        attention(*args, **KERNEL)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_attention_refuses_a_dense_mask():
+    args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
+    mask = jnp.ones((1, 1, 70, 70), bool)
+    with pytest.raises(NotImplementedError, match="mask must be None .* BlockMask"):
+        attention(*args, mask=mask, **KERNEL)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("change", ["key_mask", "segments"])
+def test_dilated_attention_refuses_what_needs_a_mask(change):
+    args, _ = attention_args((1, 64, 64, 2, 1, 16, 16), BF16)
+    options: Any = {"segment_lengths": (32,), "dilation_rates": (1,)}
+    if change == "key_mask":
+        options["key_mask"] = jnp.ones((1, 64), bool)
+    else:
+        options["segment_lengths"] = (24,)
+    with pytest.raises(
+        NotImplementedError, match="dilated_attention: key_mask must be None, and seg"
+    ):
+        dilated_attention(*args, **options, **KERNEL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+def test_attention_on_gpu(dim, is_causal):
+    mask = np.ones((1000, 777), bool)
+
+    def whole(*args):
+        return attention(*args, is_causal=is_causal, return_lse=True, **KERNEL)
+
+    mask = np.tril(mask) if is_causal else mask
+    check_attention(whole, (2, 1000, 777, 4, 2, dim, dim), mask, BF16)

@@ -110,11 +110,7 @@ def check_xla_only(op: str, implementation: Implementation | None) -> None:
     """For ops that have no kernel: None and "xla" are the same."""
     check_implementation(op, implementation)
     if implementation == "mosaic_gpu":
-        raise_no_kernel(op)
-
-
-def raise_no_kernel(op: str) -> NoReturn:
-    raise NotImplementedError(
-        f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
-        "for which this op has no kernel"
-    )
+        raise NotImplementedError(
+            f"{op}: implementation must be 'xla', got 'mosaic_gpu', "
+            "for which this op has no kernel"
+        )

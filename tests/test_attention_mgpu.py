@@ -178,6 +178,16 @@ def test_refused_without_a_gpu():
         NotImplementedError, match="attention: mosaic_gpu needs an H100"
     ):
         attention(*args, **KERNEL)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P(None, "i")
+    ring = jax.shard_map(
+        partial(ring_attention, axis_name="i", **KERNEL),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    with pytest.raises(NotImplementedError, match="ring_attention: mosaic_gpu needs"):
+        ring(*args)
 
 
 @pytest.mark.usefixtures("hopper")

@@ -77,9 +77,9 @@ REFUSALS = {
         GOOD,
         {"implementation": "triton"},
     ),
-    "no kernel": (
+    "the kernel's dtypes": (
         NotImplementedError,
-        "implementation must be 'xla', got 'mosaic_gpu'",
+        "dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         GOOD,
         {"implementation": "mosaic_gpu"},
     ),

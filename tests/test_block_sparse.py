@@ -417,8 +417,8 @@ Q = jnp.ones((2, 40, 4, 8))
             MASK,
             {"implementation": "mosaic_gpu"},
             NotImplementedError,
-            "block_sparse_attention: implementation must be 'xla', got 'mosaic_gpu', "
-            "for which this op has no kernel",
+            "block_sparse_attention: dtype must be bfloat16 or float16 for mosaic_gpu, "
+            "got float32",
         ),
     ],
 )

@@ -105,7 +105,7 @@ REFUSALS = [
     (
         {"implementation": "mosaic_gpu"},
         NotImplementedError,
-        "implementation must be 'xla', got 'mosaic_gpu'",
+        "dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
     ),
     (
         {"implementation": "cuda"},

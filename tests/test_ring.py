@@ -297,8 +297,6 @@ def test_refusals():
         ring_attention(x, x, x, axis_name="ring")
     with pytest.raises(ValueError, match="layout must be one of 'contiguous', 'strip"):
         untyped.ring_attention(x, x, x, axis_name="ring", layout="brick")
-    with pytest.raises(NotImplementedError, match="ring_attention: implementation"):
-        ring_attention(x, x, x, axis_name="ring", implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="heads of query must be a multiple"):
         ring_attention(x, *[jnp.zeros((1, 12, 3, 4))] * 2, axis_name="ring")
     with pytest.raises(ValueError, match="scale must be None or a finite"):

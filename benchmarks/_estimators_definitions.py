@@ -140,8 +140,10 @@ def masked_model(
     return graph, logits
 
 
-def normal(key: Any, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-    return scale * jax.random.normal(key, shape)
+def normal(shape: tuple[int, ...], *seed: int, scale: float = 1.0) -> np.ndarray:
+    """By NumPy: JAX would compile a program for every shape."""
+    drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return np.float32(scale) * drawn
 
 
 def mask_logits(
@@ -151,36 +153,38 @@ def mask_logits(
 
     widths: None for those of the model.
     """
-    embed, hidden = widths or (EMBED, HIDDEN)
+    return _mask_logits(seed, batch, *(widths or (EMBED, HIDDEN)))
+
+
+@lru_cache(maxsize=2)
+def _mask_logits(
+    seed: int, batch: int, embed: int, hidden: int
+) -> tuple[jax.Array, ...]:
     shapes = (embed, hidden), (embed, hidden), (hidden, embed)
-
-    def sample(i):
-        key = jax.random.fold_in(jax.random.key(seed + 1), i)
-        keys = jax.random.split(key, 3)
-        return tuple(map(normal, keys, shapes))
-
-    return jax.jit(lambda: jax.vmap(sample)(jnp.arange(batch)))()
+    return tuple(
+        jnp.asarray(np.stack([normal(shape, seed, 1, i, b) for b in range(batch)]))
+        for i, shape in enumerate(shapes)
+    )
 
 
 def token_ids(seed: int, batch: int) -> jax.Array:
-    def sample(i):
-        key = jax.random.fold_in(jax.random.key(seed + 2), i)
-        return jax.random.randint(key, (SEQ,), 0, VOCAB)
-
-    return jax.vmap(sample)(jnp.arange(batch))
+    rows = [
+        np.random.default_rng((seed, 2, b)).integers(0, VOCAB, SEQ, np.int32)
+        for b in range(batch)
+    ]
+    return jnp.asarray(np.stack(rows))
 
 
 def layer_inputs(seed: int, batch: int, sizes: Sizes, dtype: Any) -> tuple[Any, ...]:
     """(dy, h, weights, biases) and then the logits, which stay float32."""
-    keys = jax.random.split(jax.random.key(seed + 3), 8)
     seq, embed, hidden = sizes
     shapes = (embed, hidden), (embed, hidden), (hidden, embed)
     weights = tuple(
-        normal(key, s, s[0] ** -0.5) for key, s in zip(keys[:3], shapes, strict=True)
+        normal(s, seed, 3, i, scale=s[0] ** -0.5) for i, s in enumerate(shapes)
     )
-    biases = tuple(normal(key, s[1:]) for key, s in zip(keys[3:6], shapes, strict=True))
-    dy, h = (normal(key, (batch, seq, embed)) for key in keys[6:])
-    rest = jax.tree.map(lambda a: a.astype(dtype), (dy, h, weights, biases))
+    biases = tuple(normal(s[1:], seed, 4, i) for i, s in enumerate(shapes))
+    dy, h = (normal((batch, seq, embed), seed, 5, i) for i in range(2))
+    rest = jax.tree.map(lambda a: jnp.asarray(a, dtype), (dy, h, weights, biases))
     return *rest, mask_logits(seed, batch, (embed, hidden))
 
 

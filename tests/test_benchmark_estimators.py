@@ -25,6 +25,7 @@ CACHES = (
     definitions.expected_layer,
     definitions.expected_model,
     definitions.make_passes,
+    definitions._mask_logits,
 )
 
 

@@ -219,11 +219,11 @@ def plot(rows: list[Row], path: Any, meta: Mapping[str, Any]) -> None:
                 if (r["loss"], r["estimator"]) == (loss, estimator)
                 and r["temperature"] == 1
             ]
-            _draw(column, group, COLOURS[estimator])
+            _draw(column, group, estimator)
         column[0].set_title(f"L {loss} in each entry", fontsize=10)
         column[1].set_xlabel("logits up to ± (log scale)")
     for axis, what in zip(axes[:, 0], ("bias", "standard deviation"), strict=True):
-        axis.set_ylabel(f"{what}, % of the gradient (log scale)")
+        axis.set_ylabel(f"{what}, % (log scale)")
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
@@ -234,7 +234,7 @@ def plot(rows: list[Row], path: Any, meta: Mapping[str, Any]) -> None:
         axis.minorticks_off()
         axis.grid(lw=0.4)
     handles = [
-        axes[0, 0].plot([], [], "o-", ms=4, color=COLOURS[name], label=name)[0]
+        axes[0, 0].plot([], [], "o-", **_style(name), label=name)[0]
         for name in GRADIENTS
     ]
     figure.legend(
@@ -247,13 +247,19 @@ def plot(rows: list[Row], path: Any, meta: Mapping[str, Any]) -> None:
     plt.close(figure)
 
 
-def _draw(column: Any, group: list[Row], colour: str) -> None:
+def _style(estimator: str) -> dict[str, Any]:
+    # Rings in rings, where several have none.
+    size = 4 + 1.6 * (len(COLOURS) - 1 - list(COLOURS).index(estimator))
+    return {"color": COLOURS[estimator], "ms": size, "mfc": "none", "lw": 1.4}
+
+
+def _draw(column: Any, group: list[Row], estimator: str) -> None:
     for axis, what in zip(column, ("bias", "std"), strict=True):
         values = [
             ZERO if what == "bias" and row["unbiased"] else max(100 * row[what], ZERO)
             for row in group
         ]
-        axis.plot([r["logits"] for r in group], values, "o-", ms=4, lw=1.4, c=colour)
+        axis.plot([r["logits"] for r in group], values, "o-", **_style(estimator))
 
 
 def main(args: argparse.Namespace) -> int:

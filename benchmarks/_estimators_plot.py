@@ -62,11 +62,14 @@ def plot(
 
 
 def _style(method: str) -> dict[str, Any]:
-    marker = "D" if method == "current" else "o"
-    return {"color": COLOURS[method], "marker": marker, "ms": 4, "lw": 1.4}
+    # Rings in rings, where several agree.
+    size = 4 + 1.6 * list(COLOURS).index(method)
+    return {"color": COLOURS[method], "marker": "o", "ms": size, "mfc": "none"}
 
 
 def _draw(axis: Any, found: Found, estimator: str, read: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
     batches = sorted({key[1] for key in found if key[0] == estimator})
     for method in dict.fromkeys(key[2] for key in found if key[0] == estimator):
         points = [(b, read(found, estimator, b, method)) for b in batches]
@@ -76,6 +79,7 @@ def _draw(axis: Any, found: Found, estimator: str, read: Any) -> None:
     axis.set_xticks(batches, [str(b) for b in batches])
     axis.set_yscale("log")
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(lw=0.4)
     axis.set_axisbelow(True)

@@ -72,7 +72,7 @@ def print_all(
         console.print(
             "Losses of all tokens and gradients of all logits were checked against "
             f"float64\nbefore they were timed: errors up to {max(errors):.1e}, each at "
-            "most twice that of plain jnp."
+            "most twice that\nof plain jnp."
         )
     if any(row.get("includes_compile") for row in rows):
         console.print("* without warm-up: the first call includes compile")

@@ -174,7 +174,8 @@ def print_study(console: Console, rows: list[Row]) -> None:
     print_table(console, result)
     console.print("Bias 0: within what the draws can show. At temperature 1 that is,")
     for name in names:
-        console.print(f"for L {name} in each entry: {'; '.join(unbiased(rows, name))}.")
+        them = "; ".join(unbiased(rows, name))
+        console.print(f"for L {name} in each entry:\n  {them}.")
 
 
 def unbiased(rows: list[Row], loss: str) -> list[str]:

@@ -271,5 +271,5 @@ def test_study(monkeypatch, tmp_path, capsys):
         "quadratic": ["reinmax", "rloo, 4 draws"],
         "quartic": ["rloo, 4 draws"],
     }
-    assert "quadratic in each entry: reinmax; rloo, 4 draws." in printed
+    assert "quadratic in each entry:\n  reinmax; rloo, 4 draws.\n" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

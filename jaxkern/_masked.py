@@ -244,7 +244,7 @@ def masked_bilinear(
 
     Masks, `method` and `key` are as in `masked_matmul`; the biases are not masked.
     "fused" keeps only the arguments for the backward, which therefore computes the two
-    products with `h` again.
+    products with `h` again: 11 products, where the other methods have 9.
 
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and

@@ -1,8 +1,10 @@
 import runpy
+from functools import partial
 
 import pytest
 
-from examples import compress_mlp, long_context
+from examples import compress_mlp, learn_masks, long_context
+from jaxkern.nn import QuadraticTransformer
 
 
 def test_quickstart(capsys):
@@ -40,3 +42,22 @@ def test_long_context(monkeypatch, capsys):
     assert [line.split()[0] for line in lines[:4]] == ["1", "2", "4", "8"]
     assert memory == sorted(memory, reverse=True)
     assert memory[3] < memory[0] / 2
+
+
+def test_learn_masks(monkeypatch, tmp_path, capsys):
+    sizes = {"VOCAB": 8, "HALF": 4, "SAMPLES": 2, "PRICES": (0.1, 100.0)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(learn_masks, name, value)
+    names = ("straight_through", "reinmax")
+    chosen = {name: learn_masks.ESTIMATORS[name] for name in names}
+    monkeypatch.setattr(learn_masks, "ESTIMATORS", chosen)
+    model = partial(QuadraticTransformer, 8, 16, 2, 1)
+    monkeypatch.setattr(learn_masks, "model_of", model)
+    picture = tmp_path / "frontier.png"
+    argv = ["--steps", "20", "--mask-steps", "60", "--plot", str(picture)]
+    frontier = learn_masks.main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [n for n in names for _ in "12"]
+    for (cheap, _), (dear, _) in frontier.values():
+        assert 0 <= cheap < dear <= 1
+    assert picture.read_bytes().startswith(b"\x89PNG")

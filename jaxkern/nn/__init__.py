@@ -3,7 +3,13 @@
 from ._attention import MultiHeadAttention as MultiHeadAttention
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
+from ._masked import Bilinear as Bilinear
+from ._masked import MaskedBilinear as MaskedBilinear
+from ._masked import MaskedLinear as MaskedLinear
+from ._masked import MaskLogits as MaskLogits
+from ._masked import mask_sparsity as mask_sparsity
 from ._mlp import FlashMLP as FlashMLP
 from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
+from ._quadratic import QuadraticTransformer as QuadraticTransformer

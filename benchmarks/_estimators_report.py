@@ -1,0 +1,240 @@
+"""Tables of `benchmarks.estimators`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from . import _estimators_definitions as definitions
+from ._harness import Row
+from ._report import number, print_problems, print_table, published, ratio, table
+
+# What each is called in the published study.
+TITLES = {"straight_through": "ste", "seed_reinmax": "reinmax"}
+PUBLISHED = {
+    (line["estimator"], line["implementation"], int(line["batch_size"])): line
+    for line in published("estimators")
+}
+BASE_PARAMETERS = 14_698_688
+Found = dict[tuple[str, int, str, str], Row]
+
+
+def _line(estimator: str, method: str, batch: int) -> dict[str, str] | None:
+    return PUBLISHED.get((TITLES[estimator], method, batch))
+
+
+def published_ms(
+    estimator: str, method: str, batch: int, which: str = "total"
+) -> float | None:
+    line = _line(estimator, method, batch)
+    if line is None:
+        return None
+    if which == "total":
+        return float(line["forward_ms"]) + float(line["backward_ms"])
+    return float(line[f"{which}_ms"])
+
+
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    """Lines of the header."""
+    seq, embed, hidden = args.layer_sizes
+    whole = definitions.SEQ
+    below = "\n" + " " * 14
+    return {
+        "layer": f"masked_bilinear, {embed} x {hidden}, {seq} tokens a sample: output"
+        + f"{below}and all gradients (input, weights, biases, logits of both signs)",
+        "model": f"3 layers, 14.7M parameters, {whole} tokens a sample, the first MLP"
+        + f"{below}masked: loss, then the gradients of the mask logits",
+        "current": "one mask for the whole batch, so of 1 sample",
+        "reinmax": "the paper's; seed_reinmax is the rule published under its name",
+        "loop": "over samples in the masked layer; published: through the network",
+        "peak": "XLA's plan for results, what is kept for the backward, temporaries",
+        "published": "PyTorch, float32, on a GPU not named; parameters are its memory",
+    }
+
+
+def print_all(
+    console: Console, rows: Sequence[Row], describe: Callable, args: argparse.Namespace
+) -> None:
+    layer = [row for row in rows if row["part"] == "layer"]
+    model = [row for row in rows if row["part"] == "model"]
+    if layer:
+        _print_checks(console, layer)
+        _print_layer(console, layer)
+    found: Found = {
+        (r["estimator"], r["batch"], r["implementation"], r["pass"]): r for r in model
+    }
+    for estimator in TITLES:
+        if any(key[0] == estimator for key in found):
+            _print_times(console, found, estimator)
+            _print_costs(console, found, estimator)
+    errors = [row["error"] for row in model if row["status"] == "ok"]
+    if errors:
+        console.print(
+            "Losses of all tokens and gradients of all logits were checked against "
+            f"float64\nbefore they were timed: errors up to {max(errors):.1e}, each at "
+            "most twice that\nof plain jnp."
+        )
+    if any(row.get("includes_compile") for row in rows):
+        console.print("* without warm-up: the first call includes compile")
+    print_problems(console, rows, describe)
+
+
+def _batches(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["batch"] for row in rows})
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["implementation"] for row in rows))
+
+
+def _print_checks(console: Console, rows: list[Row]) -> None:
+    """Errors by method, and what they may be at most."""
+    methods = _methods(rows)
+    title = "Equivalence: error of outputs and gradients against float64"
+    result = table(title, ["samples", *methods, "allowed"])
+    for estimator in definitions.ESTIMATORS:
+        group = [row for row in rows if row["estimator"] == estimator]
+        if group:
+            result.add_row(f"[bold]{estimator}[/bold]")
+        for batch in _batches(group):
+            of = {r["implementation"]: r for r in group if r["batch"] == batch}
+            cells = [_error(of.get(method)) for method in methods]
+            bounds = [r["error_bound"] for r in of.values() if "error_bound" in r]
+            allowed = f"{max(bounds):.1e}" if bounds else "-"
+            result.add_row(f" {batch}", *cells, allowed)
+    print_table(console, result)
+
+
+def _error(row: Row | None) -> str:
+    if row is None or "error" not in row:
+        return "-" if row is None else row["status"]
+    mark = "" if row["error"] <= row["error_bound"] else "WRONG "
+    return f"{mark}{row['error']:.1e}"
+
+
+def _print_layer(console: Console, rows: list[Row]) -> None:
+    """Time and temporary memory of the layer alone, by method."""
+    methods = _methods(rows)
+    quantities = {
+        "Layer, forward and all gradients: ms": _mean,
+        "Layer, temporary memory: MiB": _temporaries,
+    }
+    for title, read in quantities.items():
+        result = table(title, ["samples", *methods])
+        for estimator in definitions.ESTIMATORS:
+            group = [row for row in rows if row["estimator"] == estimator]
+            if group:
+                result.add_row(f"[bold]{estimator}[/bold]")
+            for batch in _batches(group):
+                of = {r["implementation"]: r for r in group if r["batch"] == batch}
+                result.add_row(f" {batch}", *(read(of.get(m)) for m in methods))
+        print_table(console, result)
+
+
+def _temporaries(row: Row | None) -> str:
+    size = (row or {}).get("temp_bytes")
+    return number(None if size is None else size / 2**20)
+
+
+def _ok(row: Row | None) -> bool:
+    return row is not None and row["status"] == "ok"
+
+
+def _mean(row: Row | None) -> str:
+    if not row:
+        return "-"
+    if not _ok(row):
+        return row["status"]
+    return "*" * row["includes_compile"] + number(row["mean_ms"])
+
+
+def total_ms(found: Found, estimator: str, batch: int, method: str) -> float | None:
+    """Of forward and backward; None where one of them has no time."""
+    passes = [found.get((estimator, batch, method, p)) for p in ("forward", "backward")]
+    times = [row["mean_ms"] for row in passes if row is not None and _ok(row)]
+    return sum(times) if len(times) == 2 else None
+
+
+def _groups(found: Found, estimator: str) -> dict[int, list[str]]:
+    """Methods by batch."""
+    groups: dict[int, dict[str, None]] = {}
+    for name, batch, method, _ in found:
+        if name == estimator:
+            groups.setdefault(batch, {})[method] = None
+    return {batch: list(methods) for batch, methods in sorted(groups.items())}
+
+
+def _print_times(console: Console, found: Found, estimator: str) -> None:
+    title = f"{estimator} (published: {TITLES[estimator]}), ms, mean ± std"
+    columns = ["forw.", "±", "backw.", "±", "total"]
+    theirs = ["publ.", "±", "backw.", "±", "total"]
+    result = table(title, ["", *columns, *theirs])
+    for batch, methods in _groups(found, estimator).items():
+        result.add_row(f"[bold]batch {batch}[/bold]")
+        for method in methods:
+            cells = []
+            for which in ("forward", "backward"):
+                row = found.get((estimator, batch, method, which))
+                spread = row["std_ms"] if row is not None and _ok(row) else None
+                cells += [_mean(row), number(spread, 2)]
+            cells.append(number(total_ms(found, estimator, batch, method)))
+            line = _line(estimator, method, batch)
+            if line:
+                names = ("forward_ms", "forward_std_ms", "backward_ms")
+                cells += [line[name] for name in (*names, "backward_std_ms")]
+                cells.append(f"{published_ms(estimator, method, batch):.2f}")
+            result.add_row(f" {method}", *cells)
+    print_table(console, result)
+
+
+def parameters_mib(batch: int) -> float:
+    """Of the base and of a mask set for each sample, as the study counts memory."""
+    logits = 3 * definitions.EMBED * definitions.HIDDEN * batch
+    return 4 * (BASE_PARAMETERS + logits) / 2**20
+
+
+def peak_mib(found: Found, estimator: str, batch: int, method: str) -> float | None:
+    """Over parameters: the larger one of forward and backward, which has what is kept.
+
+    The gradients are among the results.
+    """
+    sizes = []
+    for which in ("forward", "backward"):
+        row = found.get((estimator, batch, method, which))
+        if row is None or not _ok(row) or "temp_bytes" not in row:
+            return None
+        kept = row.get("kept_bytes", 0)
+        sizes.append((row["temp_bytes"] + row["output_bytes"] + kept) / 2**20)
+    return max(sizes)
+
+
+def _print_costs(console: Console, found: Found, estimator: str) -> None:
+    title = f"{estimator}: a sample's time and speed-ups (published), memory in MiB"
+    columns = ["ms/sample", "over current", "over loop", "parameters", "(publ.)"]
+    result = table(title, ["", *columns, "peak"])
+    current = total_ms(found, estimator, 1, "current")
+    their_current = published_ms(estimator, "current", 1)
+    for batch, methods in _groups(found, estimator).items():
+        result.add_row(f"[bold]batch {batch}[/bold]")
+        loop = total_ms(found, estimator, batch, "loop")
+        their_loop = published_ms(estimator, "loop", batch)
+        for method in methods:
+            ms = total_ms(found, estimator, batch, method)
+            theirs = published_ms(estimator, method, batch)
+            line = _line(estimator, method, batch)
+            result.add_row(
+                f" {method}",
+                number(ms and ms / batch),
+                ratio(
+                    current and ms and current / (ms / batch),
+                    theirs and their_current and their_current / (theirs / batch),
+                ),
+                ratio(
+                    loop and ms and loop / ms,
+                    theirs and their_loop and their_loop / theirs,
+                ),
+                f"{parameters_mib(batch):.2f}",
+                line["memory_mb"] if line else "-",
+                number(peak_mib(found, estimator, batch, method)),
+            )
+    print_table(console, result)

@@ -1,0 +1,157 @@
+"""Find the weights that each sample needs: learn a mask a sample over a frozen model.
+
+    python examples/learn_masks.py                    a minute on two cores
+    python examples/learn_masks.py --plot frontier.png
+
+A small transformer learns to copy: each sequence has random tokens, then the same ones
+again. Its weights then stay, and each of 8 sequences learns a mask over the first MLP,
+by the published recipe: KL to the unmasked model and a price on every weight that is
+on, Adam with a linear warm-up, gradients clipped. What is left at each price, and how
+far the outputs then are from the model's, is printed for four estimators.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import jaxkern
+from jaxkern.nn import MaskLogits, QuadraticTransformer
+
+VOCAB, HALF, EMBED, HEADS, LAYERS = 32, 12, 64, 4, 2
+BATCH, SAMPLES = 32, 8
+STEPS, MASK_STEPS = 900, 150
+PRICES = (1.0, 10.0, 100.0)
+ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
+    "straight_through": jaxkern.straight_through,
+    "seed_reinmax": jaxkern.seed_reinmax,
+    "reinmax": jaxkern.reinmax,
+    "binary_concrete": partial(jaxkern.binary_concrete, temperature=0.5),
+}
+# These draw masks while they learn, and start where few weights are off.
+DRAWN = ("reinmax", "binary_concrete")
+INITIAL, INITIAL_DRAWN = 1.0, 3.0
+model_of = partial(QuadraticTransformer, VOCAB, EMBED, HEADS, LAYERS)
+
+
+def sequences(key: jax.Array, count: int) -> jax.Array:
+    half = jax.random.randint(key, (count, HALF), 0, VOCAB)
+    return jnp.concatenate([half, half], axis=1)
+
+
+def copy_loss(model: QuadraticTransformer, ids: jax.Array) -> jax.Array:
+    """Of the second half, whose tokens can be known."""
+    logits, targets = model(ids[:, :-1])[:, HALF - 1 :], ids[:, HALF:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def train(steps: int) -> QuadraticTransformer:
+    kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+    model = model_of(kernel_init=kernel_init, rngs=nnx.Rngs(0))
+    rate = optax.warmup_cosine_decay_schedule(0, 3e-3, max(steps // 10, 1), steps)
+    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        ids = sequences(key, BATCH)
+        loss, gradients = nnx.value_and_grad(copy_loss)(model, ids)
+        optimizer.update(model, gradients)
+        return loss
+
+    loss = jnp.nan
+    for key in jax.random.split(jax.random.key(1), steps):
+        loss = step(model, optimizer, key)
+    print(f"model: loss {float(loss):.3f} of a guess's {jnp.log(VOCAB):.3f}")
+    return model
+
+
+def divergence(model: QuadraticTransformer, ids, teacher, key=None) -> jax.Array:
+    """KL from the teacher, a sequence's sum over its tokens."""
+    student = jax.nn.log_softmax(model(ids, key=key))
+    return (jnp.exp(teacher) * (teacher - student)).sum((-2, -1)).mean()
+
+
+def make_step(ids: jax.Array, teacher: jax.Array, drawn: bool):
+    def loss(model, price, key):
+        logits = jax.tree.leaves(nnx.state(model, MaskLogits))
+        on = sum(jax.nn.sigmoid(x).sum() for x in logits) / sum(x.size for x in logits)
+        faithful = divergence(model, ids, teacher, key if drawn else None)
+        return faithful + price * on
+
+    @nnx.jit
+    def step(model, optimizer, price, key):
+        # Masks only: the weights are frozen since nothing asks for their gradients.
+        where = nnx.DiffState(0, MaskLogits)
+        gradients = nnx.grad(loss, argnums=where)(model, price, key)
+        optimizer.update(model, gradients)
+
+    return step
+
+
+def learn(
+    base: QuadraticTransformer, name: str, ids: jax.Array, steps: int
+) -> list[tuple[float, float]]:
+    """Sparsity and divergence of the masks at each price, thresholded at 0."""
+    teacher = jax.nn.log_softmax(base(ids))
+    step = make_step(ids, teacher, name in DRAWN)
+    masked = partial(model_of, masked_layers=[0], num_masks=len(ids), rngs=nnx.Rngs(0))
+    evaluate = nnx.jit(divergence)
+    points = []
+    for price in PRICES:
+        initial = INITIAL_DRAWN if name in DRAWN else INITIAL
+        model = masked(estimator=ESTIMATORS[name], initial_logit=initial)
+        nnx.update(model, nnx.state(base, nnx.Param))
+        rate = optax.linear_schedule(0.0, 0.05, max(steps // 20, 1))
+        transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+        optimizer = nnx.Optimizer(model, transform, wrt=MaskLogits)
+        for key in jax.random.split(jax.random.key(2), steps):
+            step(model, optimizer, price, key)
+        hard = masked()
+        nnx.update(hard, nnx.state(model))
+        sparsity = float(hard.sparsity()["total"].mean())
+        points.append((sparsity, float(evaluate(hard, ids, teacher))))
+        print(f"{name:<18}{price:6g}{100 * sparsity:10.1f} %{points[-1][1]:10.3f}")
+    return points
+
+
+def plot(frontier: dict[str, list[tuple[float, float]]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, points in frontier.items():
+        sparsity, divergences = zip(*sorted(points), strict=True)
+        axis.plot([100 * s for s in sparsity], divergences, "o-", ms=4, label=name)
+    axis.set_xlabel("weights of the first MLP that are off, %")
+    axis.set_ylabel("KL from the whole model, nats a sequence")
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.grid(lw=0.4)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[tuple[float, float]]]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--plot", metavar="FILE", help="draw the frontier")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the model")
+    parser.add_argument("--mask-steps", type=int, default=MASK_STEPS)
+    args = parser.parse_args(argv)
+    base = train(args.steps)
+    ids = sequences(jax.random.key(3), SAMPLES)
+    print(f"{'':<18}{'price':>6}{'off':>12}{'KL':>10}", flush=True)
+    frontier = {name: learn(base, name, ids, args.mask_steps) for name in ESTIMATORS}
+    if args.plot:
+        plot(frontier, args.plot)
+    return frontier
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The transformer without softmax, whose MLPs each sample may mask."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from .._checks import Implementation, check_shape
+from .._estimators import straight_through
+from .._masked import Estimator, Method
+from .._quadratic import quadratic_attention
+from .._rotary import Pairs, rotary_embedding
+from ._attention import axis_metadata
+from ._linear import check_arguments
+from ._masked import Bilinear, MaskedBilinear, mask_sparsity
+
+default_transformer_init = nnx.initializers.normal(0.02)
+EPSILON = float(jnp.finfo(jnp.float32).eps)
+
+
+class QuadraticAttention(nnx.Module):
+    """Causal `quadratic_attention` of rotated heads, between its projections.
+
+    Query and key share one RMSNorm over the features of a head, before the rotation.
+    The projection back has no bias. The arguments are those of `QuadraticTransformer`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        rotary_pairs: Pairs,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        kernel_init: Initializer,
+        rngs: nnx.Rngs,
+    ):
+        dim = embed_dim // num_heads
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def project() -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                embed_dim,
+                (num_heads, dim),
+                kernel_init=kernel_init,
+                kernel_metadata=axis_metadata("embed", "heads", None),
+                bias_metadata=axis_metadata("heads", None),
+                **dtypes,
+            )
+
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = nnx.LinearGeneral(
+            (num_heads, dim),
+            embed_dim,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_init=kernel_init,
+            kernel_metadata=axis_metadata("heads", None, "embed"),
+            **dtypes,
+        )
+        self.norm = nnx.RMSNorm(dim, epsilon=EPSILON, **dtypes)
+        self.rotary_pairs: Pairs = rotary_pairs
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        key_mask: Bool[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq embed"]:
+        query, key = (
+            rotary_embedding(self.norm(project(x)), pairs=self.rotary_pairs)
+            for project in (self.query, self.key)
+        )
+        value = self.value(x)
+        return self.out(
+            quadratic_attention(query, key, value, is_causal=True, key_mask=key_mask)
+        )
+
+
+class QuadraticBlock(nnx.Module):
+    """Attention and a bilinear MLP, each added to its input; there are no other norms.
+
+    masks: the options of a `MaskedBilinear`, or None for a `Bilinear`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        hidden_features: int,
+        *,
+        rotary_pairs: Pairs,
+        masks: dict[str, Any] | None,
+        **options: Any,
+    ):
+        self.attention = QuadraticAttention(
+            embed_dim, num_heads, rotary_pairs=rotary_pairs, **options
+        )
+        self.mlp: Bilinear | MaskedBilinear = (
+            Bilinear(embed_dim, hidden_features, **options)
+            if masks is None
+            else MaskedBilinear(embed_dim, hidden_features, **masks, **options)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embed"],
+        key_mask: Bool[Array, "batch seq"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch seq embed"]:
+        x = x + self.attention(x, key_mask)
+        options = {"key": key} if isinstance(self.mlp, MaskedBilinear) else {}
+        return x + self.mlp(x, **options)
+
+
+class QuadraticTransformer(nnx.Module):
+    r"""A language model of squared attention and bilinear MLPs, each masked or not.
+
+    $$h \leftarrow h + \mathrm{attn}(h), \qquad h \leftarrow h + \mathrm{mlp}(h), \qquad
+      \mathrm{logits} = h E^T$$
+
+    with the embedding $E$ of the tokens. Attention is causal, sums the values by
+    $(q \cdot k / \mathrm{dim})^2$ and normalizes nothing but query and key, by one
+    RMSNorm, before their rotary embedding. The MLP of a masked layer is a
+    `MaskedBilinear`, of the others a `Bilinear`. The published one is
+    `QuadraticTransformer(4096, 512, 8, 3, masked_layers=[0], rngs=rngs)`, of 14,698,688
+    parameters.
+
+    The weights are the same with masks and without, so a trained model gets them by
+    `nnx.update(masked, nnx.state(trained, nnx.Param))`; see `MaskLogits` for training
+    only the masks. With all logits above 0, as they start, `straight_through` masks
+    nothing.
+
+    Logical axes for `nnx.get_partition_spec`: "vocab", "embed", "heads", "mlp", and
+    "batch" for masks.
+
+    Args:
+        vocab_size: how many tokens there are.
+        embed_dim: features of a token.
+        num_heads: of the attention; a divisor of `embed_dim`, so that each has an even
+            number of features.
+        num_layers: how many blocks.
+        hidden_features: of the MLPs; None for 4 embed_dim.
+        masked_layers: the blocks whose MLP has masks, from 0.
+        num_masks: how many samples have masks of their own; None for masks that all
+            samples of a batch share.
+        estimator: as in `jaxkern.masked_bilinear`.
+        method: as in `jaxkern.masked_bilinear`.
+        initial_logit: of all masked weights.
+        rotary_pairs: as `pairs` of the rotary embedding; "seed" is for weights of the
+            published model.
+        dtype: of the computation; None promotes from parameters.
+        param_dtype: of the parameters and logits.
+        kernel_init: for kernels and embedding.
+        implementation: of the masked MLPs, as in `jaxkern.masked_bilinear`.
+
+    Raises:
+        ValueError: a size is not a positive integer, or does not divide;
+            `masked_layers` are no layers, or none and there is a number of masks.
+
+    References:
+        Bilinear MLPs: https://arxiv.org/abs/2410.08417.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        *,
+        hidden_features: int | None = None,
+        masked_layers: Sequence[int] = (),
+        num_masks: int | None = None,
+        estimator: Estimator = straight_through,
+        method: Method = "fused",
+        initial_logit: float = 1.0,
+        rotary_pairs: Pairs = "interleaved",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_transformer_init,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        hidden = 4 * embed_dim if hidden_features is None else hidden_features
+        _check_options(
+            masked_layers,
+            num_masks,
+            implementation,
+            vocab_size=vocab_size,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            hidden_features=hidden,
+        )
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        masks = {
+            "num_masks": num_masks,
+            "estimator": estimator,
+            "method": method,
+            "initial_logit": initial_logit,
+            "implementation": implementation,
+        }
+        self.embed = nnx.Embed(
+            vocab_size,
+            embed_dim,
+            embedding_init=kernel_init,
+            embedding_metadata=axis_metadata("vocab", "embed"),
+            **dtypes,
+        )
+        self.blocks = nnx.List(
+            QuadraticBlock(
+                embed_dim,
+                num_heads,
+                hidden,
+                rotary_pairs=rotary_pairs,
+                masks=masks if layer in masked_layers else None,
+                kernel_init=kernel_init,
+                **dtypes,
+            )
+            for layer in range(num_layers)
+        )
+        self.masked_layers = tuple(sorted(set(masked_layers)))
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch seq"],
+        *,
+        key_mask: Bool[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        """The logits of the next token, at every token.
+
+        Args:
+            key_mask: False for padding.
+            key: for estimators that draw.
+
+        Raises:
+            TypeError: `ids` are no integers.
+            ValueError: a shape does not fit, there are more samples than masks, or
+                there is a key, but no masked layer.
+        """
+        op = "QuadraticTransformer"
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"{op}: ids must be integers, got {ids.dtype}")
+        check_shape(op, "ids", ids, ("batch", "seq"))
+        if key is not None and not self.masked_layers:
+            raise ValueError(f"{op}: key must be None without masked layers, got one")
+        layers = self.masked_layers
+        keys: dict[int, jax.Array] = {}
+        if key is not None:
+            drawn = jax.random.split(key, len(layers))
+            keys = dict(zip(layers, drawn, strict=True))
+        x = self.embed(ids)
+        for i, block in enumerate(self.blocks):
+            x = block(x, key_mask, keys.get(i))
+        return self.embed.attend(x)
+
+    def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
+        """As `mask_sparsity`."""
+        return mask_sparsity(self)
+
+
+def _check_options(
+    masked_layers: Sequence[int],
+    num_masks: int | None,
+    implementation: Implementation | None,
+    **sizes: int,
+) -> None:
+    op = "QuadraticTransformer"
+    check_arguments(op, implementation, **sizes)
+    embed_dim, num_heads = sizes["embed_dim"], sizes["num_heads"]
+    if embed_dim % (2 * num_heads):
+        raise ValueError(
+            f"{op}: embed_dim must be a multiple of 2 num_heads = {2 * num_heads}, "
+            f"got {embed_dim}"
+        )
+    num_layers = sizes["num_layers"]
+    outside = [i for i in masked_layers if i not in range(num_layers)]
+    if outside:
+        raise ValueError(
+            f"{op}: masked_layers must be in [0, {num_layers}), got {outside[0]}"
+        )
+    if num_masks is not None and not masked_layers:
+        raise ValueError(
+            f"{op}: num_masks must be None without masked_layers, got {num_masks}"
+        )

@@ -1,0 +1,275 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkern
+from benchmarks import _estimators_definitions as definitions
+from benchmarks import _estimators_plot as plots
+from benchmarks import _estimators_report as report
+from benchmarks import _estimators_study as study
+from benchmarks import estimators
+from benchmarks._harness import Options, run
+from benchmarks._report import make_console
+from jaxkern.nn import _masked as nn_masked
+
+OURS = jaxkern.masked_bilinear
+
+TINY = {"VOCAB": 23, "EMBED": 16, "HEADS": 2, "LAYERS": 1, "HIDDEN": 12, "SEQ": 8}
+CACHES = (
+    definitions.base_model,
+    definitions.layer_results,
+    definitions.model_results,
+    definitions.expected_layer,
+    definitions.expected_model,
+    definitions.make_passes,
+    definitions._mask_logits,
+)
+
+
+def clear():
+    for cache in CACHES:
+        cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def own_caches():
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
+def tiny(monkeypatch, own_caches):
+    for name, value in TINY.items():
+        monkeypatch.setattr(definitions, name, value)
+    monkeypatch.setattr(estimators, "BATCHES", (1, 2))
+    monkeypatch.setattr(estimators, "CPU_BATCHES", (1, 2))
+    definitions.make_passes.cache_clear()
+
+
+def cases(*argv):
+    return estimators.make_cases(estimators.parse(argv))
+
+
+def measured(*argv):
+    return run(cases(*argv), Options(warmup=1, iterations=1))
+
+
+def test_rows(capsys):
+    assert estimators.main(["--list", "--full"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 * 3 * 5 + 2 * (34 // 2 + 4) * 2
+    # What is checked comes first.
+    parts = [line.split()[0] for line in lines]
+    assert parts == sorted(parts)
+    published = [c for c in cases("--full") if c.published_ms is not None]
+    assert len(published) == 2 * 34
+    labels = published[0].labels
+    assert labels["implementation"] == "current" and published[0].published_ms == 1.53
+    assert estimators.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[2] for line in lines} == {"1", "2", "8"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_row_is_right(tiny, dtype):
+    layer = "layer .* 2 (bmm|fused)"
+    model = "model seed_reinmax (1 current|2 (einsum|fused))"
+    rows = measured("--dtype", dtype, "--only", f"{layer}|{model}")
+    assert {(r["status"], r["reason"]) for r in rows} == {("ok", None)}
+    assert len(rows) == 3 * 2 + 2 * 3
+    backward = [r for r in rows if r["pass"] == "backward"]
+    assert all(r["kept_bytes"] > 0 for r in backward)
+
+
+# What a row may do wrong: the samples in another order, every sample the first one's
+# mask, a gradient by another rule, a gradient that is lost.
+def permuted(h, weights, logits, **options):
+    return OURS(h, weights, jax.tree.map(lambda x: x[::-1], logits), **options)
+
+
+def shared(h, weights, logits, **options):
+    first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), logits)
+    return OURS(h, weights, first, **options)
+
+
+def other_rule(h, weights, logits, estimator, **options):
+    by = {
+        jaxkern.straight_through: jaxkern.seed_reinmax,
+        jaxkern.seed_reinmax: jaxkern.straight_through,
+    }
+    estimator = by.get(estimator, estimator)
+    return OURS(h, weights, logits, estimator=estimator, **options)
+
+
+def stopped(h, weights, logits, **options):
+    first = jax.lax.stop_gradient(logits[0])
+    return OURS(h, weights, (first, logits[1], logits[2]), **options)
+
+
+@pytest.mark.parametrize("wrong", [permuted, shared, other_rule, stopped])
+def test_wrong_rows_are_refused(tiny, monkeypatch, wrong):
+    monkeypatch.setattr(jaxkern, "masked_bilinear", wrong)
+    monkeypatch.setattr(nn_masked, "masked_bilinear", wrong)
+    parts = "layer straight_through|model seed_reinmax"
+    rows = measured("--only", f"({parts}) 2 fused")
+    status = {r["pass"]: r["status"] for r in rows}
+    forward = "failed" if wrong in (permuted, shared) else "ok"
+    assert status == {
+        "forward+backward": "failed",
+        "forward": forward,
+        "backward": "failed",
+    }
+    failed = [r for r in rows if r["status"] == "failed"]
+    assert all(r["reason"].startswith("WrongValues") for r in failed)
+    assert not any("mean_ms" in r for r in failed)
+
+
+def test_definition_of_the_model_is_not_blind_to_masks(tiny):
+    _, state = definitions.base_model(0)
+    ids = definitions.token_ids(0, 2)
+    masks = definitions.hard(definitions.mask_logits(0, 2), jnp.float32)
+    named = {(0, n): m for n, m in zip(definitions.KERNELS, masks, strict=True)}
+    masked, whole = (
+        np.asarray(definitions.transformer(state, m, ids)) for m in (named, {})
+    )
+    assert np.abs(masked - whole).max() > 1e-4 * np.abs(whole).max()
+
+
+def test_published_figures():
+    assert len(report.PUBLISHED) == 34
+    # As printed in the study, and as it comes of our parameters.
+    for (_, _, batch), line in report.PUBLISHED.items():
+        assert f"{report.parameters_mib(batch):.2f}" == line["memory_mb"]
+    assert report.published_ms("seed_reinmax", "loop", 16) == pytest.approx(52.12)
+    assert report.published_ms("straight_through", "vmap", 2, "backward") == 1.77
+    assert report.published_ms("straight_through", "fused", 2) is None
+
+
+def test_command(tiny, tmp_path, capsys):
+    path, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    argv = ["--iterations", "2", "--json", str(path), "--plot", str(picture)]
+    argv += ["--only", "straight_through (1 (current|loop)|2 (loop|fused))"]
+    assert estimators.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed and "…" not in printed
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Equivalence"))
+    assert max(map(len, lines[start:])) <= 80
+    assert start < next(i for i, s in enumerate(lines) if "(published: ste)" in s)
+    saved = json.loads(path.read_text())
+    assert saved["meta"]["complete"] and len(saved["rows"]) == 3 + 2 * 4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_row_loses_no_other(tiny, monkeypatch, tmp_path, capsys):
+    def broken(*key):
+        if key[1] == "bmm":
+            raise RuntimeError("out of masks")
+        return definitions.Passes(*key)
+
+    monkeypatch.setattr(definitions, "make_passes", broken)
+    path = tmp_path / "rows.json"
+    argv = ["--iterations", "1", "--only", "model straight_through 1 (bmm|vmap)"]
+    argv += ["--json", str(path), "--plot", str(tmp_path / "rows.png")]
+    assert estimators.main(argv) == 1
+    printed = capsys.readouterr().out
+    assert "failed: RuntimeError: out of masks (model straight_through 1 bmm" in printed
+    status = [row["status"] for row in json.loads(path.read_text())["rows"]]
+    assert status == ["failed", "failed", "ok", "ok"]
+
+
+def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimators, "build_layer", interrupt)
+    assert estimators.main(["--plot", str(tmp_path / "a.png")]) == 130
+    printed = capsys.readouterr().out
+    assert "Nothing to draw" in printed and "Interrupted after 0 of" in printed
+
+
+def test_no_figure_of_a_gpu_is_cut_off(tmp_path, capsys):
+    args = estimators.parse(["--full"])
+    rows = []
+    for case in estimators.make_cases(args):
+        row = {**case.labels, "status": "ok", "reason": None, "includes_compile": True}
+        row |= {"error": 1.2e-3, "error_bound": 1.2e-3, "mean_ms": 12345.6}
+        row |= {"std_ms": 1234.5, "temp_bytes": 2**40, "output_bytes": 2**40}
+        rows.append(row)
+    rows[0] |= {"status": "failed", "reason": "WrongValues: error", "error": 1.0}
+    console = make_console()
+    report.print_all(console, rows, estimators.describe, args)
+    lines = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(lines) and max(map(len, lines)) <= 80
+    assert any("WRONG 1.0e+00" in line for line in lines)
+    for row in rows:
+        row["includes_compile"] = False
+    meta = {"platform": "gpu", "device": "H200", "dtype": "bfloat16", "revision": "a"}
+    plots.plot(console, rows, tmp_path / "rows.png", meta)
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--only", "("], "must be a regular expression, got '('"),
+        (["--only", "triton"], "must be found in a row of --list, got 'triton'"),
+        (["--study", "--only", "bmm"], "--study has no rows to choose from"),
+        (["--study", "--full"], "--study has no rows to choose from"),
+    ],
+    ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "",
+)
+def test_options_are_refused_before_anything_runs(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        estimators.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_exact_gradient_of_the_study_by_finite_differences():
+    loss, logits = study.losses(0)["quartic"], study.logits_at(1.0)
+
+    def mean(x):
+        outcomes = np.indices((2,) * study.ENTRIES).reshape(study.ENTRIES, -1).T
+        p = 1 / (1 + np.exp(-np.asarray(x, float)))
+        chances = np.where(outcomes > 0, p, 1 - p).prod(-1)
+        return sum(
+            float(loss(jnp.asarray(b, float))) * c
+            for b, c in zip(outcomes, chances, strict=True)
+        )
+
+    got, x = study.exact(loss, logits), np.asarray(logits, float)
+    for i, step in enumerate(1e-3 * np.eye(study.ENTRIES)):
+        slope = (mean(x + step) - mean(x - step)) / 2e-3
+        assert got[i] == pytest.approx(slope, rel=1e-3, abs=1e-3)
+
+
+def test_study(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, "DRAWS", 2**12)
+    monkeypatch.setattr(study, "SCALES", (1.0,))
+    monkeypatch.setattr(study, "TEMPERATURES", (2.0,))
+    path, picture = tmp_path / "rows.json", tmp_path / "study.png"
+    argv = ["--study", "--json", str(path), "--plot", str(picture)]
+    assert estimators.main(argv) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Bias ± std"))
+    assert "…" not in printed and max(map(len, lines[start:])) <= 80
+    saved = json.loads(path.read_text())
+    assert len(saved["rows"]) == 3 * (7 + 2)
+    # What the closed forms say.
+    sigmoid = "straight_through, drawn, sigmoid"
+    unbiased = {
+        name: study.unbiased(saved["rows"], name)
+        for name in ("linear", "quadratic", "quartic")
+    }
+    assert unbiased == {
+        "linear": [sigmoid, "reinmax", "rloo, 4 draws"],
+        "quadratic": ["reinmax", "rloo, 4 draws"],
+        "quartic": ["rloo, 4 draws"],
+    }
+    assert "quadratic in each entry:\n  reinmax; rloo, 4 draws.\n" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -123,6 +123,14 @@ def test_sizes(size, block_size, dtype):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("size", [(40, 700), (500, 40)], ids=str)
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_rows_and_columns_longer_than_the_ring(size, block_size):
+    mask = BlockMask.local_window(*size, window=999, block_size=block_size)
+    check((1, *size, 1, 1, 16, 16), mask)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_masks_of_each_batch():
     ids = np.stack([np.arange(140) // 50, np.arange(140) // 90])
     check((2, 140, 140, 2, 1, 16, 16), BlockMask.document(ids))

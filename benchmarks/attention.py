@@ -183,7 +183,8 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     return Case(
         labels={"grid": entry.grid, "shape": label, "implementation": entry.name}
         | {"by": entry.by, "devices": entry.devices, "pass": which}
-        | vars(shape),
+        | vars(shape)
+        | {"kv_heads": shape.kv_heads},
         build=partial(build, entry, args),
         flops=flops,
         iterations=iterations,

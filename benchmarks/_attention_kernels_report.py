@@ -51,7 +51,9 @@ def predicted_tables() -> str:
 
 def _predicted_dense(tasks: Sequence[Task], which: str):
     columns = ["ms", "TFLOP/s", "aim", "floor", "by", "%", "busy"]
-    result = table(f"{which}, predicted; floor in ms, by its cause", ["", *columns])
+    result = table(
+        f"{which}: predicted, not measured; floor in ms, by its cause", ["", *columns]
+    )
     for task in tasks:
         said = kernels.prediction(task, which)
         names = "predicted_ms", "predicted_tflops", "aim_tflops", "floor_ms"
@@ -70,7 +72,7 @@ def _predicted_masks(tasks: Sequence[Task], which: str):
     shape = tasks[0].shape.sizes
     columns = ["blocks %", "ms", "TFLOP/s", "aim", "as dense", "x dense", "aim"]
     result = table(
-        f"{which}, predicted; {shape}, aim {MASKED_RATE} of dense",
+        f"{which}: predicted, not measured; {shape}, aim {MASKED_RATE} of dense",
         ["", *columns, "%", "busy"],
     )
     for task in tasks:

@@ -4,7 +4,7 @@
                                             dilation, blocks and rings to 4096 tokens
     python -m benchmarks.attention --full   to 65536 tokens: hours on a CPU
     python -m benchmarks.attention --grid real --plot scaling.png
-    python -m benchmarks.attention --kernels    the GPU kernel: dense, causal and masks,
+    python -m benchmarks.attention --kernels   our GPU kernel, dense, causal and masks,
                                             beside its aims and predicted times
 
 The published study (dilated-attention-pytorch, float32, on a GPU that its repository
@@ -208,7 +208,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         dest="grid",
         const=KERNELS,
         default="all",
-        help="as --grid kernels",
+        help="as --grid kernels; in bfloat16 on a CPU too",
     )
     add(
         "--full",

@@ -217,7 +217,7 @@ def test_on_a_cpu_the_kernel_is_skipped_with_its_reason(small, tmp_path, capsys)
     assert attention.main([*argv, "--only", "(dense|10%|documents)"]) == 0
     printed = capsys.readouterr().out
     header, tables = printed.split("\n\n", 1)
-    assert "NOT MEASURED" in header and "forward, predicted" in tables
+    assert "NOT MEASURED" in header and "forward: predicted, not measured" in tables
     assert "(32, 4096, 32/8, 128) causal" in tables and "global+local" in tables
     lines = [x for x in tables.splitlines() if not x.startswith("skipped: ")]
     assert "…" not in printed and max(map(len, lines)) <= 80
@@ -225,7 +225,7 @@ def test_on_a_cpu_the_kernel_is_skipped_with_its_reason(small, tmp_path, capsys)
     rows = {(r["shape"], r["implementation"]): r for r in saved["rows"]}
     assert saved["meta"]["complete"] and len(rows) == 8
     assert len(saved["meta"]["predicted"]) == 40
-    assert "backward, predicted" in saved["meta"]["notes"]["predicted"]
+    assert "backward: predicted, not measured" in saved["meta"]["notes"]["predicted"]
     for (_, name), row in rows.items():
         if row["by"] == "xla":
             assert row["status"] == "ok" and row["dense_tflops"] >= row["tflops"]

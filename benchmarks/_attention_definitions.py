@@ -14,8 +14,10 @@ import jaxkern
 from ._attention_model import Dilated, Shape, Task
 from ._harness import Check, check_against, with_gradients
 
-# Queries that are checked: all of a short sequence, else so many of each row's.
+# Queries that are checked: all of a short sequence, else so many of each row's; fewer
+# where all heads together have more logits, which float64 holds at once.
 ALL_ROWS, SOME_ROWS = 512, 256
+MOST_LOGITS = 2**28
 
 # Of the norms, as published.
 EPSILON = 1e-5
@@ -32,9 +34,13 @@ Call = Callable[..., Any]
 def weigh(query, key, value, bias: Any = None):
     """Attention with all logits at once, and its log-sum-exp (batch, heads, seq).
 
-    A query that meets no key has result 0 and log-sum-exp -inf.
+    A query that meets no key has result 0 and log-sum-exp -inf. Query heads in a row
+    share a key head where there are fewer of these.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
+    if query.shape[2] > key.shape[2]:
+        group = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
     logits = logits * query.shape[-1] ** -0.5
     if bias is not None:
@@ -132,13 +138,16 @@ def make_arguments(task: Task, dtype: Any, seed: int, backward: bool) -> tuple:
 # Rows that follow each other have the same ones.
 @lru_cache(maxsize=1)
 def _arguments(shape, module, scale, dtype, seed, backward):
-    sizes = (shape.embed,) if module else (shape.heads, shape.dim)
     # NumPy's, which compiles nothing.
-    random, size = np.random.default_rng(seed), (shape.batch, shape.seq, *sizes)
-    inputs: list[Any] = [
-        jnp.asarray(factor * random.standard_normal(size, np.float32), dtype)
-        for factor in (scale, scale, scale, 1)
-    ]
+    random, tokens = np.random.default_rng(seed), (shape.batch, shape.seq)
+
+    def draw(factor, heads):
+        sizes = (shape.embed,) if module else (heads, shape.dim)
+        numbers = random.standard_normal((*tokens, *sizes), np.float32)
+        return jnp.asarray(factor * numbers, dtype)
+
+    heads = shape.heads, shape.kv_heads, shape.kv_heads, shape.heads
+    inputs: list[Any] = list(map(draw, (scale, scale, scale, 1), heads))
     *inputs, dy = inputs
     if module:
         make = partial(make_module, shape, module, jaxkern.attention, dtype, seed)
@@ -146,12 +155,20 @@ def _arguments(shape, module, scale, dtype, seed, backward):
     return (dy, *inputs) if backward else tuple(inputs)
 
 
-def checked_rows(seq: int) -> np.ndarray:
-    """The first and the last query, and others at random, in order."""
+def checked_rows(seq: int, heads: int = 1) -> np.ndarray:
+    """The first and the last query, and others at random, in order.
+
+    heads: of all of the batch together.
+    """
     if seq <= ALL_ROWS:
         return np.arange(seq, dtype=np.int32)
-    between = np.random.default_rng(seq).choice(seq - 2, SOME_ROWS - 2, replace=False)
+    some = max(2, min(SOME_ROWS, MOST_LOGITS // (heads * seq)))
+    between = np.random.default_rng(seq).choice(seq - 2, some - 2, replace=False)
     return np.sort([0, *(1 + between), seq - 1]).astype(np.int32)
+
+
+def rows_of(shape: Shape) -> np.ndarray:
+    return checked_rows(shape.seq, shape.batch * shape.heads)
 
 
 @partial(jax.jit, static_argnames="backward")
@@ -177,7 +194,7 @@ def _weigh_out(query, key, value, bias):
 def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
     """Of the checked queries: in the dtype, and in float64."""
     args = make_arguments(task, dtype, seed, backward)
-    rows = checked_rows(task.shape.seq)
+    rows = rows_of(task.shape)
     counts = task.pattern.counts(task.shape, rows)
     if backward:
         args = (args[0][:, rows], *args[1:])
@@ -215,7 +232,7 @@ def check(key: tuple[Any, ...], run: Call) -> Check:
     The gradients are those of the checked queries alone: the others' cotangents are 0.
     """
     task, dtype, _, backward = key
-    args, rows = make_arguments(*key), checked_rows(task.shape.seq)
+    args, rows = make_arguments(*key), rows_of(task.shape)
     in_dtype, exact = results(*key)
     if not backward:
         return check_against(run(*args)[:, rows], in_dtype, exact, dtype)

@@ -1,6 +1,7 @@
 """What the rows of `benchmarks.attention` compute: shapes, patterns, and their work."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,9 +21,21 @@ class Shape:
     seq: int
     heads: int
     dim: int = 64
+    # Query heads that read one key head.
+    group: int = 1
 
     def __str__(self) -> str:
         return f"({self.batch}, {self.seq}, {self.heads})"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.group
+
+    @property
+    def sizes(self) -> str:
+        """With the key heads, where they are fewer, and the dim."""
+        heads = f"{self.heads}/{self.kv_heads}" if self.group > 1 else self.heads
+        return f"({self.batch}, {self.seq}, {heads}, {self.dim})"
 
     @property
     def embed(self) -> int:
@@ -119,7 +132,76 @@ class Blocks:
         return seen[None].astype(np.int8)
 
 
-Pattern = Dense | Dilated | Blocks
+@dataclass(frozen=True)
+class Masked:
+    """What the kernel is for: blocks of 128 by a rule, or at random for each head.
+
+    which: "window" of 1/16 of the sequence to both sides; "global+local", the first
+        1/128 and a window of 1/32; "documents" of 1/8, causal; or a percentage of all
+        blocks, of which rows have more or less.
+    heads: of the mask; 1 stands for any number.
+    """
+
+    which: str | int
+    heads: int = 1
+
+    def __str__(self) -> str:
+        return self.which if isinstance(self.which, str) else f"{self.which}%"
+
+    def grid(self, seq: int) -> np.ndarray:
+        """(heads, q_blocks, kv_blocks) of a percentage."""
+        n = seq // BLOCK
+        wanted = max(1, round(n * n * int(self.which) / 100))
+        ranks = np.tile(np.arange(n * n), (self.heads, 1))
+        drawn = np.random.default_rng(0).permuted(ranks, axis=1) < wanted
+        return drawn.reshape(self.heads, n, n)
+
+    def visible(self, seq: int, q, k):
+        """Of positions, in NumPy or in PyTorch, which pairs attend."""
+        match self.which:
+            case "window":
+                return abs(q - k) <= seq // 16
+            case "global+local":
+                first = seq // 128
+                return (abs(q - k) <= seq // 32) | (q < first) | (k < first)
+        return (q // (seq // 8) == k // (seq // 8)) & (k <= q)
+
+    def mask(self, seq: int) -> jaxkern.BlockMask:
+        if isinstance(self.which, int):
+            return self.mask_of_grid(self.grid(seq))
+        make = jaxkern.BlockMask
+        match self.which:
+            case "window":
+                return make.local_window(seq, seq, window=seq // 16, block_size=BLOCK)
+            case "global+local":
+                sizes = {"global_tokens": seq // 128, "window": seq // 32}
+                return make.global_local(seq, seq, **sizes, block_size=BLOCK)
+        ids = np.arange(seq) // (seq // 8)
+        causal = make.causal(seq, seq, block_size=BLOCK)
+        return make.document(ids, block_size=BLOCK) & causal
+
+    @staticmethod
+    def mask_of_grid(grid: np.ndarray) -> jaxkern.BlockMask:
+        return jaxkern.BlockMask.from_blocks(grid, block_size=BLOCK)
+
+    def pairs(self, seq: int, heads: int) -> float:
+        """Of whole blocks, which are what is computed."""
+        return float(known_mask(self, seq).density) * float(seq) ** 2
+
+    def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
+        q, k = rows[:, None], np.arange(shape.seq)
+        if isinstance(self.which, int):
+            return self.grid(shape.seq)[:, q // BLOCK, k // BLOCK].astype(np.int8)
+        return self.visible(shape.seq, q, k)[None].astype(np.int8)
+
+
+@lru_cache
+def known_mask(pattern: Masked, seq: int) -> jaxkern.BlockMask:
+    """Made once for all that only reads it."""
+    return pattern.mask(seq)
+
+
+Pattern = Dense | Dilated | Blocks | Masked
 
 
 def _pairs(seq: float, is_causal: bool) -> float:

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +19,8 @@ import jaxkern
 
 from . import _attention_definitions as definitions
 from . import _torch
-from ._attention_model import Blocks, Dense, Dilated, Task
-from ._harness import Check, Program, Skip, with_gradients
+from ._attention_model import Blocks, Dense, Dilated, Masked, Task
+from ._harness import Check, Program, Row, Skip, with_gradients
 
 OURS = (
     "attention",
@@ -28,6 +30,10 @@ OURS = (
 )
 PEERS = ("plain jnp", "jax.nn xla", "jax.nn cudnn", "tokamax", "torch sdpa")
 FLEX = "torch flex"
+# Of our operations, in rows that name one.
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+# Of a mask, which takes milliseconds at most.
+MASK_BUILDS = 5
 # They hold all logits of a segment at once.
 WHOLE = ("plain jnp", "jax.nn xla")
 
@@ -45,7 +51,7 @@ class Entry:
     def needed_bytes(self, backward: bool) -> float:
         """Of the program, and of the float64 check."""
         s, itemsize = self.task.shape, 8
-        checked = len(definitions.checked_rows(s.seq)) * s.seq
+        checked = len(definitions.rows_of(s)) * s.seq
         logits = checked * itemsize
         if self.by in WHOLE:
             logits = max(logits, 4 * self.task.pattern.pairs(s.seq, s.heads))
@@ -89,7 +95,33 @@ def build(entry: Entry, args: Any) -> Program:
         fn = partial(_call_module, graph)
     if backward:
         fn = with_gradients(fn)
-    return Program(fn, inputs, partial(definitions.check, key))
+    if entry.by in IMPLEMENTATIONS:
+        _refuse(fn, inputs)
+    figures = partial(_mask_figures, task) if isinstance(task.pattern, Masked) else dict
+    return Program(fn, inputs, partial(definitions.check, key), figures=figures)
+
+
+def _refuse(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    """What an operation says that it cannot do here is no failure of it."""
+    try:
+        jax.eval_shape(fn, *inputs)
+    except NotImplementedError as error:
+        raise Skip(str(error)) from None
+
+
+def _mask_figures(task: Task) -> Row:
+    """How long the host takes to make the mask from what it is given."""
+    pattern, seq = task.pattern, task.shape.seq
+    assert isinstance(pattern, Masked)
+    build = partial(pattern.mask, seq)
+    if isinstance(pattern.which, int):
+        build = partial(pattern.mask_of_grid, pattern.grid(seq))
+    times = []
+    for _ in range(MASK_BUILDS):
+        start = time.perf_counter()
+        build()
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"mask_ms": statistics.median(times)}
 
 
 def _call_module(graph, query, key, value, state):
@@ -99,8 +131,17 @@ def _call_module(graph, query, key, value, state):
 def core(task: Task, by: str) -> Callable[..., Any]:
     """The attention function of (query, key, value)."""
     pattern, seq = task.pattern, task.shape.seq
-    causal = {} if isinstance(pattern, Blocks) else {"is_causal": pattern.is_causal}
+    masked = isinstance(pattern, Blocks | Masked)
+    causal = {} if masked else {"is_causal": pattern.is_causal}
     match by:
+        case "mosaic_gpu" | "xla" if isinstance(pattern, Masked):
+            return partial(
+                jaxkern.block_sparse_attention,
+                mask=pattern.mask(seq),
+                implementation=by,
+            )
+        case "mosaic_gpu" | "xla":
+            return partial(jaxkern.attention, **causal, implementation=by)
         case "attention":
             return partial(jaxkern.attention, **causal)
         case "dilated_attention":
@@ -183,16 +224,18 @@ def _is_causal(task: Task) -> bool:
 
 def _sdpa(is_causal, F, *inputs):
     q, k, v = (x.transpose(1, 2) for x in inputs)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    shared = {"enable_gqa": True} if q.shape[1] > k.shape[1] else {}
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **shared)
     return out.transpose(1, 2)
 
 
 def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
     """FlexAttention over the same lists of blocks, whose names ours share."""
-    assert isinstance(task.pattern, Blocks)
+    pattern, seq = task.pattern, task.shape.seq
+    assert isinstance(pattern, Blocks | Masked)
     torch = importlib.import_module("torch")
     flex = importlib.import_module("torch.nn.attention.flex_attention")
-    mask = task.pattern.mask(task.shape.seq)
+    mask = pattern.mask(seq)
     lists = (
         torch.tensor(np.asarray(x), device="cpu" if on_cpu else "cuda")
         for x in (
@@ -202,11 +245,15 @@ def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
             mask.full_kv_indices,
         )
     )
-    causal = {"mask_mod": lambda b, h, q, k: q >= k}
+    mask_mod = {}
+    if pattern.which == "causal":
+        mask_mod = {"mask_mod": lambda b, h, q, k: q >= k}
+    elif isinstance(pattern, Masked) and isinstance(pattern.which, str):
+        mask_mod = {"mask_mod": lambda b, h, q, k: pattern.visible(seq, q, k)}
     block_mask = flex.BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=mask.block_size,
-        **(causal if task.pattern.which == "causal" else {}),
+        **mask_mod,
     )
 
     def module(F, *inputs):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
+from . import _attention_kernels as kernels
+from . import _attention_kernels_report as kernels_report
 from . import _attention_programs as programs
 from ._attention_definitions import CANCELLATION
 from ._attention_model import (
@@ -35,6 +37,9 @@ TITLES = {
 
 def notes(args: argparse.Namespace) -> dict[str, str]:
     """Lines of the header."""
+    if args.grid == "kernels":
+        peers = (*kernels.DENSE_PEERS, programs.FLEX)
+        return _left_out(args, peers) | kernels_report.notes(args)
     lines = {
         "computed": f"{PASSES[args.backward]} of (batch, seq, heads) with dim 64",
         "checked": "up to 512 queries a row, 256 of more; gradients through them",
@@ -60,15 +65,17 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         )
     if not args.on_device:
         lines["rings"] = "devices are parts of one CPU: memory counts, time does not"
+    return lines | _left_out(args, (*programs.PEERS, programs.FLEX))
+
+
+def _left_out(args: argparse.Namespace, peers: Sequence[str]) -> dict[str, str]:
     reasons: dict[str, list[str]] = {}
-    for peer in (*programs.PEERS, programs.FLEX):
+    for peer in peers:
         reason = programs.why_left_out(peer, args)
         if reason:
             reasons.setdefault(reason, []).append(peer)
-    if reasons:
-        left_out = (f"{', '.join(names)}: {why}" for why, names in reasons.items())
-        lines["left out"] = _below(*left_out)
-    return lines
+    left_out = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+    return {"left out": _below(*left_out)} if left_out else {}
 
 
 def _below(*texts: str) -> str:
@@ -88,6 +95,8 @@ def print_all(
         if name in by_name:
             _print_published(console, name, by_name[name], args.backward)
     _print_real(console, [row for row in rows if row["grid"] == "real"])
+    of_kernels = [row for row in rows if row["grid"] == "kernels"]
+    kernels_report.print_rows(console, of_kernels, args.on_device)
     _print_slower(console, rows)
     errors = [row["error"] for row in rows if row["status"] == "ok"]
     if errors:

@@ -4,6 +4,8 @@
                                             dilation, blocks and rings to 4096 tokens
     python -m benchmarks.attention --full   to 65536 tokens: hours on a CPU
     python -m benchmarks.attention --grid real --plot scaling.png
+    python -m benchmarks.attention --kernels   our GPU kernel, dense, causal and masks,
+                                            beside its aims and predicted times
 
 The published study (dilated-attention-pytorch, float32, on a GPU that its repository
 says is a GTX 1080) times the forward of seven implementations, none of which dilates or
@@ -16,11 +18,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from . import _attention_kernels as kernels
 from . import _attention_plot as plots
 from . import _attention_programs as programs
 from . import _attention_report as report
@@ -36,10 +40,12 @@ from ._attention_model import (
 )
 from ._attention_programs import FLEX, Entry
 from ._cli import add_only, make_parser, positive
-from ._harness import Case, Options, matmul_peak_tflops
-from ._report import execute, make_console, metadata, print_header
+from ._harness import Case, Options, Row, matmul_peak_tflops
+from ._report import Results, execute, make_console, metadata, print_header
 
+# Without the grid of the kernels, which has to be named.
 GRIDS = ("published", "real")
+KERNELS = "kernels"
 WARMUP, CPU_WARMUP = 5, 1
 ITERATIONS = 50
 # On a CPU a row computes about so much, in so many calls at least and at most.
@@ -141,12 +147,25 @@ def _dilated(seq: int) -> dict[str, Dilated]:
 def make_cases(args: argparse.Namespace) -> list[Case]:
     """The rows to measure, in order."""
     entries: list[Entry] = []
-    if args.grid != "real":
+    if args.grid in ("published", "all"):
         entries += published_entries(args)
-    if args.grid != "published":
+    if args.grid in ("real", "all"):
         entries += real_entries(args)
     cases = [_make_case(entry, args) for entry in entries]
+    if args.grid == KERNELS:
+        cases = _kernel_cases(args)
     return [c for c in cases if re.search(args.only, describe(c.labels))]
+
+
+def _kernel_cases(args: argparse.Namespace) -> list[Case]:
+    """With --backward both passes: their difference is the backward alone."""
+    cases = []
+    for _, group in groupby(kernels.entries(args), key=lambda entry: entry.task):
+        rows = list(group)
+        for backward in (False, True)[: 1 + args.backward]:
+            of_pass = argparse.Namespace(**vars(args) | {"backward": backward})
+            cases += [_make_case(row, of_pass) for row in rows]
+    return cases
 
 
 def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
@@ -155,13 +174,20 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     line = PUBLISHED.get((entry.name, shape)) if entry.grid == "published" else None
     least, most = CPU_ITERATIONS
     iterations = round(min(max(CPU_FLOPS / flops, least), most))
+    if args.on_device:
+        by_xla = entry.by == "xla"
+        iterations = kernels.XLA_ITERATIONS if by_xla else ITERATIONS
+    for_kernels = entry.grid == KERNELS
+    label = shape.sizes if for_kernels else str(shape)
+    build = kernels.build if for_kernels else programs.build
     return Case(
-        labels={"grid": entry.grid, "shape": str(shape), "implementation": entry.name}
+        labels={"grid": entry.grid, "shape": label, "implementation": entry.name}
         | {"by": entry.by, "devices": entry.devices, "pass": which}
-        | vars(shape),
-        build=partial(programs.build, entry, args),
+        | vars(shape)
+        | {"kv_heads": shape.kv_heads},
+        build=partial(build, entry, args),
         flops=flops,
-        iterations=ITERATIONS if args.on_device else iterations,
+        iterations=iterations,
         needed_bytes=entry.needed_bytes(args.backward),
         published_ms=line.time_ms if line and not args.backward else None,
     )
@@ -170,8 +196,25 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("benchmarks.attention", __doc__ or "", full=False, warmup=None)
     add = parser.add_argument
-    add("--grid", choices=(*GRIDS, "all"), default="all", help="default: all")
-    add("--full", action="store_true", help="the real grid to 65536 tokens")
+    add(
+        "--grid",
+        choices=(*GRIDS, KERNELS, "all"),
+        default="all",
+        help=f"default: all, which is {' and '.join(GRIDS)}",
+    )
+    add(
+        "--kernels",
+        action="store_const",
+        dest="grid",
+        const=KERNELS,
+        default="all",
+        help="as --grid kernels; in bfloat16 on a CPU too",
+    )
+    add(
+        "--full",
+        action="store_true",
+        help="the real grid to 65536 tokens; all sizes and rows of the kernels",
+    )
     add("--backward", action="store_true", help="forward and all gradients")
     add_only(parser)
     help_devices = (
@@ -185,8 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="plain jnp and jax.nn; PyTorch and tokamax where they are installed",
     )
     args = parser.parse_args(argv)
-    if args.plot and args.grid == "published":
-        parser.error("--plot draws the real grid: leave out --grid published")
+    if args.plot and args.grid in ("published", KERNELS):
+        parser.error(f"--plot draws the real grid: leave out --grid {args.grid}")
     shortest = min(shape.seq for _, shape in PUBLISHED)
     if shortest % args.devices:
         parser.error(f"--devices must divide {shortest} tokens, got {args.devices}")
@@ -200,7 +243,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.warmup is None:
         args.warmup = WARMUP if args.on_device else CPU_WARMUP
     args.rings = [count for count in RINGS if count <= jax.device_count()]
-    args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
+    narrow = args.on_device or args.grid == KERNELS
+    args.dtype = jnp.dtype(args.dtype or ("bfloat16" if narrow else "float32"))
     if not make_cases(args):
         parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args
@@ -214,7 +258,8 @@ def _split_cpu(count: int) -> None:
 
 
 def describe(labels: Mapping[str, Any]) -> str:
-    return f"{labels['grid']} {labels['shape']} {labels['implementation']}"
+    name = f"{labels['grid']} {labels['shape']} {labels['implementation']}"
+    return f"{name} {labels['pass']}" if labels["grid"] == KERNELS else name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,17 +287,32 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
         matmul_peak_tflops=matmul_peak_tflops(args.dtype),
         timing_text=f"{args.timing}, {calls}",
         notes=report.notes(args),
+        **({"predicted": kernels.predictions()} if args.grid == KERNELS else {}),
     )
     console = make_console()
     print_header(console, (__doc__ or "").splitlines()[0], meta)
     options = Options(args.warmup, args.iterations, args.timing)
     rows, status = execute(cases, options, meta, args.json, describe)
+    if args.grid == KERNELS:
+        status = _add_figures(rows, args, meta, len(cases)) or status
     report.print_all(console, rows, describe, args)
     if args.plot:
         plots.plot(console, rows, args.plot, meta)
     if len(rows) < len(cases):
         console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
     return status
+
+
+def _add_figures(
+    rows: list[Row], args: argparse.Namespace, meta: Mapping[str, Any], count: int
+) -> int:
+    """What needs other rows of the run, for the tables and, once more, the file."""
+    tasks = {(e.task.shape.sizes, e.name): e.task for e in kernels.entries(args)}
+    kernels.add_figures(rows, tasks, args.on_device)
+    results = Results(args.json, meta)
+    results.rows, results.meta["complete"] = rows, len(rows) == count
+    results.save()
+    return int(results.error is not None)
 
 
 if __name__ == "__main__":

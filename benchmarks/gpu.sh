@@ -12,6 +12,10 @@ for benchmark in flash_mlp attention mlp; do
   $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
     --plot "$folder/$benchmark.png" || status=1
 done
+$python -m benchmarks.attention --kernels \
+  --json "$folder/attention_kernels.json" || status=1
+$python -m benchmarks.attention --kernels --backward \
+  --json "$folder/attention_kernels_backward.json" || status=1
 $python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)" \
   --json "$folder/flash_mlp_sweep.json" --plot "$folder/flash_mlp_sweep.png" || status=1
 $python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import BlockMask, _block_sparse_mgpu, _mgpu_schedule
@@ -207,31 +208,11 @@ def _mask_of(task: Task) -> BlockMask:
     return BlockMask.causal(seq, seq, block_size=BLOCK)
 
 
-def busiest(lengths: np.ndarray, tiles: int, head_bytes: float) -> int:
-    """The most blocks that the kernel's schedule gives to one multiprocessor.
-
-    Heads that fit in L2 together go together, of these the longest rows first; every
-    other round goes backwards.
-
-    tiles: of a head. head_bytes: what one walks.
-    """
-    at = np.arange(len(lengths))
-    together = max(1, int(_mgpu_schedule.L2_BYTES // head_bytes)) * tiles
-    order = np.lexsort((-lengths, at // together))
-    count = min(MULTIPROCESSORS, len(lengths))
-    turn, place = at // count, at % count
-    back = (turn % 2 == 1) & (turn < len(lengths) // count)
-    order = order[turn * count + np.where(back, count - 1 - place, place)]
-    return int(np.bincount(place, lengths[order]).max())
-
-
-def walked_bytes(shape: Shape, side: str) -> float:
-    """Of what a held head walks: keys and values, or all queries that share them."""
-    vectors = 2 * 2 * shape.seq * shape.dim
-    if side == "kv":
-        return vectors / shape.group
-    # And two float32 numbers a query.
-    return shape.group * (vectors + 2 * 4.0 * shape.seq)
+def busiest(lengths: np.ndarray) -> int:
+    """The most blocks that the kernel's schedule gives to one multiprocessor."""
+    cost = jnp.asarray(lengths + _mgpu_schedule.STEPS_OF_A_TILE)
+    taken = _mgpu_schedule.assign(cost, min(MULTIPROCESSORS, len(lengths)))
+    return int(np.bincount(np.asarray(taken), lengths).max())
 
 
 def predict_launch(
@@ -241,7 +222,7 @@ def predict_launch(
     dim = task.shape.dim
     config = _block_sparse_mgpu.config_of(kernel, dim, BLOCK)
     lengths = row_lengths(task, side)
-    most = busiest(lengths, task.shape.seq // BLOCK, walked_bytes(task.shape, side))
+    most = busiest(lengths)
     rows, steps = 2 * config.rows, BLOCK // config.columns
     logits = rows * config.columns
     reached = CLOCKS * MATMUL_RATE

@@ -58,7 +58,11 @@ def _flash_mlp(make: Callable[..., Any], dim: int, ups: int, backward: bool):
 
 
 def _attention(
-    kernel: str, wanted: tuple[str, ...] | None, dim: int, mask: Callable[[], BlockMask]
+    kernel: str,
+    wanted: tuple[str, ...] | None,
+    dim: int,
+    mask: Callable[[], BlockMask],
+    exact: bool,
 ):
     """With two query heads a key head, of two batches."""
     kernels = _block_sparse_mgpu
@@ -76,9 +80,9 @@ def _attention(
         case "forward":
             run = partial(kernels.forward, scale, True, mask())
         case "backward_q":
-            run = partial(kernels.backward_q, scale, False, mask())
+            run = partial(kernels.backward_q, scale, exact, mask())
         case _:
-            run = partial(kernels.backward_kv, scale, False, wanted, mask())
+            run = partial(kernels.backward_kv, scale, exact, wanted, mask())
     return run, inputs if kernel == "forward" else (*inputs, query, numbers)
 
 
@@ -96,6 +100,7 @@ def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]
 
     return {
         "causal": (every, causal),
+        "in a ring": ((64, 128, 256), causal),
         "blocks of 64": ((64, 128, 256), partial(causal, 64)),
         "documents": ((64, 128, 256), lambda: BlockMask.document(ids) & causal()),
         "in blocks": ((128,), in_blocks),
@@ -116,7 +121,7 @@ def attention_cases() -> Cases:
                 label = {"forward": "forward", "backward_q": "dq"}.get(kernel, "")
                 label = label or " ".join(f"d{x[0]}" for x in grads or ())
                 cases[f"attention {label} {dim} {name}"] = partial(
-                    _attention, kernel, grads, dim, mask
+                    _attention, kernel, grads, dim, mask, name == "in a ring"
                 )
     return cases
 

@@ -4,10 +4,11 @@ A block holds a tile of each `held` operand in shared memory, a part for each of
 warpgroups that compute, and walks the tiles of the `walked` ones that the lists of its
 row name, partial blocks first. A third warpgroup loads them into a ring of slots. Where
 both parts lie in one row of blocks they walk together; otherwise each walks its own
-row, with a ring of its own. There are no more blocks than multiprocessors, the longest
-rows go first, and the loads of the next tile run while this one is computed. Results
-are written by one block each, so there are no atomics and no order of arrival. What
-lies past the end of an array is zero when TMA loads it and dropped when TMA stores it.
+row, with a ring of its own. There are no more blocks than multiprocessors, each with
+about as much to do, and the loads of the next tile run while this one is computed.
+Results are written by one block each, so there are no atomics and no order of arrival.
+What lies past the end of an array is zero when TMA loads it and dropped when TMA stores
+it.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from ._block_lists import BlockLists
 from ._mesh import vary_alike
-from ._mgpu import SMEM_BYTES, multiprocessors, plgpu, slot, swizzle_of, tiles
+from ._mgpu import SMEM_BYTES, plgpu, slot, swizzle_of, tiles
 from ._mgpu_schedule import make_schedule
 from ._mgpu_walk import (
     BARRIER_BYTES,
@@ -170,16 +171,23 @@ class _Frame:
     def rings(self) -> int:
         return rings_of(self.config, self.walk.block_size)
 
-    def place(self, info):
-        """Batch, head and number of the tile that is taken now."""
-        return [self.schedule.place[info.index[0], axis] for axis in range(3)]
+    def over_tiles(self, step, carry):
+        """`step(item, n, carry)` for every tile of this block, the n-th it takes."""
+        first, count = (
+            self.schedule.blocks[lax.axis_index("block"), i] for i in range(2)
+        )
+        return lax.fori_loop(0, count, lambda n, x: step(first + n, n, x), carry)
+
+    def place(self, item):
+        """Batch, head and number of a tile."""
+        return [self.schedule.place[item, axis] for axis in range(3)]
 
     def first(self, tile, warpgroup):
         return (tile * COMPUTE + warpgroup) * self.config.rows
 
-    def lists(self, info, ring, head):
+    def lists(self, item, ring, head):
         """Of the partial and the full blocks: steps, first entry and indices."""
-        row = self.schedule.rows.at[info.index[0], ring, head]
+        row = self.schedule.rows.at[item, ring, head]
         each = self.walk.block_size // self.config.columns
         return [
             (row[2 * n] * each, row[2 * n + 1], indices)
@@ -197,24 +205,24 @@ class _Frame:
             return step(0, carry)
         return lax.fori_loop(0, self.walk.heads, step, carry)
 
-    def compute(self, warpgroup, info, carry):
+    def compute(self, warpgroup, item, nth, carry):
         """A tile; the carry counts the steps of the ring."""
         config, body, walk = self.config, self.body, self.walk
         held_smem, walked_smem, numbers, held_barriers, barriers, turn = self.scratch
         produced, consumed = held_barriers
         filled, emptied = barriers
-        here = slot(info.local_index, config.held)
+        here = slot(nth, config.held)
         mine = [smem.at[here, warpgroup] for smem in held_smem]
         mine_first = 0 if self.rings == 1 else warpgroup * config.steps
         lane = 0 if self.rings == 1 else warpgroup
-        batch, head, tile = self.place(info)
+        batch, head, tile = self.place(item)
         first = self.first(tile, warpgroup)
         plgpu.barrier_wait(produced.at[here])
         pl.when(warpgroup == 1)(lambda: _take_turns(turn))
 
         def walk_head(g, state):
             query_head = head * walk.heads + g
-            partial_first = self.lists(info, lane, g)
+            partial_first = self.lists(item, lane, g)
             for (count, start, indices), ask in zip(
                 partial_first, (True, False), strict=True
             ):
@@ -239,7 +247,7 @@ class _Frame:
         carry, sums = self.over_heads(walk_head, (carry, body.start(mine)))
         pl.when(warpgroup == 0)(lambda: _take_turns(turn))
         # Read again, so that no register keeps it meanwhile.
-        batch, head, tile = self.place(info)
+        batch, head, tile = self.place(item)
         first = self.first(tile, warpgroup)
         results = body.finish(sums, mine)
         for value, like, out in zip(results, body.outs, self.outs, strict=True):
@@ -256,7 +264,7 @@ class _Frame:
         plgpu.barrier_arrive(consumed.at[here])
         return carry
 
-    def load(self, info, carry):
+    def load(self, item, nth, carry):
         """What a tile needs; the carry counts the steps of each ring."""
         config, walk = self.config, self.walk
         held_smem, walked_smem, _, held_barriers, barriers, _ = self.scratch
@@ -266,10 +274,10 @@ class _Frame:
             self.gmem[: len(self.held)],
             self.gmem[len(self.held) :],
         )
-        batch, head, tile = self.place(info)
-        here = slot(info.local_index, config.held)
+        batch, head, tile = self.place(item)
+        here = slot(nth, config.held)
 
-        @pl.when(info.local_index >= config.held)
+        @pl.when(nth >= config.held)
         def _():
             plgpu.barrier_wait(held_consumed.at[here])
 
@@ -297,7 +305,7 @@ class _Frame:
 
         def load_head(g, carry):
             walked_head = lax.div(head * walk.heads + g, walk.share)
-            rings = [self.lists(info, ring, g) for ring in range(self.rings)]
+            rings = [self.lists(item, ring, g) for ring in range(self.rings)]
             for lists in zip(*rings, strict=True):
 
                 def step(n, carry, lists=lists):
@@ -319,8 +327,9 @@ class _Frame:
 
         return self.over_heads(load_head, carry)
 
-    def wait_for_last(self, tiles, steps) -> None:
+    def wait_for_last(self, steps) -> None:
         """A barrier must be seen to the end of its last phase."""
+        tiles = self.schedule.blocks[lax.axis_index("block"), 1]
         _, _, _, (_, held_consumed), (_, consumed), _ = self.scratch
         wait_for_last(tiles, self.config.held, [held_consumed])
         for ring, count in enumerate(steps):
@@ -352,8 +361,6 @@ def walk_lists(
         walk.block_size,
         sum(o.tile_bytes(o.seq) for o in chain(*walked)) * walk.heads / walk.share,
     )
-    items = len(schedule.place)
-    blocks = min(multiprocessors(), items)
     leaves, tree = jax.tree.flatten((schedule, list(walk.data)))
     arrays = [o.array for o in chain(held, *walked)]
 
@@ -371,21 +378,17 @@ def walk_lists(
         )
         warpgroup = lax.axis_index("warpgroup")
 
-        def over_tiles(start):
-            return plgpu.nd_loop((items,), collective_axes="block", init_carry=start)
-
         @pl.when(warpgroup < COMPUTE)
         def compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            over_tiles(jnp.int32(0))(partial(bound.compute, warpgroup))
+            bound.over_tiles(partial(bound.compute, warpgroup), jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE)
         def load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            loaded = over_tiles([jnp.int32(0)] * frame.rings)(bound.load)
-            mine = lax.div(items - lax.axis_index("block") + blocks - 1, blocks)
-            bound.wait_for_last(mine, loaded)
+            start = [jnp.int32(0)] * frame.rings
+            bound.wait_for_last(bound.over_tiles(bound.load, start))
 
     results = plgpu.kernel(
         kernel,
@@ -396,7 +399,7 @@ def walk_lists(
             for like in body.outs
         ),
         scratch_types=_scratch(frame),
-        grid=(blocks,),
+        grid=(len(schedule.blocks),),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",

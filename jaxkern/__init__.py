@@ -22,6 +22,7 @@ from ._mlp import swiglu as swiglu
 from ._ring import context_parallel_attention as context_parallel_attention
 from ._ring import ring_attention as ring_attention
 from ._ring import ring_permutation as ring_permutation
+from ._rotary import rotary_embedding as rotary_embedding
 from ._sparsity import Packed24 as Packed24
 from ._sparsity import matmul_2_4 as matmul_2_4
 from ._sparsity import pack_2_4 as pack_2_4

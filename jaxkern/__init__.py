@@ -5,6 +5,7 @@ from ._attention import attention as attention
 from ._attention import merge_attention as merge_attention
 from ._block_mask import BlockMask as BlockMask
 from ._block_sparse import block_sparse_attention as block_sparse_attention
+from ._cross_entropy import cross_entropy as cross_entropy
 from ._dilated import dilated_attention as dilated_attention
 from ._estimators import binary_concrete as binary_concrete
 from ._estimators import gumbel_softmax as gumbel_softmax

@@ -62,9 +62,7 @@ def rotary_embedding(
     batch, seq, _, dim = x.shape
     if dim % 2:
         raise ValueError(f"{op}: dim must be even, got {dim}")
-    number = isinstance(theta, Real) and not isinstance(theta, bool)
-    if not number or not 0 < theta < math.inf:
-        raise ValueError(f"{op}: theta must be positive and finite, got {theta!r}")
+    check_theta(op, "theta", theta)
     if pairs not in get_args(Pairs):
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if positions is None:
@@ -100,6 +98,12 @@ def _angles(positions: jax.Array, omega: np.ndarray, dtype: jnp.dtype) -> jax.Ar
     turned = p * (whole % 2**32).astype(np.uint32).astype(np.int32)
     turned += jnp.rint(p.astype(jnp.float32) * fraction).astype(jnp.int32)
     return turned.astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
+
+
+def check_theta(op: str, name: str, theta: object) -> None:
+    number = isinstance(theta, Real) and not isinstance(theta, bool)
+    if not number or not 0 < theta < math.inf:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {theta!r}")
 
 
 def _check_positions(op: str, positions: object, batch: int, seq: int) -> None:

@@ -67,8 +67,8 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_values_and_gradients(size, dtype):
-    *shape, chunk = size
-    hidden, head, targets, g = make_arguments(*shape, dtype)
+    batch, dim, vocab, chunk = size
+    hidden, head, targets, g = make_arguments(batch, dim, vocab, dtype)
     got = run(hidden, head, targets, g, chunk=chunk)
     assert got[0].dtype == jnp.float32
     exact = float64(hidden, head, targets, g)

@@ -16,7 +16,7 @@ def rms_norm(x, scale):
 
 
 def rotate(x, theta):
-    """Features (2i, 2i + 1) of (batch, seq, heads, dim): by position theta^(-2i/dim)."""
+    """Pairs (2i, 2i + 1) of (batch, seq, heads, dim) by position theta^(-2i/dim)."""
     dim = x.shape[-1]
     frequencies = theta ** (-jnp.arange(0, dim, 2) / dim)
     angles = (jnp.arange(x.shape[1])[:, None] * frequencies)[:, None]

@@ -273,7 +273,7 @@ class TransformerLM(nnx.Module):
         top_p: float = 1.0,
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
         cache: bool = True,
-    ) -> Int[Array, "batch seq+max_new_tokens"]:
+    ) -> Int[Array, "batch seq+{max_new_tokens}"]:
         """The prompt and the tokens that the model continues it with.
 
         Compiled, once for each shape of `prompt` and number of new tokens.

@@ -1,6 +1,8 @@
 """The language model as one writes it in jnp, layer by layer."""
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem, itemgetter
 from typing import Any
 
 import jax
@@ -65,30 +67,31 @@ def loss(
     return -each.mean()
 
 
+PLACES = {
+    "attention_norm": ("attention_norm", "scale"),
+    "query": ("attention", "query", "kernel"),
+    "key": ("attention", "key", "kernel"),
+    "value": ("attention", "value", "kernel"),
+    "out": ("attention", "out", "kernel"),
+    "mlp_norm": ("mlp_norm", "scale"),
+    "gate": ("mlp", "w_gate"),
+    "up": ("mlp", "w_up"),
+    "down": ("mlp", "w_down"),
+}
+
+
 def from_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Its weights, from the pure state of a `TransformerLM` with stacked layers."""
-    stacked = state["layers"]
-    names = {
-        **{name: ("attention", name, "kernel") for name in ("query", "key", "value")},
-        "out": ("attention", "out", "kernel"),
-        "gate": ("mlp", "w_gate"),
-        "up": ("mlp", "w_up"),
-        "down": ("mlp", "w_down"),
-        "attention_norm": ("attention_norm", "scale"),
-        "mlp_norm": ("mlp_norm", "scale"),
-    }
-
-    def find(path):
-        found = stacked
-        for name in path:
-            found = found[name]
-        return found
-
-    layers = {name: find(path) for name, path in names.items()}
-    count = len(layers["gate"])
+    """These weights, from the pure state of a `TransformerLM`, scanned or unrolled."""
+    layers = state["layers"]
+    if "attention" in layers:
+        count = len(layers["mlp"]["w_gate"])
+        layers = {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
     return {
         "embedding": state["embedding"],
-        "layers": [{name: w[i] for name, w in layers.items()} for i in range(count)],
+        "layers": [
+            {name: reduce(getitem, path, layers[i]) for name, path in PLACES.items()}
+            for i in range(len(layers))
+        ],
         "norm": state["norm"]["scale"],
         "head": state["head"],
     }

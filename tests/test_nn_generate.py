@@ -17,7 +17,7 @@ from jaxkern.nn._generate import _keep_top
 
 VOCAB, CONTEXT = 50, 16
 dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
-SIZES: dict[str, int] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
 
 
 def build(**options) -> Any:

@@ -29,7 +29,7 @@ from jaxkern.nn import (
 )
 
 VOCAB, CONTEXT, SEQ = 50, 16, 12
-SIZES: dict[str, int] = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40}
 
 
 def build(seed=0, **options) -> Any:

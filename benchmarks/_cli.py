@@ -108,7 +108,7 @@ def make_parser(
     """With `--full` and `--plot` where the benchmark has them.
 
     warmup: the default; None for one that depends on the device.
-    own: of --warmup and --timing, those that the benchmark adds in its own way.
+    own: of --warmup, --timing and --dtype, those that the benchmark adds itself.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
@@ -141,6 +141,7 @@ def make_parser(
             default="amortised",
             help="wait for the device once a stretch of calls (default), or each call",
         )
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    if "--dtype" not in own:
+        add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     add("--seed", type=natural, default=0, metavar="N", help="of inputs and weights")
     return parser

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _transformer_report as report
-from ._cli import add_only, make_parser, names, positive
+from ._cli import DTYPES, add_only, make_parser, names, positive
 from ._harness import Case, Options, matmul_peak_tflops
 from ._report import execute, make_console, metadata, print_header, published
 from ._transformer_programs import (
@@ -137,8 +137,8 @@ def _warmups(text: str) -> list[int]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    # Rows differ in their warm-ups here, and each call is waited for, as published.
-    own = "--warmup", "--timing"
+    # Rows differ in their warm-ups. As published: float32, each call waited for.
+    own = "--warmup", "--timing", "--dtype"
     parser = make_parser("benchmarks.transformer", __doc__ or "", plot=False, own=own)
     add = parser.add_argument
     help_warmup = "calls before the clock starts, row by row (default 0,1; full 0,1,5)"
@@ -146,6 +146,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     timings = "per-call", "amortised"
     help_timing = "wait for the device each call (default), or once a stretch of calls"
     add("--timing", choices=timings, default="per-call", help=help_timing)
+    help_dtype = "of the computation (default float32, as published)"
+    add("--dtype", choices=DTYPES, default="float32", help=help_dtype)
     add("--sizes", type=names([*SIZES]), metavar="A,B", help=f"of {', '.join(SIZES)}")
     valid = ", ".join(map(str, MORE_CONTEXTS))
     add("--contexts", type=names(MORE_CONTEXTS), metavar="A,B", help=f"of {valid}")
@@ -170,7 +172,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.warmup is None:
         args.warmup = [*(WARMUPS if args.full else DEFAULT_WARMUPS)]
     args.layers = args.layers or ("scanned" if args.on_device else "unrolled")
-    args.dtype = jnp.dtype(args.dtype or "float32")
+    args.dtype = jnp.dtype(args.dtype)
     if not make_cases(args):
         parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args

@@ -69,7 +69,7 @@ def test_passes_and_warm_ups(unchecked):
 
 
 def test_peers_pass_the_same_check(tiny):
-    rows = measure("--warmup", "1", "--only", "backward")
+    rows = measure("--full", "--warmup", "1", "--only", "backward")
     assert problems(rows) == []
     frameworks = [r["framework"] for r in rows]
     assert frameworks == ["jaxkern", "jaxkern scanned", "plain jnp"]
@@ -240,4 +240,4 @@ def test_refusals(argv, message, capsys):
 def test_list_measures_nothing(capsys):
     assert transformer.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and lines[0] == "small 128 forward warm-up 0"
+    assert len(lines) == 6 and lines[0] == "small 128 forward warm-up 0"

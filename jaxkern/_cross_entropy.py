@@ -88,7 +88,7 @@ def _forward(hidden, head, targets, chunks):
         hit = ids == targets[..., None]
         return (higher, total, target_logit + jnp.where(hit, logits, 0).sum(-1)), None
 
-    zero = jnp.zeros(targets.shape, widen(hidden[:0]).dtype)
+    zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
     inside = (targets >= 0) & (targets < vocab)
     start = zero - jnp.inf, zero, jnp.where(inside, zero, jnp.nan)
     carry, _ = lax.scan(add, vary_alike(*start, like=(hidden,)), _split(head, chunks))
@@ -100,22 +100,21 @@ def _forward(hidden, head, targets, chunks):
 def _backward(chunks, saved, g):
     hidden, head, targets, lse = saved
     vocab = head.shape[1]
-    tokens = tuple(range(targets.ndim))
+    axes = tuple(range(targets.ndim))
 
     def add(d_hidden, numbered):
         logits, ids = _logits(hidden, numbered, chunks, vocab)
         hit = ids == targets[..., None]
         d_logits = g[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden += jnp.matmul(
-            d_logits, numbered[0].T, preferred_element_type=lse.dtype
-        )
-        d_part = jnp.tensordot(
-            hidden, d_logits, (tokens, tokens), preferred_element_type=lse.dtype
-        )
+        part, wide = numbered[0], {"preferred_element_type": lse.dtype}
+        like = _explicit_sharding(hidden)
+        d_hidden += jnp.matmul(d_logits, part.T, out_sharding=like, **wide)
+        like, tokens = _explicit_sharding(part), (axes, axes)
+        d_part = jnp.tensordot(hidden, d_logits, tokens, out_sharding=like, **wide)
         return d_hidden, d_part.astype(head.dtype)
 
-    (start,) = vary_alike(jnp.zeros(hidden.shape, lse.dtype), like=(hidden,))
+    (start,) = vary_alike(jnp.zeros_like(hidden, lse.dtype), like=(hidden,))
     d_hidden, d_parts = lax.scan(add, start, _split(head, chunks))
     d_head = jnp.moveaxis(d_parts, 0, 2).reshape(head.shape[0], -1)[:, :vocab]
     return d_hidden.astype(hidden.dtype), d_head, None
@@ -138,6 +137,12 @@ def _logits(hidden, numbered, chunks, vocab):
     logits = jnp.matmul(hidden, part, preferred_element_type=wide)
     ids = number + chunks * jnp.arange(part.shape[1])
     return jnp.where(ids < vocab, logits, -jnp.inf), ids
+
+
+def _explicit_sharding(x):
+    """That of a gradient on a mesh with explicit axes; on others XLA chooses it."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
 
 
 def _check_kind(op: str, name: str, array: object, kind: Any, text: str) -> None:

@@ -163,31 +163,38 @@ def test_transformations():
         np.testing.assert_allclose(losses, exact, rtol=1e-12)
 
 
-def test_on_meshes():
-    mesh = jax.make_mesh(
-        (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+def mean(hidden, head, targets):
+    return cross_entropy(hidden, head, targets, chunk=20).mean()
+
+
+run_mean = jax.value_and_grad(mean, argnums=(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh(kind):
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
     hidden, head, targets, _ = make_arguments((4, 6), 8, 64)
-
-    def mean(hidden, head, targets):
-        return cross_entropy(hidden, head, targets, chunk=20).mean()
-
-    run = jax.value_and_grad(mean, argnums=(0, 1))
-    expected = run(hidden, head, targets)
+    expected = run_mean(hidden, head, targets)
 
     def place(x, *spec):
         return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
     placed = place(hidden, "data"), place(head, None, "tensor"), place(targets, "data")
-    assert_near(jax.jit(run)(*placed), expected)
+    assert_near(jax.jit(run_mean)(*placed), expected)
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    args = make_arguments((4, 6), 8, 64)[:3]
     local = jax.shard_map(
         lambda *args: jax.lax.pmean(mean(*args), "data"),
         mesh=mesh,
         in_specs=(P("data"), P(), P("data")),
         out_specs=P(),
     )
-    got = jax.jit(jax.value_and_grad(local, argnums=(0, 1)))(hidden, head, targets)
-    assert_near(got, expected)
+    got = jax.jit(jax.value_and_grad(local, argnums=(0, 1)))(*args)
+    assert_near(got, run_mean(*args))
 
 
 HIDDEN, HEAD, TARGETS = jnp.ones((2, 5)), jnp.ones((5, 7)), jnp.zeros(2, int)

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -103,10 +103,12 @@ def make_parser(
     full: bool = True,
     plot: bool = True,
     warmup: int | None = 5,
+    own: Collection[str] = (),
 ) -> argparse.ArgumentParser:
     """With `--full` and `--plot` where the benchmark has them.
 
     warmup: the default; None for one that depends on the device.
+    own: of --warmup, --timing and --dtype, those that the benchmark adds itself.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
@@ -122,21 +124,24 @@ def make_parser(
     if plot:
         help_plot = "draw them (.png, .svg, .pdf)"
         add("--plot", type=plot_file, metavar="FILE", help=help_plot)
-    add(
-        "--warmup",
-        type=natural,
-        default=warmup,
-        metavar="N",
-        help="calls before the clock starts; with 0 the first one compiles (default "
-        f"{'5, on a CPU 1' if warmup is None else warmup})",
-    )
+    if "--warmup" not in own:
+        add(
+            "--warmup",
+            type=natural,
+            default=warmup,
+            metavar="N",
+            help="calls before the clock starts; with 0 the first one compiles "
+            f"(default {'5, on a CPU 1' if warmup is None else warmup})",
+        )
     add("--iterations", type=positive, metavar="N", help="calls to time, for every row")
-    add(
-        "--timing",
-        choices=("amortised", "per-call"),
-        default="amortised",
-        help="wait for the device once a stretch of calls (default), or each call",
-    )
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    if "--timing" not in own:
+        add(
+            "--timing",
+            choices=("amortised", "per-call"),
+            default="amortised",
+            help="wait for the device once a stretch of calls (default), or each call",
+        )
+    if "--dtype" not in own:
+        add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     add("--seed", type=natural, default=0, metavar="N", help="of inputs and weights")
     return parser

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,7 @@ class Case:
     iterations: how many calls to time, unless the user says.
     needed_bytes: of arguments, outputs and intermediates, at most.
     published_ms: the published time, where there is one.
+    warmup: calls before the clock starts, where rows differ in it.
     """
 
     labels: Mapping[str, str | int]
@@ -79,6 +80,7 @@ class Case:
     iterations: int = 20
     needed_bytes: float = 0.0
     published_ms: float | None = None
+    warmup: int | None = None
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,8 @@ def _run_case(
             f"needs {case.needed_bytes / 1e9:.1f} GB of memory, "
             f"{available / 1e9:.1f} GB are free"
         )
+    if case.warmup is not None:
+        options = replace(options, warmup=case.warmup)
     program = case.build()
     try:
         measure(program, options, options.iterations or case.iterations, row)

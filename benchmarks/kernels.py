@@ -62,7 +62,6 @@ def _attention(
     wanted: tuple[str, ...] | None,
     dim: int,
     mask: Callable[[], BlockMask],
-    exact: bool,
 ):
     """With two query heads a key head, of two batches."""
     kernels = _block_sparse_mgpu
@@ -80,9 +79,9 @@ def _attention(
         case "forward":
             run = partial(kernels.forward, scale, True, mask())
         case "backward_q":
-            run = partial(kernels.backward_q, scale, exact, mask())
+            run = partial(kernels.backward_q, scale, mask())
         case _:
-            run = partial(kernels.backward_kv, scale, exact, wanted, mask())
+            run = partial(kernels.backward_kv, scale, wanted, mask())
     return run, inputs if kernel == "forward" else (*inputs, query, numbers)
 
 
@@ -100,7 +99,6 @@ def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]
 
     return {
         "causal": (every, causal),
-        "in a ring": ((64, 128, 256), causal),
         "blocks of 64": ((64, 128, 256), partial(causal, 64)),
         "documents": ((64, 128, 256), lambda: BlockMask.document(ids) & causal()),
         "in blocks": ((128,), in_blocks),
@@ -121,7 +119,7 @@ def attention_cases() -> Cases:
                 label = {"forward": "forward", "backward_q": "dq"}.get(kernel, "")
                 label = label or " ".join(f"d{x[0]}" for x in grads or ())
                 cases[f"attention {label} {dim} {name}"] = partial(
-                    _attention, kernel, grads, dim, mask, name == "in a ring"
+                    _attention, kernel, grads, dim, mask
                 )
     return cases
 

@@ -5,6 +5,7 @@ from ._attention import attention as attention
 from ._attention import merge_attention as merge_attention
 from ._block_mask import BlockMask as BlockMask
 from ._block_sparse import block_sparse_attention as block_sparse_attention
+from ._cross_entropy import cross_entropy as cross_entropy
 from ._dilated import dilated_attention as dilated_attention
 from ._estimators import binary_concrete as binary_concrete
 from ._estimators import gumbel_softmax as gumbel_softmax
@@ -22,6 +23,7 @@ from ._mlp import swiglu as swiglu
 from ._ring import context_parallel_attention as context_parallel_attention
 from ._ring import ring_attention as ring_attention
 from ._ring import ring_permutation as ring_permutation
+from ._rotary import rotary_embedding as rotary_embedding
 from ._sparsity import Packed24 as Packed24
 from ._sparsity import matmul_2_4 as matmul_2_4
 from ._sparsity import pack_2_4 as pack_2_4

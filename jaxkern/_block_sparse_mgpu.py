@@ -148,7 +148,7 @@ def _attend_backward(scale, saved, cotangents):
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
     delta = (d_out * _sum(outs)).sum(-1).mT - d_lse
     args = mask, query, key, value, d_out, lse2, delta
-    return *(x for (x,) in _gradients(scale, False, *args)), None
+    return *_gradients(scale, *args), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -164,7 +164,7 @@ def attend_part(query, key, value, mask: BlockMask, scale: float):
 
 
 def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta):
-    """What these keys add to the three gradients, in float32.
+    """What these keys add to the three gradients, rounded and then made float32.
 
     lse, delta: of all keys, (batch, seq, heads).
     """
@@ -173,11 +173,9 @@ def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta)
     lse2, delta = (
         jnp.pad(x.mT, [(0, 0), (0, 0), (0, missing)]) for x in (lse * LOG2_E, delta)
     )
-    gradients = map(
-        _sum, _gradients(scale, True, mask, *arrays, lse2=lse2, delta=delta)
-    )
+    gradients = _gradients(scale, mask, *arrays, lse2=lse2, delta=delta)
     return [
-        gradient[:, : x.shape[1], :, : x.shape[3]]
+        gradient[:, : x.shape[1], :, : x.shape[3]].astype(jnp.float32)
         for x, gradient in zip((query, key, value), gradients, strict=True)
     ]
 
@@ -186,25 +184,18 @@ def _sum(parts):
     return reduce(jnp.add, (x.astype(jnp.float32) for x in parts))
 
 
-def _gradients(scale, exact, mask, query, key, value, d_out, lse2, delta):
-    """Of query, key and value, each in one part, or in two if exact.
+def _gradients(scale, mask, query, key, value, d_out, lse2, delta):
+    """Of query, key and value.
 
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
     numbers = jnp.stack([jnp.where(jnp.isneginf(lse2), jnp.inf, lse2), delta], 2)
     args = mask, query, key, value, d_out, numbers
-    parts = [*_over_batch(partial(backward_q, scale, exact))(*args)]
+    gradients = [*_over_batch(partial(backward_q, scale))(*args)]
     for wanted in kv_launches(query.shape[3]):
-        parts += _over_batch(partial(backward_kv, scale, exact, wanted))(*args)
-    each = 1 + exact
-    return [parts[i : i + each] for i in range(0, len(parts), each)]
-
-
-def _rounded(value, dtype, exact: bool):
-    """In one part, or in two: what rounding takes from it, rounded itself."""
-    low = value - value.astype(dtype).astype(jnp.float32)
-    return [value, low][: 1 + exact]
+        gradients += _over_batch(partial(backward_kv, scale, wanted))(*args)
+    return gradients
 
 
 def _over_batch(kernel):
@@ -236,8 +227,8 @@ def _repeat(size, is_batched, args):
 def forward(scale, exact, mask, query, key, value, config: Config | None = None):
     """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
-    exact: and then the second part of `out`. The gradient of a query is a difference,
-        of which little may remain where it sees few keys.
+    exact: and then what rounding took from `out`, rounded itself. The gradient of a
+        query is a difference, of which little may remain where it sees few keys.
     """
     config = config or config_of("forward", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
@@ -282,8 +273,8 @@ def forward(scale, exact, mask, query, key, value, config: Config | None = None)
         share = jnp.where(seen, 1 / total, 0)
         lse2 = jnp.where(seen, top + jnp.log2(total), -jnp.inf)
         out = summed * lax.broadcast_in_dim(share, summed.shape, [0])
-        out, *low = _rounded(out, query.dtype, exact)
-        return [out, lse2, *low]
+        low = out - out.astype(query.dtype).astype(jnp.float32)
+        return [out, lse2, low][: 2 + exact]
 
     held, walked = [Tokens(query)], [[Tokens(key)], [Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
@@ -292,9 +283,9 @@ def forward(scale, exact, mask, query, key, value, config: Config | None = None)
 
 
 def backward_q(
-    scale, exact, mask, query, key, value, d_out, numbers, config: Config | None = None
+    scale, mask, query, key, value, d_out, numbers, config: Config | None = None
 ):
-    """The parts of d_query; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
+    """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
     factor = scale * LOG2_E
     shape = config.rows, config.columns
@@ -320,18 +311,17 @@ def backward_q(
         return summed, lse, delta
 
     def finish(carry, held):
-        return _rounded(carry[0] * scale, query.dtype, exact)
+        return [carry[0] * scale]
 
     held = [Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]
     walked = [[Tokens(key), Tokens(value)]]
     walk = _walk(mask, "kv", query, key, config)
-    body = Body(start, step, finish, [0] * (1 + exact))
+    body = Body(start, step, finish, [0])
     return walk_lists(body, config, held, walked, walk, "attention_backward_q")
 
 
 def backward_kv(
     scale,
-    exact,
     wanted,
     mask,
     query,
@@ -341,7 +331,7 @@ def backward_kv(
     numbers,
     config: Config | None = None,
 ):
-    """The parts of the wanted gradients, of "key", "value" or both.
+    """The wanted gradients, of "key", "value" or both.
 
     Keys are the rows, so that only views of shared memory are transposed.
     """
@@ -378,16 +368,12 @@ def backward_kv(
 
     def finish(sums, held):
         factors = [scale if name == "key" else 1.0 for name in wanted]
-        return [
-            part
-            for value, factor in zip(sums, factors, strict=True)
-            for part in _rounded(value * factor, query.dtype, exact)
-        ]
+        return [x * factor for x, factor in zip(sums, factors, strict=True)]
 
     held = [Tokens(key), Tokens(value)]
     walked = [[Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]]
     walk = _walk(mask, "q", query, key, config)
-    outs = [("key", "value").index(x) for x in wanted for _ in range(1 + exact)]
+    outs = [("key", "value").index(name) for name in wanted]
     body = Body(start, step, finish, outs)
     name = f"attention_backward_{'_'.join(wanted)}"
     return walk_lists(body, config, held, walked, walk, name)

@@ -12,4 +12,7 @@ from ._mlp import FlashMLP as FlashMLP
 from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
+from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
+from ._transformer import KVCache as KVCache
+from ._transformer import TransformerLM as TransformerLM

@@ -1,0 +1,97 @@
+"""The language model as one writes it in jnp, layer by layer."""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import getitem, itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-5
+
+
+def rms_norm(x, scale):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + EPSILON)
+    return (wide * scale).astype(x.dtype)
+
+
+def rotate(x, theta):
+    """Pairs (2i, 2i + 1) of (batch, seq, heads, dim) by position theta^(-2i/dim)."""
+    dim = x.shape[-1]
+    frequencies = theta ** (-jnp.arange(0, dim, 2) / dim)
+    angles = (jnp.arange(x.shape[1])[:, None] * frequencies)[:, None]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    a, b = x[..., 0::2], x[..., 1::2]
+    pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return pairs.reshape(x.shape).astype(x.dtype)
+
+
+def attend(x, layer, theta):
+    query, key, value = (
+        jnp.einsum("btd,dhe->bthe", x, layer[name])
+        for name in ("query", "key", "value")
+    )
+    query, key = rotate(query, theta), rotate(key, theta)
+    logits = jnp.einsum("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5
+    wide = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
+    causal = jnp.tri(x.shape[1], dtype=bool)
+    weights = jax.nn.softmax(jnp.where(causal, wide, -jnp.inf)).astype(x.dtype)
+    heads = jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+    return jnp.einsum("bthe,hed->btd", heads, layer["out"])
+
+
+def feed_forward(x, layer):
+    return (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
+
+
+def logits(weights: Mapping[str, Any], tokens: jax.Array, theta: float = 1e4) -> Any:
+    x = weights["embedding"][tokens]
+    for layer in weights["layers"]:
+        x = x + attend(rms_norm(x, layer["attention_norm"]), layer, theta)
+        x = x + feed_forward(rms_norm(x, layer["mlp_norm"]), layer)
+    return rms_norm(x, weights["norm"]) @ weights["head"]
+
+
+def loss(
+    weights: Mapping[str, Any],
+    tokens: jax.Array,
+    targets: jax.Array,
+    theta: float = 1e4,
+) -> Any:
+    """Mean cross-entropy, from all logits at once."""
+    found = logits(weights, tokens, theta)
+    found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
+    each = jnp.take_along_axis(jax.nn.log_softmax(found), targets[..., None], -1)
+    return -each.mean()
+
+
+PLACES = {
+    "attention_norm": ("attention_norm", "scale"),
+    "query": ("attention", "query", "kernel"),
+    "key": ("attention", "key", "kernel"),
+    "value": ("attention", "value", "kernel"),
+    "out": ("attention", "out", "kernel"),
+    "mlp_norm": ("mlp_norm", "scale"),
+    "gate": ("mlp", "w_gate"),
+    "up": ("mlp", "w_up"),
+    "down": ("mlp", "w_down"),
+}
+
+
+def from_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """These weights, from the pure state of a `TransformerLM`, scanned or unrolled."""
+    layers = state["layers"]
+    if "attention" in layers:
+        count = len(layers["mlp"]["w_gate"])
+        layers = {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
+    return {
+        "embedding": state["embedding"],
+        "layers": [
+            {name: reduce(getitem, path, layers[i]) for name, path in PLACES.items()}
+            for i in range(len(layers))
+        ],
+        "norm": state["norm"]["scale"],
+        "head": state["head"],
+    }

@@ -1,0 +1,308 @@
+"""What the rows of `benchmarks.transformer` run, and the check before it is timed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxkern
+from jaxkern.nn import LowRankReLU2, LowRankSwiGLU, MultiHeadMLP, TransformerLM
+
+from . import _transformer_definitions as definitions
+from ._harness import Check, Program, Row, check_against
+
+VOCAB = 10_000
+# Of the model whose gradients are checked; the others repeat them.
+CHECKED_LAYERS = 2
+# Of the whole model's loss, relative to that of the plain form.
+LOSS_BOUND = {4: 1e-5, 2: 1e-2}
+TRACED_CALLS = 2
+
+Pass = Literal["forward", "forward+backward", "optimizer step"]
+Layers = Literal["scanned", "unrolled"]
+PLAIN = "plain jnp"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One published model."""
+
+    d_model: int
+    d_ff: int
+    layers: int
+    heads: int
+
+
+def _block_sparse(context: int):
+    """What is causal and near: the last quarter of the context."""
+    block_size, window = max(1, context // 16), context // 4
+    mask = jaxkern.BlockMask.causal(context, context, block_size=block_size)
+    near = jaxkern.BlockMask.local_window(
+        context, context, window=window, block_size=block_size
+    )
+    return partial(jaxkern.block_sparse_attention, mask=mask & near)
+
+
+def _dilated(context: int):
+    lengths = max(1, context // 4), max(1, context // 2), context
+    return partial(
+        jaxkern.dilated_attention, segment_lengths=lengths, dilation_rates=(1, 2, 4)
+    )
+
+
+ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {
+    "dense": lambda context: None,
+    "cudnn": lambda context: partial(jaxkern.attention, implementation="cudnn"),
+    "dilated": _dilated,
+    "block-sparse": _block_sparse,
+}
+MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
+    "swiglu": lambda size: None,
+    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.d_model // 4),
+    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.d_model // 4),
+    "2:4": lambda size: partial(LowRankReLU2, rank=size.d_model // 4, sparsity="2:4"),
+    "2:4-static": lambda size: partial(
+        LowRankReLU2, rank=size.d_model // 4, sparsity="2:4-static"
+    ),
+    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row computes: a model, its input and how much of a training step."""
+
+    size: Size
+    context: int
+    batch: int
+    what: Pass
+    attention: str
+    mlp: str
+    dtype: str
+    remat: bool
+    seed: int
+
+    @property
+    def is_dense(self) -> bool:
+        """The published model, which the plain form is too."""
+        return (self.attention, self.mlp) in (("dense", "swiglu"), ("cudnn", "swiglu"))
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+    def model(self, layers: Layers) -> TransformerLM:
+        size = self.size
+        return TransformerLM(
+            *(VOCAB, self.context, size.d_model, size.layers, size.heads, size.d_ff),
+            attention_fn=ATTENTION[self.attention](self.context),
+            mlp=MLP[self.mlp](size),
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+            scan_layers=layers == "scanned",
+            rngs=nnx.Rngs(self.seed),
+        )
+
+    def flops(self) -> float:
+        """Of the matmuls, three times for a backward; causality is not exploited.
+
+        Attention other than dense is left out: only its projections count.
+        """
+        _, kernels = _count(self.size, self.mlp)
+        per_token = 2 * (kernels + VOCAB * self.size.d_model)
+        if self.attention in ("dense", "cudnn"):
+            per_token += 4 * self.size.layers * self.context * self.size.d_model
+        return float((1 if self.what == "forward" else 3) * self.tokens * per_token)
+
+    def needed_bytes(self) -> float:
+        """Of the row's weights, and beside them of its run or of its check."""
+        size = self.size
+        weights = 4.0 * _count(size, self.mlp)[0]
+        kept = 1 if self.what == "forward" or self.remat else size.layers
+        features = 10 * size.d_model + 4 * size.d_ff + 3 * size.heads * self.context
+        run = 4.0 * self.tokens * (kept * features + VOCAB)
+        # Gradients; with the optimizer new weights too, and old and new moments.
+        run += {"forward": 0, "forward+backward": 1, "optimizer step": 6}[
+            self.what
+        ] * weights
+        shallow = replace(size, layers=min(CHECKED_LAYERS, size.layers))
+        # Three models and their gradients, one of them in float64, and those as NumPy.
+        check = 56.0 * _count(shallow, self.mlp)[0]
+        return weights + max(run, check, weights + 4.0 * self.tokens * features)
+
+    def ids(self) -> tuple[jax.Array, jax.Array]:
+        """Tokens and targets, at random."""
+        shape = 2, self.batch, self.context
+        ids = jax.random.randint(jax.random.key(self.seed + 1), shape, 0, VOCAB)
+        return ids[0], ids[1]
+
+
+@cache
+def _count(size: Size, mlp: str) -> tuple[int, int]:
+    """All parameters, and those of the layers' kernels."""
+    task = Task(size, 1, 1, "forward", "dense", mlp, "float32", False, 0)
+    state = nnx.state(nnx.eval_shape(partial(task.model, "scanned")))
+    kernels = [p.size for p in jax.tree.leaves(state["layers"]) if p.ndim > 2]
+    return sum(p.size for p in jax.tree.leaves(state)), sum(kernels)
+
+
+def build(task: Task, by: str, layers: Layers, trace: Path | None) -> Program:
+    """The row's program, with its weights made now unless the last row had them."""
+    fn, weights = _program(task, by, layers)
+    args = (*weights, *task.ids())
+    seen: list[Callable[..., Any]] = []
+
+    def check(run) -> Check:
+        seen.append(run)
+        return _check(task, by, layers, float(jax.tree.leaves(run(*args))[0]))
+
+    def figures() -> Row:
+        if trace is None:
+            return {}
+        with jax.profiler.trace(str(trace)):
+            for _ in range(TRACED_CALLS):
+                jax.block_until_ready(seen[0](*args))
+        return {"trace": str(trace)}
+
+    return Program(fn, args, check, figures=figures)
+
+
+def _program(task: Task, by: str, layers: Layers) -> tuple[Any, tuple[Any, ...]]:
+    """A function of weights and tokens, its first result the loss; and the weights."""
+    loss, weights = _loss_and_weights(replace(task, what="forward"), by, layers)
+    match task.what:
+        case "forward":
+            return loss, (weights,)
+        case "forward+backward":
+            return jax.value_and_grad(loss), (weights,)
+    import optax
+
+    adam = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+
+    def step(weights, moments, *ids):
+        value, gradients = jax.value_and_grad(loss)(weights, *ids)
+        updates, moments = adam.update(gradients, moments, weights)
+        return value, optax.apply_updates(weights, updates), moments
+
+    return step, (weights, adam.init(weights))
+
+
+# Weights stay for the next row, and go when another model's are made.
+_kept: dict[tuple[Any, ...], Any] = {}
+
+
+def _loss_and_weights(task: Task, by: str, layers: Layers) -> tuple[Any, Any]:
+    # The parameters of a model do not depend on its context.
+    key = replace(task, context=0), by, layers
+    if key not in _kept:
+        _kept.clear()
+        state = nnx.state(task.model("unrolled" if by == PLAIN else layers))
+        if by == PLAIN:
+            state = definitions.from_state(nnx.to_pure_dict(state))
+        _kept[key] = state
+    if by == PLAIN:
+        return partial(_plain_loss, task.dtype), _kept[key]
+    graph = nnx.graphdef(nnx.eval_shape(partial(task.model, layers)))
+    return partial(_our_loss, graph), _kept[key]
+
+
+def _our_loss(graph, state, tokens, targets):
+    return nnx.merge(graph, state).loss(tokens, targets)
+
+
+def _plain_loss(dtype, weights, tokens, targets):
+    weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+    return definitions.loss(weights, tokens, targets)
+
+
+def _check(task: Task, by: str, layers: Layers, found: float) -> Check:
+    """The loss of the whole model, then all gradients of one of two layers."""
+    bound = LOSS_BOUND[jnp.dtype(task.dtype).itemsize]
+    expected = _plain_value(replace(task, what="forward", remat=False))
+    error = abs(found - expected) / abs(expected)
+    # Written so that a NaN fails.
+    if not error <= bound:
+        return Check(error if math.isfinite(error) else math.inf, bound)
+    size = replace(task.size, layers=min(CHECKED_LAYERS, task.size.layers))
+    task = replace(task, size=size, what="forward+backward")
+    return _check_shallow(task, by, layers)
+
+
+@cache
+def _plain_value(task: Task) -> float:
+    """The loss by the plain form, or by our own model where it has none."""
+    if not task.is_dense:
+        run = jax.jit(lambda model: model.loss(*task.ids()))
+        return float(run(task.model("unrolled")))
+    state = nnx.to_pure_dict(nnx.state(task.model("unrolled")))
+    run = jax.jit(partial(_plain_loss, task.dtype))
+    return float(run(definitions.from_state(state), *task.ids()))
+
+
+def _check_shallow(task: Task, by: str, layers: Layers) -> Check:
+    """Against float64, within twice the error of the plain form in the same dtype."""
+    plain, exact = _references(replace(task, remat=False))
+    ours = plain
+    if by != PLAIN:
+        ours = _compute(_our_loss, nnx.split(task.model(layers)), task.ids())
+        ours = _leaves(ours, definitions.from_state if task.is_dense else _unstack)
+    return check_against(ours, plain, exact, jnp.dtype(task.dtype))
+
+
+@cache
+def _references(task: Task) -> tuple[Any, Any]:
+    """Loss and gradients by the plain form, in the dtype and in float64.
+
+    Forms that the plain one does not have are held to our own unrolled model.
+    """
+    ids = task.ids()
+    graph, state = nnx.split(task.model("unrolled"))
+    if task.is_dense:
+        weights = definitions.from_state(nnx.to_pure_dict(state))
+        plain = _compute(_plain_loss, (task.dtype, weights), ids)
+        exact = _in_float64(_plain_loss, ("float64", weights), ids)
+        return _leaves(plain, lambda x: x), _leaves(exact, lambda x: x)
+    plain = _compute(_our_loss, (graph, state), ids)
+    with jax.enable_x64(True):
+        wide = replace(task, dtype="float64")
+        graph = nnx.graphdef(nnx.eval_shape(partial(wide.model, "unrolled")))
+    exact = _in_float64(_our_loss, (graph, state), ids)
+    return _leaves(plain, _unstack), _leaves(exact, _unstack)
+
+
+def _compute(loss, arguments, ids):
+    static, weights = arguments
+    return jax.jit(jax.value_and_grad(partial(loss, static)))(weights, *ids)
+
+
+def _in_float64(loss, arguments, ids):
+    static, weights = arguments
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
+        return _compute(loss, (static, wide), ids)
+
+
+def _unstack(state):
+    layers = state["layers"]
+    if "attention" not in layers:
+        return state
+    count = len(layers["attention_norm"]["scale"])
+    each = {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
+    return state | {"layers": each}
+
+
+def _leaves(result, convert) -> list[np.ndarray]:
+    """The loss, and the gradients in the order of what `convert` makes of them."""
+    loss, gradients = result
+    if isinstance(gradients, nnx.State):
+        gradients = nnx.to_pure_dict(gradients)
+    leaves = jax.tree.leaves((loss, convert(gradients)))
+    return [np.asarray(x, np.float64) for x in leaves]

@@ -1,0 +1,152 @@
+"""The loss of a language model, without all its logits at once."""
+
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from ._checks import check_batched, check_floating, check_shape
+from ._matmul import widen
+from ._mesh import vary_alike
+
+
+def cross_entropy(
+    hidden: Float[Array, "*batch d_model"],
+    head: Float[Array, "d_model vocab"],
+    targets: Int[Array, "*batch"],
+    *,
+    where: Bool[Array, "*batch"] | None = None,
+    chunk: int = 4096,
+) -> Float[Array, "*batch"]:
+    r"""Cross-entropy of each token's target under a softmax over the vocabulary.
+
+    $$\ell = \log \sum_v e^{z_v} - z_{\mathrm{target}}, \quad z = h\,W_{\mathrm{head}}$$
+
+    Computed over at most `chunk` columns of the vocabulary at a time, twice: forward,
+    and again backward. Besides the arguments, their gradients and a copy of `head`,
+    memory holds tokens x `chunk` logits. Saved for the backward are the arguments and
+    one log-sum-exp a token. The gradient is exact; there is no forward-mode derivative.
+
+    Logits, sums and the result are float32, float64 if the arguments are; the gradient
+    of the logits is rounded to the dtype of `hidden`.
+
+    Chunk $i$ of $n$ holds the columns $i, i + n, ...$: where devices share the columns,
+    each has its part of every chunk.
+
+    Args:
+        where: False for tokens whose loss is 0, whatever their target.
+        chunk: the most columns at a time.
+
+    Returns:
+        The loss of each token; NaN for a target that is not in the vocabulary.
+
+    Raises:
+        TypeError: `hidden` or `head` is no floating-point array, their dtypes differ,
+            `targets` is no integer array, or `where` no boolean one.
+        ValueError: the shapes do not fit, or `chunk` is not a positive integer.
+
+    References:
+        Recomputed logits: Liger Kernel, section 3.2, https://arxiv.org/abs/2410.10989;
+        by columns: Cut Your Losses, https://arxiv.org/abs/2411.09009.
+    """
+    op = "cross_entropy"
+    check_floating(op, hidden=hidden, head=head)
+    check_batched(op, "hidden", hidden)
+    given = f" for hidden of shape {hidden.shape}"
+    check_shape(op, "head", head, (hidden.shape[-1], "vocab"), given)
+    _check_kind(op, "targets", targets, jnp.integer, "an integer")
+    check_shape(op, "targets", targets, hidden.shape[:-1], given)
+    if where is not None:
+        _check_kind(op, "where", where, jnp.bool_, "a boolean")
+        check_shape(op, "where", where, hidden.shape[:-1], given)
+    if not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk < 1:
+        raise ValueError(f"{op}: chunk must be an integer of at least 1, got {chunk!r}")
+    chunks = -(-head.shape[1] // int(chunk))
+    losses = _losses(*vary_alike(hidden, head, jnp.asarray(targets)), chunks)
+    return losses if where is None else jnp.where(where, losses, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _losses(hidden, head, targets, chunks):
+    return _forward(hidden, head, targets, chunks)[0]
+
+
+def _forward(hidden, head, targets, chunks):
+    vocab = head.shape[1]
+
+    def add(carry, numbered):
+        top, total, target_logit = carry
+        logits, ids = _logits(hidden, numbered, chunks, vocab)
+        higher = jnp.maximum(top, logits.max(-1))
+        weights = jnp.exp(logits - higher[..., None])
+        total = total * jnp.exp(top - higher) + weights.sum(-1)
+        hit = ids == targets[..., None]
+        return (higher, total, target_logit + jnp.where(hit, logits, 0).sum(-1)), None
+
+    zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
+    inside = (targets >= 0) & (targets < vocab)
+    start = zero - jnp.inf, zero, jnp.where(inside, zero, jnp.nan)
+    carry, _ = lax.scan(add, vary_alike(*start, like=(hidden,)), _split(head, chunks))
+    top, total, target_logit = carry
+    lse = top + jnp.log(total)
+    return lse - target_logit, (hidden, head, targets, lse)
+
+
+def _backward(chunks, saved, g):
+    hidden, head, targets, lse = saved
+    vocab = head.shape[1]
+    axes = tuple(range(targets.ndim))
+
+    def add(d_hidden, numbered):
+        logits, ids = _logits(hidden, numbered, chunks, vocab)
+        hit = ids == targets[..., None]
+        d_logits = g[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
+        d_logits = d_logits.astype(hidden.dtype)
+        part, wide = numbered[0], {"preferred_element_type": lse.dtype}
+        like = _explicit_sharding(hidden)
+        d_hidden += jnp.matmul(d_logits, part.T, out_sharding=like, **wide)
+        like, tokens = _explicit_sharding(part), (axes, axes)
+        d_part = jnp.tensordot(hidden, d_logits, tokens, out_sharding=like, **wide)
+        return d_hidden, d_part.astype(head.dtype)
+
+    (start,) = vary_alike(jnp.zeros_like(hidden, lse.dtype), like=(hidden,))
+    d_hidden, d_parts = lax.scan(add, start, _split(head, chunks))
+    d_head = jnp.moveaxis(d_parts, 0, 2).reshape(head.shape[0], -1)[:, :vocab]
+    return d_hidden.astype(hidden.dtype), d_head, None
+
+
+_losses.defvjp(_forward, _backward)
+
+
+def _split(head, chunks):
+    """The chunks of columns and their numbers; zeros fill the last ones up."""
+    filled = jnp.pad(head, ((0, 0), (0, -head.shape[1] % chunks)))
+    parts = filled.reshape(head.shape[0], -1, chunks)
+    return jnp.moveaxis(parts, 2, 0), jnp.arange(chunks)
+
+
+def _logits(hidden, numbered, chunks, vocab):
+    """Of one chunk, and which tokens of the vocabulary they belong to."""
+    part, number = numbered
+    wide = widen(hidden[:0]).dtype
+    logits = jnp.matmul(hidden, part, preferred_element_type=wide)
+    ids = number + chunks * jnp.arange(part.shape[1])
+    return jnp.where(ids < vocab, logits, -jnp.inf), ids
+
+
+def _explicit_sharding(x):
+    """That of a gradient on a mesh with explicit axes; on others XLA chooses it."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes else None
+
+
+def _check_kind(op: str, name: str, array: object, kind: Any, text: str) -> None:
+    got = getattr(array, "dtype", type(array).__name__)
+    is_array = isinstance(array, jax.Array | np.ndarray)
+    if not is_array or not jnp.issubdtype(got, kind):
+        raise TypeError(f"{op}: {name} must be {text} array, got {got}")

@@ -1,0 +1,99 @@
+"""The multi-head MLP as a layer: features to heads, an MLP for each, and back."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from .._checks import Implementation
+from ._attention import axis_metadata
+from ._linear import check_arguments, check_input, default_kernel_init
+from ._mlp import FlashMLP, per_head_kernel_init
+
+
+class MultiHeadMLP(nnx.Module):
+    r"""`FlashMLP` between a projection to heads and one back, on (..., embed).
+
+    $$y = \mathrm{concat}_h(\mathrm{mlp}_h(x W_{\mathrm{in}}^h)) W_{\mathrm{out}}$$
+
+    Its heads have together as many parameters, and cost as much, as one MLP with
+    `hidden_features` over all features.
+
+    Args:
+        in_features: size of the last axis of the input and of the output.
+        hidden_features: size of the activated layer of each head.
+        num_heads: how many heads; a divisor of `in_features`.
+        gated: as in `FlashMLP`.
+        activation: as in `jaxkern.flash_mlp`.
+        dtype: of the computation; None promotes from input and parameters.
+        param_dtype: of the parameters.
+        kernel_init: for the two projections; those of the heads start as `FlashMLP`'s.
+        implementation: as in `jaxkern.flash_mlp`.
+
+    Raises:
+        ValueError: a size is not a positive integer or does not divide, or a name is
+            unknown.
+
+    References:
+        MH-MoE, section 2, without its experts: https://arxiv.org/abs/2404.15045.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_heads: int,
+        *,
+        gated: bool = True,
+        activation: str = "silu",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        op = "MultiHeadMLP"
+        check_arguments(op, implementation, in_features=in_features)
+        check_arguments(op, None, hidden_features=hidden_features, num_heads=num_heads)
+        if in_features % num_heads:
+            raise ValueError(
+                f"{op}: num_heads must divide in_features={in_features}, "
+                f"got {num_heads}"
+            )
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        heads = num_heads, in_features // num_heads
+        self.w_in = nnx.LinearGeneral(
+            in_features,
+            heads,
+            use_bias=False,
+            kernel_init=kernel_init,
+            kernel_metadata=axis_metadata("embed", "heads", None),
+            **dtypes,
+        )
+        self.heads = FlashMLP(
+            *heads,
+            hidden_features,
+            gated=gated,
+            activation=activation,
+            kernel_init=per_head_kernel_init,
+            implementation=implementation,
+            **dtypes,
+        )
+        self.w_out = nnx.LinearGeneral(
+            heads,
+            in_features,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_init=kernel_init,
+            kernel_metadata=axis_metadata("heads", None, "embed"),
+            **dtypes,
+        )
+        self.in_features = in_features
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        check_input("MultiHeadMLP", x, self.in_features)
+        by_token = self.w_in(x)
+        *batch, heads, dim = by_token.shape
+        by_head = jnp.moveaxis(by_token.reshape(-1, heads, dim), 1, 0)
+        by_token = jnp.moveaxis(self.heads(by_head), 0, 1)
+        return self.w_out(by_token.reshape(*batch, heads, dim))

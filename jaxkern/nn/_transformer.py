@@ -1,0 +1,389 @@
+"""The decoder-only transformer language model."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from .._attention import attention
+from .._checks import check_shape
+from .._cross_entropy import cross_entropy
+from .._matmul import widen
+from .._rotary import check_theta
+from ._generate import Sampling, check_sampling, generate
+from ._linear import check_arguments, make_kernel
+from ._mlp import SwiGLU
+from ._transformer_block import (
+    TransformerBlock,
+    embedding_init,
+    linear_init,
+    make_norm,
+)
+
+
+class KVCache(NamedTuple):
+    """The keys and values of the tokens so far, layer by layer."""
+
+    keys: Float[Array, "layers batch capacity kv_heads dim"]
+    values: Float[Array, "layers batch capacity kv_heads dim"]
+    length: Int[Array, ""]
+
+
+class TransformerLM(nnx.Module):
+    r"""A decoder-only language model: pre-norm, rotary positions, SwiGLU, no biases.
+
+    $$h_0 = E_{\mathrm{tokens}}, \quad
+    a_l = h_l + \mathrm{attention}(\mathrm{norm}(h_l)), \quad
+    h_{l+1} = a_l + \mathrm{mlp}(\mathrm{norm}(a_l)), \quad
+    \mathrm{logits} = \mathrm{norm}(h_L) W_{\mathrm{head}}$$
+
+    Norms are RMSNorm, $\varepsilon = 10^{-5}$, in float32. Query and key are rotated by
+    `rotary_embedding`, "interleaved". Kernels start as normal with variance
+    2 / (d_in + d_out), embeddings with 1, both cut at three standard deviations.
+
+    With `scan_layers` the layers' parameters are stacked along a first axis, called
+    "layers" for `nnx.get_partition_spec`, and run by one `lax.scan`: compiling takes as
+    long as for one layer. The parameters and results do not depend on it.
+
+    Kernels are annotated with the logical axes "vocab", "embed", "heads", "kv_heads",
+    "mlp" and "layers".
+
+    Args:
+        vocab_size: how many tokens there are.
+        context_length: the longest sequence.
+        d_model: size of the features.
+        num_layers: how many blocks.
+        num_heads: of the query.
+        d_ff: size of the gated layer.
+        rope_theta: base of the rotary frequencies.
+        num_kv_heads: of key and value, a divisor of `num_heads`; None for as many.
+        tie_embeddings: use the embeddings, started as the head would be, as the head.
+        attention_fn: as in `MultiHeadAttention`; None for `attention`. One with an
+            option `is_causal` gets True for it; of another, causal is what it is.
+        mlp: makes the MLP of a block, called as `mlp(d_model, d_ff, dtype=,
+            param_dtype=, rngs=)`; None for `SwiGLU`. It is called with features
+            (batch, seq, d_model) and keeps no state but parameters.
+        dtype: of the computation; None for that of the parameters.
+        param_dtype: of the parameters.
+        remat: compute each layer again in the backward, and keep its input only.
+        scan_layers: see above.
+
+    Raises:
+        TypeError: `attention_fn` or `mlp` cannot be called.
+        ValueError: a size is not a positive integer, `num_heads` does not divide
+            `d_model` into parts of even size, `num_kv_heads` does not divide
+            `num_heads`, or `rope_theta` is not a positive finite number.
+
+    References:
+        LLaMA, section 2.2: https://arxiv.org/abs/2302.13971.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context_length: int,
+        d_model: int,
+        num_layers: int,
+        num_heads: int,
+        d_ff: int,
+        rope_theta: float = 1e4,
+        *,
+        num_kv_heads: int | None = None,
+        tie_embeddings: bool = False,
+        attention_fn: Callable[..., Any] | None = None,
+        mlp: Callable[..., nnx.Module] | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        remat: bool = False,
+        scan_layers: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        op = "TransformerLM"
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"vocab_size": vocab_size, "context_length": context_length}
+        sizes |= {"d_model": d_model, "num_layers": num_layers, "d_ff": d_ff}
+        check_arguments(op, None, **sizes, num_heads=num_heads, num_kv_heads=kv_heads)
+        _check_heads(d_model, num_heads, kv_heads)
+        check_theta(op, "rope_theta", rope_theta)
+        mlp = partial(SwiGLU, kernel_init=linear_init) if mlp is None else mlp
+        _check_callable("mlp", mlp)
+        make_block = partial(
+            TransformerBlock,
+            d_model,
+            num_heads,
+            d_ff,
+            num_kv_heads=kv_heads,
+            rope_theta=rope_theta,
+            attention_fn=_causal(attention if attention_fn is None else attention_fn),
+            mlp=mlp,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+        init = linear_init if tie_embeddings else embedding_init
+        shape, names = (vocab_size, d_model), ("vocab", "embed")
+        self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
+        self.layers: Any = _make_layers(make_block, num_layers, scan_layers, rngs)
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.norm = make_norm(d_model, **dtypes)
+        self.head = (
+            None
+            if tie_embeddings
+            else make_kernel(linear_init, rngs, shape[::-1], param_dtype, names[::-1])
+        )
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.cache_shape = num_layers, kv_heads, d_model // num_heads
+        self.can_cache = attention_fn is None
+        self.dtype = param_dtype if dtype is None else dtype
+        self.remat = remat
+        self.scan_layers = scan_layers
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch seq vocab"]:
+        """The logits of each next token, in float32.
+
+        Args:
+            tokens: from 0 to vocab_size - 1. Outside of `jit` that is checked; inside,
+                others give NaN.
+            positions: of the tokens; None for 0, 1, ...
+            options: for `attention_fn`.
+
+        Raises:
+            TypeError: `tokens` is no integer array.
+            ValueError: it has another shape, or a token or length is out of range.
+        """
+        return self.logits(self.features(tokens, positions, **options))
+
+    def loss(
+        self,
+        tokens: Int[Array, "batch seq"],
+        targets: Int[Array, "batch seq"],
+        *,
+        where: Bool[Array, "batch seq"] | None = None,
+        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        chunk: int = 4096,
+        **options: Any,
+    ) -> Float[Array, ""]:
+        """Mean of `cross_entropy` over the tokens, or over those where `where` is True.
+
+        Args:
+            targets: for each token the one to predict, usually the next.
+            chunk: as in `cross_entropy`.
+
+        Raises:
+            TypeError: an array has another dtype.
+            ValueError: a shape does not fit, or a token or length is out of range.
+        """
+        features = self.features(tokens, positions, **options)
+        losses = cross_entropy(
+            features, self._head(), targets, where=where, chunk=chunk
+        )
+        if where is None:
+            return losses.mean()
+        return losses.sum() / jnp.maximum(where.sum(), 1)
+
+    def features(
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch seq d_model"]:
+        """What the head is applied to; arguments and errors are those of the call."""
+
+        def step(x, layer_and_inputs):
+            layer, _ = layer_and_inputs
+            return layer(x, positions, **options), None
+
+        if self.remat:
+            step = jax.checkpoint(step, prevent_cse=not self.scan_layers)
+        x, _ = self._run_layers(step, self._embed(tokens), None)
+        return self.norm(x)
+
+    def logits(
+        self, features: Float[Array, "*batch d_model"]
+    ) -> Float[Array, "*batch vocab"]:
+        """The head, in float32."""
+        wide = widen(features[:0]).dtype
+        return jnp.matmul(features, self._head(), preferred_element_type=wide)
+
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty one, for up to `capacity` tokens of so many sequences.
+
+        Raises:
+            ValueError: the model has an `attention_fn` of its own, a size is not a
+                positive integer, or `capacity` is above `context_length`.
+        """
+        op = "TransformerLM.make_cache"
+        if not self.can_cache:
+            raise ValueError(
+                f"{op}: attention_fn must be None for a cache, got one; "
+                "generate(cache=False) needs none"
+            )
+        check_arguments(op, None, batch=batch, capacity=capacity)
+        _check_length(op, "capacity", capacity, self.context_length)
+        layers, kv_heads, dim = self.cache_shape
+        zeros = jnp.zeros((layers, batch, capacity, kv_heads, dim), self.dtype)
+        return KVCache(zeros, zeros, jnp.zeros((), int))
+
+    def extend(
+        self, tokens: Int[Array, "batch seq"], cache: KVCache
+    ) -> tuple[Float[Array, "batch seq d_model"], KVCache]:
+        """The features of tokens that follow those in the cache, and it with theirs.
+
+        Raises:
+            TypeError: `tokens` is no integer array.
+            ValueError: a token is out of range, or more than the capacity; both are
+                checked outside of `jit` only.
+        """
+        op = "TransformerLM.extend"
+        if not isinstance(cache.length, Tracer):
+            length = int(cache.length) + tokens.shape[-1]
+            _check_length(op, "tokens and cache", length, cache.keys.shape[2])
+
+        def step(x, layer_and_inputs):
+            layer, (keys, values) = layer_and_inputs
+            x, *grown = layer.extend(x, keys, values, cache.length)
+            return x, grown
+
+        x = self._embed(tokens)
+        x, (keys, values) = self._run_layers(step, x, (cache.keys, cache.values))
+        length = cache.length + tokens.shape[1]
+        return self.norm(x), KVCache(keys, values, length)
+
+    def generate(
+        self,
+        prompt: Int[Array, "batch seq"],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
+        cache: bool = True,
+    ) -> Int[Array, "batch seq+{max_new_tokens}"]:
+        """The prompt and the tokens that the model continues it with.
+
+        Compiled, once for each shape of `prompt` and number of new tokens.
+
+        Args:
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_p: sample from the fewest tokens whose probabilities sum to at least it.
+            key: for `jax.random`; needed at a temperature above 0, and only there.
+            cache: keep keys and values, instead of running the whole sequence for each
+                token. The result is the same but for rounding.
+
+        Raises:
+            TypeError: `prompt` is no integer array, or a key is missing or too much.
+            ValueError: a token, a length, `temperature` or `top_p` is out of range, or
+                there is no cache for the model's `attention_fn`.
+
+        References:
+            top_p: https://arxiv.org/abs/1904.09751, section 3.1.
+        """
+        op = "TransformerLM.generate"
+        check_arguments(op, None, max_new_tokens=max_new_tokens)
+        check_sampling(op, temperature, top_p, key)
+        _check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
+        total = prompt.shape[1] + max_new_tokens
+        _check_length(op, "prompt and max_new_tokens", total, self.context_length)
+        sampling = Sampling(key, temperature, top_p)
+        return generate(self, prompt, sampling, max_new_tokens, cache)
+
+    def _run_layers(self, step, x, inputs):
+        """`lax.scan` of `step` over the layers, each with its part of the inputs."""
+        if self.scan_layers:
+            return lax.scan(step, x, (self.layers, inputs))
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            x, output = step(x, (layer, jax.tree.map(itemgetter(i), inputs)))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+    def _head(self) -> jax.Array:
+        head = self.embedding[...].T if self.head is None else self.head[...]
+        return head.astype(self.dtype)
+
+    def _embed(self, tokens) -> jax.Array:
+        op = "TransformerLM"
+        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        rows = self.embedding[...].at[tokens]
+        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return x.astype(self.dtype)
+
+
+def _make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
+    """Stacked or one by one, each from a key of its own, which is the same for both."""
+
+    def make(key):
+        return make_block(rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), num_layers)
+    if not scan_layers:
+        return nnx.List(make(key) for key in keys)
+    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)
+
+
+def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """With `is_causal=True` where there is such an option."""
+    _check_callable("attention_fn", attention_fn)
+    has_option = "is_causal" in inspect.signature(attention_fn).parameters
+    return partial(attention_fn, is_causal=True) if has_option else attention_fn
+
+
+def _check_callable(name: str, function: object) -> None:
+    if not callable(function):
+        kind = type(function).__name__
+        raise TypeError(f"TransformerLM: {name} must be callable, got {kind}")
+
+
+def _check_heads(d_model: int, num_heads: int, kv_heads: int) -> None:
+    op = "TransformerLM"
+    if d_model % num_heads:
+        raise ValueError(
+            f"{op}: num_heads must divide d_model={d_model}, got {num_heads}"
+        )
+    if d_model // num_heads % 2:
+        raise ValueError(
+            f"{op}: d_model / num_heads must be even, for rotary positions, "
+            f"got {d_model} / {num_heads} = {d_model // num_heads}"
+        )
+    if num_heads % kv_heads:
+        raise ValueError(
+            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
+        )
+
+
+def _check_length(op: str, name: str, length: int, most: int) -> None:
+    if length > most:
+        raise ValueError(f"{op}: {name} must be at most {most} tokens, got {length}")
+
+
+def _check_tokens(op: str, name: str, tokens: Any, vocab_size: int, most: int) -> None:
+    dtype = getattr(tokens, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = dtype or type(tokens).__name__
+        raise TypeError(f"{op}: {name} must be an integer array, got {got}")
+    check_shape(op, name, tokens, ("batch", "seq"))
+    _check_length(op, name, tokens.shape[1], most)
+    # What a program is traced with has no values yet, and other processes' are unknown.
+    if isinstance(tokens, Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    values = np.asarray(tokens)
+    for extreme in (values.min(), values.max()):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(
+                f"{op}: {name} must be from 0 to {vocab_size - 1}, got {extreme}"
+            )

@@ -1,0 +1,114 @@
+"""One layer of the language model, and how its parameters start."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from .._attention import attention
+from .._rotary import rotary_embedding
+from ._attention import MultiHeadAttention, axis_metadata
+
+EPSILON = 1e-5
+CUT = 3.0
+embedding_init = nnx.initializers.truncated_normal(1.0, lower=-CUT, upper=CUT)
+
+
+def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal with variance 2 / (d_in + d_out), cut at three standard deviations."""
+    std = math.sqrt(2 / (shape[-2] + shape[-1]))
+    init = nnx.initializers.truncated_normal(std, lower=-CUT, upper=CUT)
+    return init(key, shape, dtype)
+
+
+def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
+    metadata = axis_metadata("embed")
+    return nnx.RMSNorm(features, epsilon=EPSILON, scale_metadata=metadata, **dtypes)
+
+
+def _attend(query, key, value, *, positions, theta, attention_fn, **options):
+    query, key = (rotary_embedding(x, positions, theta=theta) for x in (query, key))
+    return attention_fn(query, key, value, **options)
+
+
+class TransformerBlock(nnx.Module):
+    """Attention and an MLP, each behind a norm and beside a residual connection.
+
+    The arguments are those of `TransformerLM`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        *,
+        num_kv_heads: int,
+        rope_theta: float,
+        attention_fn: Callable[..., Any],
+        mlp: Callable[..., nnx.Module],
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(make_norm, d_model, **dtypes)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = MultiHeadAttention(
+            d_model,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            attention_fn=partial(_attend, theta=rope_theta, attention_fn=attention_fn),
+            use_bias=False,
+            kernel_init=linear_init,
+            **dtypes,
+        )
+        self.mlp = mlp(d_model, d_ff, **dtypes)
+        self.rope_theta = rope_theta
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch seq d_model"]:
+        x = x + self.attention(self.attention_norm(x), positions=positions, **options)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def extend(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        keys: Float[Array, "batch capacity kv_heads dim"],
+        values: Float[Array, "batch capacity kv_heads dim"],
+        length: Int[Array, ""],
+    ) -> tuple[
+        Float[Array, "batch seq d_model"],
+        Float[Array, "batch capacity kv_heads dim"],
+        Float[Array, "batch capacity kv_heads dim"],
+    ]:
+        """As the call, on the tokens that follow those whose keys and values are given.
+
+        Returns:
+            The result, and keys and values with those of the new tokens.
+        """
+        of = self.attention
+        normed = self.attention_norm(x)
+        positions = length + jnp.arange(x.shape[1])
+        rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
+        query, key, value = rotate(of.query(normed)), of.key(normed), of.value(normed)
+        at = 0, length, 0, 0
+        keys = lax.dynamic_update_slice(keys, rotate(key).astype(keys.dtype), at)
+        values = lax.dynamic_update_slice(values, value.astype(values.dtype), at)
+        mask = positions[:, None] >= jnp.arange(keys.shape[1])
+        args = promote_dtype((query, keys, values), dtype=query.dtype)
+        heads: Any = attention(*args, mask=mask[None, None])
+        x = x + of.out(heads)
+        return x + self.mlp(self.mlp_norm(x)), keys, values

@@ -1,0 +1,243 @@
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks import _transformer_programs as programs
+from benchmarks import _transformer_report as report
+from benchmarks import transformer
+from benchmarks._harness import Check, Options, run
+from benchmarks._report import make_console, published
+
+TINY = transformer.Size(d_model=24, d_ff=40, layers=2, heads=4)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(transformer, "SIZES", {"small": TINY})
+    monkeypatch.setattr(transformer, "CONTEXTS", (16,))
+    monkeypatch.setattr(transformer, "CPU_PEAK_SIZE", 64)
+    monkeypatch.setattr(programs, "VOCAB", 50)
+    monkeypatch.setattr(programs, "CHECKED_LAYERS", 1)
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def unchecked(tiny, monkeypatch):
+    """For what other tests check: compiling the references takes longest."""
+    monkeypatch.setattr(programs, "_check", lambda *args: Check(0.0, 1.0))
+
+
+def forget():
+    programs._kept.clear()
+    programs._plain_value.cache_clear()
+    programs._references.cache_clear()
+    programs._count.cache_clear()
+
+
+def measure(*argv):
+    args = transformer.parse(["--iterations", "2", *argv])
+    return run(transformer.make_cases(args), Options(0, 2, "per-call"))
+
+
+def problems(rows):
+    return [(transformer.describe(r), r["reason"]) for r in rows if r["reason"]]
+
+
+def test_passes_and_warm_ups(unchecked):
+    only = "forward warm|forward.backward warm-up 1|step warm-up 1"
+    rows = measure("--optimizer", "--no-peers", "--warmup", "1,0", "--only", only)
+    assert problems(rows) == []
+    assert [(r["pass"], r["warmup"]) for r in rows] == [
+        ("forward", 0),
+        ("forward", 1),
+        ("forward+backward", 1),
+        ("optimizer step", 1),
+    ]
+    for row in rows:
+        assert row["includes_compile"] == (row["warmup"] == 0)
+        assert row["compile_s"] > 0 and row["samples"] == 2 and row["std_ms"] > 0
+    _, forward, backward, step = (r["output_bytes"] for r in rows)
+    # The loss; with gradients; with new weights and both moments.
+    parameters = 2 * 50 * 24 + 2 * (4 * 24**2 + 3 * 24 * 40) + 5 * 24
+    assert forward == 4
+    assert 4 * parameters <= backward < 4 * parameters + 1000
+    assert 12 * parameters <= step < 12 * parameters + 1000
+
+
+def test_peers_pass_the_same_check(tiny):
+    rows = measure("--full", "--warmup", "1", "--only", "backward")
+    assert problems(rows) == []
+    frameworks = [r["framework"] for r in rows]
+    assert frameworks == ["jaxkern", "jaxkern scanned", "plain jnp"]
+    assert rows[0]["error"] <= rows[0]["error_bound"]
+
+
+BACKWARD = ["--no-peers", "--warmup", "1", "--only", "backward"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--dtype", "bfloat16", "--remat"],
+        ["--attention", "dilated"],
+        ["--mlp", "2:4"],
+    ],
+    ids=lambda argv: argv[1],
+)
+def test_other_forms(tiny, argv):
+    rows = measure(*argv, *BACKWARD, "--layers", "scanned")
+    assert problems(rows) == [] and len(rows) == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_wrong_values_are_not_timed(tiny, monkeypatch, what):
+    ours = programs._our_loss
+
+    def wrong(graph, state, tokens, targets):
+        loss = ours(graph, state, tokens, targets)
+        if what == "loss":
+            return 1.001 * loss
+        embedding = state["embedding"][...]
+        # The value stays, and one token's gradient does not.
+        return loss + (embedding - programs.jax.lax.stop_gradient(embedding))[3].sum()
+
+    monkeypatch.setattr(programs, "_our_loss", wrong)
+    (row,) = measure(*BACKWARD)
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("WrongValues") and "time_ms" not in row
+
+
+def test_what_does_not_fit_is_skipped_before_it_is_tried(tiny, monkeypatch):
+    def build(*args):
+        raise AssertionError("tried")
+
+    monkeypatch.setattr(transformer, "build", build)
+    huge = replace(TINY, d_model=24 * 2**12, d_ff=2**20)
+    monkeypatch.setattr(transformer, "SIZES", {"small": huge})
+    rows = measure("--no-peers")
+    assert {r["status"] for r in rows} == {"skipped"}
+    assert "GB of memory" in rows[0]["reason"]
+
+
+def test_grid():
+    args = transformer.parse(["--full", "--no-peers"])
+    cases = transformer.make_cases(args)
+    assert len(cases) == 60
+    lines = published("transformer")
+    assert sorted(str(c.published_ms) for c in cases) == sorted(
+        str(float(line["mean_time_ms"])) for line in lines
+    )
+    assert all(case.iterations == 10 for case in cases)
+    assert {case.warmup for case in cases} == {0, 1, 5}
+    default = transformer.make_cases(transformer.parse([]))
+    assert {(c.labels["size"], c.labels["context"]) for c in default} == {
+        ("small", 128)
+    }
+
+
+def test_flops_and_memory_of_the_published_models():
+    cases = transformer.make_cases(transformer.parse(["--full", "--no-peers"]))
+    for case in cases:
+        size = transformer.SIZES[str(case.labels["size"])]
+        context, d = int(case.labels["context"]), size.d_model
+        forward = 2 * 4 * context * (16 * size.layers * d**2 + 10_000 * d)
+        forward += 4 * 4 * size.layers * context**2 * d
+        passes = 1 if case.labels["pass"] == "forward" else 3
+        assert case.flops == passes * forward
+    needed = {
+        c.labels["size"]: c.needed_bytes
+        for c in cases
+        if c.labels["pass"] == "forward+backward" and c.labels["context"] == 256
+    }
+    assert 1.5e9 < needed["small"] < 4e9
+    assert 2 * 13.6e9 < needed["2.7B"] < 50e9
+
+
+def test_command(unchecked, tmp_path, capsys):
+    out, trace = tmp_path / "rows.json", tmp_path / "traces"
+    argv = ["--iterations", "2", "--json", str(out), "--trace", str(trace)]
+    assert transformer.main([*argv, "--no-peers", "--only", "backward"]) == 0
+    printed = capsys.readouterr()
+    assert "…" not in printed.out
+    assert max(map(len, printed.out.splitlines()[8:])) <= 80
+    saved = json.loads(out.read_text())
+    assert saved["meta"]["complete"] and saved["meta"]["matmul_peak_tflops"] > 0
+    assert {row["status"] for row in saved["rows"]} == {"ok"}
+    assert all("percent_of_peak" in row for row in saved["rows"])
+    assert len(list(trace.iterdir())) == len(saved["rows"]) == 2
+
+
+def fake_rows(**fields) -> list[Any]:
+    """The whole grid, with the published times as ours."""
+    rows = []
+    args = transformer.parse(["--full"])
+    for case in transformer.make_cases(args):
+        row: Any = {**case.labels, "published_ms": case.published_ms, "status": "ok"}
+        row |= {"mean_ms": 1234.5, "std_ms": 123.4, "time_ms": 1234.5, "reason": None}
+        line = report.find_published(published("transformer"), case.labels)
+        if line is not None:
+            row["mean_ms"] = float(line["mean_time_ms"])
+            row["std_ms"] = float(line["std_time_ms"])
+        row |= {"error": 1e-3, "compile_s": 12.34, "percent_of_peak": 77.7}
+        row |= {"argument_bytes": 12e9, "output_bytes": 12e9, "temp_bytes": 345e8}
+        row |= {"includes_compile": case.warmup == 0}
+        rows.append(row | fields)
+    return rows
+
+
+def test_report_of_the_whole_grid(capsys):
+    rows = fake_rows()
+    rows[1] |= {"status": "failed", "reason": "WrongValues: error"}
+    report.print_all(make_console(), rows, transformer.describe)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    for title in (
+        "Milliseconds: mean",
+        "2.7B: mean ± std (published mean)",
+        "Passes over the forward",
+        "Effect of warm-ups",
+        "Mean ms of fwd+bwd at context 256 (published)",
+        "Summary of 59 rows",
+    ):
+        assert title in printed
+    assert "failed: WrongValues: error (small 128 forward warm-up 1)" in printed
+
+
+def test_summary_is_the_published_one(capsys):
+    rows = [row for row in fake_rows() if row["framework"] == "jaxkern"]
+    report.print_all(make_console(), rows, transformer.describe)
+    printed = capsys.readouterr().out
+    summary = printed[printed.index("Summary of 60 rows") :]
+    figures = {line.split()[0]: line.split()[1:] for line in summary.splitlines()[4:11]}
+    assert figures["mean"][:2] == ["239.9", "82.51"]
+    assert figures["std"][0] == "179.4" and figures["max"][:2] == ["823.1", "302.4"]
+    pivot = printed[printed.index("Mean ms of forward at context 128") :]
+    small = next(line for line in pivot.splitlines() if line.startswith(" small"))
+    assert small.split()[1:] == "105.1 (105.1) 38.00 (38.00) 37.73 (37.73)".split()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--sizes", "tiny"], "must be among small, medium, large, xl, 2.7B"),
+        (["--warmup", "one"], "must be integers like 0,1,5, got 'one'"),
+        (["--contexts", "100"], "must be among 128, 256, 512, 1024, 2048"),
+        (["--trace", "/dev/null/x"], "must be a folder to write to"),
+        (["--only", "70B"], "--only must be found in a row of --list, got '70B'"),
+        (["--mlp", "relu"], "invalid choice: 'relu'"),
+    ],
+)
+def test_refusals(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        transformer.parse(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_list_measures_nothing(capsys):
+    assert transformer.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[0] == "small 128 forward warm-up 0"

@@ -1,0 +1,225 @@
+"""Generation with `TransformerLM`, and the layer `MultiHeadMLP`."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_near, normal, untyped
+
+from jaxkern import dilated_attention
+from jaxkern.nn import FlashMLP, MultiHeadMLP, TransformerLM
+from jaxkern.nn._generate import _keep_top
+
+VOCAB, CONTEXT = 50, 16
+dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
+SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+
+
+def build(**options) -> Any:
+    """With logits large enough for the likeliest token not to be the last one again."""
+    model = TransformerLM(VOCAB, CONTEXT, **SIZES, rngs=nnx.Rngs(0), **options)
+    model.head[...] *= 4
+    return model
+
+
+PROMPT = jax.random.randint(jax.random.key(0), (3, 4), 0, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_kv_heads": 2, "scan_layers": False}],
+    ids=["scan", "unrolled, two heads a key"],
+)
+def test_greedy_equals_the_whole_forward_token_by_token(options):
+    model = build(**options)
+    forward = nnx.jit(lambda model, tokens: model(tokens)[:, -1].argmax(-1))
+    expected = PROMPT
+    for _ in range(5):
+        token = forward(model, expected)[:, None]
+        expected = jnp.concatenate([expected, token], axis=1)
+    for cache in (True, False):
+        got = model.generate(PROMPT, max_new_tokens=5, cache=cache)
+        assert got.dtype == PROMPT.dtype
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_features_with_a_cache_equal_those_without():
+    """However the sequence is cut."""
+    model = build(num_kv_heads=2)
+    tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, VOCAB)
+    expected, cache = model.features(tokens), model.make_cache(2, 13)
+    got, extend = [], nnx.jit(TransformerLM.extend)
+    for part in jnp.split(tokens, [5, 6, 7], axis=1):
+        features, cache = extend(model, part, cache)
+        got.append(features)
+    assert_near(jnp.concatenate(got, axis=1), expected)
+    assert cache.length == 11 and cache.keys.shape == (2, 2, 13, 2, 6)
+    assert not np.any(cache.values[:, :, 11:])
+
+
+def test_bfloat16_cache():
+    model = build(dtype=jnp.bfloat16)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, VOCAB)
+    features, cache = model.extend(tokens, model.make_cache(2, 8))
+    assert cache.keys.dtype == features.dtype == jnp.bfloat16
+    assert_near(features, model.features(tokens), 0.02)
+
+
+def test_another_attention_without_a_cache():
+    model = build(attention_fn=dilated)
+    tokens = model.generate(PROMPT, max_new_tokens=12, cache=False)
+    logits = model(tokens)
+    np.testing.assert_array_equal(logits[:, 3:-1].argmax(-1), tokens[:, 4:])
+
+
+def test_sampling():
+    model, key = build(), jax.random.key(0)
+    options: Any = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.9}
+    got = model.generate(PROMPT, key=key, **options)
+    same = model.generate(PROMPT, key=key, cache=False, **options)
+    np.testing.assert_array_equal(got, same)
+    other = model.generate(PROMPT, key=jax.random.key(1), **options)
+    np.testing.assert_array_equal(got[:, :4], other[:, :4])
+    assert not np.array_equal(got, other)
+    # A low temperature and a small top_p are greedy.
+    greedy = model.generate(PROMPT, max_new_tokens=8)
+    for changed in ({"temperature": 1e-4}, {"top_p": 1e-6}):
+        cold = model.generate(PROMPT, key=key, **options | changed)
+        np.testing.assert_array_equal(cold, greedy)
+
+
+def test_sampled_frequencies():
+    model, many = build(), jnp.tile(PROMPT[:1], (4000, 1))
+    options: Any = {"max_new_tokens": 1, "temperature": 2.0, "key": jax.random.key(0)}
+    got = Counter(np.asarray(model.generate(many, **options))[:, -1].tolist())
+    p = np.asarray(jax.nn.softmax(model(PROMPT[:1])[0, -1] / 2))
+    for token in range(VOCAB):
+        spread = (4000 * p[token] * (1 - p[token])) ** 0.5
+        assert abs(got[token] - 4000 * p[token]) < 4 * spread + 1
+
+
+def test_top_p():
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]))
+    for top_p, kept in [(0.39, 1), (0.41, 2), (0.75, 3), (0.95, 4), (1.0, 4)]:
+        one, equal = np.isfinite(_keep_top(logits, top_p))
+        assert one.sum() == kept and one[1]
+        # Those as likely as the last one that is needed stay.
+        assert equal.all()
+
+
+def test_compiles_once():
+    model = build()
+    options: Any = {"max_new_tokens": 3, "temperature": 1.0}
+    model.generate(PROMPT, key=jax.random.key(0), **options)
+    # What is traced anew would need this.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformerLM, "extend", None)
+        again = options | {"temperature": 0.5, "top_p": 0.8}
+        model.generate(PROMPT, key=jax.random.key(1), **again)
+
+
+def generate(prompt=PROMPT, **options):
+    arguments = {"max_new_tokens": 2} | options
+
+    def call():
+        attention_fn = dilated if arguments.pop("dilated", False) else None
+        build(attention_fn=attention_fn).generate(prompt, **arguments)
+
+    return call
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            generate(max_new_tokens=0),
+            ValueError,
+            "max_new_tokens must be an integer of at least 1, got 0",
+        ),
+        (
+            generate(max_new_tokens=13),
+            ValueError,
+            "prompt and max_new_tokens must be at most 16 tokens, got 17",
+        ),
+        (
+            generate(jnp.full((1, 2), VOCAB)),
+            ValueError,
+            "generate: prompt must be from 0 to 49, got 50",
+        ),
+        (
+            generate(jnp.zeros((1, 0), int)),
+            ValueError,
+            r"prompt must have shape \(batch, seq\) and no empty axis, got \(1, 0\)",
+        ),
+        (
+            generate(temperature=-1.0),
+            ValueError,
+            "temperature must be at least 0, got -1",
+        ),
+        (
+            generate(temperature=1.0),
+            TypeError,
+            "key must be a key, as from jax.random.key at a temperature above 0, got N",
+        ),
+        (
+            generate(key=jax.random.key(0)),
+            TypeError,
+            "key must be None at temperature 0, got one",
+        ),
+        (
+            generate(temperature=1.0, top_p=0.0, key=jax.random.key(0)),
+            ValueError,
+            "top_p must be above 0 and at most 1, got 0.0",
+        ),
+        (generate(top_p="0.5"), ValueError, "top_p must be a number, got '0.5'"),
+        (
+            generate(dilated=True),
+            ValueError,
+            "attention_fn must be None for a cache, got one; generate.cache=False",
+        ),
+        (
+            lambda: build().make_cache(1, 17),
+            ValueError,
+            "make_cache: capacity must be at most 16 tokens, got 17",
+        ),
+        (
+            lambda: build().extend(PROMPT, build().make_cache(3, 3)),
+            ValueError,
+            "extend: tokens and cache must be at most 3 tokens, got 4",
+        ),
+        (
+            lambda: untyped.nn.MultiHeadMLP(24, 40, 5, rngs=nnx.Rngs(0)),
+            ValueError,
+            "MultiHeadMLP: num_heads must divide in_features=24, got 5",
+        ),
+        (
+            lambda: untyped.nn.MultiHeadMLP(24, 0, 4, rngs=nnx.Rngs(0)),
+            ValueError,
+            "hidden_features must be an integer of at least 1, got 0",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_multi_head_mlp(gated):
+    module = MultiHeadMLP(24, 10, 4, gated=gated, rngs=nnx.Rngs(0))
+    heads: Any = FlashMLP(4, 6, 10, gated=gated, rngs=nnx.Rngs(1))
+    nnx.update(heads, nnx.state(module.heads))
+    x = normal(0, (2, 3, 24))
+    by_head = jnp.einsum("btd,dhe->hbte", x, module.w_in.kernel[...])
+    by_head = heads(by_head.reshape(4, 6, 6)).reshape(4, 2, 3, 6)
+    expected = jnp.einsum("hbte,hed->btd", by_head, module.w_out.kernel[...])
+    assert_near(nnx.jit(lambda m, x: m(x))(module, x), expected)
+    assert module(x[0, 0]).shape == (24,)
+    size = sum(p.size for p in jax.tree.leaves(nnx.state(module.heads)))
+    assert size == (3 if gated else 2) * 24 * 10

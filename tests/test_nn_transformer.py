@@ -1,0 +1,412 @@
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformer_definitions as definitions
+from flax import nnx
+from helpers import assert_near, normal, relative_error, to_float64
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks._transformer_definitions import from_state
+from jaxkern import (
+    BlockMask,
+    attention,
+    block_sparse_attention,
+    dilated_attention,
+    ring_attention,
+    ring_permutation,
+    rotary_embedding,
+)
+from jaxkern.nn import (
+    LowRankReLU2,
+    LowRankSwiGLU,
+    MultiHeadMLP,
+    TransformerLM,
+)
+
+VOCAB, CONTEXT, SEQ = 50, 16, 12
+SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40}
+
+
+def build(seed=0, **options) -> Any:
+    sizes = SIZES | options
+    return TransformerLM(VOCAB, CONTEXT, **sizes, rngs=nnx.Rngs(seed))
+
+
+def batch(seed=0, shape=(2, SEQ), vocab=VOCAB) -> Any:
+    ids = jax.random.randint(jax.random.key(seed), (2, *shape), 0, vocab)
+    return ids[0], ids[1]
+
+
+def randomize(module) -> Any:
+    """Norms that are not ones."""
+    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+    noise = [x + 0.1 * normal(i, x.shape, x.dtype) for i, x in enumerate(leaves)]
+    nnx.update(module, jax.tree.unflatten(tree, noise))
+    return module
+
+
+def pure(state) -> Any:
+    return nnx.to_pure_dict(state)
+
+
+def compiled(model, **options) -> Any:
+    """Loss and gradients as one program of tokens, targets and what is `where`."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, tokens, targets, where):
+        def loss(state):
+            model = nnx.merge(graph, state)
+            return model.loss(tokens, targets, where=where, **options)
+
+        loss, gradients = jax.value_and_grad(loss)(state)
+        return loss, pure(gradients)
+
+    return lambda tokens, targets, where=None: run(state, tokens, targets, where)
+
+
+@cache
+def plain_loss_and_gradients() -> Any:
+    return compiled(build())(*batch())
+
+
+PUBLISHED: dict[str, tuple[dict[str, int], int]] = {
+    name: (dict(zip(SIZES, sizes, strict=True)), count)
+    for name, sizes, count in [
+        ("small", (768, 12, 12, 3072), 128_625_408),
+        ("medium", (1024, 24, 16, 4096), 423_183_360),
+        ("large", (1280, 36, 20, 5120), 969_411_840),
+        ("xl", (1600, 48, 25, 6400), 1_998_235_200),
+        ("2.7B", (2560, 32, 32, 10240), 3_406_809_600),
+    ]
+}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scan", "unrolled"])
+@pytest.mark.parametrize("sizes, count", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_parameter_counts(sizes, count, scan_layers):
+    def make():
+        options: Any = sizes | {"scan_layers": scan_layers}
+        return TransformerLM(10_000, 256, rngs=nnx.Rngs(0), **options)
+
+    state = nnx.state(nnx.eval_shape(make))
+    assert sum(p.size for p in jax.tree.leaves(state)) == count
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_values_and_gradients(kv_heads):
+    model = randomize(build(num_kv_heads=kv_heads, rope_theta=100.0))
+    tokens, targets = batch()
+    loss, gradients = compiled(model, chunk=20)(tokens, targets)
+    weights = from_state(to_float64(pure(nnx.state(model))))
+    exact, logits, expected = definitions.loss_and_gradients(
+        weights, np.asarray(tokens), np.asarray(targets), 100.0
+    )
+    assert abs(loss - exact) < 1e-6 * exact
+    assert_near(model(tokens), logits, 3e-6)
+    got = from_state(gradients)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert relative_error(a, b) < 3e-5, name
+        used = abs(b).reshape(len(b), -1).sum(-1)
+        assert (used > 0).all() or "embedding" in name, name
+
+
+def chance(vocab, d_model):
+    """Expected loss of normal logits as the head starts."""
+    return np.log(vocab) + d_model / (d_model + vocab)
+
+
+def test_tied_embeddings():
+    model = build(tie_embeddings=True)
+    assert "head" not in pure(nnx.state(model))
+    untied = build()
+    nnx.update(untied, nnx.state(model))
+    nnx.update(untied, {"head": model.embedding[...].T})
+    loss, gradients = compiled(model)(*batch())
+    expected, two = compiled(untied)(*batch())
+    assert_near(loss, expected)
+    assert_near(gradients["embedding"], two["embedding"] + two["head"].T)
+    assert abs(loss - chance(VOCAB, 24)) < 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention_fn": partial(attention, is_causal=False)}],
+    ids=["default", "told otherwise"],
+)
+def test_no_token_sees_a_later_one(options):
+    model, (tokens, _) = build(**options), batch()
+    changed = tokens.at[:, 7].set((tokens[:, 7] + 1) % VOCAB)
+    moved = abs(np.asarray(model(tokens) - model(changed))).max((0, 2))
+    assert (moved[:7] == 0).all() and (moved[7:] > 1e-4).all()
+
+
+def test_positions():
+    """Only distances count, and those given are those used."""
+    model, (tokens, _) = build(), batch()
+    at = jnp.arange(SEQ)
+    expected = model(tokens)
+    np.testing.assert_array_equal(model(tokens, at), expected)
+    assert_near(model(tokens, jnp.stack([at + 9, at + 1000])), expected)
+    assert relative_error(model(tokens, at * 2), expected) > 0.01
+
+
+def test_initial_values():
+    model = TransformerLM(1000, 16, 128, 2, 4, 512, num_kv_heads=2, rngs=nnx.Rngs(0))
+    state, cut = pure(nnx.state(model)), 0.98658  # std of a normal cut at 3
+    layers = state["layers"]
+    for name, kernel, d_in, d_out in [
+        ("query", layers["attention"]["query"]["kernel"], 128, 128),
+        ("key", layers["attention"]["key"]["kernel"], 128, 64),
+        ("value", layers["attention"]["value"]["kernel"], 128, 64),
+        ("out", layers["attention"]["out"]["kernel"], 128, 128),
+        ("gate", layers["mlp"]["w_gate"], 128, 512),
+        ("up", layers["mlp"]["w_up"], 128, 512),
+        ("down", layers["mlp"]["w_down"], 512, 128),
+        ("head", state["head"], 128, 1000),
+        ("embedding", state["embedding"], 1, 1),
+    ]:
+        std = (2 / (d_in + d_out)) ** 0.5
+        assert float(kernel.std()) == pytest.approx(cut * std, rel=0.02), name
+        assert 2.7 * std < float(abs(kernel).max()) <= 3 * std, name
+        if name not in ("head", "embedding"):
+            assert not np.array_equal(kernel[0], kernel[1])
+    for scale in (layers["attention_norm"], layers["mlp_norm"], state["norm"]):
+        assert (scale["scale"] == 1).all()
+
+
+def test_initial_loss_is_that_of_chance():
+    model = TransformerLM(1000, 64, 96, 2, 4, 256, rngs=nnx.Rngs(0))
+    tokens, targets = batch(shape=(4, 64), vocab=1000)
+    loss = float(model.loss(tokens, targets))
+    assert abs(loss - chance(1000, 96)) < 0.03
+    assert abs(loss - np.log(1000)) < 0.15
+
+
+def unstack(state):
+    """Of the unrolled model, from that of the scanned one."""
+    layers, count = state["layers"], SIZES["num_layers"]
+    each = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+    return state | {"layers": each}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scan_layers": False},
+        {"remat": True},
+        {"scan_layers": False, "remat": True},
+    ],
+    ids=["unrolled", "remat", "unrolled remat"],
+)
+def test_scan_and_remat_change_nothing(options):
+    loss, gradients = plain_loss_and_gradients()
+    model, parameters = build(**options), pure(nnx.state(build()))
+    got_loss, got = compiled(model)(*batch())
+    if not options.get("scan_layers", True):
+        gradients, parameters = unstack(gradients), unstack(parameters)
+    assert_near(pure(nnx.state(model)), parameters, 1e-6)
+    assert_near(got_loss, loss, 1e-6)
+    assert_near(got, gradients)
+
+
+def test_remat_saves_memory():
+    tokens, targets = batch(shape=(8, 64))
+
+    def temp_bytes(remat):
+        model = TransformerLM(VOCAB, 64, 32, 6, 4, 128, remat=remat, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(model)
+
+        def loss(state):
+            return nnx.merge(graph, state).loss(tokens, targets)
+
+        stats = jax.jit(jax.grad(loss)).lower(state).compile().memory_analysis()
+        assert stats is not None
+        return stats.temp_size_in_bytes
+
+    assert temp_bytes(True) < 0.5 * temp_bytes(False)
+
+
+def test_one_program_however_many_layers():
+    def size(layers):
+        options: Any = SIZES | {"num_layers": layers}
+        model = TransformerLM(VOCAB, CONTEXT, rngs=nnx.Rngs(0), **options)
+        graph, state = nnx.split(model)
+
+        def loss(state):
+            return nnx.merge(graph, state).loss(*batch())
+
+        return len(jax.jit(jax.grad(loss)).lower(state).as_text())
+
+    assert size(12) < 1.05 * size(2)
+
+
+def test_tokens_that_do_not_count():
+    model, (tokens, targets) = build(), batch()
+    where, run = jnp.arange(SEQ) < jnp.array([[SEQ], [5]]), compiled(model)
+    got = run(tokens, jnp.where(where, targets, -1), where)
+    logits = jax.nn.log_softmax(model(tokens))
+    each = -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert_near(got[0], each[where].mean())
+    changed = run(tokens.at[1, 5:].set(0), targets, where)
+    assert_near(got[1]["layers"], changed[1]["layers"])
+    nothing = run(tokens, targets, where & False)
+    assert nothing[0] == 0 and not np.any(nothing[1]["head"])
+
+
+@pytest.mark.parametrize(
+    "dtype, param_dtype",
+    [(jnp.bfloat16, jnp.float32), (None, jnp.bfloat16)],
+    ids=["computation", "parameters"],
+)
+def test_bfloat16(dtype, param_dtype):
+    model, (tokens, targets) = build(dtype=dtype, param_dtype=param_dtype), batch()
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {
+        jnp.dtype(param_dtype)
+    }
+    assert jax.eval_shape(model.features, tokens).dtype == jnp.bfloat16
+    assert jax.eval_shape(model, tokens).dtype == jnp.float32
+    loss, gradients = compiled(model)(tokens, targets)
+    assert loss.dtype == jnp.float32
+    wide = to_float64(pure(nnx.state(model)))
+    exact, _, expected = definitions.loss_and_gradients(
+        from_state(wide), np.asarray(tokens), np.asarray(targets)
+    )
+    assert abs(loss - exact) < 0.02
+    for got, want in zip(
+        *map(jax.tree.leaves, (from_state(gradients), expected)), strict=True
+    ):
+        assert got.dtype == param_dtype
+        difference = np.linalg.norm(to_float64(got) - want)
+        assert difference <= 0.05 * np.linalg.norm(want)
+
+
+block_mask = BlockMask.causal(SEQ, SEQ, block_size=4)
+ATTENTION: dict[str, Any] = {
+    "dilated": partial(
+        dilated_attention, segment_lengths=(4, 8), dilation_rates=(1, 2)
+    ),
+    "block-sparse": partial(block_sparse_attention, mask=block_mask),
+    "a function": lambda q, k, v: v,
+}
+MLPS: dict[str, Any] = {
+    "low-rank SwiGLU": partial(LowRankSwiGLU, rank=4),
+    "low-rank ReLU2": partial(LowRankReLU2, rank=4),
+    "2:4": partial(LowRankReLU2, rank=4, sparsity="2:4"),
+    "multi-head": partial(MultiHeadMLP, num_heads=4),
+    "multi-head relu": partial(
+        MultiHeadMLP, num_heads=2, gated=False, activation="relu"
+    ),
+}
+FORMS = [("attention_fn", n, f) for n, f in ATTENTION.items()]
+FORMS += [("mlp", n, f) for n, f in MLPS.items()]
+
+
+@pytest.mark.parametrize("argument, name, form", FORMS, ids=[n for _, n, _ in FORMS])
+def test_forms_of_attention_and_mlp(argument, name, form):
+    model = build(**{argument: form}, num_layers=2)
+    loss, gradients = compiled(model)(*batch())
+    assert np.isfinite(loss)
+    for path, g in jax.tree.leaves_with_path(gradients):
+        unused = name == "a function" and ("query" in str(path) or "key" in str(path))
+        assert np.isfinite(g).all() and (unused or np.any(g)), path
+
+
+def test_block_sparse_attention_to_all_that_is_causal():
+    got = compiled(build(attention_fn=ATTENTION["block-sparse"]))(*batch())
+    assert_near(got, plain_loss_and_gradients())
+
+
+def test_options_reach_the_attention():
+    tokens, _ = batch()
+    mask = jnp.arange(SEQ) < jnp.array([[SEQ], [7]])
+    for options, given in [
+        ({}, {"mask": mask[:, None, None]}),
+        ({"attention_fn": ATTENTION["dilated"]}, {"key_mask": mask}),
+    ]:
+        model = build(**options)
+        got = model(tokens, **given)
+        changed = model(tokens.at[1, 7:].set(0), **given)
+        np.testing.assert_array_equal(got[1, :7], changed[1, :7])
+
+
+def test_ring_attention_inside_shard_map():
+    """Tokens in another order, each device with its part, positions as they were."""
+    mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    ring = partial(ring_attention, axis_name="context", layout="striped")
+    model, (tokens, targets) = build(attention_fn=ring, num_layers=1), batch()
+    order, _ = ring_permutation(SEQ, 4, "striped")
+    graph, state = nnx.split(model)
+
+    def loss(state, tokens, targets, positions):
+        model = nnx.merge(graph, state)
+        return jax.lax.pmean(
+            model.loss(tokens, targets, positions=positions), "context"
+        )
+
+    spec = P(None, "context")
+    sharded = jax.shard_map(
+        loss, mesh=mesh, in_specs=(P(), spec, spec, P("context")), out_specs=P()
+    )
+    got_loss, got = jax.jit(jax.value_and_grad(sharded))(
+        state, tokens[:, order], targets[:, order], jnp.asarray(order)
+    )
+    expected_loss, expected = compiled(build(num_layers=1))(tokens, targets)
+    assert_near(got_loss, expected_loss)
+    assert_near(pure(got), expected, 2e-5)
+
+
+def test_sharded_by_its_own_metadata_equals_one_device():
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=axis_types)
+    model, (tokens, targets) = build(num_kv_heads=2), batch(shape=(4, SEQ))
+    graph, state = nnx.split(model)
+    rules = [("embed", "fsdp"), ("layers", None)]
+    rules += [(name, "tensor") for name in ("vocab", "heads", "kv_heads", "mlp")]
+    with nnx.logical_axis_rules(rules):
+        shardings = nnx.get_named_sharding(state, mesh)
+    placed = jax.device_put(state, shardings)
+    for path, leaf in jax.tree.leaves_with_path(pure(placed)):
+        shards = 2 if "norm" in str(path) else 4
+        assert leaf.addressable_shards[0].data.size * shards == leaf.size, path
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(state, tokens, targets):
+        return nnx.merge(graph, state).loss(tokens, targets, chunk=20)
+
+    place = partial(jax.device_put, device=NamedSharding(mesh, P(("data", "fsdp"))))
+    got_loss, got = run(placed, place(tokens), place(targets))
+    expected_loss, expected = compiled(model)(tokens, targets)
+    assert_near(got_loss, expected_loss)
+    assert_near(pure(got), expected, 2e-5)
+
+
+def test_the_rotation_is_the_interleaved_one():
+    """By what the attention is called with."""
+    seen = {}
+
+    def spy(query, key, value):
+        seen["qk"] = query, key
+        return value
+
+    model, (tokens, _) = (
+        build(attention_fn=spy, num_layers=1, scan_layers=False),
+        batch(),
+    )
+    model(tokens)
+    (layer,) = model.layers
+    normed = layer.attention_norm(model.embedding[...][tokens])
+    for got, project in zip(
+        seen["qk"], (layer.attention.query, layer.attention.key), strict=True
+    ):
+        assert_near(got, rotary_embedding(project(normed), pairs="interleaved"))

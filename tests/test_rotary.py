@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    assert_near,
+    normal,
+    to_float64,
+    untyped,
+    value_and_vjp,
+)
+
+from jaxkern import rotary_embedding
+
+PAIRS = ("interleaved", "halves", "seed")
+SHAPE = (2, 7, 3, 10)
+
+
+def rotary_float64(x, positions, theta, pairs):
+    """Pair by pair, in NumPy."""
+    x = np.asarray(x).astype(np.float64)
+    half = x.shape[-1] // 2
+    positions = np.broadcast_to(np.asarray(positions, np.float64), x.shape[:2])
+    y = np.empty_like(x)
+    for i in range(half):
+        a, b = (i, i + half) if pairs == "halves" else (2 * i, 2 * i + 1)
+        of_a, of_b = (a % half, b % half) if pairs == "seed" else (i, i)
+        for out, frequency, sign, other in [(a, of_a, -1, b), (b, of_b, 1, a)]:
+            angle = positions[..., None] * theta ** (-frequency / half)
+            y[..., out] = x[..., out] * np.cos(angle)
+            y[..., out] += sign * x[..., other] * np.sin(angle)
+    return y
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "shape, positions",
+    [
+        (SHAPE, None),
+        ((1, 1, 1, 2), None),
+        (SHAPE, np.arange(7) + 5),
+        (SHAPE, np.array([[0, 3, 3, 9, -1, 4, 100], [7, 6, 5, 4, 3, 2, 1]])),
+    ],
+    ids=["from zero", "one token", "shifted", "by sequence"],
+)
+def test_values(shape, positions, dtype, pairs):
+    x = normal(0, shape, dtype)
+    given = None if positions is None else jnp.asarray(positions)
+    got = jax.jit(lambda x: rotary_embedding(x, given, theta=50.0, pairs=pairs))(x)
+    at = np.arange(shape[1]) if positions is None else positions
+    exact = rotary_float64(x, at, 50.0, pairs)
+    assert got.dtype == dtype
+    assert_near(got, exact, 2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 0.5])
+def test_exact_at_long_positions(theta):
+    """The float32 product of position and frequency would be off by whole turns."""
+    positions = np.array([2**31 - 1, -(2**31), 10**6, 2**24 + 1, 12345677, 1, 0])
+    x = normal(0, SHAPE)
+    got = rotary_embedding(x, jnp.asarray(positions, jnp.int32), theta=theta)
+    exact = rotary_float64(x, positions, theta, "interleaved")
+    np.testing.assert_allclose(got, exact, atol=4e-6)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_gradient(pairs):
+    x, g = normal(0, SHAPE), normal(1, SHAPE)
+    _, (got,) = value_and_vjp(lambda x: rotary_embedding(x, pairs=pairs), (x,), g)
+    size = np.prod(SHAPE[2:])
+    basis = np.eye(size).reshape(size, 1, *SHAPE[2:])
+    for token in range(SHAPE[1]):
+        matrix = rotary_float64(basis, [token], 1e4, pairs).reshape(size, size)
+        expected = to_float64(g)[:, token].reshape(-1, size) @ matrix.T
+        assert_near(got[:, token].reshape(-1, size), expected)
+    if pairs != "seed":
+        assert_near(got, rotary_embedding(g, -jnp.arange(SHAPE[1]), pairs=pairs))
+
+
+@pytest.mark.parametrize("pairs", ["interleaved", "halves"])
+def test_products_depend_on_the_distance_only(pairs):
+    query, key = normal(0, SHAPE), normal(1, SHAPE)
+
+    def logits(shift):
+        at = jnp.arange(SHAPE[1]) + shift
+        q, k = (rotary_embedding(x, at, pairs=pairs) for x in (query, key))
+        return jnp.einsum("bqhd,bkhd->bhqk", q, k)
+
+    assert_near(logits(100_000), logits(0), 3e-6)
+
+
+def test_halves_are_interleaved_pairs_in_another_order():
+    x = normal(0, SHAPE)
+    order = np.arange(10).reshape(5, 2).T.reshape(-1)
+    got = rotary_embedding(x[..., order], pairs="halves")
+    assert_near(got, rotary_embedding(x)[..., order])
+
+
+def test_transformations():
+    x = normal(0, SHAPE)
+    at = jnp.arange(SHAPE[1])
+    stacked = jnp.stack([x, 2 * x])
+    got = jax.vmap(rotary_embedding, in_axes=(0, None))(stacked, at)
+    assert_near(got, jnp.stack([rotary_embedding(y) for y in stacked]))
+    out, tangent = jax.jvp(rotary_embedding, (x,), (x,))
+    assert_near(out, tangent)
+    with jax.enable_x64(True):
+        wide = rotary_embedding(jnp.asarray(x, jnp.float64))
+        np.testing.assert_allclose(
+            wide, rotary_float64(x, at, 1e4, "interleaved"), rtol=1e-12
+        )
+
+
+X = jnp.ones(SHAPE)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "args, options, error, message",
+    [
+        ((X[0],), {}, ValueError, r"x must have shape \(batch, seq, heads, dim\)"),
+        ((X.astype(int),), {}, TypeError, "x must have a floating-point dtype"),
+        ((X[..., :5],), {}, ValueError, "rotary_embedding: dim must be even, got 5"),
+        ((X, jnp.ones(7)), {}, TypeError, "positions must be an integer array, got fl"),
+        ((X, [1] * 7), {}, TypeError, "positions must be an integer array, got list"),
+        (
+            (X, jnp.arange(6)),
+            {},
+            ValueError,
+            r"positions must have shape \(7,\) or \(2, 7\), got \(6,\)",
+        ),
+        ((X,), {"theta": 0.0}, ValueError, "theta must be positive and finite, got 0"),
+        ((X,), {"theta": "10"}, ValueError, "theta must be positive and finite"),
+        ((X,), {"pairs": "half"}, ValueError, "pairs must be one of 'interleaved', 'h"),
+    ],
+)
+def test_refusals(args, options, error, message):
+    with pytest.raises(error, match=message):
+        untyped.rotary_embedding(*args, **options)

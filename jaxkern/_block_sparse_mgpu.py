@@ -29,7 +29,7 @@ from ._block_predicates_mgpu import make_predicate, unreadable
 from ._mesh import vary_alike
 from ._mgpu import SMEM_BYTES, add_dots, dots, miscompiled, plgpu, zeros
 from ._mgpu_lists import Body, Tokens, Walk, rings_of, smem_bytes, walk_lists
-from ._mgpu_walk import CONTRACTED_STEP, ROW_STEP, Config
+from ._mgpu_walk import COMPUTE, CONTRACTED_STEP, ROW_STEP, Config
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
@@ -55,10 +55,12 @@ def config_of(kernel: str, dim: int, block_size: int) -> Config:
         ]
     )
     pair = [tokens, tokens]
+    # Each warpgroup's own list takes some registers.
+    apart = block_size % (COMPUTE * ROWS) != 0
     held, walked, most = {
         "forward": ([tokens], [[tokens], [tokens]], 128 if dim <= 128 else 64),
         "backward_q": ([*pair, numbers], [pair], 128 if dim <= 48 else 64),
-        "backward_kv": (pair, [[*pair, numbers]], 128 if dim <= 64 else 64),
+        "backward_kv": (pair, [[*pair, numbers]], 32 if apart and dim > 96 else 64),
     }[kernel]
     return next(
         config

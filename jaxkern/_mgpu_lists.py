@@ -172,22 +172,24 @@ class _Frame:
         return rings_of(self.config, self.walk.block_size)
 
     def over_tiles(self, step, carry):
-        """`step(item, n, carry)` for every tile of this block, the n-th it takes."""
-        first, count = (
-            self.schedule.blocks[lax.axis_index("block"), i] for i in range(2)
-        )
-        return lax.fori_loop(0, count, lambda n, x: step(first + n, n, x), carry)
+        """`step(n, carry)` for every tile that this block takes."""
+        block = self.schedule.blocks.at[lax.axis_index("block")]
+        return lax.fori_loop(0, block[1], step, carry)
 
-    def place(self, item):
+    def item(self, n):
+        """The n-th tile that this block takes."""
+        return self.schedule.blocks[lax.axis_index("block"), 0] + n
+
+    def place(self, n):
         """Batch, head and number of a tile."""
-        return [self.schedule.place[item, axis] for axis in range(3)]
+        return [self.schedule.place[self.item(n), axis] for axis in range(3)]
 
     def first(self, tile, warpgroup):
         return (tile * COMPUTE + warpgroup) * self.config.rows
 
-    def lists(self, item, ring, head):
+    def lists(self, n, ring, head):
         """Of the partial and the full blocks: steps, first entry and indices."""
-        row = self.schedule.rows.at[item, ring, head]
+        row = self.schedule.rows.at[self.item(n), ring, head]
         each = self.walk.block_size // self.config.columns
         return [
             (row[2 * n] * each, row[2 * n + 1], indices)
@@ -205,7 +207,7 @@ class _Frame:
             return step(0, carry)
         return lax.fori_loop(0, self.walk.heads, step, carry)
 
-    def compute(self, warpgroup, item, nth, carry):
+    def compute(self, warpgroup, nth, carry):
         """A tile; the carry counts the steps of the ring."""
         config, body, walk = self.config, self.body, self.walk
         held_smem, walked_smem, numbers, held_barriers, barriers, turn = self.scratch
@@ -215,14 +217,14 @@ class _Frame:
         mine = [smem.at[here, warpgroup] for smem in held_smem]
         mine_first = 0 if self.rings == 1 else warpgroup * config.steps
         lane = 0 if self.rings == 1 else warpgroup
-        batch, head, tile = self.place(item)
+        batch, head, tile = self.place(nth)
         first = self.first(tile, warpgroup)
         plgpu.barrier_wait(produced.at[here])
         pl.when(warpgroup == 1)(lambda: _take_turns(turn))
 
         def walk_head(g, state):
             query_head = head * walk.heads + g
-            partial_first = self.lists(item, lane, g)
+            partial_first = self.lists(nth, lane, g)
             for (count, start, indices), ask in zip(
                 partial_first, (True, False), strict=True
             ):
@@ -247,7 +249,7 @@ class _Frame:
         carry, sums = self.over_heads(walk_head, (carry, body.start(mine)))
         pl.when(warpgroup == 0)(lambda: _take_turns(turn))
         # Read again, so that no register keeps it meanwhile.
-        batch, head, tile = self.place(item)
+        batch, head, tile = self.place(nth)
         first = self.first(tile, warpgroup)
         results = body.finish(sums, mine)
         for value, like, out in zip(results, body.outs, self.outs, strict=True):
@@ -264,7 +266,7 @@ class _Frame:
         plgpu.barrier_arrive(consumed.at[here])
         return carry
 
-    def load(self, item, nth, carry):
+    def load(self, nth, carry):
         """What a tile needs; the carry counts the steps of each ring."""
         config, walk = self.config, self.walk
         held_smem, walked_smem, _, held_barriers, barriers, _ = self.scratch
@@ -274,7 +276,7 @@ class _Frame:
             self.gmem[: len(self.held)],
             self.gmem[len(self.held) :],
         )
-        batch, head, tile = self.place(item)
+        batch, head, tile = self.place(nth)
         here = slot(nth, config.held)
 
         @pl.when(nth >= config.held)
@@ -305,7 +307,7 @@ class _Frame:
 
         def load_head(g, carry):
             walked_head = lax.div(head * walk.heads + g, walk.share)
-            rings = [self.lists(item, ring, g) for ring in range(self.rings)]
+            rings = [self.lists(nth, ring, g) for ring in range(self.rings)]
             for lists in zip(*rings, strict=True):
 
                 def step(n, carry, lists=lists):

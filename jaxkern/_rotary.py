@@ -1,7 +1,6 @@
 """Rotary position embedding."""
 
 import math
-from numbers import Real
 from typing import Literal, get_args
 
 import jax
@@ -101,8 +100,8 @@ def _angles(positions: jax.Array, omega: np.ndarray, dtype: jnp.dtype) -> jax.Ar
 
 
 def check_theta(op: str, name: str, theta: object) -> None:
-    number = isinstance(theta, Real) and not isinstance(theta, bool)
-    if not number or not 0 < theta < math.inf:
+    number = isinstance(theta, int | float | np.floating | np.integer)
+    if not number or isinstance(theta, bool) or not 0 < theta < math.inf:
         raise ValueError(f"{op}: {name} must be positive and finite, got {theta!r}")
 
 

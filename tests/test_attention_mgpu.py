@@ -90,7 +90,7 @@ def parts(layout):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("layout", [None, "contiguous", "striped", "zigzag"])
 def test_steps_of_a_ring(layout):
-    """The emulator has one device, so step by step: as XLA, and `out` is not rounded."""
+    """The emulator has one device, so one by one: as XLA, and `out` is not rounded."""
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
     lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
     held = key, value

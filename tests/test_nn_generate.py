@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff":
 def build(**options) -> Any:
     """With logits large enough for the likeliest token not to be the last one again."""
     model = TransformerLM(VOCAB, CONTEXT, **SIZES, rngs=nnx.Rngs(0), **options)
+    assert model.head is not None
     model.head[...] *= 4
     return model
 

@@ -8,14 +8,17 @@ mkdir -p "$folder" || exit 1
 status=0
 # Without the options that need the packages of the extra "dev".
 $python -m pytest -q -o addopts= -W default -m gpu tests || status=1
-for benchmark in flash_mlp attention mlp; do
+# Kernels first, since a machine may be lent for half an hour only.
+$python -m benchmarks.attention --kernels --backward \
+  --json "$folder/attention_kernels_backward.json" || status=1
+for benchmark in flash_mlp attention mlp estimators; do
   $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
     --plot "$folder/$benchmark.png" || status=1
 done
+$python -m benchmarks.transformer --dtype bfloat16 \
+  --json "$folder/transformer.json" || status=1
 $python -m benchmarks.attention --kernels \
   --json "$folder/attention_kernels.json" || status=1
-$python -m benchmarks.attention --kernels --backward \
-  --json "$folder/attention_kernels_backward.json" || status=1
 $python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)" \
   --json "$folder/flash_mlp_sweep.json" --plot "$folder/flash_mlp_sweep.png" || status=1
 $python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||

@@ -28,7 +28,8 @@ from ._block_predicates import asks_for_batch
 from ._block_predicates_mgpu import make_predicate, unreadable
 from ._mesh import vary_alike
 from ._mgpu import SMEM_BYTES, add_dots, dots, miscompiled, plgpu, zeros
-from ._mgpu_lists import Body, Tokens, Walk, rings_of, smem_bytes, walk_lists
+from ._mgpu_lists import Body, Walk, walk_lists
+from ._mgpu_tokens import Tokens, rings_of, smem_bytes
 from ._mgpu_walk import COMPUTE, CONTRACTED_STEP, ROW_STEP, Config
 
 DTYPES = ("bfloat16", "float16")

@@ -12,7 +12,6 @@ it.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import chain
@@ -25,45 +24,16 @@ from jax.experimental import pallas as pl
 
 from ._block_lists import BlockLists
 from ._mesh import vary_alike
-from ._mgpu import SMEM_BYTES, plgpu, slot, swizzle_of, tiles
+from ._mgpu import plgpu, slot
 from ._mgpu_schedule import make_schedule
+from ._mgpu_tokens import Groups, Tokens, check_fits, rings_of, scratch
 from ._mgpu_walk import (
-    BARRIER_BYTES,
     COMPUTE,
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
     Config,
     wait_for_last,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq)."""
-
-    array: Any
-    numbers: bool = False
-
-    @property
-    def seq(self) -> int:
-        return self.array.shape[3 if self.numbers else 1]
-
-    def tile(self, size: int) -> tuple[int, int]:
-        shape = self.array.shape
-        return (shape[2], size) if self.numbers else (size, shape[3])
-
-    def tile_bytes(self, size: int) -> int:
-        return math.prod(self.tile(size)) * self.array.dtype.itemsize
-
-    def cut(self, gmem, batch, head, start, size: int):
-        """The tile of `gmem` that starts at `start`; it may reach past the end."""
-        index = pl.ds(start, size)
-        if self.numbers:
-            return gmem.at[batch, head, :, index]
-        return gmem.at[batch, index, head]
-
-
-Groups = Sequence[Sequence[Tokens]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,23 +103,6 @@ def _take_turns(turn) -> None:
     for barrier in turn:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-
-
-def rings_of(config: Config, block_size: int) -> int:
-    """One if both warpgroups walk together, else one for each."""
-    return 1 if block_size % (COMPUTE * config.rows) == 0 else COMPUTE
-
-
-def smem_bytes(
-    config: Config, held: Sequence[Tokens], walked: Groups, rings: int
-) -> int:
-    """Shared memory of a block, but for some alignment."""
-    total = config.held * COMPUTE * sum(o.tile_bytes(config.rows) for o in held)
-    step = sum(o.tile_bytes(config.columns) for o in chain(*walked))
-    total += rings * config.steps * step
-    barriers = 2 * (config.held + rings * config.steps * len(walked)) + 1
-    # And a number for each row, on its way out.
-    return total + 4 * COMPUTE * config.rows + BARRIER_BYTES * barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +307,7 @@ def walk_lists(
     """
     frame = _Frame(body, config, held, walked, walk)
     batch, seq, heads, _ = held[0].array.shape
-    _check_fits(name, config, held, walked, frame.rings)
+    check_fits(name, config, held, walked, frame.rings)
     schedule = make_schedule(
         walk.lists,
         (batch, heads, seq),
@@ -400,7 +353,7 @@ def walk_lists(
             else jax.ShapeDtypeStruct(held[like].array.shape, held[like].array.dtype)
             for like in body.outs
         ),
-        scratch_types=_scratch(frame),
+        scratch_types=scratch(config, held, walked, frame.rings, body.takes_turns),
         grid=(len(schedule.blocks),),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
@@ -409,48 +362,3 @@ def walk_lists(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*leaves, *arrays)
     return vary_alike(*results, like=arrays)
-
-
-def _scratch(frame: _Frame):
-    """Shared memory and barriers of a block."""
-    config, rings = frame.config, frame.rings
-
-    def buffers(operands, size, *slots):
-        return [_buffer(o, size, slots, config.columns) for o in operands]
-
-    def barriers(slots, produced, consumed):
-        return [
-            plgpu.Barrier(num_arrivals=n, num_barriers=slots)
-            for n in (produced, consumed)
-        ]
-
-    slots = rings * config.steps
-    pairs = [barriers(slots, len(g), COMPUTE // rings) for g in frame.walked]
-    turns = frame.body.takes_turns and rings == 1
-    return [
-        buffers(frame.held, config.rows, config.held, COMPUTE),
-        [buffers(group, config.columns, slots) for group in frame.walked],
-        plgpu.SMEM((COMPUTE, config.rows), jnp.float32),
-        barriers(config.held, len(frame.held) * COMPUTE, COMPUTE),
-        [list(pair) for pair in zip(*pairs, strict=True)],
-        [plgpu.Barrier(num_arrivals=COMPUTE)] * turns,
-    ]
-
-
-def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
-    shape, dtype = operand.tile(size), operand.array.dtype
-    if operand.numbers:
-        return plgpu.SMEM((*slots, *shape), dtype)
-    # One swizzle for all tiles, since both operands of a wgmma need the same; it must
-    # tile the contracted axis too.
-    swizzle = swizzle_of(math.gcd(columns, shape[1]), dtype.itemsize)
-    return plgpu.SMEM((*slots, *shape), dtype, transforms=tiles(dtype, swizzle))
-
-
-def _check_fits(name, config, held, walked, rings):
-    needed = smem_bytes(config, held, walked, rings)
-    if needed > SMEM_BYTES:
-        raise ValueError(
-            f"{name}: {config} must fit {SMEM_BYTES} bytes of shared memory, "
-            f"got {needed}"
-        )

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu
 from jaxkern._activations import ACTIVATIONS
+from jaxkern._block_mask import with_keys
 
 from ._cli import pattern, writable
 from ._harness import Row
@@ -101,6 +102,7 @@ def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]
         "causal": (every, causal),
         "blocks of 64": ((64, 128, 256), partial(causal, 64)),
         "documents": ((64, 128, 256), lambda: BlockMask.document(ids) & causal()),
+        "keys": ((128,), lambda: with_keys(causal(), np.ones((2, 1, SEQ), bool))),
         "in blocks": ((128,), in_blocks),
         "bits": ((128,), lambda: BlockMask.from_dense(np.tri(SEQ, SEQ) % 3 == 1)),
         "strided": ((128,), lambda: BlockMask.strided(SEQ, SEQ, stride=2) & causal()),

@@ -18,7 +18,7 @@ from ._attention_tiles import (
     make_tiling,
     normalize,
 )
-from ._block_mask import band_mask
+from ._block_mask import band_mask, with_keys
 from ._checks import (
     check_floating,
     check_implementation,
@@ -93,7 +93,8 @@ def attention(
       linear in the sequence. Then saved for the backward are the arguments, $L$ and, in
       float32, $o$; tiles above the causal diagonal are skipped, and there is no
       forward-mode derivative.
-    - "mosaic_gpu": the kernel of `block_sparse_attention`, without `mask`.
+    - "mosaic_gpu": the kernel of `block_sparse_attention`; `mask` must be one of keys,
+      the same for all queries.
     - "cudnn": the kernel behind `jax.nn.dot_product_attention`, for 16-bit dtypes on
       NVIDIA GPUs, without `mask` and `return_lse`: it gives masked rows the mean of
       the values, and rounds $L$ and drops its gradient.
@@ -122,12 +123,14 @@ def attention(
     if mask is not None:
         _check_mask(op, mask, query, key)
     if implementation != "cudnn":
-        refused = None if mask is None else _no_mask(mask)
+        refused = None if mask is None else _mask_of_queries(mask)
         implementation = select_kernel(op, implementation, query, value, scale, refused)
     seq_q, seq_kv = query.shape[1], key.shape[1]
     match implementation:
         case "mosaic_gpu":
             blocks = band_mask(None, 0 if is_causal else None, seq_q, seq_kv)
+            if mask is not None:
+                blocks = with_keys(blocks, mask[:, :, 0])
             out, lse = kernel.attend(query, key, value, blocks, scale)
             return (out, lse) if return_lse else out
         case "cudnn":
@@ -180,10 +183,12 @@ def select_kernel(
     return "xla" if reason else "mosaic_gpu"
 
 
-def _no_mask(mask: jax.Array) -> str:
+def _mask_of_queries(mask: jax.Array) -> str | None:
+    if mask.shape[2] == 1:
+        return None
     return (
-        f"mask must be None for mosaic_gpu, got one of shape {mask.shape}; "
-        "block_sparse_attention takes a BlockMask"
+        "mask must be the same for all queries, (batch, heads, 1, seq_kv), for "
+        f"mosaic_gpu, got {mask.shape}; block_sparse_attention takes a BlockMask"
     )
 
 

@@ -410,6 +410,14 @@ def band_mask(
     return _build(runs, fn, q_len, kv_len, block_size)
 
 
+def with_keys(mask: BlockMask, seen: Bool[AnyArray, "batch heads kv_len"]) -> BlockMask:
+    """The pairs of a mask whose key is seen: all its blocks become partial."""
+    runs = mask._runs()
+    part = Runs(runs.shape, runs.at, np.minimum(runs.state, PARTIAL))
+    fn = predicates.Both(mask.mask_fn, predicates.Keys(seen))
+    return _build(part, fn, mask.q_len, mask.kv_len, mask.block_size)
+
+
 def _build(
     on: Runs | jax.Array, mask_fn: MaskFn, q_len: int, kv_len: int, block_size: int
 ) -> BlockMask:

@@ -99,6 +99,17 @@ class Segments:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
+class Keys:
+    """The key is one of those; `seen` (batch or 1, heads or 1, seq_kv), boolean."""
+
+    seen: Leaf
+
+    def __call__(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return _of_head(self.seen, b, h)[k]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """What `states` (batch or 1, heads or 1, q_blocks, kv_blocks) says of each block.
 
@@ -172,7 +183,7 @@ class Either:
 
 
 def asks_for_batch(fn: Any) -> bool:
-    """Whether some user's function in the predicate may depend on the batch."""
+    """Whether some part of the predicate must know the batch that it was made for."""
     match fn:
         case Both(first, second) | Either(first, second):
             return asks_for_batch(first) or asks_for_batch(second)
@@ -180,6 +191,9 @@ def asks_for_batch(fn: Any) -> bool:
             return asks_for_batch(inner)
         case Function(_, batch, _):
             return batch > 1
+        case Tiles():
+            # Its bits have no batch to which another one could be added.
+            return True
     return False
 
 

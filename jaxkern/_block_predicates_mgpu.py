@@ -17,6 +17,7 @@ from ._block_predicates import (
     Diagonals,
     Either,
     Function,
+    Keys,
     Segments,
     Strided,
     Tiles,
@@ -87,7 +88,7 @@ def make_predicate(mask: BlockMask, q_axis: int) -> Predicate:
         return _readable(fn, q_axis)
 
     def has_data(fn):
-        return isinstance(fn, Segments | Tiles)
+        return isinstance(fn, Segments | Keys | Tiles)
 
     fn = jax.tree.map(readable, mask.mask_fn, is_leaf=has_data)
     data, tree = jax.tree.flatten(fn)
@@ -97,10 +98,9 @@ def make_predicate(mask: BlockMask, q_axis: int) -> Predicate:
 def _readable(fn: Any, q_axis: int) -> Any:
     match fn:
         case Segments(ids):
-            # A tile may reach past the end.
-            missing = -ids.shape[-1] % LARGEST_TILE
-            ids = jnp.pad(ids.astype(jnp.int32), [(0, 0), (0, 0), (0, missing)])
-            return Segments(ids)
+            return Segments(_whole_tiles(ids))
+        case Keys(seen):
+            return Keys(_whole_tiles(seen))
         case Tiles(tile_of, bits, size):
             # A byte a pair, since no thread's share is eight neighbours.
             places = jnp.arange(8, dtype=jnp.uint8)
@@ -109,6 +109,12 @@ def _readable(fn: Any, q_axis: int) -> Any:
             bits = bits.swapaxes(-1, -2) if q_axis else bits
             return Tiles(tile_of, bits.astype(jnp.int8), size)
     return fn
+
+
+def _whole_tiles(numbers: Any) -> jax.Array:
+    """A tile may reach past the end."""
+    missing = -numbers.shape[-1] % LARGEST_TILE
+    return jnp.pad(numbers.astype(jnp.int32), [(0, 0), (0, 0), (0, missing)])
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class _Where:
                 return self.ask(first) | self.ask(second)
             case Segments(ids):
                 return self.of_tokens(ids, 0) == self.of_tokens(ids, 1)
+            case Keys(seen):
+                return self.of_tokens(seen, 1 - self.q_axis) != 0
             case Diagonals() | Strided():
                 # The same for all pairs of a block.
                 q, k = self.starts[self.q_axis], self.starts[1 - self.q_axis]

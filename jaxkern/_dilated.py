@@ -23,11 +23,6 @@ from ._matmul import widen
 HeadOffsets = Literal["paper", "blocks", "pattern"]
 Uncovered = Literal["zero", "error"]
 
-_NO_MASK = (
-    "key_mask must be None, and segments and rates must divide the sequence, "
-    "for mosaic_gpu"
-)
-
 
 @dataclass(frozen=True)
 class Pattern:
@@ -158,9 +153,8 @@ def dilated_attention(
     FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
     where `w` exceeds the sequence, the sequence is the segment.
 
-    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`,
-    without `key_mask` and where segments and rates divide the sequence. None picks it
-    for each pattern as `attention` does.
+    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`, and
+    None picks it for each pattern as `attention` does.
 
     Heads are counted in the array given: to split heads by `shard_map`, give each
     device a multiple of every rate, and let "paper" choose the offsets.
@@ -289,9 +283,8 @@ def attend_pattern(
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
     rows = select_rows(query, key, value, pattern)
-    refused = None if mask is None else _NO_MASK
     one = [jax.eval_shape(lambda x: x[:, 0], x) for x in (rows[0], rows[2])]
-    chosen = select_kernel(op, implementation, *one, scale=scale, reason=refused)
+    chosen = select_kernel(op, implementation, *one, scale=scale)
 
     # Not merged with the batch, which may be sharded on a mesh.
     @partial(jax.vmap, in_axes=1, out_axes=1)

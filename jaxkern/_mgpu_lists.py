@@ -107,7 +107,7 @@ def _take_turns(turn) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """A launch: what it computes, and from `bind` on its arrays in the kernel."""
+    """A launch: what it computes, and inside the kernel its arrays."""
 
     body: Body
     config: Config

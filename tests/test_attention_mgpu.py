@@ -46,6 +46,22 @@ def test_attention(is_causal):
 
 
 @pytest.mark.usefixtures("interpreted", "hopper")
+@pytest.mark.parametrize("heads", [1, 2], ids=["for all heads", "for each head"])
+def test_mask_of_keys(heads):
+    """As a batch of sequences padded to one length has."""
+    lengths = np.array([[130, 70], [0, 129]])[:, :heads, None, None]
+    mask = jnp.asarray(np.arange(130) < lengths)
+
+    def whole(*args):
+        options: Any = {"mask": mask, "is_causal": True, "return_lse": True}
+        return attention(*args, **options, **KERNEL)
+
+    size = 2, 140, 130, 2, 1, 16, 16
+    visible = np.tri(140, 130, dtype=bool) & np.asarray(mask)
+    check_attention(whole, size, visible, BF16)
+
+
+@pytest.mark.usefixtures("interpreted", "hopper")
 def test_block_sparse_attention():
     mask = BlockMask.local_window(140, 130, window=40)
 
@@ -56,9 +72,12 @@ def test_block_sparse_attention():
 
 
 @pytest.mark.usefixtures("interpreted", "hopper")
-def test_dilated_attention():
-    """As near to float32 as by XLA."""
-    args, (d_out, d_lse) = attention_args((1, 64, 64, 2, 1, 16, 16), BF16)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_dilated_attention(padded):
+    """As near to float32 as by XLA; with a key mask and a rest of a segment."""
+    seq = 70 if padded else 64
+    args, (d_out, d_lse) = attention_args((2, seq, seq, 2, 1, 16, 16), BF16)
+    key_mask = jnp.arange(seq) < jnp.array([[seq], [40]]) if padded else None
 
     def dilated(implementation, *args):
         return dilated_attention(
@@ -66,6 +85,7 @@ def test_dilated_attention():
             segment_lengths=(32, 64),
             dilation_rates=(1, 2),
             is_causal=True,
+            key_mask=key_mask,
             return_lse=True,
             implementation=implementation,
         )
@@ -78,7 +98,10 @@ def test_dilated_attention():
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, cotangents))
     exact = value_and_vjp(partial(dilated, "xla"), *wide)
     assert_as_exact(got[0][0], xla[0][0], exact[0][0])
-    assert_close(got[0][1], exact[0][1])
+    unseen = np.isneginf(exact[0][1])
+    np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
+    lses = (np.where(unseen, 0, lse) for lse in (got[0][1], exact[0][1]))
+    assert_close(*lses)
     assert_close(got[1], exact[1], bound=float(jnp.finfo(BF16).eps))
 
 
@@ -192,26 +215,11 @@ def test_refused_without_a_gpu():
 
 
 @pytest.mark.usefixtures("hopper")
-def test_attention_refuses_a_dense_mask():
+def test_attention_refuses_a_mask_of_queries():
     args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
     mask = jnp.ones((1, 1, 70, 70), bool)
-    with pytest.raises(NotImplementedError, match="mask must be None .* BlockMask"):
+    with pytest.raises(NotImplementedError, match="the same for all queries, .* Block"):
         attention(*args, mask=mask, **KERNEL)
-
-
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("change", ["key_mask", "segments"])
-def test_dilated_attention_refuses_what_needs_a_mask(change):
-    args, _ = attention_args((1, 64, 64, 2, 1, 16, 16), BF16)
-    options: Any = {"segment_lengths": (32,), "dilation_rates": (1,)}
-    if change == "key_mask":
-        options["key_mask"] = jnp.ones((1, 64), bool)
-    else:
-        options["segment_lengths"] = (24,)
-    with pytest.raises(
-        NotImplementedError, match="dilated_attention: key_mask must be None, and seg"
-    ):
-        dilated_attention(*args, **options, **KERNEL)
 
 
 @pytest.mark.gpu

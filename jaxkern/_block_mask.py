@@ -410,8 +410,8 @@ def band_mask(
     return _build(runs, fn, q_len, kv_len, block_size)
 
 
-def with_keys(mask: BlockMask, seen: Bool[AnyArray, "batch heads kv_len"]) -> BlockMask:
-    """The pairs of a mask whose key is seen: all its blocks become partial."""
+def with_keys(mask: BlockMask, seen: AnyArray) -> BlockMask:
+    """Where the key is seen too, (batch or 1, heads or 1, kv_len); no block is full."""
     runs = mask._runs()
     part = Runs(runs.shape, runs.at, np.minimum(runs.state, PARTIAL))
     fn = predicates.Both(mask.mask_fn, predicates.Keys(seen))

@@ -123,8 +123,7 @@ class BlockMask:
         check_sizes(op, 1, stride=stride)
         fn = predicates.Strided(stride, block_size)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
-        runs = patterns.strided(stride, *grid)
-        return _build(runs, fn, q_len, kv_len, block_size)
+        return _build(patterns.strided(stride, *grid), fn, q_len, kv_len, block_size)
 
     @staticmethod
     def global_local(

@@ -100,8 +100,8 @@ def test_dilated_attention(padded):
     assert_as_exact(got[0][0], xla[0][0], exact[0][0])
     unseen = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
-    lses = (np.where(unseen, 0, lse) for lse in (got[0][1], exact[0][1]))
-    assert_close(*lses)
+    lse, exact_lse = (np.where(unseen, 0, x) for x in (got[0][1], exact[0][1]))
+    assert_close(lse, exact_lse)
     assert_close(got[1], exact[1], bound=float(jnp.finfo(BF16).eps))
 
 

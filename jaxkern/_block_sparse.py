@@ -96,7 +96,8 @@ def block_sparse_attention(
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be
-            an argument of jit.
+            an argument of jit. On explicit mesh axes one that differs between batches
+            or heads needs `jax.shard_map`, with its `partition_specs`.
         scale: a number known when traced; None stands for dim ** -0.5.
 
     Raises:

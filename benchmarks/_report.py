@@ -1,5 +1,6 @@
 """What a benchmark prints, draws and saves."""
 
+import argparse
 import csv
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -180,6 +182,22 @@ class RowProgress:
         )
         line = f"[{self.done}/{self.total}] {self.describe(row)}: {result}"
         print(line, file=sys.stderr, flush=True)
+
+
+def list_or_run(
+    args: argparse.Namespace,
+    cases: list[Case],
+    describe: Callable[[Mapping[str, Any]], str],
+    run: Callable[[argparse.Namespace, list[Case], str], int],
+) -> int:
+    """The names of the rows if they are asked for, else what `run` returns."""
+    if args.list:
+        print("\n".join(describe(case.labels) for case in cases))
+        return 0
+    # On a GPU float32 would silently be tf32.
+    precision = "highest" if args.dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        return run(args, cases, precision)
 
 
 def execute(

@@ -41,7 +41,7 @@ from ._attention_model import (
 from ._attention_programs import FLEX, Entry
 from ._cli import add_only, make_parser, positive
 from ._harness import Case, Options, Row, matmul_peak_tflops
-from ._report import Results, execute, make_console, metadata, print_header
+from ._report import Results, execute, list_or_run, make_console, metadata, print_header
 
 # Without the grid of the kernels, which has to be named.
 GRIDS = ("published", "real")
@@ -253,8 +253,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _split_cpu(count: int) -> None:
     """Before JAX starts; what else runs still has all cores."""
     # JAX's types do not have this option.
-    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_num_cpu_devices", count)
+    config: Any = jax.config
+    if config.jax_num_cpu_devices < count:
+        config.update("jax_num_cpu_devices", count)
 
 
 def describe(labels: Mapping[str, Any]) -> str:
@@ -264,14 +265,7 @@ def describe(labels: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    cases = make_cases(args)
-    if args.list:
-        print("\n".join(describe(case.labels) for case in cases))
-        return 0
-    # On a GPU float32 would silently be tf32.
-    precision = "highest" if args.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        return _run(args, cases, precision)
+    return list_or_run(args, make_cases(args), describe, _run)
 
 
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:

@@ -29,7 +29,7 @@ from . import _estimators_study as study
 from ._cli import add_only, make_parser
 from ._estimators_report import TITLES
 from ._harness import Case, Options, Program, matmul_peak_tflops, with_gradients
-from ._report import execute, make_console, metadata, print_header
+from ._report import execute, list_or_run, make_console, metadata, print_header
 
 METHODS = get_args(Method)
 PASSES = ("forward", "backward")
@@ -141,14 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.study:
         return study.main(args)
-    cases = make_cases(args)
-    if args.list:
-        print("\n".join(describe(case.labels) for case in cases))
-        return 0
-    # On a GPU float32 would silently be tf32.
-    precision = "highest" if args.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        return _run(args, cases, precision)
+    return list_or_run(args, make_cases(args), describe, _run)
 
 
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:

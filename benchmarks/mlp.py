@@ -31,7 +31,14 @@ from ._harness import (
     with_gradients,
 )
 from ._mlp_torch import MODULES as TORCH_MODULES
-from ._report import execute, make_console, metadata, print_header, published
+from ._report import (
+    execute,
+    list_or_run,
+    make_console,
+    metadata,
+    print_header,
+    published,
+)
 
 SEQ = 512
 BATCHES = (1, 4, 8, 16, 32)
@@ -259,14 +266,7 @@ def describe(labels) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    cases = make_cases(args)
-    if args.list:
-        print("\n".join(describe(case.labels) for case in cases))
-        return 0
-    # On a GPU float32 would silently be tf32.
-    precision = "highest" if args.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        return _run(args, cases, precision)
+    return list_or_run(args, make_cases(args), describe, _run)
 
 
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:

@@ -27,7 +27,14 @@ import jax.numpy as jnp
 from . import _transformer_report as report
 from ._cli import DTYPES, add_only, make_parser, names, positive
 from ._harness import Case, Options, matmul_peak_tflops
-from ._report import execute, make_console, metadata, print_header, published
+from ._report import (
+    execute,
+    list_or_run,
+    make_console,
+    metadata,
+    print_header,
+    published,
+)
 from ._transformer_programs import (
     ATTENTION,
     MLP,
@@ -180,14 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    cases = make_cases(args)
-    if args.list:
-        print("\n".join(describe(case.labels) for case in cases))
-        return 0
-    # On a GPU float32 would silently be tf32.
-    precision = "highest" if args.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        return _run(args, cases, precision)
+    return list_or_run(args, make_cases(args), describe, _run)
 
 
 def _cpu_peak_tflops(dtype: Any) -> float:

@@ -147,25 +147,46 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
 
     def restore(self, state):
-        """The latest state that can be read and its step; else the one given and 0."""
+        """The latest state that can be read and its step; at first the one given and 0.
+
+        A checkpoint that cannot be read is moved aside, and if none can the run ends
+        before anything is lost.
+        """
         if self.manager is None:
             return state, 0
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        unreadable = []
+        for step in steps:
             try:
                 args = ocp.args.StandardRestore(shapes)
-                state, found = self.manager.restore(step, args=args), step
+                state = self.manager.restore(step, args=args)
             # Whatever is wrong with the files, an older one may do.
             except Exception as error:
                 first_line = (str(error).splitlines() or [""])[0]
                 print(f"checkpoint {step} cannot be read: {first_line}")
-                self.manager.delete(step)
+                unreadable.append(step)
                 continue
-            self._keep_losses(found)
-            print(f"going on from step {found}")
-            return state, found
+            self._move_aside(unreadable)
+            self._keep_losses(step)
+            print(f"going on from step {step}")
+            return state, step
+        if steps:
+            sys.exit(f"no checkpoint in {self.manager.directory} can be read")
         self._keep_losses(0)
         return state, 0
+
+    def _move_aside(self, steps: list[int]) -> None:
+        """So that later ones can take their places."""
+        if self.manager is None or not steps:
+            return
+        aside = self.losses.parent / "unreadable"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            target = aside / f"{step}-{time.time_ns()}"
+            (self.losses.parent / "checkpoints" / str(step)).rename(target)
+            print(f"moved to {target}")
+        self.manager.reload()
 
     def _keep_losses(self, count: int) -> None:
         lines = self.losses.read_text().splitlines(keepends=True)[:count]

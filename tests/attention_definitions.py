@@ -100,6 +100,17 @@ def assert_close(got, expected, bound=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=bound * np.abs(b).max())
 
 
+def assert_as_close(got, plain, exact):
+    """Each array's largest error is at most twice the plain form's, and one rounding.
+
+    Where rows are not to be held to a bound each.
+    """
+    for a, b, c in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
+        a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2 * np.abs(c).max()
+        assert np.abs(a - c).max() <= 2 * np.abs(b - c).max() + rounding
+
+
 def assert_attention(got, exact, plain=None):
     """The same rows are empty, and the rest is near, or as near as the plain form."""
     empty = np.isneginf(exact[0][1])

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_near, normal
+from helpers import assert_near, normal, untyped
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -295,7 +295,7 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
             "MaskedBilinear: in_features must be",
         ),
         (
-            lambda: Bilinear(D_IN, 2.0, rngs=nnx.Rngs(0)),  # pyright: ignore[reportArgumentType]
+            lambda: untyped.nn.Bilinear(D_IN, 2.0, rngs=nnx.Rngs(0)),
             ValueError,
             "^Bilinear: hidden_features must be",
         ),

@@ -36,9 +36,24 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(tmp_path, text, capsys):
     run("--text", text, "--folder", str(folder))
     printed = capsys.readouterr().out
     assert "checkpoint 4 cannot be read" in printed and "from step 2" in printed
+    assert len(list((folder / "unreadable").iterdir())) == 1
     assert (folder / "losses.csv").read_text() == losses
     with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
         run("--text", text, "--folder", str(folder), "--d-model", "16")
+
+
+def test_nothing_is_lost_where_no_checkpoint_can_be_read(tmp_path, text):
+    folder = tmp_path / "run"
+    run("--text", text, "--folder", str(folder))
+    losses = (folder / "losses.csv").read_text()
+    for file in (folder / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    before = sorted((folder / "checkpoints").rglob("*"))
+    with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
+        run("--text", text, "--folder", str(folder))
+    assert (folder / "losses.csv").read_text() == losses
+    assert sorted((folder / "checkpoints").rglob("*")) == before
 
 
 def test_text():

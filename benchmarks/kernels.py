@@ -25,6 +25,7 @@ import numpy as np
 from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._block_mask import with_keys
+from jaxkern._dilated_patterns import Dilation
 
 from ._cli import pattern, writable
 from ._harness import Row
@@ -63,14 +64,16 @@ def _attention(
     wanted: tuple[str, ...] | None,
     dim: int,
     mask: Callable[[], BlockMask],
+    rate: int = 1,
 ):
     """With two query heads a key head, of two batches."""
     kernels = _block_sparse_mgpu
-    query, key, numbers = (
+    query, key, d_out, numbers = (
         jax.ShapeDtypeStruct((2, *shape), dtype)
         for shape, dtype in [
+            ((SEQ, rate * 4, dim), jnp.bfloat16),
+            ((SEQ, rate * 2, dim), jnp.bfloat16),
             ((SEQ, 4, dim), jnp.bfloat16),
-            ((SEQ, 2, dim), jnp.bfloat16),
             ((4, 2, SEQ), jnp.float32),
         ]
     )
@@ -83,7 +86,9 @@ def _attention(
             run = partial(kernels.backward_q, scale, mask())
         case _:
             run = partial(kernels.backward_kv, scale, wanted, mask())
-    return run, inputs if kernel == "forward" else (*inputs, query, numbers)
+    dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
+    run = partial(run, dilation=dilation)
+    return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
 
 
 def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]]]:
@@ -112,7 +117,10 @@ def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]
 def attention_cases() -> Cases:
     """Every head dim, and every kind of predicate."""
     cases = {}
-    for name, (dims, mask) in _attention_masks().items():
+    masks = _attention_masks()
+    masks["dilated"] = (64, 128, 256), masks["causal"][1]
+    for name, (dims, mask) in masks.items():
+        rate = 4 if name == "dilated" else 1
         for dim in dims:
             launches = _block_sparse_mgpu.kv_launches(dim)
             wanted = [("forward", None), ("backward_q", None)]
@@ -121,7 +129,7 @@ def attention_cases() -> Cases:
                 label = {"forward": "forward", "backward_q": "dq"}.get(kernel, "")
                 label = label or " ".join(f"d{x[0]}" for x in grads or ())
                 cases[f"attention {label} {dim} {name}"] = partial(
-                    _attention, kernel, grads, dim, mask
+                    _attention, kernel, grads, dim, mask, rate
                 )
     return cases
 

@@ -24,6 +24,7 @@ from ._checks import (
     check_implementation,
     check_shape,
 )
+from ._dilated_patterns import Dilation
 from ._matmul import widen
 from ._mesh import runs_locally
 from ._mgpu import on_hopper
@@ -128,10 +129,7 @@ def attention(
     seq_q, seq_kv = query.shape[1], key.shape[1]
     match implementation:
         case "mosaic_gpu":
-            blocks = band_mask(None, 0 if is_causal else None, seq_q, seq_kv)
-            if mask is not None:
-                blocks = with_keys(blocks, mask[:, :, 0])
-            out, lse = kernel.attend(query, key, value, blocks, scale)
+            out, lse = attend_in_kernel(query, key, value, mask, is_causal, scale)
             return (out, lse) if return_lse else out
         case "cudnn":
             if return_lse:
@@ -181,6 +179,23 @@ def select_kernel(
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"
+
+
+def attend_in_kernel(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    is_causal: bool,
+    scale: float,
+    dilation: Dilation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(out, lse), for a mask of keys; a dilation is that of the kernel's `attend`."""
+    upper = 0 if is_causal else None
+    blocks = band_mask(None, upper, query.shape[1], key.shape[1])
+    if mask is not None:
+        blocks = with_keys(blocks, mask[:, :, 0])
+    return kernel.attend(query, key, value, blocks, scale, dilation)
 
 
 def _mask_of_queries(mask: jax.Array) -> str | None:

@@ -16,7 +16,6 @@ so that keys and values have a launch each.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial, reduce
 
 import jax
@@ -25,10 +24,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ._block_mask import BlockMask
-from ._block_predicates import asks_for_batch
 from ._block_predicates_mgpu import make_predicate, unreadable
+from ._dilated_patterns import Dilation
 from ._mesh import vary_alike
 from ._mgpu import SMEM_BYTES, add_dots, dots, miscompiled, plgpu, zeros
+from ._mgpu_batch import over_batch
 from ._mgpu_lists import Body, Walk, walk_lists
 from ._mgpu_tokens import Tokens, rings_of, smem_bytes
 from ._mgpu_walk import COMPUTE, CONTRACTED_STEP, ROW_STEP, Config
@@ -112,11 +112,22 @@ def unsupported(
     return miscompiled()
 
 
-def attend(query, key, value, mask: BlockMask, scale: float):
-    """(out, lse), lse (batch, seq, heads); differentiable but for the mask."""
+def attend(
+    query,
+    key,
+    value,
+    mask: BlockMask,
+    scale: float,
+    dilation: Dilation | None = None,
+):
+    """(out, lse), lse (batch, seq, heads); differentiable but for the mask.
+
+    dilation: of the heads of `query`, whose arrays then are (batch, seq, rate * heads,
+        dim): of each row a head has the part at its offset, and TMA loads just that.
+    """
     seq_q, dim = query.shape[1], query.shape[3]
     arrays, mask = _prepare(mask, query, key, value)
-    out, lse = _attend(*arrays, mask, scale)
+    out, lse = _attend(*arrays, mask, scale, dilation)
     return out[:, :seq_q, :, :dim], lse[:, :seq_q]
 
 
@@ -133,26 +144,30 @@ def _prepare(mask, *arrays):
     return alike[:n], jax.tree.unflatten(tree, alike[n:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query, key, value, mask, scale):
-    out, lse2 = _over_batch(partial(forward, scale, False))(mask, query, key, value)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(query, key, value, mask, scale, dilation):
+    kernel = partial(forward, scale, False, dilation=dilation)
+    out, lse2 = over_batch(kernel)(mask, query, key, value)
     return out, lse2[:, :, 0].mT / LOG2_E
 
 
-def _attend_forward(query, key, value, mask, scale):
-    args = mask, query, key, value
-    out, lse2, low = _over_batch(partial(forward, scale, True))(*args)
+def _attend_forward(query, key, value, mask, scale, dilation):
+    kernel = partial(forward, scale, True, dilation=dilation)
+    out, lse2, low = over_batch(kernel)(mask, query, key, value)
     lse2 = lse2[:, :, 0]
     return (out, lse2.mT / LOG2_E), (query, key, value, mask, (out, low), lse2)
 
 
-def _attend_backward(scale, saved, cotangents):
+def _attend_backward(scale, dilation, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
     d_out, d_lse = cotangents
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
     delta = (d_out * _sum(outs)).sum(-1).mT - d_lse
     args = mask, query, key, value, d_out, lse2, delta
-    return *_gradients(scale, *args), None
+    gradients = _gradients(scale, *args, dilation=dilation)
+    tokens = _tokens(dilation, query, key, value)
+    spread = [of.spread(x) for of, x in zip(tokens, gradients, strict=True)]
+    return *spread, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -162,7 +177,7 @@ def attend_part(query, key, value, mask: BlockMask, scale: float):
     """(out, lse) over some of the keys, to be merged with others: both in float32."""
     seq_q, dim = query.shape[1], query.shape[3]
     arrays, mask = _prepare(mask, query, key, value)
-    out, lse2, low = _over_batch(partial(forward, scale, True))(mask, *arrays)
+    out, lse2, low = over_batch(partial(forward, scale, True))(mask, *arrays)
     lse = lse2[:, :, 0].mT / LOG2_E
     return _sum([out, low])[:, :seq_q, :, :dim], lse[:, :seq_q]
 
@@ -188,63 +203,39 @@ def _sum(parts):
     return reduce(jnp.add, (x.astype(jnp.float32) for x in parts))
 
 
-def _gradients(scale, mask, query, key, value, d_out, lse2, delta):
-    """Of query, key and value.
+def _gradients(scale, mask, query, key, value, d_out, lse2, delta, dilation=None):
+    """Of query, key and value, without what no head has.
 
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
     numbers = jnp.stack([jnp.where(jnp.isneginf(lse2), jnp.inf, lse2), delta], 2)
     args = mask, query, key, value, d_out, numbers
-    gradients = [*_over_batch(partial(backward_q, scale))(*args)]
+    gradients = [*over_batch(partial(backward_q, scale, dilation=dilation))(*args)]
     for wanted in kv_launches(query.shape[3]):
-        gradients += _over_batch(partial(backward_kv, scale, wanted))(*args)
+        kernel = partial(backward_kv, scale, wanted, dilation=dilation)
+        gradients += over_batch(kernel)(*args)
     return gradients
 
 
-def _over_batch(kernel):
-    """Under `vmap` the new axis joins the batch, unless `mask_fn` must know it."""
-    kernel = jax.custom_batching.custom_vmap(kernel)
-
-    @kernel.def_vmap
-    def rule(size, is_batched, mask, *args):
-        is_batched = tuple(is_batched)
-        if asks_for_batch(mask.mask_fn):
-            each = jax.tree.map(partial(_repeat, size), is_batched, (mask, *args))
-            outs = lax.map(lambda args: kernel(*args), each)
-        else:
-            fold = partial(_fold, size, args[0].shape[is_batched[1]])
-            args = jax.tree.map(partial(fold, True), is_batched[1:], args)
-            outs = kernel(_fold_mask(fold, is_batched[0], mask), *args)
-            outs = jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outs)
-        return outs, jax.tree.map(lambda _: True, outs)
-
-    return kernel
+def _tokens(dilation: Dilation | None, query, key, value) -> list[Tokens]:
+    if dilation is None:
+        return [Tokens(x) for x in (query, key, value)]
+    of_keys = dilation.of_keys(key.shape[2] // dilation.rate)
+    each = (query, dilation), (key, of_keys), (value, of_keys)
+    return [Tokens(x, dilation=of) for x, of in each]
 
 
-def _repeat(size, is_batched, a):
-    return a if is_batched else jnp.broadcast_to(a, (size, *jnp.shape(a)))
-
-
-def _fold(size, batch, always, is_batched, a):
-    """The new axis into the batch; what is the same for all may stay so."""
-    if not (always or is_batched or a.shape[0] > 1):
-        return a
-    a = _repeat(size, is_batched, a)
-    return jnp.broadcast_to(a, (size, batch, *a.shape[2:])).reshape(-1, *a.shape[2:])
-
-
-def _fold_mask(fold, is_batched, mask):
-    """The lists all have the same batch; the predicate's data each their own."""
-    lists = mask.kv, mask.full_kv, mask.q, mask.full_q
-    batched = is_batched.kv, is_batched.full_kv, is_batched.q, is_batched.full_q
-    always = any(jax.tree.leaves(batched)) or mask.shape[0] > 1
-    kv, full_kv, q, full_q = jax.tree.map(partial(fold, always), batched, lists)
-    fn = jax.tree.map(partial(fold, False), is_batched.mask_fn, mask.mask_fn)
-    return replace(mask, kv=kv, full_kv=full_kv, q=q, full_q=full_q, mask_fn=fn)
-
-
-def forward(scale, exact, mask, query, key, value, config: Config | None = None):
+def forward(
+    scale,
+    exact,
+    mask,
+    query,
+    key,
+    value,
+    config: Config | None = None,
+    dilation: Dilation | None = None,
+):
     """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
     exact: and then what rounding took from `out`, rounded itself. The gradient of a
@@ -296,14 +287,23 @@ def forward(scale, exact, mask, query, key, value, config: Config | None = None)
         low = out - out.astype(query.dtype).astype(jnp.float32)
         return [out, lse2, low][: 2 + exact]
 
-    held, walked = [Tokens(query)], [[Tokens(key)], [Tokens(value)]]
-    walk = _walk(mask, "kv", query, key, config)
+    queries, keys, values = _tokens(dilation, query, key, value)
+    held, walked = [queries], [[keys], [values]]
+    walk = _walk(mask, "kv", queries, keys, config)
     body = Body(start, step, finish, [0, None, 0][: 2 + exact], takes_turns=True)
     return walk_lists(body, config, held, walked, walk, "attention_forward")
 
 
 def backward_q(
-    scale, mask, query, key, value, d_out, numbers, config: Config | None = None
+    scale,
+    mask,
+    query,
+    key,
+    value,
+    d_out,
+    numbers,
+    config: Config | None = None,
+    dilation: Dilation | None = None,
 ):
     """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
@@ -333,11 +333,11 @@ def backward_q(
     def finish(carry, held):
         return [carry[0] * scale]
 
-    held = [Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]
-    walked = [[Tokens(key), Tokens(value)]]
-    walk = _walk(mask, "kv", query, key, config)
+    queries, *pair = _tokens(dilation, query, key, value)
+    held = [queries, Tokens(d_out), Tokens(numbers, numbers=True)]
+    walk = _walk(mask, "kv", queries, pair[0], config)
     body = Body(start, step, finish, [0])
-    return walk_lists(body, config, held, walked, walk, "attention_backward_q")
+    return walk_lists(body, config, held, [pair], walk, "attention_backward_q")
 
 
 def backward_kv(
@@ -350,6 +350,7 @@ def backward_kv(
     d_out,
     numbers,
     config: Config | None = None,
+    dilation: Dilation | None = None,
 ):
     """The wanted gradients, of "key", "value" or both.
 
@@ -390,17 +391,19 @@ def backward_kv(
         factors = [scale if name == "key" else 1.0 for name in wanted]
         return [x * factor for x, factor in zip(sums, factors, strict=True)]
 
-    held = [Tokens(key), Tokens(value)]
-    walked = [[Tokens(query), Tokens(d_out), Tokens(numbers, numbers=True)]]
-    walk = _walk(mask, "q", query, key, config)
+    queries, *pair = _tokens(dilation, query, key, value)
+    walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
+    walk = _walk(mask, "q", queries, pair[0], config)
     outs = [("key", "value").index(name) for name in wanted]
     body = Body(start, step, finish, outs)
     name = f"attention_backward_{'_'.join(wanted)}"
-    return walk_lists(body, config, held, walked, walk, name)
+    return walk_lists(body, config, pair, walked, walk, name)
 
 
-def _walk(mask: BlockMask, side: str, query, key, config: Config) -> Walk:
-    groups, q_axis = query.shape[2] // key.shape[2], ("kv", "q").index(side)
+def _walk(
+    mask: BlockMask, side: str, query: Tokens, key: Tokens, config: Config
+) -> Walk:
+    groups, q_axis = query.heads // key.heads, ("kv", "q").index(side)
     predicate = make_predicate(mask, q_axis)
     return Walk(
         (getattr(mask, side), getattr(mask, f"full_{side}")),

@@ -1,80 +1,37 @@
 """Dilated attention: sparse patterns of segments, mixed as one softmax."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial, reduce
-from numbers import Integral
 from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
-from ._attention import attention, check_query_key_value, check_scale, select_kernel
+from ._attention import (
+    attend_in_kernel,
+    attention,
+    check_query_key_value,
+    check_scale,
+    select_kernel,
+)
 from ._checks import (
     Implementation,
     check_implementation,
     check_shape,
     raise_unknown,
 )
+from ._dilated_patterns import (
+    HeadOffsets,
+    Pattern,
+    check_covered,
+    group_heads,
+    make_patterns,
+)
 from ._matmul import widen
 
-HeadOffsets = Literal["paper", "blocks", "pattern"]
 Uncovered = Literal["zero", "error"]
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Each head attends to every `dilation`-th row of a segment, from its offset on."""
-
-    segment: int
-    dilation: int
-    offsets: tuple[int, ...]
-
-    def of_heads(self, start: int, stop: int, step: int = 1) -> "Pattern":
-        return Pattern(self.segment, self.dilation, self.offsets[start:stop:step])
-
-    def divides(self, seq: int) -> bool:
-        return seq % self.segment == 0 and self.segment % self.dilation == 0
-
-    def select(
-        self, x: Shaped[Array, "batch seq #heads *features"]
-    ) -> Shaped[Array, "batch segments rows heads *features"]:
-        """Each head's rows of each segment, zeros for those beyond its end."""
-        w, r = self.segment, self.dilation
-        batch, seq, *rest = x.shape
-        segments, rows = -(-seq // w), -(-w // r)
-        x = _pad(x, 1, -seq % w).reshape(batch, segments, w, *rest)
-        x = _pad(x, 2, -w % r).reshape(batch, segments, rows, r, *rest)
-        # A sum over one-hot rows, not a gather: it fuses, and heads stay where they
-        # are on a mesh. Its transpose is `spread`.
-        x = jnp.where(self._chosen(x), x, jnp.zeros((), x.dtype))
-        return x.any(3) if x.dtype == bool else x.sum(3, dtype=x.dtype)
-
-    def spread(
-        self,
-        x: Float[Array, "batch segments rows heads *features"],
-        seq: int,
-        fill: float,
-    ) -> Float[Array, "batch seq heads *features"]:
-        """The inverse of `select`; the rows that it left out are `fill`."""
-        batch, segments, rows, *rest = x.shape
-        x = x[:, :, :, None]
-        x = jnp.where(self._chosen(x), x, jnp.asarray(fill, x.dtype))
-        x = x.reshape(batch, segments, rows * self.dilation, *rest)
-        x = x[:, :, : self.segment].reshape(batch, segments * self.segment, *rest)
-        return x[:, :seq]
-
-    def _chosen(self, x: jax.Array) -> Bool[np.ndarray, "dilation heads *ones"]:
-        """Which of each `dilation` rows a head takes, to go with (..., dilation, heads,
-        *features) after batch, segments and rows."""
-        chosen = np.arange(self.dilation)[:, None] == np.array(self.offsets)
-        return chosen.reshape(*chosen.shape, *[1] * (x.ndim - 5))
-
-
-def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
-    return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
 
 
 @overload
@@ -153,8 +110,9 @@ def dilated_attention(
     FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
     where `w` exceeds the sequence, the sequence is the segment.
 
-    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`, and
-    None picks it for each pattern as `attention` does.
+    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`. It
+    loads the rows of a head in strides: they are not copied, unless a length does not
+    divide. None picks it for each pattern as `attention` does.
 
     Heads are counted in the array given: to split heads by `shard_map`, give each
     device a multiple of every rate, and let "paper" choose the offsets.
@@ -203,9 +161,9 @@ def dilated_attention(
     patterns = make_patterns(
         op, segment_lengths, dilation_rates, seq, heads, head_offsets
     )
-    groups = _group_heads(op, patterns, heads, head_groups)
+    groups = group_heads(op, patterns, heads, head_groups)
     if uncovered == "error":
-        _check_covered(op, groups, seq)
+        check_covered(op, groups, seq)
     parts = [
         _attend(
             op,
@@ -282,9 +240,14 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    rows = select_rows(query, key, value, pattern)
-    one = [jax.eval_shape(lambda x: x[:, 0], x) for x in (rows[0], rows[2])]
+    one = [
+        jax.ShapeDtypeStruct((x.shape[0], pattern.rows, *x.shape[2:]), x.dtype)
+        for x in (query, value)
+    ]
     chosen = select_kernel(op, implementation, *one, scale=scale)
+    if chosen == "mosaic_gpu":
+        arrays = query, key, value
+        return _attend_in_strides(*arrays, mask, pattern, is_causal, scale)
 
     # Not merged with the batch, which may be sharded on a mesh.
     @partial(jax.vmap, in_axes=1, out_axes=1)
@@ -300,7 +263,22 @@ def attend_pattern(
             implementation=chosen,
         )
 
-    return attend_segment(*rows, mask)
+    return attend_segment(*select_rows(query, key, value, pattern), mask)
+
+
+def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
+    """The segments as a batch, of which the kernel reads the rows that heads take."""
+    batch = query.shape[0]
+    query, key, value = (
+        x.reshape(-1, pattern.rows, x.shape[3] * x.shape[4], x.shape[5])
+        for x in map(pattern.split, (query, key, value))
+    )
+    if mask is not None:
+        mask = mask.reshape(-1, *mask.shape[2:])
+    given = mask, is_causal, scale, pattern.dilation
+    out, lse = attend_in_kernel(query, key, value, *given)
+    split = batch, -1
+    return out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
 
 
 def select_rows(
@@ -314,13 +292,12 @@ def select_rows(
     Float[Array, "batch segments rows heads_kv dim_v"],
 ]:
     """The rows that attend to each other; heads of keys are repeated if they must."""
-    heads, kv_heads = query.shape[2], key.shape[2]
-    group = heads // kv_heads
-    if pattern.offsets != tuple(np.repeat(pattern.offsets[::group], group)):
-        # Query heads of one key head take different rows of it.
-        key, value, group = _repeat(key, group), _repeat(value, group), 1
-    of_keys = pattern.of_heads(0, heads, group)
-    return pattern.select(query), of_keys.select(key), of_keys.select(value)
+    of_keys = pattern.dilation.of_keys(key.shape[2])
+    if of_keys.group > 1:
+        key, value = _repeat(key, of_keys.group), _repeat(value, of_keys.group)
+        of_keys = pattern.dilation
+    keys = replace(pattern, dilation=of_keys)
+    return pattern.select(query), keys.select(key), keys.select(value)
 
 
 def _key_value_heads(key, value, start, stop, heads):
@@ -339,69 +316,6 @@ def _repeat(x, group):
     return jnp.repeat(x, group, axis=2, out_sharding=kept)
 
 
-def make_patterns(
-    op: str,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    seq: int,
-    heads: int,
-    head_offsets: HeadOffsets,
-) -> list[Pattern]:
-    """The patterns of all heads, no segment longer than the sequence."""
-    if head_offsets not in get_args(HeadOffsets):
-        raise_unknown(op, "head_offsets", head_offsets, get_args(HeadOffsets))
-    lengths = _positive_integers(op, "segment_lengths", segment_lengths)
-    rates = _positive_integers(op, "dilation_rates", dilation_rates)
-    if len(lengths) != len(rates):
-        raise ValueError(
-            f"{op}: dilation_rates must be as many as the {len(lengths)} "
-            f"segment_lengths, got {len(rates)}"
-        )
-    if all(r > w for w, r in zip(lengths, rates, strict=True)):
-        raise ValueError(
-            f"{op}: dilation_rates must not all exceed their segment_lengths "
-            f"{lengths}, got {rates}"
-        )
-    patterns = []
-    for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
-        match head_offsets:
-            case "paper":
-                offsets = [j % r for j in range(heads)]
-            case "blocks":
-                offsets = [j // -(-heads // r) for j in range(heads)]
-            case _:
-                offsets = [i % r] * heads
-        patterns.append(Pattern(min(w, seq), r, tuple(offsets)))
-    return patterns
-
-
-def _positive_integers(op, name, values) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        raise TypeError(f"{op}: {name} must be a sequence of integers, got {values!r}")
-    for x in values:
-        if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
-            raise ValueError(
-                f"{op}: {name} must hold integers of at least 1, got {x!r}"
-            )
-    return tuple(int(x) for x in values)
-
-
-def _group_heads(op, patterns, heads, head_groups):
-    """Ranges of heads, each with the patterns that it runs."""
-    if not head_groups:
-        return [((0, heads), patterns)]
-    count = len(patterns)
-    if heads < count:
-        raise ValueError(
-            f"{op}: heads of query must be at least the {count} patterns for "
-            f"head_groups, got {heads}"
-        )
-    size, larger = divmod(heads, count)
-    starts = [i * size + min(i, larger) for i in range(count + 1)]
-    ranges = zip(starts, starts[1:], strict=False)
-    return [(heads_of, [p]) for heads_of, p in zip(ranges, patterns, strict=True)]
-
-
 def _check_key_mask(op, key_mask, shape) -> None:
     if key_mask is None:
         return
@@ -409,20 +323,3 @@ def _check_key_mask(op, key_mask, shape) -> None:
     if got != jnp.dtype(bool):
         raise TypeError(f"{op}: key_mask must be an array of bool, got {got}")
     check_shape(op, "key_mask", key_mask, shape)
-
-
-def _check_covered(op, groups, seq) -> None:
-    for (start, stop), patterns in groups:
-        if any(pattern.dilation == 1 for pattern in patterns):
-            continue
-        covered = np.zeros((seq, stop - start), bool)
-        for pattern in patterns:
-            in_segment = np.arange(seq) % pattern.segment
-            offsets = np.array(pattern.offsets[start:stop])
-            covered |= in_segment[:, None] % pattern.dilation == offsets
-        if not covered.all():
-            row, head = np.argwhere(~covered)[0]
-            raise ValueError(
-                f"{op}: patterns must cover every row of every head for "
-                f"uncovered='error', got row {row} of head {start + head} in none"
-            )

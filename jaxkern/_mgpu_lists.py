@@ -211,7 +211,7 @@ class _Frame:
                 target = out.at[batch, head, 0, pl.ds(first, config.rows)]
             else:
                 smem = mine[like]
-                target = self.held[like].cut(out, batch, head, first, config.rows)
+                target = Tokens(out).cut(out, batch, head, first, config.rows)
             smem[...] = value.astype(smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, target)
@@ -306,7 +306,7 @@ def walk_lists(
     released together.
     """
     frame = _Frame(body, config, held, walked, walk)
-    batch, seq, heads, _ = held[0].array.shape
+    batch, seq, heads, _ = held[0].result.shape
     check_fits(name, config, held, walked, frame.rings)
     schedule = make_schedule(
         walk.lists,
@@ -350,7 +350,7 @@ def walk_lists(
         out_type=tuple(
             jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32)
             if like is None
-            else jax.ShapeDtypeStruct(held[like].array.shape, held[like].array.dtype)
+            else held[like].result
             for like in body.outs
         ),
         scratch_types=scratch(config, held, walked, frame.rings, body.takes_turns),

@@ -6,23 +6,43 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from ._dilated_patterns import Dilation
+from ._matmul import widen
 from ._mgpu import SMEM_BYTES, plgpu, swizzle_of, tiles
 from ._mgpu_walk import BARRIER_BYTES, COMPUTE, Config
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq)."""
+    """Vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq).
+
+    With a dilation they are (batch, seq, rate * vectors, dim), of which each head takes
+    some.
+    """
 
     array: Any
     numbers: bool = False
+    dilation: Dilation | None = None
 
     @property
     def seq(self) -> int:
         return self.array.shape[3 if self.numbers else 1]
+
+    @property
+    def heads(self) -> int:
+        if self.dilation is not None:
+            return self.dilation.heads
+        return self.array.shape[1 if self.numbers else 2]
+
+    @property
+    def result(self) -> jax.ShapeDtypeStruct:
+        """Vectors, one for each that the heads have."""
+        batch, seq, _, dim = self.array.shape
+        return jax.ShapeDtypeStruct((batch, seq, self.heads, dim), self.array.dtype)
 
     def tile(self, size: int) -> tuple[int, int]:
         shape = self.array.shape
@@ -36,7 +56,18 @@ class Tokens:
         index = pl.ds(start, size)
         if self.numbers:
             return gmem.at[batch, head, :, index]
+        if self.dilation is not None:
+            head = self.dilation.index(head)
         return gmem.at[batch, index, head]
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """From the shape of the result to the array's: 0 for what no head takes."""
+        if self.dilation is None:
+            return x
+        rate, group = self.dilation.rate, self.dilation.group
+        x = self.dilation.spread(x, axis=2, fill=0.0)
+        x = x.reshape(*x.shape[:2], rate, -1, group, x.shape[-1])
+        return widen(x).sum(4).astype(x.dtype).reshape(self.array.shape)
 
 
 Groups = Sequence[Sequence[Tokens]]

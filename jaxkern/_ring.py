@@ -19,7 +19,7 @@ from ._checks import (
     check_shape,
     raise_unknown,
 )
-from ._dilated import HeadOffsets
+from ._dilated_patterns import HeadOffsets
 from ._ring_dilated import attend_dilated_around
 from ._ring_steps import Layout, Ring, attend_around
 

@@ -7,14 +7,8 @@ from jaxtyping import Array, Float
 
 from ._attention import select_kernel
 from ._checks import Implementation
-from ._dilated import (
-    HeadOffsets,
-    Pattern,
-    attend_pattern,
-    make_patterns,
-    mix,
-    select_rows,
-)
+from ._dilated import attend_pattern, mix, select_rows
+from ._dilated_patterns import HeadOffsets, Pattern, make_patterns
 from ._ring_steps import Ring, attend_around
 
 
@@ -63,7 +57,7 @@ def _attend_across(
 
 def _ring_of_a_segment(op: str, pattern: Pattern, shard: int, ring: Ring) -> Ring:
     """The devices that share a segment, of all in the ring."""
-    w, r, devices = pattern.segment, pattern.dilation, ring.devices
+    w, r, devices = pattern.segment, pattern.dilation.rate, ring.devices
     if devices == 1 or shard % w == 0:
         return ring._replace(devices=1)
     groups = {n * shard: n for n in range(2, devices + 1) if devices % n == 0}

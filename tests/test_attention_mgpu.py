@@ -77,11 +77,17 @@ def test_block_sparse_attention():
 
 
 @pytest.mark.usefixtures("interpreted", "hopper")
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_dilated_attention(padded):
+@pytest.mark.parametrize(
+    "padded, heads, head_offsets",
+    [(False, 2, "paper"), (True, 2, "pattern"), (False, 4, "blocks")],
+    ids=["heads of a key differ", "padded", "heads of a key are alike"],
+)
+def test_dilated_attention(padded, heads, head_offsets):
     """As near to float32 as by XLA; with a key mask and a rest of a segment."""
     seq = 70 if padded else 64
-    args, (d_out, d_lse) = attention_args((2, seq, seq, 2, 1, 16, 16), BF16)
+    args, (d_out, d_lse) = attention_args(
+        (2, seq, seq, heads, heads // 2, 16, 16), BF16
+    )
     key_mask = jnp.arange(seq) < jnp.array([[seq], [40]]) if padded else None
 
     def dilated(implementation, *args):
@@ -91,6 +97,7 @@ def test_dilated_attention(padded):
             dilation_rates=(1, 2),
             is_causal=True,
             key_mask=key_mask,
+            head_offsets=head_offsets,
             return_lse=True,
             implementation=implementation,
         )
@@ -108,6 +115,25 @@ def test_dilated_attention(padded):
     lse, exact_lse = (np.where(unseen, 0, x) for x in (got[0][1], exact[0][1]))
     assert_close(lse, exact_lse)
     assert_as_close(got[1], xla[1], exact[1])
+
+
+@pytest.mark.usefixtures("hopper")
+def test_dilated_attention_copies_no_rows_for_the_kernel():
+    """It keeps the arguments, which kernels read in strides, beside their results."""
+    args, _ = attention_args((1, 1024, 1024, 4, 2, 16, 16), BF16)
+
+    def dilated(*args):
+        patterns: Any = {"segment_lengths": (256, 1024), "dilation_rates": (2, 4)}
+        return dilated_attention(*args, **patterns, **KERNEL)
+
+    def shapes(*args):
+        kept = jax.tree.leaves(jax.vjp(dilated, *args)[1])
+        return [x for x in kept if x.dtype == BF16 and x.ndim]
+
+    kept = [x.shape for x in jax.eval_shape(shapes, *args)]
+    rows = {(4, 128, 4, 16), (1, 256, 4, 16)}
+    folded = {(4, 128, 8, 16), (4, 128, 4, 16), (1, 256, 16, 16), (1, 256, 8, 16)}
+    assert folded <= set(kept) <= folded | rows
 
 
 def parts(layout):

@@ -185,6 +185,9 @@ def attend_part(query, key, value, mask: BlockMask, scale: float):
 def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta):
     """What these keys add to the three gradients, rounded and then made float32.
 
+    The roundings of all parts together are as large as that of the sum. Two parts of 16
+    bits, as `out` has, would cost the kernel of keys and values a register too many.
+
     lse, delta: of all keys, (batch, seq, heads).
     """
     arrays, mask = _prepare(mask, query, key, value, d_out)

@@ -125,7 +125,7 @@ def attention(
         _check_mask(op, mask, query, key)
     if implementation != "cudnn":
         refused = None if mask is None else _mask_of_queries(mask)
-        implementation = select_kernel(op, implementation, query, value, scale, refused)
+        implementation = select_kernel(op, implementation, query, value, refused)
     seq_q, seq_kv = query.shape[1], key.shape[1]
     match implementation:
         case "mosaic_gpu":
@@ -163,7 +163,6 @@ def select_kernel(
     implementation: Literal["xla", "mosaic_gpu"] | None,
     query: jax.Array | jax.ShapeDtypeStruct,
     value: jax.Array | jax.ShapeDtypeStruct,
-    scale: float,
     reason: str | None = None,
 ) -> Literal["xla", "mosaic_gpu"]:
     """Where attention without a mask runs; a `reason` is one more against the kernel.
@@ -175,7 +174,7 @@ def select_kernel(
     large = query.shape[1] * value.shape[1] > TILE**2
     if implementation == "xla" or not (named or (hopper and large and runs_locally())):
         return "xla"
-    reason = reason or kernel.unsupported(query, value, None, scale, on_hopper=hopper)
+    reason = reason or kernel.unsupported(query, value, None, on_hopper=hopper)
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"

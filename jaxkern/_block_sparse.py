@@ -85,11 +85,11 @@ def block_sparse_attention(
 
     - "xla": on every device.
     - "mosaic_gpu": a fused kernel for bfloat16 and float16 on an H100 or H200, forward
-      and backward, for `dim` = `dim_v` up to 256 and blocks of a multiple of 64. What
+      and backward, for `dim` and `dim_v` up to 256 and blocks of a multiple of 64. What
       the mask's `mask_fn` computes in partial blocks becomes a part of it: a user's may
       only do arithmetic on its arguments. Weights are rounded to 16 bits before they
       meet the values, logits are not. Arrays whose lengths are no multiples of 8, or
-      whose `dim` is none of 16, are padded by a copy.
+      whose `dim` is none of 16 or is less than the other one, are padded by a copy.
 
     None picks the kernel where it can run; by how much it is faster has not been
     measured yet.
@@ -139,7 +139,7 @@ def _select(
     named, hopper = implementation is not None, on_hopper()
     if implementation == "xla" or not (named or (hopper and runs_locally())):
         return "xla"
-    reason = kernel.unsupported(query, value, mask, scale, on_hopper=hopper)
+    reason = kernel.unsupported(query, value, mask, on_hopper=hopper)
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"

@@ -85,7 +85,6 @@ def unsupported(
     query: jax.Array | jax.ShapeDtypeStruct,
     value: jax.Array | jax.ShapeDtypeStruct,
     mask: BlockMask | None,
-    scale: float,
     *,
     on_hopper: bool,
 ) -> str | None:
@@ -93,13 +92,11 @@ def unsupported(
     dim = query.shape[-1]
     if str(query.dtype) not in DTYPES:
         return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {query.dtype}"
-    if dim > MAX_DIM or value.shape[-1] != dim:
+    if max(dim, value.shape[-1]) > MAX_DIM:
         return (
-            f"dim and dim_v must be equal and at most {MAX_DIM} for mosaic_gpu, "
+            f"dim and dim_v must be at most {MAX_DIM} for mosaic_gpu, "
             f"got {dim} and {value.shape[-1]}"
         )
-    if scale <= 0:
-        return f"scale must be positive for mosaic_gpu, got {scale:g}"
     if mask is not None and mask.block_size % BLOCK_STEP:
         return (
             f"block_size must be a multiple of {BLOCK_STEP} for mosaic_gpu, "
@@ -125,17 +122,26 @@ def attend(
     dilation: of the heads of `query`, whose arrays then are (batch, seq, rate * heads,
         dim): of each row a head has the part at its offset, and TMA loads just that.
     """
-    seq_q, dim = query.shape[1], query.shape[3]
+    seq_q, dim = query.shape[1], value.shape[3]
+    query, scale = _positive(query, scale)
     arrays, mask = _prepare(mask, query, key, value)
     out, lse = _attend(*arrays, mask, scale, dilation)
     return out[:, :seq_q, :, :dim], lse[:, :seq_q]
 
 
+def _positive(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
+    """The same logits by a factor over 0: the kernels take their maximum before it."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale else (0 * query, 1.0)
+
+
 def _prepare(mask, *arrays):
     """Padded with zeros at the end, to what tiles of shared memory are made of."""
+    dim = pl.cdiv(max(x.shape[3] for x in arrays), CONTRACTED_STEP) * CONTRACTED_STEP
 
     def pad(x):
-        missing = -x.shape[1] % ROW_STEP, -x.shape[3] % CONTRACTED_STEP
+        missing = -x.shape[1] % ROW_STEP, dim - x.shape[3]
         return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])])
 
     leaves, tree = jax.tree.flatten(mask)
@@ -175,7 +181,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend_part(query, key, value, mask: BlockMask, scale: float):
     """(out, lse) over some of the keys, to be merged with others: both in float32."""
-    seq_q, dim = query.shape[1], query.shape[3]
+    seq_q, dim = query.shape[1], value.shape[3]
+    query, scale = _positive(query, scale)
     arrays, mask = _prepare(mask, query, key, value)
     out, lse2, low = over_batch(partial(forward, scale, True))(mask, *arrays)
     lse = lse2[:, :, 0].mT / LOG2_E
@@ -190,16 +197,19 @@ def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta)
 
     lse, delta: of all keys, (batch, seq, heads).
     """
-    arrays, mask = _prepare(mask, query, key, value, d_out)
+    scaled, factor = _positive(query, scale)
+    arrays, mask = _prepare(mask, scaled, key, value, d_out)
     missing = -lse.shape[1] % ROW_STEP
     lse2, delta = (
         jnp.pad(x.mT, [(0, 0), (0, 0), (0, missing)]) for x in (lse * LOG2_E, delta)
     )
-    gradients = _gradients(scale, mask, *arrays, lse2=lse2, delta=delta)
-    return [
+    gradients = _gradients(factor, mask, *arrays, lse2=lse2, delta=delta)
+    d_query, d_key, d_value = (
         gradient[:, : x.shape[1], :, : x.shape[3]].astype(jnp.float32)
         for x, gradient in zip((query, key, value), gradients, strict=True)
-    ]
+    )
+    # That of `scaled`, times what that is of `query`.
+    return d_query * (scale / factor), d_key, d_value
 
 
 def _sum(parts):

@@ -240,11 +240,11 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    one = [
+    queries, values = (
         jax.ShapeDtypeStruct((x.shape[0], pattern.rows, *x.shape[2:]), x.dtype)
         for x in (query, value)
-    ]
-    chosen = select_kernel(op, implementation, *one, scale=scale)
+    )
+    chosen = select_kernel(op, implementation, queries, values)
     if chosen == "mosaic_gpu":
         arrays = query, key, value
         return _attend_in_strides(*arrays, mask, pattern, is_causal, scale)

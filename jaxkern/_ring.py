@@ -121,7 +121,7 @@ def ring_attention(
             op, query, key, value, ring, is_causal, scale, *patterns, implementation
         )
     seen = layout if is_causal else None
-    chosen = select_kernel(op, implementation, query, value, scale)
+    chosen = select_kernel(op, implementation, query, value)
     return attend_around(query, key, value, ring, scale, seen, chosen)[0]
 
 

@@ -50,7 +50,7 @@ def _attend_across(
     """`attend_pattern`, of the one segment that the devices of a ring share."""
     query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
     layout = "contiguous" if is_causal else None
-    chosen = select_kernel(op, implementation, query, value, scale)
+    chosen = select_kernel(op, implementation, query, value)
     out, lse = attend_around(query, key, value, ring, scale, layout, chosen)
     return out[:, None], lse[:, None]
 

@@ -148,11 +148,12 @@ def test_steps_of_a_ring(layout):
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
     lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
     held = key, value
+    scale = -0.25 if layout == "striped" else 0.25
 
     @partial(jax.jit, static_argnums=(3, 4))
     def step(query, held, d_out, part, implementation):
-        attended = _ring_steps._attend(query, held, 0.25, part, implementation)
-        given = query, held, d_out, lse, delta, 0.25, part
+        attended = _ring_steps._attend(query, held, scale, part, implementation)
+        given = query, held, d_out, lse, delta, scale, part
         return attended, _ring_steps._gradients(*given, implementation)
 
     for part in parts(layout)[1:]:

@@ -52,9 +52,12 @@ COLUMNS = {
 }
 
 
-def _flash_mlp(make: Callable[..., Any], dim: int, ups: int, backward: bool):
+def _flash_mlp(
+    make: Callable[..., Any], dim: int, ups: int, backward: bool, inputs: int
+):
     up, down, tokens = (dim, HIDDEN), (HIDDEN, dim), (BATCH, dim)
-    shapes = [tokens, *[up] * ups, down, *[tokens] * backward]
+    x = BATCH, inputs * dim
+    shapes = [x, *[up] * ups, down, *[tokens] * backward]
     args = [jax.ShapeDtypeStruct((HEADS, *s), jnp.bfloat16) for s in shapes]
     return make(), tuple(args)
 
@@ -139,28 +142,34 @@ def flash_mlp_cases() -> Cases:
     kernels = _flash_mlp_mgpu
     cases = {}
 
-    def add(label, kernel, dim, ups, activation, *wanted):
+    def add(label, kernel, dim, ups, activation, *wanted, inputs=1):
         make = getattr(kernels, kernel)
-        for config in kernels.configs(kernel, dim, ups):
+        for config in kernels.configs(kernel, dim, ups, inputs):
             size = f"{config.rows}x{config.columns}{' split' * config.split}"
             build = partial(make, activation, *wanted, config)
             backward = kernel != "forward"
             cases[f"flash_mlp {label} {dim} {size}"] = partial(
-                _flash_mlp, build, dim, ups, backward
+                _flash_mlp, build, dim, ups, backward, inputs
             )
 
-    def add_all(label, dim, ups, activation):
-        add(f"{label}forward", "forward", dim, ups, activation)
-        add(f"{label}dx", "backward_x", dim, ups, activation)
+    def add_all(label, dim, ups, activation, inputs=1):
+        add(f"{label}forward", "forward", dim, ups, activation, inputs=inputs)
+        for wanted in kernels.input_passes(dim, inputs):
+            name = "dx" if inputs == 1 else " ".join(f"dx{n}" for n in wanted)
+            args = f"{label}{name}", "backward_x", dim, ups, activation, wanted
+            add(*args, inputs=inputs)
         for wanted in kernels.weight_passes(dim, ups):
             names = ("gate", "w1", "w2")[-ups - 1 :]
             name = " ".join(f"d{names[n]}" for n in wanted)
-            add(f"{label}{name}", "backward_w", dim, ups, activation, wanted)
+            args = f"{label}{name}", "backward_w", dim, ups, activation, wanted
+            add(*args, inputs=inputs)
 
     for dim in range(16, kernels.MAX_DIM + 1, 16):
         add_all("", dim, 1, "silu")
-    for dim in range(32, kernels.MAX_GATED_DIM + 1, 32):
+    for dim in range(32, kernels.MAX_GATED_DIM[1] + 1, 32):
         add_all("gated ", dim, 2, "silu")
+    for dim in range(32, kernels.MAX_GATED_DIM[2] + 1, 32):
+        add_all("pair ", dim, 2, "silu", inputs=2)
     for activation in ACTIVATIONS:
         if activation != "silu":
             add_all(f"{activation} ", 64, 1, activation)

@@ -105,8 +105,9 @@ def select(
         return implementation
     if reason or not runs_locally():
         return "xla"
-    (heads, batch, dim), hidden = x.shape, ups[0].shape[-1]
-    faster = kernel.predicted_faster(heads, batch, dim, hidden, len(ups))
+    (heads, batch, width), (dim, hidden) = x.shape, ups[0].shape[1:]
+    inputs = width // dim
+    faster = kernel.predicted_faster(heads, batch, dim, hidden, len(ups), inputs)
     return "mosaic_gpu" if faster else "xla"
 
 

@@ -39,8 +39,8 @@ from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand,
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
-# Of the gated form, whose tiles take half as much shared memory again.
-MAX_GATED_DIM = 192
+# Of the gated form, by its inputs: its tiles take up to twice as much shared memory.
+MAX_GATED_DIM = {1: 192, 2: 128}
 
 # Of an H200: multiply-adds and special function operations a clock of one
 # multiprocessor; memory and L2 bytes, and clocks, a microsecond.
@@ -51,7 +51,7 @@ MEMORY_BYTES, L2_BYTES, CLOCKS = 4.8e6, 5.5e6, 1830.0
 MATMUL_RATE, MEMORY_RATE, LAUNCH_US = 0.7, 0.8, 2.0
 
 
-def configs(kernel: str, dim: int, ups: int) -> tuple[Config, ...]:
+def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[Config, ...]:
     """The tiles to choose from, the largest first.
 
     The largest that spill no register; predicted to be fast, not measured.
@@ -67,13 +67,15 @@ def configs(kernel: str, dim: int, ups: int) -> tuple[Config, ...]:
             columns = 64 if dim <= 64 else 32
     tile_bytes = 64 * dim * 2
     held, walked = {
-        "forward": (1, ups + 1),
-        "backward_x": (2, ups + 1),
-        "backward_w": (ups + 1, 2),
+        "forward": (inputs, ups + 1),
+        "backward_x": (inputs + 1, ups + 1),
+        "backward_w": (ups + 1, inputs + 1),
     }[kernel]
     needed = 2 * 2 * held * tile_bytes + 2 * walked * columns * tile_bytes // 64
     normal = Config(64, columns, held=2 if needed <= SMEM_BYTES - 2048 else 1)
-    half = Config(64, min(columns, 64), steps=4, split=True, held=1)
+    # The addresses of one more ring take registers too.
+    most = 32 if (inputs, kernel != "forward") == (2, True) else 64
+    half = Config(64, min(columns, most), steps=4, split=True, held=1)
     wide = (Config(128, 64),) if (kernel, ups) == ("forward", 1) and dim <= 96 else ()
     splits = dim <= (96 if kernel == "backward_w" else 128)
     return (*wide, normal, half) if splits else (*wide, normal)
@@ -89,7 +91,15 @@ def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(names[i : i + together]) for i in range(0, len(names), together))
 
 
-def choose(kernel: str, heads: int, size: int, dim: int, ups: int) -> Config:
+def input_passes(dim: int, inputs: int) -> tuple[tuple[int, ...], ...]:
+    """The launches that make the inputs' gradients, and which ones each makes."""
+    names = tuple(range(inputs))
+    return (names,) if dim <= 64 else tuple((n,) for n in names)
+
+
+def choose(
+    kernel: str, heads: int, size: int, dim: int, ups: int, inputs: int = 1
+) -> Config:
     """The tiles of which a multiprocessor has the fewest rows to compute."""
     sms = multiprocessors()
 
@@ -97,11 +107,18 @@ def choose(kernel: str, heads: int, size: int, dim: int, ups: int) -> Config:
         rows = config.rows * config.parts
         return pl.cdiv(heads * pl.cdiv(size, rows), sms) * rows
 
-    return min(configs(kernel, dim, ups), key=rows_in_turn)
+    return min(configs(kernel, dim, ups, inputs), key=rows_in_turn)
 
 
 def predicted_us(
-    kernel: str, heads: int, size: int, walked: int, dim: int, ups: int, sums: int = 1
+    kernel: str,
+    heads: int,
+    size: int,
+    walked: int,
+    dim: int,
+    ups: int,
+    sums: int = 1,
+    inputs: int = 1,
 ) -> float:
     """Time of one launch on an H200, predicted and not measured.
 
@@ -113,14 +130,14 @@ def predicted_us(
     size, walked: of the held and of the walked axis.
     sums: how many gradients a launch for the weights makes.
     """
-    config = choose(kernel, heads, size, dim, ups)
+    config = choose(kernel, heads, size, dim, ups, inputs)
     rows = config.rows * config.parts
     blocks = heads * pl.cdiv(size, rows)
     turns = pl.cdiv(blocks, multiprocessors())
     products, tiles, held = {
-        "forward": (ups + 1, ups + 1, 2),
-        "backward_x": (2 * ups + 1, ups + 1, 3),
-        "backward_w": (ups + 1 + sums, 2, ups + 1 + sums),
+        "forward": (ups + 1, ups + 1, inputs + 1),
+        "backward_x": (2 * ups + 1, ups + 1, 2 * inputs + 1),
+        "backward_w": (ups + 1 + sums, inputs + 1, ups + 1 + sums),
     }[kernel]
     clocks = rows * walked * max(products * dim / MACS, 1 / MUFU_OPS)
     from_l2 = blocks * tiles * walked * dim * 2 / L2_BYTES
@@ -130,7 +147,9 @@ def predicted_us(
     return LAUNCH_US + max(computed, from_l2, from_memory)
 
 
-def predicted_faster(heads: int, batch: int, dim: int, hidden: int, ups: int) -> bool:
+def predicted_faster(
+    heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int = 1
+) -> bool:
     """Whether the forward is predicted to beat XLA's, which stores the hidden layer.
 
     XLA launches each matmul and the activation, which reads and writes it.
@@ -143,16 +162,19 @@ def predicted_faster(heads: int, batch: int, dim: int, hidden: int, ups: int) ->
     )
     activation = 2 * (ups + 1) * layer / rate
     xla = (ups + 1) * (matmul + LAUNCH_US) + activation + LAUNCH_US
-    padding = _padding_us(heads, batch, dim, hidden, ups)
-    return predicted_us("forward", heads, batch, hidden, dim, ups) + padding < xla
+    sizes = heads, batch, hidden, dim, ups
+    ours = predicted_us("forward", *sizes, inputs=inputs)
+    return ours + _padding_us(heads, batch, dim, hidden, ups, inputs) < xla
 
 
-def _padding_us(heads: int, batch: int, dim: int, hidden: int, ups: int) -> float:
+def _padding_us(
+    heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int
+) -> float:
     """Of the copies that `mlp` makes; each array is read and written."""
     rows, columns, features = padded_sizes(batch, dim, hidden)
     numbers, copies = 0, 0
     if (rows, columns) != (batch, dim):
-        numbers, copies = 2 * rows * columns, 2
+        numbers, copies = (inputs + 1) * rows * columns, 2
     if (columns, features) != (dim, hidden):
         numbers, copies = numbers + (ups + 1) * columns * features, copies + ups + 1
     moved = 2 * 2 * heads * numbers / (MEMORY_BYTES * MEMORY_RATE)
@@ -164,7 +186,9 @@ def unsupported(
 ) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
     dim, hidden = ups[0].shape[1:]
-    largest = MAX_DIM if len(ups) == 1 else MAX_GATED_DIM
+    largest = (
+        MAX_DIM if len(ups) == 1 else MAX_GATED_DIM[2 if x.shape[2] == 2 * dim else 1]
+    )
     if str(x.dtype) not in DTYPES:
         return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {x.dtype}"
     if dim > largest:
@@ -178,10 +202,15 @@ def unsupported(
 
 
 def mlp(x, ups, w2, activation):
-    """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`."""
-    batch, dim = x.shape[1:]
-    rows, columns, features = padded_sizes(batch, dim, w2.shape[1])
-    x, w2 = _pad(x, rows, columns), _pad(w2, features, columns)
+    """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`.
+
+    x: (heads, batch, dim), or (heads, batch, 2 dim), of which each matrix has half.
+    """
+    (heads, batch), (dim, hidden) = x.shape[:2], ups[0].shape[1:]
+    rows, columns, features = padded_sizes(batch, dim, hidden)
+    parts = x.reshape(heads, -1, dim)
+    x = _pad(parts, parts.shape[1], columns).reshape(heads, batch, -1)
+    x, w2 = _pad(x, rows, x.shape[2]), _pad(w2, features, columns)
     ups = [_pad(w, columns, features) for w in ups]
     x, w2, *ups = vary_alike(x, w2, *ups)
     return _mlp(x, tuple(ups), w2, activation)[:, :batch, :dim]
@@ -210,11 +239,13 @@ def _mlp_fwd(x, ups, w2, activation):
 
 def _mlp_bwd(activation, saved, dy):
     x, ups, w2 = saved
+    dim = w2.shape[2]
     args = (x, *ups, w2, dy)
-    dx = backward_x(activation)(*args)
-    passes = weight_passes(x.shape[-1], len(ups))
+    passes = input_passes(dim, x.shape[2] // dim)
+    dx = [d for p in passes for d in backward_x(activation, p)(*args)]
+    passes = weight_passes(dim, len(ups))
     *d_ups, dw2 = (dw for p in passes for dw in backward_w(activation, p)(*args))
-    return dx, tuple(d.mT for d in d_ups), dw2
+    return jnp.concatenate(dx, axis=2), tuple(d.mT for d in d_ups), dw2
 
 
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
@@ -242,9 +273,11 @@ def forward(activation: str, config: Config | None = None):
     return _over_heads(partial(_forward, activation, config))
 
 
-def backward_x(activation: str, config: Config | None = None):
-    """The kernel of dx, of the forward's arguments and dy."""
-    return _over_heads(partial(_backward_x, activation, config))
+def backward_x(
+    activation: str, wanted: tuple[int, ...] = (0,), config: Config | None = None
+):
+    """The kernel of those inputs' gradients, of the forward's arguments and dy."""
+    return _over_heads(partial(_backward_x, activation, wanted, config))
 
 
 def backward_w(activation: str, wanted: tuple[int, ...], config: Config | None = None):
@@ -264,16 +297,26 @@ def _d_z(activation, z, d_hidden):
     return [d_hidden * z[1] * derivative(z[0]), d_hidden * value(z[0])]
 
 
+def _inputs(x, dim):
+    parts = x.shape[2] // dim
+    return [Operand(x, 1, part, parts) for part in range(parts)]
+
+
+def _for_each(inputs, ups):
+    """The input of each of `ups`: there is one for all, or one for each."""
+    return inputs if len(inputs) == len(ups) else [inputs[0]] * len(ups)
+
+
 def _forward(activation, config, x, *weights):
-    heads, batch, dim = x.shape
     *ups, w2 = weights
-    down = len(ups)
-    config = config or choose("forward", heads, batch, dim, len(ups))
+    heads, batch, dim = *x.shape[:2], w2.shape[2]
+    inputs, down = _inputs(x, dim), len(ups)
+    config = config or choose("forward", heads, batch, dim, down, len(inputs))
     tile = plgpu.ACC((config.rows, config.columns), jnp.float32)
 
     def body(held, ring):
-        (x,) = held
-        z = dots(*((x, ring.wait(n, 0)) for n in range(down)))
+        xs = _for_each(held, ups)
+        z = dots(*((x, ring.wait(n, 0)) for n, x in enumerate(xs)))
         for n in range(down):
             ring.release(n, 0)
 
@@ -282,9 +325,9 @@ def _forward(activation, config, x, *weights):
 
             def overlap(*ahead):
                 # In flight during the activation of this tile.
-                for n in range(down):
+                for n, x in enumerate(xs):
                     plgpu.wgmma(ahead[n], x, ring.wait(n, i + 1))
-                hidden = _hidden(activation, z).astype(x.dtype)
+                hidden = _hidden(activation, z).astype(w2.dtype)
                 added = add_dots(y, (hidden, ring.wait(down, i)))
                 return added, *(acc[...] for acc in ahead)
 
@@ -294,59 +337,75 @@ def _forward(activation, config, x, *weights):
             ring.release(down, i)
             return carry
 
-        start = zeros(config.rows, x.shape[1]), *z
+        start = zeros(config.rows, dim), *z
         y, *z = lax.fori_loop(0, ring.count - 1, step, start)
-        hidden = _hidden(activation, z).astype(x.dtype)
+        hidden = _hidden(activation, z).astype(w2.dtype)
         y = add_dots(y, (hidden, ring.wait(down, ring.count - 1)))
         ring.release(down, ring.count - 1)
         return [y]
 
     walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
     name = "flash_mlp_forward"
-    return walk(body, config, [Operand(x, 1)], walked, 1, name)[0]
+    return walk(body, config, inputs, walked, 1, name)[0]
 
 
-def _backward_x(activation, config, x, *others):
-    heads, batch, dim = x.shape
+def _backward_x(activation, wanted, config, x, *others):
     *ups, w2, dy = others
-    down = len(ups)
-    config = config or choose("backward_x", heads, batch, dim, len(ups))
+    heads, batch, dim = dy.shape
+    inputs, down = _inputs(x, dim), len(ups)
+    config = config or choose("backward_x", heads, batch, dim, down, len(inputs))
 
     def body(held, ring):
-        dy, x = held
+        dy, *xs = held
+        numbers = _for_each(range(len(inputs)), ups)
 
-        def step(i, dx):
+        def step(i, sums):
             ups = [ring.wait(n, i) for n in range(down)]
             w2 = ring.wait(down, i)
-            *z, d_hidden = dots(*((x, up) for up in ups), (dy, w2.transpose((1, 0))))
+            pairs = [*zip(_for_each(xs, ups), ups, strict=True)]
+            needed = pairs[:1] if wanted == (1,) else pairs
+            *z, d_hidden = dots(*needed, (dy, w2.transpose((1, 0))))
             ring.release(down, i)
-            d_z = [d.astype(x.dtype) for d in _d_z(activation, z, d_hidden)]
+            if wanted == (1,):
+                d_z = [None, d_hidden * IN_KERNEL[activation].value(z[0])]
+            else:
+                d_z = _d_z(activation, z, d_hidden)
             transposed = [up.transpose((1, 0)) for up in ups]
-            dx = add_dots(dx, *zip(d_z, transposed, strict=True))
+            added = []
+            for wanted_sum, number in zip(sums, wanted, strict=True):
+                of_input = [n for n in range(down) if numbers[n] == number]
+                pairs = [(d_z[n].astype(dy.dtype), transposed[n]) for n in of_input]
+                added.append(add_dots(wanted_sum, *pairs))
             for n in range(down):
                 ring.release(n, i)
-            return dx
+            return added
 
-        return [lax.fori_loop(0, ring.count, step, zeros(config.rows, x.shape[1]))]
+        start = [zeros(config.rows, dim) for _ in wanted]
+        return lax.fori_loop(0, ring.count, step, start)
 
-    held = [Operand(dy, 1), Operand(x, 1)]
+    held = [Operand(dy, 1), *inputs]
     walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
-    return walk(body, config, held, walked, 1, "flash_mlp_backward_x")[0]
+    name = f"flash_mlp_backward_x{''.join(map(str, wanted)) * (len(inputs) > 1)}"
+    return walk(body, config, held, walked, len(wanted), name)
 
 
 def _backward_w(activation, wanted, config, x, *others):
     """Hidden features are the rows, so that only views of SMEM are transposed."""
-    heads, batch, dim = x.shape
     *ups, w2, dy = others
-    down, hidden = len(ups), w2.shape[1]
-    config = config or choose("backward_w", heads, hidden, dim, len(ups))
+    heads, hidden, dim = w2.shape
+    inputs, down = _inputs(x, dim), len(ups)
+    config = config or choose("backward_w", heads, hidden, dim, down, len(inputs))
 
     def body(held, ring):
         *ups, w2 = held
 
         def step(i, sums):
-            x, dy = ring.wait(0, i), ring.wait(1, i)
-            pairs = [(up.transpose((1, 0)), x.transpose((1, 0))) for up in ups]
+            *xs, dy = (ring.wait(n, i) for n in range(len(inputs) + 1))
+            xs = _for_each(xs, ups)
+            pairs = [
+                (up.transpose((1, 0)), x.transpose((1, 0)))
+                for up, x in zip(ups, xs, strict=True)
+            ]
             if wanted == (down,):
                 z = dots(*pairs)
                 factors = {}
@@ -355,17 +414,17 @@ def _backward_w(activation, wanted, config, x, *others):
                 factors = dict(enumerate(_d_z(activation, z, d_hidden)))
             factors[down] = _hidden(activation, z)
             added = [
-                add_dots(a, (factors[n].astype(w2.dtype), dy if n == down else x))
+                add_dots(a, (factors[n].astype(w2.dtype), [*xs, dy][n]))
                 for a, n in zip(sums, wanted, strict=True)
             ]
-            ring.release(0, i)
-            ring.release(1, i)
+            for n in range(len(inputs) + 1):
+                ring.release(n, i)
             return added
 
         start = [zeros(config.rows, w2.shape[1]) for _ in wanted]
         return lax.fori_loop(0, ring.count, step, start)
 
     held = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
-    walked = [Operand(x, 1), Operand(dy, 1)]
+    walked = [*inputs, Operand(dy, 1)]
     name = f"flash_mlp_backward_w{''.join(map(str, wanted))}"
     return walk(body, config, held, walked, len(wanted), name)

@@ -81,24 +81,31 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An array (heads, m, n), cut into tiles along `axis`, which is 1 or 2."""
+    """An array (heads, m, n), cut into tiles along `axis`, which is 1 or 2.
 
-    array: jax.Array
+    Of the other axis a tile has all, or one of several equal parts.
+    """
+
+    array: Any
     axis: int
+    part: int = 0
+    parts: int = 1
 
     @property
     def size(self) -> int:
         return self.array.shape[self.axis]
 
+    @property
+    def across(self) -> int:
+        return self.array.shape[3 - self.axis] // self.parts
+
     def tile(self, size: int) -> tuple[int, int]:
-        """The shape of a tile; the other axis is whole."""
-        whole = self.array.shape[3 - self.axis]
-        return (size, whole) if self.axis == 1 else (whole, size)
+        return (size, self.across) if self.axis == 1 else (self.across, size)
 
     def cut(self, gmem, head, start, size: int):
         """The tile of `gmem` that starts at `start`; it may reach past the end."""
-        index = pl.ds(start, size)
-        return gmem.at[(head, index) if self.axis == 1 else (head, slice(None), index)]
+        index = pl.ds(start, size), pl.ds(self.part * self.across, self.across)
+        return gmem.at[head, *index[:: 1 if self.axis == 1 else -1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +155,7 @@ def walk(
     outs: int,
     name: str,
 ) -> Sequence[jax.Array]:
-    """`outs` results like the last held operand, which is cut along axis 1.
+    """`outs` results, (heads, m, across) of the last held operand, cut along axis 1.
 
     body: from a warpgroup's held tiles and its ring to its float32 sums, one a result.
     """
@@ -187,7 +194,7 @@ def walk(
                 def store(added):
                     row = (info.index[1] * parts + part) * rows
                     for value, out in zip(added, out_gmem, strict=True):
-                        target = result.cut(out, info.index[0], row, rows)
+                        target = Operand(out, 1).cut(out, info.index[0], row, rows)
                         _store(value, tile[-1], target)
                     plgpu.barrier_arrive(held_consumed.at[here])
 
@@ -248,7 +255,8 @@ def walk(
     results = plgpu.kernel(
         kernel,
         out_type=tuple(
-            jax.ShapeDtypeStruct(result.array.shape, dtype) for _ in range(outs)
+            jax.ShapeDtypeStruct((grid[0], result.size, result.across), dtype)
+            for _ in range(outs)
         ),
         scratch_types=_scratch(config, held, walked, outs),
         grid=(min(multiprocessors(), math.prod(grid)),),

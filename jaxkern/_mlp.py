@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -195,23 +196,29 @@ def low_rank_swiglu(
 
     Precision and what is saved for the backward are those of `swiglu`.
 
+    "mosaic_gpu" is the gated kernel of `flash_mlp` between the first matmul, one for
+    $G_{in}$ and $U_{in}$, and the last, for equal ranks up to 128; the hidden features
+    then never reach memory. None picks as `flash_mlp` does.
+
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
             dtypes differ.
         ValueError: the shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     Warns:
         UserWarning: a rank saves nothing over a full-rank weight.
     """
     op = "low_rank_swiglu"
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     _check_pairs(op, x, gate=gate, up=up, down=down)
     check_batched(op, "x", x)
     _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", _given(x))
     hidden_size = gate[1].shape[1]
     _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
     _check_low_rank(op, "down", down, hidden_size, "d_out")
+    if _select(op, x, (gate, up), down, None, implementation) == "mosaic_gpu":
+        return _fused(x, (gate, up), down, "silu")
     hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
     return _low_rank_matmul(hidden, down)
 
@@ -273,32 +280,46 @@ def low_rank_relu2(
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
-    if _select(op, x, up, down, sparsity, implementation) == "mosaic_gpu":
-        core = matmul(x, up[0]).reshape(1, -1, up[1].shape[0])
-        core = _flash_mlp_mgpu.mlp(core, (up[1][None],), down[0][None], "relu2")
-        return matmul(core.reshape(*x.shape[:-1], -1), down[1])
+    if _select(op, x, (up,), down, sparsity, implementation) == "mosaic_gpu":
+        return _fused(x, (up,), down, "relu2")
     hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity)
     return _low_rank_matmul(hidden, down)
+
+
+def _fused(
+    x: jax.Array, ups: tuple[Pair, ...], down: Pair, activation: str
+) -> jax.Array:
+    """The hidden features stay on the chip, between the first and the last matmul."""
+    first = jnp.concatenate([up[0] for up in ups], axis=1)
+    core = matmul(x.reshape(-1, x.shape[-1]), first)[None]
+    seconds = tuple(up[1][None] for up in ups)
+    core = _flash_mlp_mgpu.mlp(core, seconds, down[0][None], activation)
+    return matmul(core[0], down[1]).reshape(*x.shape[:-1], -1)
 
 
 def _select(
     op: str,
     x: jax.Array,
-    up: Pair,
+    ups: tuple[Pair, ...],
     down: Pair,
     sparsity: Sparsity | None,
     implementation: Implementation | None,
 ) -> Implementation:
-    ranks = up[1].shape[0], down[0].shape[1]
+    ranks = [pair[1].shape[0] for pair in ups] + [down[0].shape[1]]
     reason = None
     if sparsity not in (None, "2:4-static"):
         reason = f"sparsity must be None or '2:4-static', got {sparsity!r}"
-    elif ranks[0] != ranks[1]:
-        reason = f"ranks of up and down must be equal, got {ranks[0]} and {ranks[1]}"
+    elif len(set(ranks)) > 1:
+        names = ("gate", "up", "down")[-len(ranks) :]
+        reason = f"ranks of {_listed(names)} must be equal, got {_listed(ranks)}"
     if reason and implementation == "mosaic_gpu":
         raise NotImplementedError(f"{op}: for mosaic_gpu, {reason}")
     if reason:
         return "xla"
     tokens = math.prod(x.shape[:-1])
-    core = jax.ShapeDtypeStruct((1, tokens, ranks[0]), x.dtype)
-    return select(op, core, [up[1][None]], implementation)
+    core = jax.ShapeDtypeStruct((1, tokens, len(ups) * ranks[0]), x.dtype)
+    return select(op, core, [pair[1][None] for pair in ups], implementation)
+
+
+def _listed(items: Sequence[object]) -> str:
+    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"

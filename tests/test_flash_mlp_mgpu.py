@@ -80,6 +80,55 @@ def test_other_sizes_and_activations(size, activation, dtype):
     check(*flash_mlp_args(size, dtype), activation)
 
 
+def two_inputs_args(size, dtype):
+    """Inputs of gate and up side by side, the weights, and a cotangent."""
+    (x, w1, w2, w_gate), g = flash_mlp_args(size, dtype, gated=True)
+    return (jnp.concatenate([x, -x[:, ::-1]], 2), w_gate, w1, w2), g
+
+
+def gated_by_another_input(x, w_gate, w1, w2):
+    return _flash_mlp_mgpu.mlp(x, (w_gate, w1), w2, "silu")
+
+
+def plain_gated_by_another_input(x, w_gate, w1, w2):
+    gate, up = jnp.split(x, 2, axis=2)
+    hidden = jax.nn.silu(jnp.matmul(gate, w_gate)) * jnp.matmul(up, w1)
+    return jnp.matmul(hidden, w2)
+
+
+def gated_by_another_input_float64(args, g):
+    (x, w_gate, w1, w2), g = to_float64((args, g))
+    gate, up = np.split(x, 2, axis=2)
+    z, factor = gate @ w_gate, up @ w1
+    sigmoid = 1 / (1 + np.exp(-z))
+    hidden = z * sigmoid * factor
+    d_hidden = g @ w2.mT
+    d_z = d_hidden * factor * sigmoid * (1 + z * (1 - sigmoid))
+    d_factor = d_hidden * z * sigmoid
+    dx = np.concatenate([d_z @ w_gate.mT, d_factor @ w1.mT], 2)
+    return hidden @ w2, (dx, gate.mT @ d_z, up.mT @ d_factor, hidden.mT @ g)
+
+
+@pytest.mark.usefixtures("interpreted", "tiles")
+@pytest.mark.parametrize("size", [(2, 150, 64, 264), (1, 65, 120, 72)], ids=str)
+def test_gated_by_another_input(size):
+    args, g = two_inputs_args(size, jnp.bfloat16)
+    got = value_and_vjp(gated_by_another_input, args, g)
+    bound = value_and_vjp(plain_gated_by_another_input, args, g)
+    assert_as_exact(got, bound, gated_by_another_input_float64(args, g))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2047, 100, 1001)], ids=str)
+def test_gated_by_another_input_lowers_for_a_gpu(size):
+    args, g = two_inputs_args(size, jnp.bfloat16)
+    modules = lower(
+        lambda args, g: jax.vjp(gated_by_another_input, *args)[1](g), (args, g)
+    )
+    dim = size[2]
+    passes = _flash_mlp_mgpu.input_passes(dim, 2), _flash_mlp_mgpu.weight_passes(dim, 2)
+    assert len(modules) == sum(map(len, passes))
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
     "size", [(1, 1, 1, 1), (2, 2047, 40, 1001), (3, 20, 190, 264)], ids=str
@@ -298,7 +347,7 @@ def test_the_kernels_forms_are_those_of_the_table(activation):
 @pytest.mark.parametrize("dim", [24, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
 def test_on_gpu(activation, dim, dtype, gated):
-    if gated and dim > _flash_mlp_mgpu.MAX_GATED_DIM:
+    if gated and dim > _flash_mlp_mgpu.MAX_GATED_DIM[1]:
         pytest.skip("too large to be gated")
     args, g = flash_mlp_args((3, 1000, dim, 520), dtype, gated)
     check(args, g, activation)

@@ -28,7 +28,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import _mlp_definitions as definitions
-from jaxkern import _flash_mlp, low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
+from jaxkern import (
+    _flash_mlp,
+    _matmul,
+    low_rank_matmul,
+    low_rank_relu2,
+    low_rank_swiglu,
+    swiglu,
+)
 
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
 SIZES = [
@@ -71,11 +78,15 @@ def test_low_rank_swiglu(size, dtype):
     x, gate, up, down, g = low_rank_args(size, dtype)
     got = value_and_vjp(low_rank_swiglu, (x, gate, up, down), g)
     plain = value_and_vjp(definitions.low_rank_swiglu, (x, gate, up, down), g)
-    x, *pairs, g = to_float64((x, gate, up, down, g))
+    assert_as_exact(got, plain, low_rank_swiglu_float64((x, gate, up, down), g))
+
+
+def low_rank_swiglu_float64(args, g):
+    x, *pairs, g = to_float64((*args, g))
     products = [w_in @ w_out for w_in, w_out in pairs]
     y, (d_x, *d_weights) = swiglu_float64(*[x, *products, g])
     d_pairs = [pair_gradient(p, d) for p, d in zip(pairs, d_weights, strict=True)]
-    assert_as_exact(got, plain, (y, (d_x, *d_pairs)))
+    return y, (d_x, *d_pairs)
 
 
 @dtypes
@@ -380,6 +391,47 @@ def test_low_rank_relu2_in_the_kernel(sparsity, monkeypatch):
     bound = value_and_vjp(plain, (x.reshape(70, 33), up, down), g)
     wide = to_float64((x.reshape(70, 33), up, down, g))
     assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
+
+
+def test_gradients_of_weights_are_as_exact_with_more_batch_axes(monkeypatch):
+    """XLA's CPU backend sums over two axes in 16 bits."""
+    monkeypatch.setattr(_matmul, "runs_locally", lambda: True)
+    x, *pairs, g = low_rank_args((70, 33, 144, 24, 33), jnp.bfloat16)
+
+    def run(axes, x, *pairs):
+        return low_rank_swiglu(x.reshape(*axes, 33), *pairs).reshape(70, 33)
+
+    one, three = (
+        jax.jit(value_and_vjp, static_argnums=0)(partial(run, axes), (x, *pairs), g)
+        for axes in [(70,), (2, 5, 7)]
+    )
+    for a, b in zip(*map(jax.tree.leaves, (one, three)), strict=True):
+        np.testing.assert_array_equal(*to_float64((a, b)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_low_rank_swiglu_in_the_kernel(monkeypatch):
+    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
+    x, up, gate, down, g = low_rank_args((70, 33, 144, 24, 33), jnp.bfloat16)
+    args = x, gate, up, down
+
+    def run(x, gate, up, down):
+        x = x.reshape(2, 35, 33)
+        y = low_rank_swiglu(x, gate, up, down, implementation="mosaic_gpu")
+        assert y.shape == (2, 35, 33)
+        return y.reshape(70, 33)
+
+    got = value_and_vjp(run, args, g)
+    bound = value_and_vjp(definitions.low_rank_swiglu, args, g)
+    assert_as_exact(got, bound, low_rank_swiglu_float64(args, g))
+
+
+def test_low_rank_swiglu_with_two_ranks_has_no_kernel():
+    x, up, gate, down, _ = low_rank_args((7, 33, 144, 16, 33), jnp.bfloat16)
+    down = down[0][:, 1:], down[1][1:]
+    match = "ranks of gate, up and down must be equal, got 16, 16 and 15"
+    with pytest.raises(NotImplementedError, match=match):
+        low_rank_swiglu(x, gate, up, down, implementation="mosaic_gpu")
 
 
 def test_low_rank_relu2_with_two_ranks_has_no_kernel():

@@ -1,3 +1,6 @@
+import gc
+import os
+
 import pytest
 
 
@@ -6,6 +9,11 @@ def pytest_configure(config):
     distributes = getattr(config.option, "numprocesses", None)
     if distributes and not hasattr(config, "workerinput"):
         return
+    on_cpu = config.option.markexpr != "gpu"
+    if on_cpu:
+        # Most of the time is compiling. It leaves out LLVM's passes, and none of XLA's:
+        # test_suite.py compares the programs. By name, for the processes of tests too.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     import jax
     from hypothesis import HealthCheck, settings
 
@@ -18,9 +26,15 @@ def pytest_configure(config):
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("jaxkern")
-    if config.option.markexpr != "gpu":
+    if on_cpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -18,7 +18,9 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
-    return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+    # Drawn by NumPy, which has nothing to compile for each new shape.
+    drawn = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(scale * drawn, dtype)
 
 
 def to_float64(tree) -> Any:

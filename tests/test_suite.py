@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import io_callback
 
 from jaxkern import attention
 
@@ -31,7 +32,7 @@ def test_callbacks_get_numbers_as_they_are():
     @jax.jit
     def double(x, n):
         shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), "i4")
-        return jax.experimental.io_callback(lambda x, n: (x + x, n + 1), shapes, x, n)
+        return io_callback(lambda x, n: (x + x, n + 1), shapes, x, n)
 
     y, n = double(x, 3)
     assert y.dtype == jnp.bfloat16 and n.dtype == jnp.int32 and n == 4

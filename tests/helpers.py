@@ -49,15 +49,20 @@ def assert_as_exact(got, plain, exact):
         assert error <= bound, f"leaf {i}: error {error:.3g} above {bound:.3g}"
 
 
-def value_and_vjp(fn, args, cotangent):
-    """`fn(*args)` and the gradients of all arguments, as one program."""
+def with_vjp(fn):
+    """Of arguments and a cotangent: `value_and_vjp`, compiled once."""
 
     @jax.jit
     def run(args, cotangent):
         value, vjp = jax.vjp(fn, *args)
         return value, vjp(cotangent)
 
-    return run(args, cotangent)
+    return run
+
+
+def value_and_vjp(fn, args, cotangent):
+    """`fn(*args)` and the gradients of all arguments, as one program."""
+    return with_vjp(fn)(args, cotangent)
 
 
 def sigmoid(z):

@@ -31,10 +31,20 @@ def pytest_configure(config):
         jax.config.update("jax_num_cpu_devices", 8)
 
 
-def pytest_collection_finish():
-    """What is imported stays: the garbage collector need not look at it again."""
+@pytest.fixture(scope="module", autouse=True)
+def collect_garbage():
+    """Of one module: what is imported and cached before need not be looked at again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a benchmark, the oldest packages are to run its command."""
+    for item in items:
+        is_command = "command" in item.name.split("[")[0]
+        if item.path.name.startswith("test_benchmark_") and not is_command:
+            item.add_marker("newest")
 
 
 def pytest_runtest_setup(item):
@@ -42,6 +52,16 @@ def pytest_runtest_setup(item):
 
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU")
+
+
+@pytest.fixture
+def optimized():
+    """With LLVM's passes, for a test that computes for longer than it compiles."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -208,10 +209,13 @@ def _mask_of(task: Task) -> BlockMask:
     return BlockMask.causal(seq, seq, block_size=BLOCK)
 
 
+_assign = jax.jit(_mgpu_schedule.assign, static_argnums=1)
+
+
 def busiest(lengths: np.ndarray) -> int:
     """The most blocks that the kernel's schedule gives to one multiprocessor."""
     cost = jnp.asarray(lengths + _mgpu_schedule.STEPS_OF_A_TILE)
-    taken = _mgpu_schedule.assign(cost, min(MULTIPROCESSORS, len(lengths)))
+    taken = _assign(cost, min(MULTIPROCESSORS, len(lengths)))
     return int(np.bincount(np.asarray(taken), lengths).max())
 
 

@@ -133,7 +133,7 @@ def check_attention(fn, size, mask, dtype):
     visible = np.broadcast_to(mask, (batch, heads, seq_q, seq_kv))
     # A row that sees nothing has no gradient of its log-sum-exp.
     seen = visible.any(-1).swapaxes(1, 2)
-    cotangents = d_out, jnp.where(seen, d_lse, 0)
+    cotangents = d_out, jnp.asarray(np.where(seen, d_lse, 0), d_lse.dtype)
 
     def plain(query, key, value):
         return plain_attention(query, key, value, visible, dim**-0.5)

@@ -1,3 +1,6 @@
+import gc
+import os
+
 import pytest
 
 
@@ -6,6 +9,11 @@ def pytest_configure(config):
     distributes = getattr(config.option, "numprocesses", None)
     if distributes and not hasattr(config, "workerinput"):
         return
+    on_cpu = config.option.markexpr != "gpu"
+    if on_cpu:
+        # Most of the time is compiling. It leaves out LLVM's passes, and none of XLA's:
+        # test_suite.py compares the programs. By name, for the processes of tests too.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     import jax
     from hypothesis import HealthCheck, settings
 
@@ -18,9 +26,25 @@ def pytest_configure(config):
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("jaxkern")
-    if config.option.markexpr != "gpu":
+    if on_cpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_garbage():
+    """Of one module: what is imported and cached before need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a benchmark, the oldest packages are to run its command."""
+    for item in items:
+        is_command = "command" in item.name.split("[")[0]
+        if item.path.name.startswith("test_benchmark_") and not is_command:
+            item.add_marker("newest")
 
 
 def pytest_runtest_setup(item):
@@ -28,6 +52,16 @@ def pytest_runtest_setup(item):
 
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU")
+
+
+@pytest.fixture
+def optimized():
+    """With LLVM's passes, for a test that computes for longer than it compiles."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -94,10 +94,15 @@ MASKS = {
 }
 
 
+# In the emulator others are in test_sizes, test_rows_and_columns_longer_than_the_ring
+# and test_under_shard_map, and a window's in test_attention_mgpu.
+HERE = [name for name in MASKS if name not in ("causal", "no mask", "window", "blocks")]
+
+
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_masks(mask):
-    check((1, 200, 200, 2, 1, 32, 32), mask(200))
+@pytest.mark.parametrize("name", HERE)
+def test_masks(name):
+    check((1, 200, 200, 2, 1, 32, 32), MASKS[name](200))
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -109,7 +114,6 @@ def test_masks(mask):
         ((1, 290, 150, 1, 1, 48, 48), 256, BF16),
         ((1, 100, 300, 2, 1, 80, 40), 192, BF16),
         ((1, 1, 7, 3, 3, 1, 1), 128, F16),
-        ((1, 135, 135, 1, 1, 96, 96), 128, F16),
         ((1, 130, 130, 2, 1, 128, 128), 128, BF16),
         ((1, 70, 130, 1, 1, 192, 192), 128, BF16),
         ((1, 130, 70, 1, 1, 256, 256), 64, BF16),
@@ -122,8 +126,9 @@ def test_sizes(size, block_size, dtype):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("size", [(40, 700), (500, 40)], ids=str)
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize(
+    "size, block_size", [((40, 700), 64), ((500, 40), 128)], ids=str
+)
 def test_rows_and_columns_longer_than_the_ring(size, block_size):
     mask = BlockMask.local_window(*size, window=999, block_size=block_size)
     check((1, *size, 1, 1, 16, 16), mask)
@@ -213,12 +218,11 @@ def test_under_vmap(mask):
 
         return value_and_vjp(kernel, (query, *args[1:]), cotangents)
 
-    query = args[0]
+    query, alone = args[0], jax.jit(gradients)
     several = jnp.stack([query, -query])
     got = jax.vmap(gradients)(several)
     for i, one in enumerate(several):
-        alone = gradients(one)
-        for a, b in zip(*map(jax.tree.leaves, (got, alone)), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (got, alone(one))), strict=True):
             np.testing.assert_array_equal(a[i], b)
 
 

@@ -17,6 +17,7 @@ def test_quickstart(capsys):
     assert [int(line.split()[1]) for line in lines[:3]] == sizes
 
 
+@pytest.mark.usefixtures("optimized")
 def test_compress_mlp(monkeypatch, capsys):
     for name, value in {"STEPS": 60, "TUNING_STEPS": 30, "BATCH": 128}.items():
         monkeypatch.setattr(compress_mlp, name, value)

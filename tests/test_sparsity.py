@@ -102,6 +102,7 @@ def test_mvue_is_unbiased(width):
     np.testing.assert_array_less(abs(got.mean(0) - np.asarray(x)), allowed)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_mvue_draws_light_entries_as_often_as_it_says():
     """An entry of 1e-6 beside two of 1 is drawn with probability 1.6e-6."""
     x = jnp.broadcast_to(jnp.array([1.0, 1.0, 1e-6, 1e-6]), (2**22, 4))

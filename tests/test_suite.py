@@ -1,0 +1,39 @@
+"""What the tests rely on in their own set-up."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import io_callback
+
+from jaxkern import attention
+
+
+def test_less_compiling_changes_no_program():
+    """With LLVM's passes and without, XLA rewrites a program to the same one."""
+    args = [jnp.zeros((1, 20, 2, 16), jnp.bfloat16)] * 3
+
+    def gradients(*args):
+        return jax.grad(lambda *args: attention(*args).astype(jnp.float32).sum())(*args)
+
+    programs = []
+    for fast in (False, True):
+        jax.config.update("jax_disable_most_optimizations", fast)
+        # A function of its own, as JAX keeps what it has compiled.
+        fresh = jax.jit(lambda *args: gradients(*args))
+        programs.append(fresh.lower(*args).compile().as_text())
+    assert programs[0] == programs[1] and "fusion" in programs[0]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_callbacks_get_numbers_as_they_are():
+    """The emulator replaces how JAX hands arguments to callbacks."""
+    x = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+
+    @jax.jit
+    def double(x, n):
+        shapes = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((), "i4")
+        return io_callback(lambda x, n: (x + x, n + 1), shapes, x, n)
+
+    y, n = double(x, 3)
+    assert y.dtype == jnp.bfloat16 and n.dtype == jnp.int32 and n == 4
+    assert (y == 2 * x).all()

@@ -154,12 +154,12 @@ def pair(seed, d_in, rank, d_out, dtype):
     return w_in, normal(seed + 1, (rank, d_out), dtype, rank**-0.5)
 
 
-def low_rank_args(size, dtype, seed=0):
+def low_rank_args(size, dtype):
     tokens, d_in, hidden, rank, d_out = size
-    widen = [pair(seed + n, d_in, rank, hidden, dtype) for n in (10, 20)]
-    x = normal(seed, (tokens, d_in), dtype)
-    g = normal(seed + 1, (tokens, d_out), dtype)
-    return x, *widen, pair(seed + 30, hidden, rank, d_out, dtype), g
+    widen = [pair(seed, d_in, rank, hidden, dtype) for seed in (10, 20)]
+    x = normal(0, (tokens, d_in), dtype)
+    g = normal(1, (tokens, d_out), dtype)
+    return x, *widen, pair(30, hidden, rank, d_out, dtype), g
 
 
 SPARSITIES: tuple[Any, ...] = tuple(SELECTIONS)

@@ -377,8 +377,7 @@ def test_on_gpu(dtype):
 def test_low_rank_relu2_in_the_kernel(sparsity, monkeypatch):
     monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
     size = (70, 33, 144, 16, 33)
-    # With other draws the gradient of up[1] is at up to 1.5 times its bound.
-    x, up, _, down, g = low_rank_args(size, jnp.bfloat16, seed=3000)
+    x, up, _, down, g = low_rank_args(size, jnp.bfloat16)
     x = x.reshape(2, 35, 33)
 
     def run(x, up, down):

@@ -15,6 +15,7 @@ PUBLISHED = {
     (line["estimator"], line["implementation"], int(line["batch_size"])): line
     for line in published("estimators")
 }
+PASSES = ("forward", "backward")
 BASE_PARAMETERS = 14_698_688
 Found = dict[tuple[str, int, str, str], Row]
 
@@ -150,7 +151,7 @@ def _mean(row: Row | None) -> str:
 
 def total_ms(found: Found, estimator: str, batch: int, method: str) -> float | None:
     """Of forward and backward; None where one of them has no time."""
-    passes = [found.get((estimator, batch, method, p)) for p in ("forward", "backward")]
+    passes = [found.get((estimator, batch, method, p)) for p in PASSES]
     times = [row["mean_ms"] for row in passes if row is not None and _ok(row)]
     return sum(times) if len(times) == 2 else None
 
@@ -164,24 +165,35 @@ def _groups(found: Found, estimator: str) -> dict[int, list[str]]:
     return {batch: list(methods) for batch, methods in sorted(groups.items())}
 
 
+def _figure(value: float | None, digits: int = 3) -> str:
+    """Not finer than a microsecond, which none of these times is to be read to."""
+    text = number(value, digits)
+    return f"{value:.3f}" if len(text.partition(".")[2]) > 3 else text
+
+
+def _spread(row: Row | None) -> str:
+    """Mean ± standard deviation, in a few columns of text whatever the figures."""
+    if row is None or not _ok(row):
+        return _mean(row)
+    mark = "*" * row["includes_compile"]
+    spread = "" if row["std_ms"] is None else f"±{_figure(row['std_ms'], 2)}"
+    return f"{mark}{_figure(row['mean_ms'])}{spread}"
+
+
 def _print_times(console: Console, found: Found, estimator: str) -> None:
     title = f"{estimator} (published: {TITLES[estimator]}), ms, mean ± std"
-    columns = ["forw.", "±", "backw.", "±", "total"]
-    theirs = ["publ.", "±", "backw.", "±", "total"]
+    columns = ["forward", "backward", "total"]
+    theirs = ["publ. forw.", "backward", "total"]
     result = table(title, ["", *columns, *theirs])
     for batch, methods in _groups(found, estimator).items():
         result.add_row(f"[bold]batch {batch}[/bold]")
         for method in methods:
-            cells = []
-            for which in ("forward", "backward"):
-                row = found.get((estimator, batch, method, which))
-                spread = row["std_ms"] if row is not None and _ok(row) else None
-                cells += [_mean(row), number(spread, 2)]
-            cells.append(number(total_ms(found, estimator, batch, method)))
+            passes = [found.get((estimator, batch, method, p)) for p in PASSES]
+            cells = [_spread(row) for row in passes]
+            cells.append(_figure(total_ms(found, estimator, batch, method)))
             line = _line(estimator, method, batch)
             if line:
-                names = ("forward_ms", "forward_std_ms", "backward_ms")
-                cells += [line[name] for name in (*names, "backward_std_ms")]
+                cells += [f"{line[f'{p}_ms']}±{line[f'{p}_std_ms']}" for p in PASSES]
                 cells.append(f"{published_ms(estimator, method, batch):.2f}")
             result.add_row(f" {method}", *cells)
     print_table(console, result)
@@ -199,7 +211,7 @@ def peak_mib(found: Found, estimator: str, batch: int, method: str) -> float | N
     The gradients are among the results.
     """
     sizes = []
-    for which in ("forward", "backward"):
+    for which in PASSES:
         row = found.get((estimator, batch, method, which))
         if row is None or not _ok(row) or "temp_bytes" not in row:
             return None

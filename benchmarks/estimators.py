@@ -27,12 +27,11 @@ from . import _estimators_plot as plots
 from . import _estimators_report as report
 from . import _estimators_study as study
 from ._cli import add_only, make_parser
-from ._estimators_report import TITLES
+from ._estimators_report import PASSES, TITLES
 from ._harness import Case, Options, Program, matmul_peak_tflops, with_gradients
 from ._report import execute, list_or_run, make_console, metadata, print_header
 
 METHODS = get_args(Method)
-PASSES = ("forward", "backward")
 BATCHES, CPU_BATCHES = (1, 2, 8, 16), (1, 2, 8)
 WARMUP, CPU_WARMUP = 5, 1
 ITERATIONS, CPU_ITERATIONS = 10, 3

@@ -192,6 +192,28 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
     assert "Nothing to draw" in printed and "Interrupted after 0 of" in printed
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "mean, std",
+    [(1.5, 0.059), (0.001, 0.00012), (0.1, None), (10000.0, 999.9), (99999.0, 99999.0)],
+    ids=str,
+)
+def test_times_of_any_size_fit(mean, std, compiles, capsys):
+    args = estimators.parse(["--full"])
+    row = {"status": "ok", "mean_ms": mean, "std_ms": std, "includes_compile": compiles}
+    rows = [{**row, **c.labels} for c in estimators.make_cases(args)]
+    rows = [row for row in rows if row["part"] == "model"]
+    rows[-1]["status"] = "skipped"
+    found = {
+        (r["estimator"], r["batch"], r["implementation"], r["pass"]): r for r in rows
+    }
+    report._print_times(make_console(), found, "straight_through")
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    shown = {1.5: "1.50±0.059", 0.001: "0.001±0.000", 0.1: "0.100 "}
+    assert shown.get(mean, f"{mean:.0f}±") in printed and "19.93±0.28" in printed
+
+
 def test_no_figure_of_a_gpu_is_cut_off(tmp_path, capsys):
     args = estimators.parse(["--full"])
     rows = []

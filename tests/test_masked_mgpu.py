@@ -137,6 +137,21 @@ def test_packed_masks_in_large_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_a_block_takes_more_samples_than_it_has_slots():
+    check(*make((5, 8, 64, 64), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_masks_alone_are_trained():
+    """Without their sum over samples these are in no order."""
+    (x, w, logits), g = make((5, 8, 64, 200), logits_dtype=F32)
+    got = value_and_vjp(lambda logits: hard(x, w, logits), (logits,), g)
+    bound = value_and_vjp(lambda logits: plain(x, w, logits), (logits,), g)
+    y, (_, _, d_logits) = exact((x, w, logits), g)
+    assert_as_exact(got, bound, (y, (d_logits,)))
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_mask_of_an_estimator():
     check_sloped(*make((2, 20, 40, 64), logits_dtype=F32))
 

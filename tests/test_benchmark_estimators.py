@@ -7,6 +7,7 @@ import pytest
 
 import jaxkern
 from benchmarks import _estimators_definitions as definitions
+from benchmarks import _estimators_model as model
 from benchmarks import _estimators_plot as plots
 from benchmarks import _estimators_report as report
 from benchmarks import _estimators_study as study
@@ -61,7 +62,7 @@ def measured(*argv):
 def test_rows(capsys):
     assert estimators.main(["--list", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * 3 * 5 + 2 * (34 // 2 + 4) * 2
+    assert len(lines) == 4 * 3 * 6 + 2 * (34 // 2 + 4 + 4) * 2
     # What is checked comes first.
     parts = [line.split()[0] for line in lines]
     assert parts == sorted(parts)
@@ -147,6 +148,26 @@ def test_published_figures():
     assert report.published_ms("seed_reinmax", "loop", 16) == pytest.approx(52.12)
     assert report.published_ms("straight_through", "vmap", 2, "backward") == 1.77
     assert report.published_ms("straight_through", "fused", 2) is None
+
+
+def test_floors_of_the_published_layer():
+    sizes = 256, 512, 2048
+    floors = model.floors_us(sizes, 16, "forward")
+    flops = 2 * 16 * 256 * 3 * 2**20
+    assert floors["tensor"] == pytest.approx(1e6 * flops / 989e12)
+    moved = 2 * 2 * 16 * 256 * 512 + 3 * 2**20 * (2 + 4 * 16)
+    assert floors["bytes"] == pytest.approx(1e6 * moved / 4.8e12)
+    more = floors["stored masked weights"] - floors["bytes"]
+    assert more == pytest.approx(1e6 * 2 * 2 * 16 * 3 * 2**20 / 4.8e12)
+    for which in model.PASSES:
+        floor = max(list(model.floors_us(sizes, 16, which).values())[:2])
+        assert model.predicted_us(sizes, 16, which) > floor
+
+
+def test_rows_of_the_kernels_say_why_they_are_skipped(tiny):
+    rows = measured("--only", "straight_through 1 mosaic_gpu", "--dtype", "bfloat16")
+    assert len(rows) == 3 and {row["status"] for row in rows} == {"skipped"}
+    assert all("needs an H100 or H200" in row["reason"] for row in rows)
 
 
 def test_command(tiny, tmp_path, capsys):

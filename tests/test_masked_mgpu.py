@@ -254,7 +254,7 @@ def in_shard_map(fn):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("transform", [in_scan, in_shard_map, jax.jit])
+@pytest.mark.parametrize("transform", [in_scan, in_shard_map])
 def test_under_other_transforms(transform):
     check(*make((2, 20, 40, 64)), fn=transform(hard))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ._estimators_report import TITLES, Found, peak_mib, total_ms
+from ._estimators_report import KERNEL, TITLES, Found, peak_mib, total_ms
 from ._harness import Row
 
 COLOURS = {
@@ -16,6 +16,7 @@ COLOURS = {
     "bmm": "#2e8b57",
     "vmap": "#e69f00",
     "current": "#7a3e9d",
+    KERNEL: "#56b4e9",
 }
 NOTHING = "Nothing to draw: no row of the model has a time without compilation."
 
@@ -53,7 +54,7 @@ def plot(
         bottom.set_xlabel("samples, each with its masks (log scale)")
     methods = dict.fromkeys(key[2] for key in found)
     handles = [axes[0, 0].plot([], [], **_style(m), label=m)[0] for m in methods]
-    figure.legend(handles=handles, loc="upper center", ncols=6, frameon=False)
+    figure.legend(handles=handles, loc="upper center", ncols=7, frameon=False)
     text = f"{meta['device']}, {meta['dtype']}, jaxkern {meta['revision']}"
     figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
     figure.tight_layout(rect=(0, 0.015, 1, 0.95))

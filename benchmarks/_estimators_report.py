@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from . import _estimators_definitions as definitions
+from . import _estimators_model as model
 from ._harness import Row
 from ._report import number, print_problems, print_table, published, ratio, table
 
@@ -15,6 +16,10 @@ PUBLISHED = {
     (line["estimator"], line["implementation"], int(line["batch_size"])): line
     for line in published("estimators")
 }
+PASSES = ("forward", "backward")
+# "fused" by the Hopper kernels; the other forms are XLA's.
+KERNEL = "mosaic_gpu"
+NAMES = {KERNEL: "kernel"}
 BASE_PARAMETERS = 14_698_688
 Found = dict[tuple[str, int, str, str], Row]
 
@@ -46,6 +51,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         + f"{below}masked: loss, then the gradients of the mask logits",
         "current": "one mask for the whole batch, so of 1 sample",
         "reinmax": "the paper's; seed_reinmax is the rule published under its name",
+        "kernel": "fused by mosaic_gpu; all other forms are XLA's",
         "loop": "over samples in the masked layer; published: through the network",
         "peak": "XLA's plan for results, what is kept for the backward, temporaries",
         "published": "PyTorch, float32, on a GPU not named; parameters are its memory",
@@ -56,18 +62,19 @@ def print_all(
     console: Console, rows: Sequence[Row], describe: Callable, args: argparse.Namespace
 ) -> None:
     layer = [row for row in rows if row["part"] == "layer"]
-    model = [row for row in rows if row["part"] == "model"]
+    whole = [row for row in rows if row["part"] == "model"]
     if layer:
         _print_checks(console, layer)
         _print_layer(console, layer)
+        print_predictions(console)
     found: Found = {
-        (r["estimator"], r["batch"], r["implementation"], r["pass"]): r for r in model
+        (r["estimator"], r["batch"], r["implementation"], r["pass"]): r for r in whole
     }
     for estimator in TITLES:
         if any(key[0] == estimator for key in found):
             _print_times(console, found, estimator)
             _print_costs(console, found, estimator)
-    errors = [row["error"] for row in model if row["status"] == "ok"]
+    errors = [row["error"] for row in whole if row["status"] == "ok"]
     if errors:
         console.print(
             "Losses of all tokens and gradients of all logits were checked against "
@@ -87,22 +94,26 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["implementation"] for row in rows))
 
 
+def _name(method: str) -> str:
+    return NAMES.get(method, method)
+
+
 def _print_checks(console: Console, rows: list[Row]) -> None:
-    """Errors by method, and what they may be at most."""
+    """Errors against float64 by method, and what they may be at most."""
     methods = _methods(rows)
-    title = "Equivalence: error of outputs and gradients against float64"
-    result = table(title, ["samples", *methods, "allowed"])
     for estimator in definitions.ESTIMATORS:
         group = [row for row in rows if row["estimator"] == estimator]
-        if group:
-            result.add_row(f"[bold]{estimator}[/bold]")
+        if not group:
+            continue
+        title = f"Equivalence, {estimator}: error of outputs and gradients"
+        result = table(title, ["samples", *map(_name, methods), "allowed"])
         for batch in _batches(group):
             of = {r["implementation"]: r for r in group if r["batch"] == batch}
             cells = [_error(of.get(method)) for method in methods]
             bounds = [r["error_bound"] for r in of.values() if "error_bound" in r]
             allowed = f"{max(bounds):.1e}" if bounds else "-"
             result.add_row(f" {batch}", *cells, allowed)
-    print_table(console, result)
+        print_table(console, result)
 
 
 def _error(row: Row | None) -> str:
@@ -120,7 +131,7 @@ def _print_layer(console: Console, rows: list[Row]) -> None:
         "Layer, temporary memory: MiB": _temporaries,
     }
     for title, read in quantities.items():
-        result = table(title, ["samples", *methods])
+        result = table(title, ["samples", *map(_name, methods)])
         for estimator in definitions.ESTIMATORS:
             group = [row for row in rows if row["estimator"] == estimator]
             if group:
@@ -128,6 +139,20 @@ def _print_layer(console: Console, rows: list[Row]) -> None:
             for batch in _batches(group):
                 of = {r["implementation"]: r for r in group if r["batch"] == batch}
                 result.add_row(f" {batch}", *(read(of.get(m)) for m in methods))
+        print_table(console, result)
+
+
+def print_predictions(console: Console) -> None:
+    """Of the published layer, whatever was measured."""
+    sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
+    for which in model.PASSES:
+        title = f"Layer, {which}: us on an H200, predicted"
+        floors = list(model.floors_us(sizes, 1, which))
+        result = table(title, ["samples", *floors, "our kernels"])
+        for batch in (1, 2, 8, 16):
+            cells = [number(us) for us in model.floors_us(sizes, batch, which).values()]
+            ours = number(model.predicted_us(sizes, batch, which), 2)
+            result.add_row(f" {batch}", *cells, ours)
         print_table(console, result)
 
 
@@ -150,7 +175,7 @@ def _mean(row: Row | None) -> str:
 
 def total_ms(found: Found, estimator: str, batch: int, method: str) -> float | None:
     """Of forward and backward; None where one of them has no time."""
-    passes = [found.get((estimator, batch, method, p)) for p in ("forward", "backward")]
+    passes = [found.get((estimator, batch, method, p)) for p in PASSES]
     times = [row["mean_ms"] for row in passes if row is not None and _ok(row)]
     return sum(times) if len(times) == 2 else None
 
@@ -164,26 +189,37 @@ def _groups(found: Found, estimator: str) -> dict[int, list[str]]:
     return {batch: list(methods) for batch, methods in sorted(groups.items())}
 
 
+def _figure(value: float | None, digits: int = 3) -> str:
+    """Not finer than a microsecond, which none of these times is to be read to."""
+    text = number(value, digits)
+    return f"{value:.3f}" if len(text.partition(".")[2]) > 3 else text
+
+
+def _spread(row: Row | None) -> str:
+    """Mean ± standard deviation, in a few columns of text whatever the figures."""
+    if row is None or not _ok(row):
+        return _mean(row)
+    mark = "*" * row["includes_compile"]
+    spread = "" if row["std_ms"] is None else f"±{_figure(row['std_ms'], 2)}"
+    return f"{mark}{_figure(row['mean_ms'])}{spread}"
+
+
 def _print_times(console: Console, found: Found, estimator: str) -> None:
     title = f"{estimator} (published: {TITLES[estimator]}), ms, mean ± std"
-    columns = ["forw.", "±", "backw.", "±", "total"]
-    theirs = ["publ.", "±", "backw.", "±", "total"]
+    columns = ["forward", "backward", "total"]
+    theirs = ["publ. forw.", "backward", "total"]
     result = table(title, ["", *columns, *theirs])
     for batch, methods in _groups(found, estimator).items():
         result.add_row(f"[bold]batch {batch}[/bold]")
         for method in methods:
-            cells = []
-            for which in ("forward", "backward"):
-                row = found.get((estimator, batch, method, which))
-                spread = row["std_ms"] if row is not None and _ok(row) else None
-                cells += [_mean(row), number(spread, 2)]
-            cells.append(number(total_ms(found, estimator, batch, method)))
+            passes = [found.get((estimator, batch, method, p)) for p in PASSES]
+            cells = [_spread(row) for row in passes]
+            cells.append(_figure(total_ms(found, estimator, batch, method)))
             line = _line(estimator, method, batch)
             if line:
-                names = ("forward_ms", "forward_std_ms", "backward_ms")
-                cells += [line[name] for name in (*names, "backward_std_ms")]
+                cells += [f"{line[f'{p}_ms']}±{line[f'{p}_std_ms']}" for p in PASSES]
                 cells.append(f"{published_ms(estimator, method, batch):.2f}")
-            result.add_row(f" {method}", *cells)
+            result.add_row(f" {_name(method)}", *cells)
     print_table(console, result)
 
 
@@ -199,7 +235,7 @@ def peak_mib(found: Found, estimator: str, batch: int, method: str) -> float | N
     The gradients are among the results.
     """
     sizes = []
-    for which in ("forward", "backward"):
+    for which in PASSES:
         row = found.get((estimator, batch, method, which))
         if row is None or not _ok(row) or "temp_bytes" not in row:
             return None
@@ -223,7 +259,7 @@ def _print_costs(console: Console, found: Found, estimator: str) -> None:
             theirs = published_ms(estimator, method, batch)
             line = _line(estimator, method, batch)
             result.add_row(
-                f" {method}",
+                f" {_name(method)}",
                 number(ms and ms / batch),
                 ratio(
                     current and ms and current / (ms / batch),

@@ -20,19 +20,29 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxkern import _masked_mgpu
 from jaxkern._masked import Method
+from jaxkern._mgpu import on_hopper
 
 from . import _estimators_definitions as definitions
+from . import _estimators_model as model
 from . import _estimators_plot as plots
 from . import _estimators_report as report
 from . import _estimators_study as study
 from ._cli import add_only, make_parser
-from ._estimators_report import TITLES
-from ._harness import Case, Options, Program, matmul_peak_tflops, with_gradients
+from ._estimators_report import PASSES, TITLES
+from ._harness import (
+    Case,
+    Options,
+    Program,
+    Row,
+    Skip,
+    matmul_peak_tflops,
+    with_gradients,
+)
 from ._report import execute, list_or_run, make_console, metadata, print_header
 
-METHODS = get_args(Method)
-PASSES = ("forward", "backward")
+METHODS = (*get_args(Method), report.KERNEL)
 BATCHES, CPU_BATCHES = (1, 2, 8, 16), (1, 2, 8)
 WARMUP, CPU_WARMUP = 5, 1
 ITERATIONS, CPU_ITERATIONS = 10, 3
@@ -42,18 +52,39 @@ CPU_PART = 2
 LONG, LONG_ITERATIONS = 8, 2
 
 
-def build_layer(estimator: str, method: Method, batch: int, args) -> Program:
+def _skip_unsupported(method: str, args: argparse.Namespace) -> None:
+    """
+    Raises:
+        Skip: the row is of the kernels, and they cannot run here.
+    """
+    reason = _masked_mgpu.unsupported(args.dtype, model.LOGIT, on_hopper=on_hopper())
+    if method == report.KERNEL and reason:
+        raise Skip(reason)
+
+
+def build_layer(estimator: str, method, batch: int, args) -> Program:
     """Output and all gradients of `masked_bilinear`."""
+    _skip_unsupported(method, args)
     key = args.seed, batch, args.layer_sizes, args.dtype
     inputs = definitions.layer_inputs(*key)
 
     def check(run):
         return definitions.expected_layer(estimator, *key).check(run(*inputs))
 
-    return Program(with_gradients(definitions.layer(estimator, method)), inputs, check)
+    def floors() -> Row:
+        """In the kernels' dtypes, of an H200, and what is predicted of the kernels."""
+        which = args.layer_sizes, batch, "all gradients"
+        predicted = {"predicted_us": model.predicted_us(*which)}
+        return {"floors_us": model.floors_us(*which)} | (
+            predicted if method == report.KERNEL else {}
+        )
+
+    run = with_gradients(definitions.layer(estimator, method))
+    return Program(run, inputs, check, figures=floors)
 
 
 def build_model(estimator: str, method, batch: int, which: str, args) -> Program:
+    _skip_unsupported(method, args)
     key = estimator, method, batch, args.seed, args.dtype
     passes = definitions.make_passes(*key)
     expected = estimator, which, args.seed, batch, max(args.batches), args.dtype

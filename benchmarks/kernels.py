@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu
+from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu, _masked_mgpu
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._block_mask import with_keys
 from jaxkern._dilated_patterns import Dilation
+from jaxkern._mgpu_masks import WORD
 
 from ._cli import pattern, writable
 from ._harness import Row
@@ -137,6 +138,46 @@ def attention_cases() -> Cases:
     return cases
 
 
+def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ...]):
+    """Of four samples with 256 tokens, of `wide` features each."""
+    samples, seq, d_in, d_out = 4, 256, 512, 2048
+    rows = d_in // WORD if kind == "bits" else d_in
+    arrays = [((samples, seq, n), jnp.bfloat16) for n in wide]
+    arrays += [((1, d_in, d_out), jnp.bfloat16), ((samples, rows, d_out), dtype)]
+    return make, tuple(jax.ShapeDtypeStruct(*a) for a in arrays)
+
+
+def masked_cases() -> Cases:
+    """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
+    kernels, cases = _masked_mgpu, {}
+    every = kernels.CONFIGS, kernels.GRADIENT_COLUMNS
+    largest = kernels.CONFIGS[:1], kernels.GRADIENT_COLUMNS[:1]
+    kinds = {
+        "logits": ("logits", jnp.float32, *every),
+        "mask": ("mask", jnp.bfloat16, *largest),
+        "bits": ("bits", jnp.int32, *every),
+    }
+    for name, (kind, dtype, configs, gradient_columns) in kinds.items():
+        for transposed, features in ((False, 512), (True, 2048)):
+            for config in configs:
+                make = kernels.product(kind, transposed, config)
+                label = "dx" if transposed else "forward"
+                size = f"{config.rows}x{config.columns}"
+                cases[f"masked {label} {size} {name}"] = partial(
+                    _masked, make, kind, dtype, (features,)
+                )
+        wanted = {"dw": (False, True)}
+        if kind != "bits":
+            wanted |= {"dmask": (True, False), "dmask dw": (True, True)}
+        for label, which in wanted.items():
+            for columns in gradient_columns:
+                make = kernels.gradients(kind, *which, columns)
+                cases[f"masked {label} {columns} {name}"] = partial(
+                    _masked, make, kind, dtype, (512, 2048)
+                )
+    return cases
+
+
 def flash_mlp_cases() -> Cases:
     """Every configuration that can be chosen."""
     kernels = _flash_mlp_mgpu
@@ -208,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     # Nothing runs on a device, and the plugin is not to look for one.
     jax.config.update("jax_platforms", "cpu")
-    every = flash_mlp_cases() | attention_cases()
+    every = flash_mlp_cases() | attention_cases() | masked_cases()
     cases = {n: b for n, b in every.items() if re.search(args.only, n)}
     results = Results(args.json, metadata("kernels", arch="sm_90a"))
     console = make_console()

@@ -20,6 +20,9 @@ from ._mlp import low_rank_matmul as low_rank_matmul
 from ._mlp import low_rank_relu2 as low_rank_relu2
 from ._mlp import low_rank_swiglu as low_rank_swiglu
 from ._mlp import swiglu as swiglu
+from ._packed_mask import PackedMask as PackedMask
+from ._packed_mask import pack_mask as pack_mask
+from ._packed_mask import unpack_mask as unpack_mask
 from ._ring import context_parallel_attention as context_parallel_attention
 from ._ring import ring_attention as ring_attention
 from ._ring import ring_permutation as ring_permutation

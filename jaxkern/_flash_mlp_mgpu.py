@@ -35,6 +35,7 @@ from ._mgpu import (
     plgpu,
     zeros,
 )
+from ._mgpu_batch import over_heads
 from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand, walk
 
 DTYPES = ("bfloat16", "float16")
@@ -251,38 +252,21 @@ def _mlp_bwd(activation, saved, dy):
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
-def _over_heads(kernel):
-    """Under `vmap` the new axis joins the heads; what lacks it is repeated."""
-    kernel = jax.custom_batching.custom_vmap(kernel)
-
-    @kernel.def_vmap
-    def fold(size, is_batched, *args):
-        args = [
-            a if batched else jnp.broadcast_to(a, (size, *a.shape))
-            for a, batched in zip(args, is_batched, strict=True)
-        ]
-        outs = kernel(*(a.reshape(-1, *a.shape[2:]) for a in args))
-        outs = jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outs)
-        return outs, jax.tree.map(lambda _: True, outs)
-
-    return kernel
-
-
 def forward(activation: str, config: Config | None = None):
     """The forward's kernel, of x, one matrix or two, and w2."""
-    return _over_heads(partial(_forward, activation, config))
+    return over_heads(partial(_forward, activation, config))
 
 
 def backward_x(
     activation: str, wanted: tuple[int, ...] = (0,), config: Config | None = None
 ):
     """The kernel of those inputs' gradients, of the forward's arguments and dy."""
-    return _over_heads(partial(_backward_x, activation, wanted, config))
+    return over_heads(partial(_backward_x, activation, wanted, config))
 
 
 def backward_w(activation: str, wanted: tuple[int, ...], config: Config | None = None):
     """The kernel of those weights' gradients, transposed but for w2's."""
-    return _over_heads(partial(_backward_w, activation, wanted, config))
+    return over_heads(partial(_backward_w, activation, wanted, config))
 
 
 def _hidden(activation, z):

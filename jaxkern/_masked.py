@@ -1,6 +1,7 @@
 """Products with weights that each sample masks in its own way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -8,18 +9,25 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from . import _masked_mgpu
 from ._checks import (
     Implementation,
     check_floating,
+    check_implementation,
     check_key,
     check_shape,
-    check_xla_only,
     raise_unknown,
 )
+from ._estimators import straight_through
 from ._matmul import matmul, widen
+from ._mesh import runs_locally
+from ._mgpu import on_hopper
+from ._mgpu_masks import Kind, bytes_of
+from ._packed_mask import WORD, PackedMask, check_packed, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
 Arrays = tuple[jax.Array, ...]
+Logits = tuple[jax.Array | PackedMask, ...]
 Estimator = Callable[..., jax.Array]
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Layer = Callable[[jax.Array, Arrays, Product], jax.Array]
@@ -48,27 +56,39 @@ def _bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
 def _run(
     layer: Layer,
     x: Float[Array, "batch seq d_in"],
-    logits: Arrays,
-    estimator: Estimator,
+    logits: Logits,
+    estimator: Estimator | None,
     method: Method,
     key: PRNGKeyArray | None,
+    implementation: Implementation,
 ) -> Float[Array, "batch seq d_out"]:
     """`layer(x[b], the masks of sample b, product)` for every b."""
+    # What has no estimator is packed.
+    make: Callable[..., jax.Array] = estimator or unpack_mask
     shared = logits[0].ndim == 2
     samples = 1 if shared else len(x)
     keys = None if key is None else jax.random.split(key, (samples, len(logits)))
 
-    def draw(logits: Arrays, keys: jax.Array | None) -> Arrays:
+    def draw(logits: Logits, keys: jax.Array | None) -> Arrays:
         if keys is None:
-            return tuple(map(estimator, logits))
+            return tuple(map(make, logits))
         pairs = zip(logits, keys, strict=True)
-        return tuple(estimator(one, key=key) for one, key in pairs)
+        return tuple(make(one, key=key) for one, key in pairs)
 
-    def sample(x: jax.Array, logits: Arrays, keys: jax.Array | None) -> jax.Array:
+    def sample(x: jax.Array, logits: Logits, keys: jax.Array | None) -> jax.Array:
         return layer(x, draw(logits, keys), _product)
 
+    if shared and keys is not None:
+        keys = keys[0]
+    if implementation == "mosaic_gpu":
+        kind = _kind(logits, estimator, key)
+        if kind == "mask":
+            masks = (draw if shared else jax.vmap(draw))(logits, keys)
+        else:
+            masks = tuple(jax.tree.leaves(logits))
+        return layer(x, masks, partial(_masked_mgpu.multiply, kind))
     if shared:
-        return sample(x, logits, None if keys is None else keys[0])
+        return sample(x, logits, keys)
     each = x, logits, keys
     match method:
         case "loop":
@@ -87,8 +107,46 @@ def _run(
             return lax.map(lambda part: one(*part), each)
 
 
+def _kind(logits: Logits, estimator: Estimator | None, key: Any) -> Kind:
+    """What the kernel makes the masks of."""
+    if isinstance(logits[0], PackedMask):
+        return "bits"
+    return "logits" if estimator is straight_through and key is None else "mask"
+
+
+def select(
+    op: str,
+    x: jax.Array,
+    weights: Sequence[jax.Array],
+    logits: Logits,
+    kind: Kind,
+    method: Method,
+    implementation: Implementation | None,
+) -> Implementation:
+    """What multiplies: a pure function of shapes, dtypes, method and of the devices.
+
+    Raises:
+        NotImplementedError: the kernel was asked for and cannot; it says why.
+    """
+    kernel = _masked_mgpu
+    mask_bytes = bytes_of(kind, getattr(logits[0], "dtype", None))
+    reason = kernel.unsupported(x.dtype, mask_bytes, on_hopper=on_hopper())
+    if method != "fused":
+        reason = f"method must be 'fused' for mosaic_gpu, got {method!r}"
+    if implementation == "mosaic_gpu" and reason:
+        raise NotImplementedError(f"{op}: {reason}")
+    if implementation is not None:
+        return implementation
+    if reason or not runs_locally():
+        return "xla"
+    samples = 1 if logits[0].ndim == 2 else len(x)
+    tokens = len(x) * x.shape[1] // samples
+    shapes = [(samples, tokens, w.shape[0], w.shape[1]) for w in weights]
+    return "mosaic_gpu" if kernel.predicted_faster(shapes, mask_bytes) else "xla"
+
+
 def _check_options(op: str, method: object, implementation: Any, key: Any) -> None:
-    check_xla_only(op, implementation)
+    check_implementation(op, implementation)
     if method not in get_args(Method):
         raise_unknown(op, "method", method, get_args(Method))
     if key is not None:
@@ -98,15 +156,30 @@ def _check_options(op: str, method: object, implementation: Any, key: Any) -> No
 def _check_logits(
     op: str, name: str, logits: Any, w: Any, of: str, x: Any, shared: bool
 ) -> None:
-    check_floating(op, **{name: logits})
-    batched = (x.shape[0], *w.shape)
+    rows, columns = w.shape
     because = f" for the {x.shape[0]} samples of {of}"
-    check_shape(op, name, logits, w.shape if shared else batched, because)
+    if isinstance(logits, PackedMask):
+        check_packed(op, name, logits)
+        if logits.d_in != rows:
+            raise ValueError(f"{op}: {name} must have d_in={rows}, got {logits.d_in}")
+        name, logits, rows = f"words of {name}", logits.words, -(-rows // WORD)
+    else:
+        check_floating(op, **{name: logits})
+    batch = () if shared else (x.shape[0],)
+    check_shape(op, name, logits, (*batch, rows, columns), because)
 
 
 def _check_estimator(
-    op: str, estimator: Any, logits: Arrays, key: PRNGKeyArray | None
+    op: str, estimator: Any, logits: Any, key: PRNGKeyArray | None
 ) -> None:
+    packed = [isinstance(one, PackedMask) for one in logits]
+    if any(packed):
+        for name, option in [("estimator", estimator), ("key", key)]:
+            if option is not None:
+                raise ValueError(f"{op}: {name} must be None for packed masks")
+        if not all(packed):
+            raise TypeError(f"{op}: mask_logits must be all packed, or none of them")
+        return
     if not callable(estimator):
         raise TypeError(f"{op}: estimator must be callable, got {estimator!r}")
     options = {} if key is None else {"key": key}
@@ -125,9 +198,9 @@ def _check_estimator(
 def masked_matmul(
     x: Float[Array, "batch seq d_in"],
     w: Float[Array, "d_in d_out"],
-    mask_logits: Float[Array, "*batch_or_none d_in d_out"],
+    mask_logits: Float[Array, "*batch_or_none d_in d_out"] | PackedMask,
     *,
-    estimator: Estimator,
+    estimator: Estimator | None = None,
     method: Method = "fused",
     key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
@@ -142,18 +215,39 @@ def masked_matmul(
     - "einsum": one contraction over all masked weights;
     - "bmm": a batched product of masked weights that are written to memory;
     - "vmap": the product of one sample under `jax.vmap`;
-    - "fused": one sample after the other in a compiled loop. Its temporary memory does
-      not grow with the batch: masks and masked weights exist for one sample at a time,
-      in the backward too, which makes them again from the logits.
+    - "fused": masks are applied within the product, and masked weights are not stored
+      for the batch, in the backward neither.
 
     With logits (d_in, d_out) all samples share one mask; every method is then the same
     single product. To use the first samples of more logits, pass `mask_logits[:batch]`.
+    Masks that no longer learn can be packed: with a `PackedMask` for logits there is no
+    estimator, and no gradient for it.
 
     Masks and products with them are made in float32 and rounded once to the dtype of
     `x`. The logits may have another dtype.
 
-    The samples of a batch that is sharded on an automatic mesh are gathered by "fused",
-    which walks along them; inside `jax.shard_map` each device walks along its own.
+    Implementations:
+
+    - "xla": "fused" takes one sample after the other in a compiled loop. Its temporary
+      memory does not grow with the batch: masks and masked weights exist for one sample
+      at a time, in the backward too, which makes them again from the logits. The
+      samples of a batch that is sharded on an automatic mesh are gathered by it; inside
+      `jax.shard_map` each device walks along its own.
+    - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
+      multiplied by their mask in registers, on the way to the tensor cores, for all
+      samples at once. The kernel reads packed masks as bits, and logits themselves if
+      the estimator is `straight_through`, without options or key. Of any other one the
+      mask is computed by XLA, for all samples, and kept for the backward, as is its
+      gradient to which the estimator's is applied. Sizes that are no multiples of 8
+      tokens and 64 features are padded by copies. Gradients are deterministic, and of
+      reverse mode only: `jax.jvp` needs "xla". Gradients that are not asked for are
+      not computed. Under `vmap` the new axis joins the samples; an argument that lacks
+      it is copied.
+
+    None picks the kernel for "fused" where it can run and is predicted to be faster, on
+    one device or inside `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel
+    over devices. Predicted, from the rates of an H200: the kernel is compiled for
+    sm_90a and checked in an emulator, but has not run on a GPU yet.
 
     Args:
         estimator: from logits (d_in, d_out) to a mask of their shape and dtype, such as
@@ -166,8 +260,9 @@ def masked_matmul(
         TypeError: an array is none or not floating-point, the dtypes of `x` and `w`
             differ, `estimator` is not callable, or `key` is no key.
         ValueError: the shapes do not fit, the estimator returns something other than a
-            mask like its logits, or `method` or `implementation` is unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+            mask like its logits, packed masks come with an estimator or a key, or
+            `method` or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
     """
     op = "masked_matmul"
     _check_options(op, method, implementation, key)
@@ -177,13 +272,16 @@ def masked_matmul(
     shared = getattr(mask_logits, "ndim", None) == 2
     _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
     _check_estimator(op, estimator, (mask_logits,), key)
-    x, w, mask_logits = map(jnp.asarray, (x, w, mask_logits))
+    x, w, mask_logits = jax.tree.map(jnp.asarray, (x, w, mask_logits))
+    logits = (mask_logits,)
+    kind = _kind(logits, estimator, key)
+    runs = select(op, x, (w,), logits, kind, method, implementation)
     wide = widen(w)
 
     def layer(x: jax.Array, masks: Arrays, product: Product) -> jax.Array:
         return product(x, wide, masks[0])
 
-    return _run(layer, x, (mask_logits,), estimator, method, key)
+    return _run(layer, x, logits, estimator, method, key, runs)
 
 
 def _check_three(op: str, **tuples: Any) -> None:
@@ -226,12 +324,12 @@ def masked_bilinear(
         Float[Array, "hidden d_out"],
     ],
     mask_logits: tuple[
-        Float[Array, "*batch_or_none d_in hidden"],
-        Float[Array, "*batch_or_none d_in hidden"],
-        Float[Array, "*batch_or_none hidden d_out"],
+        Float[Array, "*batch_or_none d_in hidden"] | PackedMask,
+        Float[Array, "*batch_or_none d_in hidden"] | PackedMask,
+        Float[Array, "*batch_or_none hidden d_out"] | PackedMask,
     ],
     *,
-    estimator: Estimator,
+    estimator: Estimator | None = None,
     biases: Biases | None = None,
     method: Method = "fused",
     key: PRNGKeyArray | None = None,
@@ -242,18 +340,21 @@ def masked_bilinear(
     $$y_b = ((h_b (W_1 \odot m_{1b}) + b_1) \odot (h_b (W_2 \odot m_{2b}) + b_2))
       (W_3 \odot m_{3b}) + b_3$$
 
-    Masks, `method` and `key` are as in `masked_matmul`; the biases are not masked.
-    "fused" keeps only the arguments for the backward, which therefore computes the two
-    products with `h` again: 11 products, where the other methods have 9.
+    Masks, `method`, `key` and `implementation` are as in `masked_matmul`; the biases
+    are not masked. By "xla", "fused" keeps only the arguments for the backward, which
+    therefore computes the two products with `h` again: 11 products, where the other
+    methods have 9. The kernels, three products and their gradients one by one, keep
+    the two products, (batch, seq, hidden).
 
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and
     $m_2$ are not 0.
 
     Raises:
-        TypeError: as `masked_matmul`, or weights, logits or biases are not three.
+        TypeError: as `masked_matmul`, weights, logits or biases are not three, or only
+            some of the masks are packed.
         ValueError: as `masked_matmul`.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: as `masked_matmul`.
 
     References:
         Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.
@@ -261,9 +362,11 @@ def masked_bilinear(
     op = "masked_bilinear"
     _check_options(op, method, implementation, key)
     _check_bilinear(op, h, weights, mask_logits, biases)
-    logits = tuple(map(jnp.asarray, mask_logits))
+    logits = tuple(jax.tree.map(jnp.asarray, one) for one in mask_logits)
     _check_estimator(op, estimator, logits, key)
     h = jnp.asarray(h)
+    kind = _kind(logits, estimator, key)
+    runs = select(op, h, weights, logits, kind, method, implementation)
     wide = [widen(jnp.asarray(w)) for w in weights]
     wide_biases = None if biases is None else [widen(jnp.asarray(b)) for b in biases]
 
@@ -274,7 +377,7 @@ def masked_bilinear(
 
         return affine(affine(h, 0) * affine(h, 1), 2)
 
-    return _run(layer, h, logits, estimator, method, key)
+    return _run(layer, h, logits, estimator, method, key, runs)
 
 
 def _add(y: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What `vmap` makes of the attention kernels."""
+"""What `vmap` makes of kernels."""
 
 from dataclasses import replace
 from functools import partial
@@ -50,3 +50,20 @@ def _fold_mask(fold, is_batched, mask):
     kv, full_kv, q, full_q = jax.tree.map(partial(fold, always), batched, lists)
     fn = jax.tree.map(partial(fold, False), is_batched.mask_fn, mask.mask_fn)
     return replace(mask, kv=kv, full_kv=full_kv, q=q, full_q=full_q, mask_fn=fn)
+
+
+def over_heads(kernel):
+    """Under `vmap` the new axis joins the heads; what lacks it is repeated."""
+    kernel = jax.custom_batching.custom_vmap(kernel)
+
+    @kernel.def_vmap
+    def fold(size, is_batched, *args):
+        args = [
+            a if batched else jnp.broadcast_to(a, (size, *a.shape))
+            for a, batched in zip(args, is_batched, strict=True)
+        ]
+        outs = kernel(*(a.reshape(-1, *a.shape[2:]) for a in args))
+        outs = jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outs)
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return kernel

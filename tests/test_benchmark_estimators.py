@@ -7,6 +7,7 @@ import pytest
 
 import jaxkern
 from benchmarks import _estimators_definitions as definitions
+from benchmarks import _estimators_model as model
 from benchmarks import _estimators_plot as plots
 from benchmarks import _estimators_report as report
 from benchmarks import _estimators_study as study
@@ -61,7 +62,7 @@ def measured(*argv):
 def test_rows(capsys):
     assert estimators.main(["--list", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * 3 * 5 + 2 * (34 // 2 + 4) * 2
+    assert len(lines) == 4 * 3 * 6 + 2 * (34 // 2 + 4 + 4) * 2
     # What is checked comes first.
     parts = [line.split()[0] for line in lines]
     assert parts == sorted(parts)
@@ -149,6 +150,26 @@ def test_published_figures():
     assert report.published_ms("straight_through", "fused", 2) is None
 
 
+def test_floors_of_the_published_layer():
+    sizes = 256, 512, 2048
+    floors = model.floors_us(sizes, 16, "forward")
+    flops = 2 * 16 * 256 * 3 * 2**20
+    assert floors["tensor"] == pytest.approx(1e6 * flops / 989e12)
+    moved = 2 * 2 * 16 * 256 * 512 + 3 * 2**20 * (2 + 4 * 16)
+    assert floors["bytes"] == pytest.approx(1e6 * moved / 4.8e12)
+    more = floors["stored masked weights"] - floors["bytes"]
+    assert more == pytest.approx(1e6 * 2 * 2 * 16 * 3 * 2**20 / 4.8e12)
+    for which in model.PASSES:
+        floor = max(list(model.floors_us(sizes, 16, which).values())[:2])
+        assert model.predicted_us(sizes, 16, which) > floor
+
+
+def test_rows_of_the_kernels_say_why_they_are_skipped(tiny):
+    rows = measured("--only", "straight_through 1 mosaic_gpu", "--dtype", "bfloat16")
+    assert len(rows) == 3 and {row["status"] for row in rows} == {"skipped"}
+    assert all("needs an H100 or H200" in row["reason"] for row in rows)
+
+
 def test_command(tiny, tmp_path, capsys):
     path, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     argv = ["--iterations", "2", "--json", str(path), "--plot", str(picture)]
@@ -190,6 +211,28 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
     assert estimators.main(["--plot", str(tmp_path / "a.png")]) == 130
     printed = capsys.readouterr().out
     assert "Nothing to draw" in printed and "Interrupted after 0 of" in printed
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "mean, std",
+    [(1.5, 0.059), (0.001, 0.00012), (0.1, None), (10000.0, 999.9), (99999.0, 99999.0)],
+    ids=str,
+)
+def test_times_of_any_size_fit(mean, std, compiles, capsys):
+    args = estimators.parse(["--full"])
+    row = {"status": "ok", "mean_ms": mean, "std_ms": std, "includes_compile": compiles}
+    rows = [{**row, **c.labels} for c in estimators.make_cases(args)]
+    rows = [row for row in rows if row["part"] == "model"]
+    rows[-1]["status"] = "skipped"
+    found = {
+        (r["estimator"], r["batch"], r["implementation"], r["pass"]): r for r in rows
+    }
+    report._print_times(make_console(), found, "straight_through")
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    shown = {1.5: "1.50±0.059", 0.001: "0.001±0.000", 0.1: "0.100 "}
+    assert shown.get(mean, f"{mean:.0f}±") in printed and "19.93±0.28" in printed
 
 
 def test_no_figure_of_a_gpu_is_cut_off(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import _kernel_compile as compiler
 from benchmarks import kernels
 from jaxkern import _flash_mlp_mgpu as flash_mlp
+from jaxkern import _masked_mgpu as masked
 
 PTXAS = """
   wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
@@ -66,6 +67,19 @@ def test_every_configuration_that_can_be_chosen_is_compiled():
             assert any(name.startswith(f"flash_mlp {label} {dim} ") for name in cases)
 
 
+def test_every_tile_of_masked_products_is_compiled():
+    cases = kernels.masked_cases()
+    for samples in (1, 2, 3, 8, 16, 64):
+        for seq in (1, 100, 256, 4096):
+            config = masked.choose(samples, seq, 2048)
+            for label in ("forward", "dx"):
+                name = f"masked {label} {config.rows}x{config.columns} logits"
+                assert name in cases
+        columns = masked.choose_columns(samples, 512, 2048)
+        assert f"masked dmask dw {columns} logits" in cases
+        assert f"masked dw {columns} bits" in cases
+
+
 def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(compiler, "_search", lambda *patterns: None)
     assert kernels.main([]) == 3
@@ -89,12 +103,18 @@ def test_a_kernel_that_fails_is_a_failed_row():
 
 @pytest.mark.parametrize(
     "name",
-    ["forward 64 128x64", "dx 64 64x64 split", "gated dgate dw1 64 64x64", "dw2 256"],
+    [
+        "forward 64 128x64",
+        "dx 64 64x64 split",
+        "gated dgate dw1 64 64x64",
+        "dw2 256",
+        "forward 128x128 bits",
+        "dmask dw 64 logits",
+    ],
 )
 def test_each_kernel_is_one_module(name):
-    build = next(
-        b for n, b in kernels.flash_mlp_cases().items() if f"flash_mlp {name}" in n
-    )
+    every = kernels.flash_mlp_cases() | kernels.masked_cases()
+    build = next(b for n, b in every.items() if n.split(" ", 1)[1].startswith(name))
     fn, args = build()
     modules = compiler.lower(fn, args)
     assert len(modules) == 1 and len(modules[0]) > 1000

@@ -47,9 +47,14 @@ from jaxkern import reinmax
         ({"estimator": lambda a: (a, a)}, ValueError, "got tuple"),
         ({"key": 3}, TypeError, "key must be a key, as .*, got 3"),
         (
+            {"implementation": "cuda"},
+            ValueError,
+            "implementation must be one of None, 'xla', 'mosaic_gpu', got 'cuda'",
+        ),
+        (
             {"implementation": "mosaic_gpu"},
             NotImplementedError,
-            "implementation must be 'xla', got 'mosaic_gpu'",
+            "dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         ),
     ],
 )
@@ -84,7 +89,7 @@ def test_refusals_of_masked_matmul(changes, error, message):
         (
             {"implementation": "mosaic_gpu"},
             NotImplementedError,
-            "implementation must be 'xla'",
+            "dtype must be bfloat16 or float16 for mosaic_gpu",
         ),
     ],
 )

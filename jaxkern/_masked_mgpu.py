@@ -1,0 +1,234 @@
+"""Products with masked weights on Hopper: masks are applied on the way to wgmma.
+
+Arithmetic for the published layer, 512 x 2048 and 256 tokens a sample, in bfloat16 with
+float32 logits, at batch 1 / 16 on an H200 (989 TFLOP/s, 4.8 TB/s). A product: 0.54 /
+8.6 GFLOP, 0.5 / 8.7 us of the tensor cores; arguments and result 7.6 / 90 MB, 1.6 / 19
+us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1). Storing the
+masked weights for a batched product writes and reads 4.2 / 67 MB more.
+
+Between L2 and the blocks go 167 MB at batch 16, since 16 blocks read each x_b and each
+sample W: predicted, that is the limit, 30 us. See `predicted_us`, and `_mgpu_masks` for
+what the kernels do.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from . import _mgpu_masks
+from ._flash_mlp_mgpu import (
+    CLOCKS,
+    L2_BYTES,
+    LAUNCH_US,
+    MACS,
+    MATMUL_RATE,
+    MEMORY_BYTES,
+    MEMORY_RATE,
+)
+from ._mesh import vary_alike
+from ._mgpu import miscompiled, multiprocessors
+from ._mgpu_batch import over_heads
+from ._mgpu_masks import (
+    FEATURE_STEP,
+    PIECE,
+    ROW_STEP,
+    TOKENS,
+    WORD,
+    Config,
+    Kind,
+)
+from ._mgpu_walk import COMPUTE
+
+# wgmma takes float32 only as tf32, and not from the transposed views of these tiles.
+DTYPES = ("bfloat16", "float16")
+CONFIGS = Config(128, 128), Config(128, 64), Config(64, 64)
+GRADIENT_COLUMNS = 128, 64
+
+
+def choose(samples: int, seq: int, features: int) -> Config:
+    """The tiles of which a multiprocessor has the least to compute."""
+    sms = multiprocessors()
+
+    def numbers_in_turn(config: Config) -> int:
+        blocks = pl.cdiv(seq, config.tokens) * pl.cdiv(features, config.columns)
+        return pl.cdiv(samples * blocks, sms) * config.tokens * config.columns
+
+    return min(CONFIGS, key=numbers_in_turn)
+
+
+def choose_columns(walks: int, d_in: int, d_out: int) -> int:
+    """As `choose`, for gradients of so many walks along the samples."""
+    rows = walks * pl.cdiv(d_in, COMPUTE * PIECE)
+
+    def columns_in_turn(columns: int) -> int:
+        blocks = rows * pl.cdiv(d_out, columns)
+        return pl.cdiv(blocks, multiprocessors()) * columns
+
+    return min(GRADIENT_COLUMNS, key=columns_in_turn)
+
+
+def predicted_us(
+    samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+) -> float:
+    """Time of a product on an H200, predicted and not measured.
+
+    Blocks take turns on the multiprocessors, each as long as its wgmmas at 0.7 of the
+    chip's rate; all together no less than the tiles take to come from L2, and every
+    array to and from memory.
+    """
+    config = choose(samples, seq, features)
+    blocks = samples * pl.cdiv(seq, config.tokens) * pl.cdiv(features, config.columns)
+    steps = pl.cdiv(contracted, config.depth)
+    clocks = config.tokens * config.columns * steps * config.depth / MACS
+    computed = pl.cdiv(blocks, multiprocessors()) * clocks / CLOCKS / MATMUL_RATE
+    from_l2 = blocks * steps * config.step_bytes(mask_bytes) / L2_BYTES
+    weights = contracted * features * (2 + samples * mask_bytes)
+    moved = 2 * samples * seq * (contracted + features) + weights
+    from_memory = moved / MEMORY_BYTES / MEMORY_RATE
+    return LAUNCH_US + max(computed, from_l2, from_memory)
+
+
+def predicted_gradients_us(
+    samples: int, seq: int, d_in: int, d_out: int, mask_bytes: float, want_w: bool
+) -> float:
+    """As `predicted_us`, of the launch that makes d_mask and maybe dW."""
+    walks, rows = 1 if want_w else samples, COMPUTE * PIECE
+    columns = choose_columns(walks, d_in, d_out)
+    blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
+    tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
+    turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
+    computed = turns * tile * tokens / MACS / CLOCKS / MATMUL_RATE
+    masks = samples * d_in * d_out * mask_bytes * (1 + want_w)
+    loaded = blocks * samples / walks * 2 * tokens * (rows + columns)
+    from_l2 = (loaded + masks) / L2_BYTES
+    moved = 2 * samples * seq * (d_in + d_out) + masks + 2 * (1 + want_w) * d_in * d_out
+    return LAUNCH_US + max(computed, from_l2, moved / MEMORY_BYTES / MEMORY_RATE)
+
+
+def predicted_faster(
+    shapes: Sequence[tuple[int, int, int, int]], mask_bytes: float
+) -> bool:
+    """Whether products (samples, seq, d_in, d_out) are predicted to beat XLA's.
+
+    XLA masks the weights of one sample, and multiplies, before the next one.
+    """
+    ours = theirs = 0.0
+    rate = MEMORY_BYTES * MEMORY_RATE
+    for samples, seq, d_in, d_out in shapes:
+        tokens, weights = 2 * seq * (d_in + d_out), d_in * d_out
+        flops_us = seq * weights / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE)
+        matmul = max(flops_us, (tokens + 2 * weights) / rate)
+        theirs += samples * ((4 + mask_bytes) * weights / rate + matmul + 2 * LAUNCH_US)
+        ours += predicted_us(samples, seq, d_in, d_out, mask_bytes)
+        if seq % ROW_STEP or d_in % FEATURE_STEP or d_out % FEATURE_STEP:
+            # Each array is read and written once more.
+            moved = samples * (tokens + mask_bytes * weights) + 2 * weights
+            ours += 2 * moved / rate + 4 * LAUNCH_US
+    return ours < theirs
+
+
+def unsupported(dtype: Any, mask_bytes: float, *, on_hopper: bool) -> str | None:
+    """Why the kernels cannot run this, or None if they can."""
+    if str(dtype) not in DTYPES:
+        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {dtype}"
+    if mask_bytes > 4:
+        return "logits must have at most 32 bits for mosaic_gpu, got float64"
+    if not on_hopper:
+        return "mosaic_gpu needs an H100 or H200, and the default device is none"
+    return miscompiled()
+
+
+def multiply(kind: Kind, x, w, mask):
+    """x_b (W * m_b); differentiable, but for bits.
+
+    x: (batch, seq, d_in).
+    w: (d_in, d_out), of numbers that the dtype of x has.
+    mask: (batch, d_in, d_out), or without the batch for all samples; of bits, words
+        (..., d_in / 32, d_out).
+    """
+    batch, seq, d_in = x.shape
+    w = w.astype(x.dtype)
+    if mask.ndim == 2:
+        x, mask = x.reshape(1, -1, d_in), mask[None]
+    if kind == "bits":
+        mask = lax.bitcast_convert_type(mask, jnp.int32)
+    rows = pl.cdiv(d_in, FEATURE_STEP) * FEATURE_STEP
+    columns = pl.cdiv(w.shape[1], FEATURE_STEP) * FEATURE_STEP
+    tokens = pl.cdiv(x.shape[1], ROW_STEP) * ROW_STEP
+    arrays = (
+        _pad(x, tokens, rows),
+        _pad(w[None], rows, columns),
+        _pad(mask, rows // WORD if kind == "bits" else rows, columns),
+    )
+    y = _multiply(*vary_alike(*arrays), kind)[:, : x.shape[1], : w.shape[1]]
+    return y.reshape(batch, seq, -1)
+
+
+def _pad(a, rows: int, columns: int):
+    """With zeros at the end, which add nothing to any result."""
+    missing = rows - a.shape[1], columns - a.shape[2]
+    return jnp.pad(a, [(0, 0), (0, missing[0]), (0, missing[1])]) if any(missing) else a
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which gradients are: training masks alone needs fewer bytes and products."""
+
+    x: bool
+    w: bool
+    mask: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _multiply(x, w, mask, kind):
+    return product(kind)(x, w, mask)
+
+
+def _multiply_fwd(x, w, mask, kind):
+    wanted = _Wanted(*(a.perturbed for a in (x, w, mask)))
+    args = x.value, w.value, mask.value
+    return product(kind)(*args), (args, wanted)
+
+
+def _multiply_bwd(kind, saved, dy):
+    (x, w, mask), wanted = saved
+    dx = product(kind, transposed=True)(dy, w, mask) if wanted.x else None
+    want_mask = wanted.mask and kind != "bits"
+    found = iter(())
+    if want_mask or wanted.w:
+        found = iter(gradients(kind, want_mask, wanted.w)(x, dy, w, mask))
+    d_mask = next(found) if want_mask else None
+    return dx, next(found) if wanted.w else None, d_mask
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd, symbolic_zeros=True)
+
+
+def product(kind: Kind, transposed: bool = False, config: Config | None = None):
+    """The kernel of (x, w, mask), or of (dy, w, mask) if transposed."""
+
+    def run(x, w, mask):
+        features = w.shape[1 if transposed else 2]
+        chosen = config or choose(x.shape[0], x.shape[1], features)
+        return _mgpu_masks.product(kind, transposed, chosen, x, w, mask)
+
+    return over_heads(run)
+
+
+def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int | None = None):
+    """The kernel of (x, dy, w, mask): gradients of the mask and of w, if wanted."""
+
+    def run(x, dy, w, mask):
+        walks = len(w) if want_w else len(x)
+        chosen = columns or choose_columns(walks, *w.shape[1:])
+        wanted = want_mask, want_w
+        return _mgpu_masks.gradients(kind, *wanted, chosen, x, dy, w, mask)
+
+    return over_heads(run)

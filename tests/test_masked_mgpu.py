@@ -1,0 +1,430 @@
+"""The Hopper kernels of masked products, in an emulator that detects races."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_as_exact, to_float64, value_and_vjp
+from test_masked import (
+    SLOPES,
+    apply_bilinear,
+    bilinear_args,
+    bilinear_float64,
+    matmul_args,
+    matmul_float64,
+    plain_bilinear,
+    plain_matmul,
+)
+
+from benchmarks._kernel_compile import lower
+from jaxkern import (
+    PackedMask,
+    _masked,
+    _masked_mgpu,
+    _matmul,
+    _mgpu_tiles,
+    masked_matmul,
+    pack_mask,
+    reinmax,
+    straight_through,
+)
+from jaxkern._mgpu_masks import Config
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+KEY = jax.random.key(3)
+kernel = partial(masked_matmul, implementation="mosaic_gpu")
+hard = partial(kernel, estimator=straight_through)
+
+
+@pytest.fixture(autouse=True)
+def hopper(request, monkeypatch):
+    """As if the default device were one, whose blocks take several tiles each."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+        monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+
+
+def make(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:
+    """(x, w, logits) and a cotangent."""
+    (x, w, logits), g = matmul_args((*size, 0), dtype, shared)
+    return (x, w, logits.astype(logits_dtype or dtype)), g
+
+
+def plain(x, w, logits):
+    """As one writes it, every result rounded once."""
+    mask = straight_through(logits).astype(w.dtype)
+    each = mask if mask.ndim == 3 else jnp.stack([mask] * len(x))
+    return plain_matmul(x, w, each)
+
+
+def exact(args, g, slope=np.ones_like) -> Any:
+    x, w, logits, g = to_float64((*args, g))
+    if logits.ndim == 3:
+        return matmul_float64(x, w, logits, g, slope)
+    each = np.stack([logits] * len(x))
+    y, (d_x, d_w, d_logits) = matmul_float64(x, w, each, g, slope)
+    return y, (d_x, d_w, d_logits.sum(0))
+
+
+def check(args, g, fn=hard):
+    bound = value_and_vjp(plain, args, g)
+    assert_as_exact(value_and_vjp(fn, args, g), bound, exact(args, g))
+
+
+def check_packed(args, g):
+    """Gradients of x and w; of bits there is none."""
+    x, w, logits = args
+    packed = pack_mask(logits)
+    assert isinstance(packed, PackedMask)
+    got = value_and_vjp(lambda x, w: kernel(x, w, packed), (x, w), g)
+    bound = value_and_vjp(lambda x, w: plain(x, w, logits), (x, w), g)
+    y, gradients = exact(args, g)
+    assert_as_exact(got, bound, (y, gradients[:2]))
+
+
+def check_sloped(args, g):
+    """By an estimator whose mask and whose gradient XLA computes."""
+
+    def sloped(x, w, logits):
+        return plain_matmul(x, w, reinmax(logits).astype(w.dtype))
+
+    got = value_and_vjp(partial(kernel, estimator=reinmax), args, g)
+    bound = value_and_vjp(sloped, args, g)
+    assert_as_exact(got, bound, exact(args, g, SLOPES[reinmax]))
+
+
+# (batch, seq, d_in, d_out): across tiles, short of one, and multiples of none.
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "size, dtype, logits_dtype, shared",
+    [
+        ((2, 140, 70, 72), BF16, F32, False),
+        ((2, 20, 130, 64), F16, F16, False),
+        ((1, 1, 1, 1), BF16, BF16, False),
+        ((3, 30, 72, 64), BF16, F32, True),
+    ],
+    ids=["float32 logits", "float16", "one of each", "shared"],
+)
+def test_values_and_gradients(size, dtype, logits_dtype, shared):
+    check(*make(size, dtype, logits_dtype, shared))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_packed_masks(shared):
+    check_packed(*make((2, 20, 70, 40), shared=shared))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "config", _masked_mgpu.CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}"
+)
+def test_tiles(config, monkeypatch):
+    """Whatever the size; with steps that go round the rings."""
+    columns = config.columns
+    monkeypatch.setattr(_masked_mgpu, "CONFIGS", (config,))
+    monkeypatch.setattr(_masked_mgpu, "GRADIENT_COLUMNS", (columns,))
+    check(*make((1, 140, 264, 136), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_packed_masks_in_large_tiles(monkeypatch):
+    monkeypatch.setattr(_masked_mgpu, "CONFIGS", _masked_mgpu.CONFIGS[:1])
+    monkeypatch.setattr(_masked_mgpu, "GRADIENT_COLUMNS", (128,))
+    check_packed(*make((1, 140, 264, 136)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_block_takes_more_samples_than_it_has_slots():
+    check(*make((5, 8, 64, 64), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_masks_alone_are_trained():
+    """Without their sum over samples these are in no order."""
+    (x, w, logits), g = make((5, 8, 64, 200), logits_dtype=F32)
+    got = value_and_vjp(lambda logits: hard(x, w, logits), (logits,), g)
+    bound = value_and_vjp(lambda logits: plain(x, w, logits), (logits,), g)
+    y, (_, _, d_logits) = exact((x, w, logits), g)
+    assert_as_exact(got, bound, (y, (d_logits,)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_mask_of_an_estimator():
+    check_sloped(*make((2, 20, 40, 64), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_drawn_masks_are_those_of_xla(shared, monkeypatch):
+    # Its products then have one row axis; XLA's CPU backend sums over two in 16 bits.
+    monkeypatch.setattr(_matmul, "runs_locally", lambda: True)
+    args, g = make((2, 10, 30, 40), logits_dtype=F32, shared=shared)
+    fn = partial(masked_matmul, estimator=reinmax, key=KEY)
+    ours, theirs = (
+        value_and_vjp(partial(fn, implementation=name), args, g)
+        for name in ("mosaic_gpu", "xla")
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = to_float64((a, b))
+        assert np.abs(a - b).max() < float(jnp.finfo(BF16).eps) * np.abs(b).max()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bilinear():
+    args, g = bilinear_args((1, 20, 40, 36, 12), BF16)
+    fn = partial(
+        apply_bilinear, estimator=straight_through, implementation="mosaic_gpu"
+    )
+    bound = value_and_vjp(plain_bilinear, args, g)
+    expected = bilinear_float64(*to_float64((*args, g)), slope=np.ones_like)
+    assert_as_exact(value_and_vjp(fn, args, g), bound, expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_logits_at_the_threshold_and_beyond():
+    """What is off contributes nothing; what is NaN stays so, in its own sample."""
+    (x, w, logits), g = make((3, 8, 64, 64), logits_dtype=F32)
+    values = jnp.array([0.0, -0.0, -jnp.inf, jnp.inf, 1e-45])
+    logits = logits.at[0, :5].set(values[:, None]).at[1].set(-1.0)
+    check((x, w, logits), g)
+    run = jax.jit(hard)
+    y = run(x, w, logits)
+    assert (y[1] == 0).all()
+    spoiled = run(x, w, logits.at[2, 3, 7].set(jnp.nan))
+    assert np.isnan(to_float64(spoiled[2, :, 7])).all()
+    kept = spoiled.at[2, :, 7].set(y[2, :, 7])
+    np.testing.assert_array_equal(*to_float64((kept, y)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_sample_does_not_see_another_ones_infinity():
+    (x, w, logits), g = make((2, 20, 64, 64))
+    pull = jax.jit(lambda x: value_and_vjp(hard, (x, w, logits), g))
+    y, (d_x, _, d_logits) = pull(x)
+    again = pull(x.at[1, 2, 3].set(jnp.inf))
+    for a, b in ((y, again[0]), (d_x, again[1][0]), (d_logits, again[1][2])):
+        np.testing.assert_array_equal(*to_float64((a[0], b[0])))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_deterministic():
+    args, g = make((2, 70, 40, 64))
+    pull = jax.jit(lambda args, g: value_and_vjp(hard, args, g))
+    first, again = (pull(args, g) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(*to_float64((a, b)))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("own_weights", [False, True], ids=["one w", "a w each"])
+def test_under_vmap(own_weights):
+    (x, w, logits), g = make((2, 20, 40, 64))
+    xs = jnp.stack([x, 2 * x])
+    ws = jnp.stack([w, -w]) if own_weights else w
+
+    def pull(x, w):
+        return value_and_vjp(hard, (x, w, logits), g)
+
+    got = jax.vmap(pull, in_axes=(0, 0 if own_weights else None))(xs, ws)
+    for i in range(2):
+        args = xs[i], ws[i] if own_weights else w, logits
+        one = jax.tree.map(lambda a, i=i: a[i], got)
+        assert_as_exact(one, value_and_vjp(plain, args, g), exact(args, g))
+
+
+def in_scan(fn):
+    """Sample by sample."""
+
+    def by_samples(x, w, logits):
+        def step(carry, one):
+            return carry, fn(one[0][None], w, one[1][None])[0]
+
+        return jax.lax.scan(step, None, (x, logits))[1]
+
+    return by_samples
+
+
+def in_shard_map(fn):
+    # The emulator has one device at a time.
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("i")
+    return jax.shard_map(fn, mesh=mesh, in_specs=(rows, jax.P(), rows), out_specs=rows)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("transform", [in_scan, in_shard_map])
+def test_under_other_transforms(transform):
+    check(*make((2, 20, 40, 64)), fn=transform(hard))
+
+
+def launches(fn, *args):
+    return len(lower(fn, args))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, in_scan], ids=["plainly", "jit", "scan"]
+)
+def test_only_wanted_gradients_are_computed(wrap):
+    """Lowered for a GPU: the forward, and a launch for x and one for the others."""
+    args, _ = make((2, 20, 64, 64))
+
+    def count(*argnums):
+        def loss(*args):
+            return jnp.sin(wrap(hard)(*args).astype(F32)).sum()
+
+        return launches(jax.grad(loss, argnums), *args)
+
+    assert [count(0), count(1), count(2)] == [2, 2, 2]
+    assert count(1, 2) == 2 and count(0, 1, 2) == 3
+
+
+def test_masks_alone_do_not_read_masks_for_their_gradient():
+    args, _ = make((2, 20, 64, 64))
+
+    def names(*argnums):
+        gradient = jax.grad(lambda *a: hard(*a).astype(F32).sum(), argnums)
+        text = str(jax.make_jaxpr(gradient)(*args))
+        wanted = "masked_gradients_mask_w", "masked_gradients_mask_logits"
+        return [name for name in wanted if name in text]
+
+    assert names(2) == ["masked_gradients_mask_logits"]
+    assert names(1, 2) == ["masked_gradients_mask_w"]
+
+
+def test_under_remat():
+    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    args, _ = make((2, 20, 64, 64))
+
+    def count(fn):
+        def loss(*args):
+            return jnp.sin(fn(*args).astype(F32)).sum()
+
+        return launches(jax.grad(loss, argnums=(0, 1, 2)), *args)
+
+    # Nothing but the arguments is needed, so the product is not made again.
+    assert count(hard) == count(jax.checkpoint(hard)) == 3
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_only_the_arguments_are_saved_for_the_backward():
+    args, _ = make((2, 24, 64, 128), logits_dtype=F32)
+    saved = jax.tree.leaves(jax.vjp(hard, *args)[1])
+    got = sum(a.nbytes for a in saved)
+    assert got == sum(a.nbytes for a in args)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["logits", "packed"])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (3, 2047, 40, 1001), (2, 20, 190, 264)], ids=str
+)
+def test_any_size_lowers_for_a_gpu(size, packed):
+    """Which asks for more than the emulator."""
+    (x, w, logits), g = make(size, logits_dtype=F32)
+    masks = pack_mask(logits) if packed else logits
+    fn = partial(kernel, estimator=None if packed else straight_through)
+
+    def pull(x, w, g):
+        return jax.vjp(lambda x, w: fn(x, w, masks), x, w)[1](g)
+
+    assert launches(pull, x, w, g) == 2
+
+
+SMALL, _ = make((2, 24, 64, 64))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"x": SMALL[0].astype(F32), "w": SMALL[1].astype(F32)},
+            "dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
+        ),
+        ({"method": "bmm"}, "method must be 'fused' for mosaic_gpu, got 'bmm'"),
+    ],
+    ids=["float32", "method"],
+)
+def test_what_the_kernel_refuses(changes, message):
+    options = dict(zip(("x", "w", "mask_logits"), SMALL, strict=True)) | changes
+    with pytest.raises(NotImplementedError, match=f"masked_matmul: {message}"):
+        hard(**options)
+
+
+def test_without_the_device_it_is_refused(monkeypatch):
+    monkeypatch.setattr(_masked, "on_hopper", lambda: False)
+    with pytest.raises(NotImplementedError, match="needs an H100 or H200"):
+        hard(x=SMALL[0], w=SMALL[1], mask_logits=SMALL[2])
+
+
+def test_float64_logits_are_refused():
+    with (
+        jax.enable_x64(True),
+        pytest.raises(NotImplementedError, match="at most 32 bits .* got float64"),
+    ):
+        x, w, logits = SMALL
+        hard(x, w, logits.astype(jnp.float64))
+
+
+def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
+    def uses_the_kernel(**options):
+        fn = partial(masked_matmul, estimator=straight_through, **options)
+        return "masked_product_logits" in str(jax.make_jaxpr(fn)(*SMALL))
+
+    assert not uses_the_kernel()
+    monkeypatch.setattr(_masked, "runs_locally", lambda: True)
+    assert uses_the_kernel()
+    assert not uses_the_kernel(implementation="xla")
+    assert not uses_the_kernel(method="vmap")
+    monkeypatch.setattr(_masked, "on_hopper", lambda: False)
+    assert not uses_the_kernel()
+    monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+    monkeypatch.setattr(_masked_mgpu, "predicted_faster", lambda *a: False)
+    assert not uses_the_kernel()
+    assert uses_the_kernel(implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    "shape, faster",
+    [
+        ((16, 256, 512, 2048), True),
+        ((16, 256, 2048, 512), True),
+        ((1, 256, 512, 2048), True),
+        # Masks of one weight, once for many tokens, are cheap to store.
+        ((1, 4096, 512, 2048), False),
+        ((16, 250, 500, 2000), True),
+    ],
+)
+def test_predictions(shape, faster):
+    assert _masked_mgpu.predicted_faster([shape], 4.0) == faster
+
+
+def test_few_samples_take_small_tiles_and_many_large_ones():
+    assert _masked_mgpu.choose(1, 256, 2048) == Config(64, 64)
+    assert _masked_mgpu.choose(16, 256, 512) == Config(128, 64)
+    assert _masked_mgpu.choose(16, 256, 2048) == Config(128, 128)
+    assert _masked_mgpu.choose_columns(1, 512, 2048) == 64
+    assert _masked_mgpu.choose_columns(16, 512, 2048) == 128
+
+
+def test_config_refuses_nonsense():
+    with pytest.raises(ValueError, match="Config: .* 64 or 128, got 96 and 64"):
+        Config(96, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["logits", "packed", "reinmax"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "size", [(16, 256, 512, 2048), (5, 250, 2048, 500), (1, 256, 512, 2048)], ids=str
+)
+def test_on_gpu(size, dtype, kind):
+    args, g = make(size, dtype, F32)
+    if kind == "packed":
+        return check_packed(args, g)
+    if kind == "logits":
+        return check(args, g)
+    return check_sloped(args, g)

@@ -11,11 +11,14 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .._attention import attention
 from .._rotary import rotary_embedding
 from ._attention import MultiHeadAttention, axis_metadata
+from ._sharding import attend_on_mesh
+from ._transformer_checks import causal
 
 EPSILON = 1e-5
 CUT = 3.0
@@ -32,6 +35,15 @@ def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
     metadata = axis_metadata("embed")
     return nnx.RMSNorm(features, epsilon=EPSILON, scale_metadata=metadata, **dtypes)
+
+
+def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]:
+    """That of a causal model: the one given, or `attention`, on the mesh."""
+    if attention_fn is not None:
+        return causal(attention_fn)
+    if mesh is not None:
+        return partial(attend_on_mesh, mesh=mesh, is_causal=True)
+    return partial(attention, is_causal=True)
 
 
 def _attend(query, key, value, *, positions, theta, attention_fn, **options):
@@ -112,3 +124,15 @@ class TransformerBlock(nnx.Module):
         heads: Any = attention(*args, mask=mask[None, None])
         x = x + of.out(heads)
         return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
+    """Stacked or one by one, each from a key of its own, which is the same for both."""
+
+    def make(key):
+        return make_block(rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), num_layers)
+    if not scan_layers:
+        return nnx.List(make(key) for key in keys)
+    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)

@@ -21,6 +21,8 @@ from jaxkern.nn import (
     make_mesh,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 VOCAB, CONTEXT, SEQ = 48, 16, 16
 SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 32}
 FORMS: dict[str, dict[str, Any]] = {
@@ -35,15 +37,6 @@ FORMS: dict[str, dict[str, Any]] = {
         )
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """The programs are small, but many."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def build(form, mesh=None) -> Any:

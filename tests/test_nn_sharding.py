@@ -167,8 +167,10 @@ def test_generation(explicit):
         mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     state = nnx.state(model)
     nnx.update(model, jax.device_put(state, get_sharding(state, mesh)))
-    for keep in (True, False):
-        got = model.generate(prompt, max_new_tokens=3, cache=keep)
+    prompt = jax.device_put(prompt, jax.NamedSharding(mesh, P(("data", "fsdp"))))
+    lengths = jnp.full(8, 4)
+    for options in ({}, {"cache": False}, {"prompt_lengths": lengths}):
+        got = model.generate(prompt, max_new_tokens=3, **options)
         np.testing.assert_array_equal(got, wanted)
 
 

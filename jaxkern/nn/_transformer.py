@@ -36,16 +36,17 @@ from ._transformer_checks import (
     check_callable,
     check_heads,
     check_length,
+    check_prompt_lengths,
     check_tokens,
 )
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, layer by layer."""
+    """The keys and values of the tokens so far, layer by layer; how many they are."""
 
     keys: Float[Array, "layers batch capacity kv_heads dim"]
     values: Float[Array, "layers batch capacity kv_heads dim"]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | Int[Array, " batch"]
 
 
 def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
@@ -290,7 +291,7 @@ class TransformerLM(nnx.Module):
         """
         op = "TransformerLM.extend"
         if not isinstance(cache.length, Tracer):
-            length = int(cache.length) + tokens.shape[-1]
+            length = int(cache.length.max()) + tokens.shape[-1]
             check_length(op, "tokens and cache", length, cache.keys.shape[2])
 
         check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
@@ -310,6 +311,7 @@ class TransformerLM(nnx.Module):
         prompt: Int[Array, "batch seq"],
         *,
         max_new_tokens: int,
+        prompt_lengths: Int[Array, " batch"] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
@@ -320,6 +322,9 @@ class TransformerLM(nnx.Module):
         Compiled, once for each shape of `prompt` and number of new tokens.
 
         Args:
+            prompt_lengths: of each prompt; None where all fill `prompt`. What follows
+                the shorter ones there is not read: their new tokens come right behind
+                them, as if each was alone, and behind those zeros.
             temperature: divides the logits; 0 takes the likeliest token.
             top_p: sample from the fewest tokens whose probabilities sum to at least it.
             key: for `jax.random`; needed at a temperature above 0, and only there.
@@ -327,9 +332,10 @@ class TransformerLM(nnx.Module):
                 token. The result is the same but for rounding.
 
         Raises:
-            TypeError: `prompt` is no integer array, or a key is missing or too much.
-            ValueError: a token, a length, `temperature` or `top_p` is out of range, or
-                there is no cache for the model's `attention_fn`.
+            TypeError: `prompt` or `prompt_lengths` is no integer array, or a key is
+                missing or too much.
+            ValueError: a shape does not fit, a token, a length, `temperature` or
+                `top_p` is out of range, or there is no cache for `attention_fn`.
 
         References:
             top_p: https://arxiv.org/abs/1904.09751, section 3.1.
@@ -340,8 +346,10 @@ class TransformerLM(nnx.Module):
         check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
         total = prompt.shape[1] + max_new_tokens
         check_length(op, "prompt and max_new_tokens", total, self.context_length)
+        if prompt_lengths is not None:
+            check_prompt_lengths(op, prompt_lengths, prompt)
         sampling = Sampling(key, temperature, top_p)
-        return generate(self, prompt, sampling, max_new_tokens, cache)
+        return generate(self, prompt, prompt_lengths, sampling, max_new_tokens, cache)
 
     def _run_layers(self, step, x, inputs):
         """`lax.scan` of `step` over the layers, each with its part of the inputs."""

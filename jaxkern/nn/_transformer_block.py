@@ -100,7 +100,7 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
-        length: Int[Array, ""],
+        length: Int[Array, ""] | Int[Array, " batch"],
     ) -> tuple[
         Float[Array, "batch seq d_model"],
         Float[Array, "batch capacity kv_heads dim"],
@@ -113,17 +113,27 @@ class TransformerBlock(nnx.Module):
         """
         of = self.attention
         normed = self.attention_norm(x)
-        positions = length + jnp.arange(x.shape[1])
+        # (seq,), or (batch, seq) where sequences differ in length
+        positions = length[..., None] + jnp.arange(x.shape[1])
         rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
         query, key, value = rotate(of.query(normed)), of.key(normed), of.value(normed)
-        at = 0, length, 0, 0
-        keys = lax.dynamic_update_slice(keys, rotate(key).astype(keys.dtype), at)
-        values = lax.dynamic_update_slice(values, value.astype(values.dtype), at)
-        mask = positions[:, None] >= jnp.arange(keys.shape[1])
+        keys, values = _put(keys, rotate(key), length), _put(values, value, length)
+        seen = positions[..., None] >= jnp.arange(keys.shape[1])
+        mask = seen.reshape(-1, 1, *seen.shape[-2:])
         args = promote_dtype((query, keys, values), dtype=query.dtype)
-        heads: Any = attention(*args, mask=mask[None, None])
+        heads: Any = attention(*args, mask=mask)
         x = x + of.out(heads)
         return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+def _put(kept, new, length):
+    """`new` behind the `length` tokens that are `kept`, of all sequences or each."""
+
+    def put(kept, new, length):
+        return lax.dynamic_update_slice_in_dim(kept, new, length, axis=kept.ndim - 3)
+
+    new = new.astype(kept.dtype)
+    return jax.vmap(put)(kept, new, length) if length.ndim else put(kept, new, length)
 
 
 def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):

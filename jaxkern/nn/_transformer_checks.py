@@ -48,18 +48,33 @@ def check_length(op: str, name: str, length: int, most: int) -> None:
 
 
 def check_tokens(op: str, name: str, tokens: Any, vocab_size: int, most: int) -> None:
-    dtype = getattr(tokens, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        got = dtype or type(tokens).__name__
-        raise TypeError(f"{op}: {name} must be an integer array, got {got}")
+    _check_integers(op, name, tokens)
     check_shape(op, name, tokens, ("batch", "seq"))
     check_length(op, name, tokens.shape[1], most)
+    _check_range(op, name, tokens, 0, vocab_size - 1)
+
+
+def check_prompt_lengths(op: str, lengths: Any, prompt: Any) -> None:
+    _check_integers(op, "prompt_lengths", lengths)
+    given = f" for prompt of shape {prompt.shape}"
+    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
+    _check_range(op, "prompt_lengths", lengths, 1, prompt.shape[1])
+
+
+def _check_integers(op: str, name: str, array: Any) -> None:
+    dtype = getattr(array, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = dtype or type(array).__name__
+        raise TypeError(f"{op}: {name} must be an integer array, got {got}")
+
+
+def _check_range(op: str, name: str, array: Any, least: int, most: int) -> None:
     # What a program is traced with has no values yet, and other processes' are unknown.
-    if isinstance(tokens, Tracer) or not getattr(tokens, "is_fully_addressable", True):
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
         return
-    values = np.asarray(tokens)
+    values = np.asarray(array)
     for extreme in (values.min(), values.max()):
-        if not 0 <= extreme < vocab_size:
+        if not least <= extreme <= most:
             raise ValueError(
-                f"{op}: {name} must be from 0 to {vocab_size - 1}, got {extreme}"
+                f"{op}: {name} must be from {least} to {most}, got {extreme}"
             )

@@ -28,14 +28,15 @@ SHARDING_RULES: tuple[tuple[str, str | None], ...] = (
 )
 
 
-def make_mesh(sizes: str) -> Mesh:
-    """All devices as a mesh of the axes "data", "fsdp", "context" and "tensor".
+def make_mesh(sizes: str, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """The devices as a mesh of the axes "data", "fsdp", "context" and "tensor".
 
     The batch is split over "data" and "fsdp", parameters over "fsdp" and "tensor" (see
     `SHARDING_RULES`), the tokens of a sequence over "context". The axes are automatic.
 
     Args:
         sizes: such as "fsdp=4,tensor=2", in any order; axes left out have size 1.
+        devices: None for all, those of other processes too.
 
     Raises:
         ValueError: a part is no `axis=size`, an axis is unknown or repeated, a size is
@@ -56,12 +57,14 @@ def make_mesh(sizes: str) -> Mesh:
             )
         given[name] = int(size)
     shape = tuple(given.get(name, 1) for name in AXES)
-    if math.prod(shape) != jax.device_count():
+    count = jax.device_count() if devices is None else len(devices)
+    if math.prod(shape) != count:
         raise ValueError(
-            f"{op}: the product of the sizes must be the number of devices, "
-            f"{jax.device_count()}, got {math.prod(shape)} of {sizes!r}"
+            f"{op}: the product of the sizes must be the number of devices, {count}, "
+            f"got {math.prod(shape)} of {sizes!r}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def get_sharding(

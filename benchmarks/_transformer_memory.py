@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxkern.nn import TransformerLM, get_sharding, make_mesh
 
-from ._report import make_console, number, print_table, table
+from ._report import make_console, print_table, table
 from ._transformer_programs import make_adam, make_step
 
 GPUS = {"H100": 80e9, "H200": 141e9}
@@ -53,8 +53,9 @@ are computed again in the backward, and each group of devices that share a batch
 has one sequence in it, of {contexts}.
 Temporaries, gradients among them, are those of XLA's buffers for a CPU, which
 widens bfloat16 products and what they read to float32; a GPU's will differ.
-GB are 10^9 bytes. A model fits if the sum is at most {gpus},
-of which JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+GB are 10^9 bytes; s is how long it took to compile. A model fits if
+the sum is at most {gpus}, of which JAX takes 75 %
+unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +122,24 @@ def main() -> int:
 
 def print_rows(rows: list[tuple[str, int, str]]) -> int:
     title = "GB a device for a training step, compiled and not run"
-    columns = ["", "weights", "AdamW", "temp.", "sum", "fits in", "comp. s"]
-    what, failed = table(title, columns), []
+    columns = ["", "weights", "AdamW", "temp.", "sum", "fits in", "s"]
+    what, models, failed = table(title, columns), [], []
     for size, devices, sizes in rows:
-        name = f"{size} {devices} {sizes}"
+        if size not in models:
+            what.add_row(size)
+            models.append(size)
+        name = f"  {devices}: {sizes}"
         try:
             found = measure(size, devices, sizes)
         # Whatever is wrong with one, the others may do.
         except Exception as error:
             what.add_row(name, *["-"] * 6)
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+            failed.append(f"{size}{name}: {type(error).__name__}: {error}")
             continue
         parts = found.parameters, found.moments, found.temporaries, found.total
         fits = next((gpu for gpu, most in GPUS.items() if found.total <= most), "-")
-        figures = [number(part / 1e9) for part in parts]
-        what.add_row(name, *figures, fits, number(found.compile_s))
+        figures = [f"{part / 1e9:.1f}" for part in parts]
+        what.add_row(name, *figures, fits, f"{found.compile_s:.0f}")
     console = make_console()
     print_table(console, what)
     contexts = [f"{s['context_length']} tokens ({n})" for n, s in SIZES.items()]

@@ -284,9 +284,9 @@ def test_memory_on_paper(monkeypatch, capsys):
     rows = [("70B", 8, "fsdp=4,tensor=2"), ("70B", 8, "fsdp=5")]
     assert memory.print_rows(rows) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "…" not in "".join(lines)
-    assert lines[4].split()[-2] == "H100" and lines[5].split()[-1] == "-"
-    assert lines[-1].startswith("failed: 70B 8 fsdp=5: ValueError: make_mesh")
+    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= 80
+    assert lines[5].split()[-2] == "H100" and lines[6].split()[-1] == "-"
+    assert lines[-1].startswith("failed: 70B  8: fsdp=5: ValueError: make_mesh")
     with pytest.raises(SystemExit):
         transformer.parse(["--memory", "--batch", "2"])
     assert "--memory must be the only option" in capsys.readouterr().err

@@ -94,6 +94,17 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes, form):
     assert_near(pure(got[1]), pure(gradients), 2e-5)
 
 
+def test_masks():
+    mesh, (tokens, _) = make_mesh("data=2,tensor=4"), batch()
+    mask = (jnp.arange(SEQ) < jnp.arange(8, 16)[:, None])[:, None, None]
+    run = nnx.jit(lambda model, **options: model(tokens, **options))
+    model, shared = build("scanned"), build("scanned", mesh)
+    assert_near(run(shared, mask=mask), run(model, mask=mask))
+    assert_near(run(shared, mask=mask[:1]), run(model, mask=mask[:1]))
+    with pytest.raises(ValueError, match="mask must be None for context=8, where tok"):
+        build("scanned", make_mesh("context=8"))(tokens, mask=mask)
+
+
 def test_parameters_and_optimizer_state_are_sharded():
     """Each device has its part of every matrix, made there."""
     mesh = make_mesh("data=2,fsdp=2,tensor=2")

@@ -149,16 +149,38 @@ def check_batch(op: str, mesh: Mesh, batch: int, seq: int) -> None:
         )
 
 
-def attend_on_mesh(query, key, value, *, mesh: Mesh, **options: Any) -> jax.Array:
+def attend_on_mesh(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mesh: Mesh,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+) -> jax.Array:
     """`attention` of each device's part; a kernel can run in it.
 
     With a "context" axis the tokens are in zigzag order, and keys and values go round.
     """
-    local = attention
-    if mesh.shape["context"] > 1:
-        local = partial(ring_attention, axis_name="context", layout="zigzag")
     spec = P(BATCH, "context", "tensor")
-    shared = jax.shard_map(
-        partial(local, **options), mesh=mesh, in_specs=spec, out_specs=spec
-    )
-    return shared(query, key, value)
+    attend: Any = partial(attention, is_causal=is_causal)
+    arrays, specs = (query, key, value), (spec, spec, spec)
+    if mask is not None:
+        batch, heads, *_ = mask.shape
+        arrays += (mask,)
+        specs += (P(None if batch == 1 else BATCH, None if heads == 1 else "tensor"),)
+    if mesh.shape["context"] > 1:
+        if mask is not None:
+            raise ValueError(
+                f"TransformerLM: mask must be None for context={mesh.shape['context']},"
+                f" where tokens go round in ring_attention, got {mask.shape}"
+            )
+        options: Any = {"axis_name": "context", "layout": "zigzag"}
+        attend = partial(ring_attention, is_causal=is_causal, **options)
+
+    def local(query, key, value, *mask):
+        named = {"mask": mask[0]} if mask else {}
+        return attend(query, key, value, **named)
+
+    shared = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
+    return shared(*arrays)

@@ -77,6 +77,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    found = args.coordinator, args.processes, args.process
+    if not args.distributed and found != (None, None, None):
+        parser.error("--coordinator, --processes and --process need --distributed")
     if args.compare and args.folder:
         parser.error("--compare must be without --folder: it keeps no checkpoints")
     if args.text is not None and not args.text.is_file():
@@ -415,12 +418,10 @@ def compare(args: argparse.Namespace) -> list[Run]:
 
 def plot(runs: list[Run], path: Path) -> None:
     """Loss against time where there are several, else against steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for run in runs:
         x = run.seconds if len(runs) > 1 else np.arange(1, len(run.losses) + 1)
         width = max(1, len(run.losses) // 20)
@@ -433,7 +434,6 @@ def plot(runs: list[Run], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

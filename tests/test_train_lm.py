@@ -92,6 +92,7 @@ def test_batches_depend_on_their_place_only():
         (["--mlp", "relu"], "invalid choice"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
+        (["--process", "0"], "--processes and --process need --distributed"),
         (["--compare", "--folder", "x"], "--compare must be without --folder"),
     ],
 )

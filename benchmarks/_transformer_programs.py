@@ -14,7 +14,14 @@ import numpy as np
 from flax import nnx
 
 import jaxkern
-from jaxkern.nn import LowRankReLU2, LowRankSwiGLU, MultiHeadMLP, TransformerLM
+from jaxkern.nn import (
+    LowRankReLU2,
+    LowRankSwiGLU,
+    MultiHeadMLP,
+    TransformerLM,
+    get_sharding,
+    make_mesh,
+)
 
 from . import _transformer_definitions as definitions
 from ._harness import Check, Program, Row, check_against
@@ -89,6 +96,7 @@ class Task:
     dtype: str
     remat: bool
     seed: int
+    mesh: str | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -108,8 +116,35 @@ class Task:
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
             scan_layers=layers == "scanned",
+            mesh=self.make_mesh(),
             rngs=nnx.Rngs(self.seed),
         )
+
+    def make_mesh(self) -> jax.sharding.Mesh | None:
+        return None if self.mesh is None else make_mesh(self.mesh)
+
+    def state(self, layers: Layers) -> Any:
+        """Of the model, made where it lies."""
+
+        def make():
+            return nnx.state(self.model(layers))
+
+        mesh = self.make_mesh()
+        if mesh is None:
+            return make()
+        places = get_sharding(
+            nnx.state(nnx.eval_shape(partial(self.model, layers))), mesh
+        )
+        return jax.jit(make, out_shardings=places)()
+
+    def trace(self, layers: Layers) -> None:
+        """What does not fit the mesh is refused, and nothing computed."""
+        mesh = self.make_mesh()
+        graph, state = nnx.split(nnx.eval_shape(partial(self.model, layers)))
+        if mesh is not None:
+            get_sharding(state, mesh)
+        ids = jax.ShapeDtypeStruct((self.batch, self.context), jnp.int32)
+        jax.eval_shape(partial(_our_loss, graph), state, ids, ids)
 
     def flops(self) -> float:
         """Of the matmuls, three times for a backward; causality is not exploited.
@@ -142,6 +177,10 @@ class Task:
         """Tokens and targets, at random."""
         shape = 2, self.batch, self.context
         ids = jax.random.randint(jax.random.key(self.seed + 1), shape, 0, VOCAB)
+        mesh = self.make_mesh()
+        if mesh is not None:
+            place = jax.NamedSharding(mesh, jax.P(None, ("data", "fsdp")))
+            ids = jax.device_put(ids, place)
         return ids[0], ids[1]
 
 
@@ -183,16 +222,34 @@ def _program(task: Task, by: str, layers: Layers) -> tuple[Any, tuple[Any, ...]]
             return loss, (weights,)
         case "forward+backward":
             return jax.value_and_grad(loss), (weights,)
+    adam = make_adam()
+    return make_step(loss, adam), (weights, _moments(task, adam, weights))
+
+
+def _moments(task: Task, adam: Any, weights: Any) -> Any:
+    mesh = task.make_mesh()
+    if mesh is None:
+        return adam.init(weights)
+    places = get_sharding(jax.eval_shape(adam.init, weights), mesh)
+    return jax.jit(adam.init, out_shardings=places)(weights)
+
+
+def make_adam() -> Any:
     import optax
 
-    adam = optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+    return optax.adamw(1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01)
+
+
+def make_step(loss: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
+    """From weights, moments and tokens to the loss and the next weights and moments."""
 
     def step(weights, moments, *ids):
         value, gradients = jax.value_and_grad(loss)(weights, *ids)
-        updates, moments = adam.update(gradients, moments, weights)
-        return value, optax.apply_updates(weights, updates), moments
+        updates, moments = optimizer.update(gradients, moments, weights)
+        weights = jax.tree.map(jnp.add, weights, updates)
+        return value, weights, moments
 
-    return step, (weights, adam.init(weights))
+    return step
 
 
 # Weights stay for the next row, and go when another model's are made.
@@ -204,7 +261,7 @@ def _loss_and_weights(task: Task, by: str, layers: Layers) -> tuple[Any, Any]:
     key = replace(task, context=0), by, layers
     if key not in _kept:
         _kept.clear()
-        state = nnx.state(task.model("unrolled" if by == PLAIN else layers))
+        state = task.state("unrolled" if by == PLAIN else layers)
         if by == PLAIN:
             state = definitions.from_state(nnx.to_pure_dict(state))
         _kept[key] = state
@@ -226,7 +283,7 @@ def _plain_loss(dtype, weights, tokens, targets):
 def _check(task: Task, by: str, layers: Layers, found: float) -> Check:
     """The loss of the whole model, then all gradients of one of two layers."""
     bound = LOSS_BOUND[jnp.dtype(task.dtype).itemsize]
-    expected = _plain_value(replace(task, what="forward", remat=False))
+    expected = _plain_value(replace(task, what="forward", remat=False, mesh=None))
     error = abs(found - expected) / abs(expected)
     # Written so that a NaN fails.
     if not error <= bound:
@@ -249,10 +306,11 @@ def _plain_value(task: Task) -> float:
 
 def _check_shallow(task: Task, by: str, layers: Layers) -> Check:
     """Against float64, within twice the error of the plain form in the same dtype."""
-    plain, exact = _references(replace(task, remat=False))
+    plain, exact = _references(replace(task, remat=False, mesh=None))
     ours = plain
     if by != PLAIN:
-        ours = _compute(_our_loss, nnx.split(task.model(layers)), task.ids())
+        graph = nnx.graphdef(nnx.eval_shape(partial(task.model, layers)))
+        ours = _compute(_our_loss, (graph, task.state(layers)), task.ids())
         ours = _leaves(ours, definitions.from_state if task.is_dense else _unstack)
     return check_against(ours, plain, exact, jnp.dtype(task.dtype))
 

@@ -47,6 +47,7 @@ def timing_text(args: argparse.Namespace, default: int) -> str:
 def notes(args: argparse.Namespace, peak: float) -> dict[str, str]:
     model = f"{args.layers} layers, {args.attention} attention, {args.mlp}"
     model += ", rematerialized" if args.remat else ""
+    model += f", on {args.mesh}" if args.mesh else ""
     rate = f"{1e3 * peak:.0f} GFLOP/s of a large matmul, measured in this run"
     return {
         "model": model,

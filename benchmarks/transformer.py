@@ -5,6 +5,8 @@
     python -m benchmarks.transformer --full   the 60 published rows: 5 sizes x contexts
                                               128, 256 x warm-ups 0, 1, 5 x 2 passes
     python -m benchmarks.transformer --optimizer --dtype bfloat16 --trace DIR
+    python -m benchmarks.transformer --mesh fsdp=4,tensor=2    on so many devices
+    python -m benchmarks.transformer --memory                  for 8 to 512, on paper
 
 The published study (PyTorch eager, float32, a GPU it does not name) times the loss, and
 the loss with all gradients; 10 trials, each waited for. Beside it: the same model in
@@ -24,6 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkern.nn import make_mesh
+
+from . import _transformer_memory as memory
 from . import _transformer_report as report
 from ._cli import DTYPES, add_only, make_parser, names, positive
 from ._harness import Case, Options, matmul_peak_tflops
@@ -88,7 +93,8 @@ def _implementations(args: argparse.Namespace) -> list[tuple[str, Layers]]:
     rows: list[tuple[str, Layers]] = [(OURS, args.layers)]
     if args.peers and (args.full or args.on_device):
         rows.append((f"{OURS} {other}", other))
-    if args.peers and (args.attention, args.mlp) == ("dense", "swiglu"):
+    dense = (args.attention, args.mlp) == ("dense", "swiglu")
+    if args.peers and dense and args.mesh is None:
         rows.append((PLAIN, "unrolled"))
     return rows
 
@@ -104,7 +110,10 @@ def _make_case(name, context, what, warmup, by, layers, args) -> Case:
         dtype=str(args.dtype),
         remat=args.remat,
         seed=args.seed,
+        mesh=args.mesh,
     )
+    # The devices that a CPU pretends to be share its cores, and the rate beside them.
+    devices = jax.device_count() if args.mesh and args.on_device else 1
     labels = {"size": name, "context": context, "batch": args.batch, "pass": what}
     labels |= {"warmup": warmup, "framework": by, "layers": layers}
     line = report.find_published(published("transformer"), labels)
@@ -112,7 +121,7 @@ def _make_case(name, context, what, warmup, by, layers, args) -> Case:
     return Case(
         labels=labels,
         build=partial(build, task, PLAIN if by == PLAIN else OURS, layers, trace),
-        flops=task.flops(),
+        flops=task.flops() / devices,
         iterations=TRIALS if args.full or args.on_device else CPU_TRIALS,
         needed_bytes=task.needed_bytes(),
         published_ms=None if line is None else float(line["mean_time_ms"]),
@@ -167,6 +176,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--remat", action="store_true", help="compute layers again in the backward")
     help_trace = "save a profile of each row there (jax.profiler)"
     add("--trace", type=_folder, metavar="DIR", help=help_trace)
+    help_mesh = "axes data, fsdp, context, tensor; their product is the device count"
+    add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
+    help_memory = "bytes a device for a training step, compiled and not run; alone"
+    add("--memory", action="store_true", help=help_memory)
     add_only(parser)
     add(
         "--peers",
@@ -175,18 +188,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="plain jnp; on a GPU or with --full ours, layers run the other way, too",
     )
     args = parser.parse_args(argv)
+    if args.memory:
+        if args != parser.parse_args(["--memory"]):
+            parser.error("--memory must be the only option")
+        return args
     args.on_device = jax.default_backend() != "cpu"
     if args.warmup is None:
         args.warmup = [*(WARMUPS if args.full else DEFAULT_WARMUPS)]
     args.layers = args.layers or ("scanned" if args.on_device else "unrolled")
     args.dtype = jnp.dtype(args.dtype)
+    if args.mesh is not None:
+        _check_mesh(parser, args)
     if not make_cases(args):
         parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args
 
 
+def _check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What it cannot share is refused before anything is computed."""
+    try:
+        make_mesh(args.mesh)
+        for case in make_cases(args):
+            row: Any = case.build
+            row.args[0].trace(args.layers)
+    except ValueError as error:
+        parser.error(f"--mesh: {error}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    if args.memory:
+        return memory.main()
     return list_or_run(args, make_cases(args), describe, _run)
 
 

@@ -2,39 +2,53 @@
 
 python examples/train_lm.py                 about three minutes on two cores
 python examples/train_lm.py --mlp 2:4       another MLP
+python examples/train_lm.py --compare       full rank, low rank and 2:4: loss and time
 python examples/train_lm.py --folder run    with checkpoints, a loss a line in
                                             losses.csv; again to go on, exactly
+
+On several devices --mesh fsdp=4,tensor=2 shares the model, the batch and, along
+"context", each sequence among them. On several machines, or for several processes, run
+the same command for each with --distributed; SLURM and Open MPI tell it the rest:
+
+srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder run
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from jaxkern import nn
 
 HELD_OUT = 0.05
 EVALUATIONS = 8
+KEPT_CHECKPOINTS = 3
 MLPS = {
     "swiglu": lambda d_model: None,
     "low-rank": lambda d_model: partial(nn.LowRankSwiGLU, rank=d_model // 4),
     "2:4": lambda d_model: partial(nn.LowRankReLU2, rank=d_model // 2, sparsity="2:4"),
 }
+# What may change from run to run of one folder.
+HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,18 +60,47 @@ def parse(argv=None) -> argparse.Namespace:
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
     add("--mlp", choices=[*MLPS], default="swiglu")
+    add("--compare", action="store_true", help="train one with each --mlp there is")
     add("--learning-rate", type=float, default=3e-3)
     add("--seed", type=int, default=0)
     add("--text", type=Path, help="a file instead of the standard library")
     add("--folder", type=Path, help="for checkpoints and losses")
     add("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    add("--plot", type=Path, metavar="FILE", help="draw the loss (.png, .svg, .pdf)")
+    help_mesh = "axes data, fsdp, context, tensor (default: data=all devices)"
+    add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
+    add("--distributed", action="store_true", help="one of several processes")
+    add("--coordinator", metavar="HOST:PORT", help="where process 0 is, if not found")
+    add("--processes", type=int, metavar="N", help="how many there are, if not found")
+    add("--process", type=int, metavar="I", help="which this is, if not found")
     args = parser.parse_args(argv)
     for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    found = args.coordinator, args.processes, args.process
+    if not args.distributed and found != (None, None, None):
+        parser.error("--coordinator, --processes and --process need --distributed")
+    if args.compare and args.folder:
+        parser.error("--compare must be without --folder: it keeps no checkpoints")
     if args.text is not None and not args.text.is_file():
         parser.error(f"--text must be a file, got {str(args.text)!r}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
+    if args.plot and not os.access(args.plot.resolve().parent, os.W_OK):
+        parser.error(f"--plot must be in a folder to write to, got {str(args.plot)!r}")
     return args
+
+
+def is_first() -> bool:
+    """Of all processes only this one prints and writes losses."""
+    return jax.process_index() == 0
+
+
+def say(*texts: object, **options: Any) -> None:
+    if is_first():
+        print(*texts, **options, flush=True)
 
 
 def read_bytes(path: Path | None) -> np.ndarray:
@@ -80,12 +123,23 @@ def split(text: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     return train, held_out
 
 
-def make_batch(text: np.ndarray, args: argparse.Namespace, *at: int) -> jax.Array:
-    """The same for the same place in the run, so that one can go on anywhere."""
+def make_batch(
+    text: np.ndarray, args: argparse.Namespace, mesh: jax.sharding.Mesh, *at: int
+) -> jax.Array:
+    """The same for the same place in the run, so that one can go on anywhere.
+
+    A process reads the rows of its own devices only.
+    """
     rng = np.random.default_rng((args.seed, *at))
     starts = rng.integers(0, len(text) - args.context, args.batch)
-    rows = text[starts[:, None] + np.arange(args.context + 1)]
-    return jnp.asarray(rows.astype(np.int32))
+    shape = args.batch, args.context + 1
+    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+
+    def read(part: Any) -> np.ndarray:
+        places = starts[part[0], None] + np.arange(shape[1])[part[1]]
+        return text[places].astype(np.int32)
+
+    return jax.make_array_from_callback(shape, rows, read)
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
@@ -94,7 +148,7 @@ def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
     return float(-np.log(p[held_out]).mean())
 
 
-def make_model(args: argparse.Namespace) -> nn.TransformerLM:
+def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.TransformerLM:
     return nn.TransformerLM(
         vocab_size=256,
         context_length=args.context,
@@ -103,6 +157,7 @@ def make_model(args: argparse.Namespace) -> nn.TransformerLM:
         num_heads=args.heads,
         d_ff=4 * args.d_model,
         mlp=MLPS[args.mlp](args.d_model),
+        mesh=mesh,
         rngs=nnx.Rngs(args.seed),
     )
 
@@ -120,29 +175,82 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
 
+def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
+    """The model's graph; and how a run starts, steps and judges.
+
+    Nothing is computed yet, but what does not fit the mesh is refused.
+    """
+    optimizer = make_optimizer(args)
+
+    def make_state():
+        weights = nnx.state(make_model(args, mesh))
+        return {"weights": weights, "moments": optimizer.init(weights)}
+
+    def init():
+        return pure(make_state())
+
+    graph = nnx.graphdef(nnx.eval_shape(partial(make_model, args, mesh)))
+    places = pure(nn.get_sharding(jax.eval_shape(make_state), mesh))
+
+    def loss(weights, batch):
+        return nnx.merge(graph, weights).loss(batch[:, :-1], batch[:, 1:])
+
+    def step(state, batch):
+        weights, moments = state["weights"], state["moments"]
+        value, gradients = jax.value_and_grad(loss)(weights, batch)
+        updates, moments = optimizer.update(gradients, moments, weights)
+        weights = optax.apply_updates(weights, updates)
+        return {"weights": weights, "moments": moments}, value
+
+    batch = jax.ShapeDtypeStruct((args.batch, args.context + 1), np.int32)
+    jax.eval_shape(loss, jax.eval_shape(init)["weights"], batch)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    return graph, jax.jit(init, out_shardings=places), step, jax.jit(loss)
+
+
+def pure(tree: Any) -> Any:
+    """Modules' states as plain dictionaries, which checkpoints hold."""
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, nnx.State)
+
+    return jax.tree.map(
+        lambda x: nnx.to_pure_dict(x) if is_state(x) else x, tree, is_leaf=is_state
+    )
+
+
 class Checkpoints:
     """In a folder, or nowhere; the settings of the run lie beside them."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, bytes_each: int):
         self.manager = None
         if args.folder is None:
             return
-        settings = {k: str(v) for k, v in sorted(vars(args).items()) if k != "folder"}
+        settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in HOW}
         folder, saved = args.folder.resolve(), args.folder / "settings.json"
+        self.losses = folder / "losses.csv"
         # Before an hour of training, not after it.
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "losses.csv").touch()
+            self.losses.touch()
+            free = shutil.disk_usage(folder).free
         except OSError as error:
             sys.exit(f"--folder must be a folder to write to: {error}")
+        # One is written before the oldest is deleted.
+        needed = (KEPT_CHECKPOINTS + 1) * bytes_each
+        if free < needed:
+            sys.exit(
+                f"--folder must be on a disk with {needed / 1e6:.1f} MB free, for "
+                f"{KEPT_CHECKPOINTS + 1} checkpoints, got {free / 1e6:.1f} MB"
+            )
         if saved.exists() and (old := json.loads(saved.read_text())) != settings:
             changed = [k for k in settings if settings[k] != old.get(k)]
             text = ", ".join(f"{k} {old.get(k)}, now {settings[k]}" for k in changed)
             sys.exit(f"{args.folder} holds a run with other settings: {text}")
-        saved.write_text(json.dumps(settings, indent=1) + "\n")
-        self.losses = folder / "losses.csv"
+        if is_first():
+            saved.write_text(json.dumps(settings, indent=1) + "\n")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=3, enable_async_checkpointing=False
+            max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
         )
         self.manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
 
@@ -150,7 +258,7 @@ class Checkpoints:
         """The latest state that can be read and its step; at first the one given and 0.
 
         A checkpoint that cannot be read is moved aside, and if none can the run ends
-        before anything is lost.
+        before anything is lost. One of another mesh is read as well.
         """
         if self.manager is None:
             return state, 0
@@ -164,12 +272,12 @@ class Checkpoints:
             # Whatever is wrong with the files, an older one may do.
             except Exception as error:
                 first_line = (str(error).splitlines() or [""])[0]
-                print(f"checkpoint {step} cannot be read: {first_line}")
+                say(f"checkpoint {step} cannot be read: {first_line}")
                 unreadable.append(step)
                 continue
             self._move_aside(unreadable)
             self._keep_losses(step)
-            print(f"going on from step {step}")
+            say(f"going on from step {step}")
             return state, step
         if steps:
             sys.exit(f"no checkpoint in {self.manager.directory} can be read")
@@ -180,82 +288,162 @@ class Checkpoints:
         """So that later ones can take their places."""
         if self.manager is None or not steps:
             return
-        aside = self.losses.parent / "unreadable"
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            target = aside / f"{step}-{time.time_ns()}"
-            (self.losses.parent / "checkpoints" / str(step)).rename(target)
-            print(f"moved to {target}")
+        if is_first():
+            aside = self.losses.parent / "unreadable"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = aside / f"{step}-{time.time_ns()}"
+                (self.losses.parent / "checkpoints" / str(step)).rename(target)
+                say(f"moved to {target}")
+        multihost_utils.sync_global_devices("moved aside")
         self.manager.reload()
 
     def _keep_losses(self, count: int) -> None:
-        lines = self.losses.read_text().splitlines(keepends=True)[:count]
-        self.losses.write_text("".join(lines))
+        if is_first():
+            lines = self.losses.read_text().splitlines(keepends=True)[:count]
+            self.losses.write_text("".join(lines))
 
     def save(self, step: int, state, losses: list[float]) -> None:
         if self.manager is None:
             return
         # The losses first: a kill in between leaves too many, which are dropped.
-        with self.losses.open("a") as file:
-            file.writelines(f"{loss!r}\n" for loss in losses)
-            file.flush()
-            os.fsync(file.fileno())
+        if is_first():
+            with self.losses.open("a") as file:
+                file.writelines(f"{loss!r}\n" for loss in losses)
+                file.flush()
+                os.fsync(file.fileno())
         self.manager.save(step, args=ocp.args.StandardSave(state))
 
 
-def train(args: argparse.Namespace) -> None:
-    train_text, held_out = split(read_bytes(args.text), args.context)
-    model, optimizer = make_model(args), make_optimizer(args)
-    graph, weights = nnx.split(model)
-    weights = nnx.to_pure_dict(weights)
+class Progress:
+    """A bar on a terminal, if rich is installed; else a line every so many steps."""
 
-    def loss(weights, batch):
-        return nnx.merge(graph, weights).loss(batch[:, :-1], batch[:, 1:])
+    def __init__(self, args: argparse.Namespace, first: int):
+        self.args, self.bar = args, None
+        if is_first() and sys.stdout.isatty() and importlib.util.find_spec("rich"):
+            from rich import progress
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state, batch):
-        weights, moments = state["weights"], state["moments"]
-        value, gradients = jax.value_and_grad(loss)(weights, batch)
-        updates, moments = optimizer.update(gradients, moments, weights)
-        weights = optax.apply_updates(weights, updates)
-        return {"weights": weights, "moments": moments}, value
-
-    checkpoints = Checkpoints(args)
-    state, first = checkpoints.restore(
-        {"weights": weights, "moments": optimizer.init(weights)}
-    )
-    size = sum(w.size for w in jax.tree.leaves(weights))
-    print(f"{size} parameters, {len(train_text)} bytes to learn from")
-    losses, start = [], time.perf_counter()
-    for i in range(first, args.steps):
-        state, value = step(state, make_batch(train_text, args, i))
-        losses.append(float(value))
-        if (i + 1) % args.every == 0 or i + 1 == args.steps:
-            seconds, start = time.perf_counter() - start, time.perf_counter()
-            rate = len(losses) * args.batch * args.context / seconds
-            print(
-                f"step {i + 1:>5}  loss {np.mean(losses):.3f}  {rate:.0f} bytes/s",
-                flush=True,
+            texts = progress.TextColumn(
+                "{task.completed}/{task.total} {task.fields[text]}"
             )
-            checkpoints.save(i + 1, state, losses)
-            losses = []
-    report(args, state["weights"], jax.jit(loss), train_text, held_out, model)
+            columns = progress.BarColumn(), texts, progress.TimeRemainingColumn()
+            self.bar = progress.Progress(*columns)
+            self.task = self.bar.add_task(
+                "", total=args.steps, completed=first, text=""
+            )
+            self.bar.start()
+
+    def show(self, step: int, losses: list[float], seconds: float) -> None:
+        rate = len(losses) * self.args.batch * self.args.context / seconds
+        text = f"loss {np.mean(losses):.3f}  {rate:.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+        elif step % self.args.every == 0 or step == self.args.steps:
+            say(f"step {step:>5}  {text}")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
 
 
-def report(args, weights, loss, train_text, held_out, model) -> None:
-    batches = [make_batch(held_out, args, i, 1) for i in range(EVALUATIONS)]
-    found = np.mean([float(loss(weights, batch)) for batch in batches])
-    print(f"held-out loss {found:.3f} nats a byte", end="; ")
-    print(
-        f"knowing only the bytes' frequencies {unigram_loss(train_text, held_out):.3f}"
-    )
-    nnx.update(model, weights)
-    prompt = jnp.asarray([list(b"def ")], jnp.int32)[:, : args.context // 2]
+class Run(NamedTuple):
+    """What came of one."""
+
+    name: str
+    parameters: int
+    losses: list[float]
+    seconds: list[float]
+    held_out: float
+
+
+def train(args: argparse.Namespace) -> Run:
+    train_text, held_out = split(read_bytes(args.text), args.context)
+    try:
+        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
+        graph, init, step, loss = make_programs(args, mesh)
+    except ValueError as error:
+        sys.exit(str(error))
+    shapes = jax.tree.leaves(jax.eval_shape(init))
+    checkpoints = Checkpoints(args, sum(x.size * x.dtype.itemsize for x in shapes))
+    state, first = checkpoints.restore(init())
+    size = sum(w.size for w in jax.tree.leaves(state["weights"]))
+    say(f"{size} parameters, {len(train_text)} bytes to learn from")
+    batch, progress = partial(make_batch, train_text, args, mesh), Progress(args, first)
+    step = step.lower(state, batch(first)).compile()
+    losses, seconds, saved = [], [0.0], 0
+    for i in range(first, args.steps):
+        start = time.perf_counter()
+        state, value = step(state, batch(i))
+        losses.append(float(value))
+        seconds.append(seconds[-1] + time.perf_counter() - start)
+        progress.show(i + 1, losses[saved:], seconds[-1] - seconds[saved])
+        if (i + 1) % args.every == 0 or i + 1 == args.steps:
+            checkpoints.save(i + 1, state, losses[saved:])
+            saved = len(losses)
+    progress.stop()
+    batches = [make_batch(held_out, args, mesh, i, 1) for i in range(EVALUATIONS)]
+    found = np.mean([float(loss(state["weights"], batch)) for batch in batches])
+    unigram = unigram_loss(train_text, held_out)
+    say(f"held-out loss {found:.3f} nats a byte", end="; ")
+    say(f"knowing only the bytes' frequencies {unigram:.3f}")
+    write(args, nnx.merge(graph, state["weights"]), mesh)
+    if first:
+        losses = [float(line) for line in checkpoints.losses.read_text().split()]
+    return Run(args.mlp, size, losses, seconds[1:], float(found))
+
+
+def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
+    """Something new, as the model goes on from `def `."""
+    prompt = np.array([list(b"def ")], np.int32)[:, : args.context // 2]
+    prompt = jax.device_put(prompt, jax.NamedSharding(mesh, jax.P()))
     count = args.context - prompt.shape[1]
     options = {"temperature": 0.7, "top_p": 0.95, "key": jax.random.key(args.seed)}
     written = model.generate(prompt, max_new_tokens=count, **options)
-    print(bytes(np.asarray(written[0]).tolist()).decode(errors="replace"))
+    written = multihost_utils.process_allgather(written, tiled=True)
+    say(bytes(np.asarray(written[0]).tolist()).decode(errors="replace"))
+
+
+def compare(args: argparse.Namespace) -> list[Run]:
+    """One run with each MLP there is, on the same batches."""
+    runs = []
+    for name in MLPS:
+        say(f"\n{name}")
+        runs.append(train(argparse.Namespace(**vars(args) | {"mlp": name})))
+    say("\nMLP        parameters  ms a step  seconds  held-out loss")
+    for name, size, _, seconds, found in runs:
+        ms = 1e3 * np.median(np.diff(seconds, prepend=0.0))
+        say(f"{name:<9}{size:>12}{ms:>11.1f}{seconds[-1]:>9.1f}{found:>15.3f}")
+    return runs
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Loss against time where there are several, else against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        x = run.seconds if len(runs) > 1 else np.arange(1, len(run.losses) + 1)
+        width = max(1, len(run.losses) // 20)
+        # The mean of so many steps, and all of them behind it.
+        smooth = np.convolve(run.losses, np.ones(width) / width, mode="valid")
+        (line,) = axes.plot(x[width - 1 :], smooth, label=run.name)
+        axes.plot(x, run.losses, color=line.get_color(), alpha=0.2, linewidth=0.7)
+    axes.set_xlabel("seconds of training" if len(runs) > 1 else "steps")
+    axes.set_ylabel("loss, nats a byte")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.distributed:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    runs = compare(args) if args.compare else [train(args)]
+    if args.plot and is_first():
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":
-    train(parse())
+    main()

@@ -1,9 +1,11 @@
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from benchmarks import _transformer_memory as memory
 from benchmarks import _transformer_programs as programs
 from benchmarks import _transformer_report as report
 from benchmarks import transformer
@@ -235,6 +237,57 @@ def test_refusals(argv, message, capsys):
     with pytest.raises(SystemExit):
         transformer.parse(argv)
     assert message in capsys.readouterr().err
+
+
+def test_rows_on_a_mesh_pass_the_same_check(tiny, compile_fast):
+    argv = ["--mesh", "fsdp=2,tensor=2,context=2", "--optimizer", "--only", "step"]
+    rows = measure(*argv, "--layers", "scanned", "--warmup", "1")
+    assert problems(rows) == [] and len(rows) == 1
+    parameters = 2 * 50 * 24 + 2 * (4 * 24**2 + 3 * 24 * 40) + 5 * 24
+    # Norms are shared by two, the other weights by four.
+    assert rows[0]["argument_bytes"] < 12 * (parameters / 4 + 5 * 24 / 2) + 500
+
+
+@pytest.mark.parametrize(
+    "mesh, argv, message",
+    [
+        ("fsdp=4", [], "number of devices, 8, got 4"),
+        ("seq=8", [], "axis must be one of data, fsdp, context, tensor, got 'seq'"),
+        (
+            "fsdp=2,tensor=4",
+            ["--sizes", "xl"],
+            "num_heads .* multiple of tensor=4, got",
+        ),
+        ("fsdp=8", [], "batch must be a multiple of data x fsdp = 8, got 4"),
+        ("context=8", ["--attention", "dilated"], "attention_fn must be None for cont"),
+    ],
+)
+def test_refuses_meshes(mesh, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        transformer.parse(["--mesh", mesh, *argv])
+    assert re.search(f"--mesh: .*{message}", capsys.readouterr().err)
+
+
+def test_memory_on_paper(monkeypatch, capsys):
+    small = memory.SIZES["70B"] | {"d_model": 64, "d_ff": 128, "num_layers": 2}
+    small |= {"num_heads": 8, "vocab_size": 64, "context_length": 64}
+    monkeypatch.setattr(memory, "SIZES", {"70B": small})
+    found = memory.measure("70B", 8, "fsdp=4,tensor=2")
+    # All but the five norms, which only "fsdp" splits.
+    layer = 4 * 64 * 64 + 3 * 64 * 128
+    split = 4 * (2 * layer + 2 * 64 * 64) // 8 + 4 * 5 * 64 // 4
+    assert found.parameters == split
+    assert found.moments == 2 * split + 4
+    assert split < found.temporaries < 1e7
+    rows = [("70B", 8, "fsdp=4,tensor=2"), ("70B", 8, "fsdp=5")]
+    assert memory.print_rows(rows) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= 80
+    assert lines[5].split()[-2] == "H100" and lines[6].split()[-1] == "-"
+    assert lines[-1].startswith("failed: 70B  8: fsdp=5: ValueError: make_mesh")
+    with pytest.raises(SystemExit):
+        transformer.parse(["--memory", "--batch", "2"])
+    assert "--memory must be the only option" in capsys.readouterr().err
 
 
 def test_list_measures_nothing(capsys):

@@ -71,6 +71,54 @@ def test_bfloat16_cache():
     assert_near(features, model.features(tokens), 0.02)
 
 
+@pytest.mark.parametrize(
+    "options, cache",
+    [
+        ({"num_kv_heads": 2}, True),
+        ({"scan_layers": False}, True),
+        ({}, False),
+        ({"attention_fn": dilated}, False),
+    ],
+    ids=["cache", "unrolled", "no cache", "dilated"],
+)
+def test_prompts_of_unequal_length_are_as_alone(options, cache):
+    """Whatever pads them, and zeros follow."""
+    model, lengths = build(**options), [2, 4, 1]
+    run: Any = partial(model.generate, max_new_tokens=5, cache=cache)
+    got = run(PROMPT, prompt_lengths=jnp.array(lengths))
+    assert got.shape == (3, 9) and got.dtype == PROMPT.dtype
+    for row, prompt, length in zip(got, PROMPT, lengths, strict=True):
+        alone = run(prompt[None, :length])[0]
+        np.testing.assert_array_equal(row[: length + 5], alone)
+        assert not np.any(row[length + 5 :])
+    other = jnp.where(jnp.arange(4) < jnp.array(lengths)[:, None], PROMPT, 7)
+    again = run(other, prompt_lengths=jnp.array(lengths))
+    np.testing.assert_array_equal(again, got)
+    equal = run(PROMPT, prompt_lengths=jnp.full(3, 4))
+    np.testing.assert_array_equal(equal, run(PROMPT))
+
+
+def test_samples_of_prompts_of_unequal_length():
+    model, lengths = build(), jnp.array([2, 4, 1])
+    options: Any = {"max_new_tokens": 5, "prompt_lengths": lengths}
+    options |= {"temperature": 1.0, "key": jax.random.key(1)}
+    got = model.generate(PROMPT, **options)
+    np.testing.assert_array_equal(got, model.generate(PROMPT, cache=False, **options))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_refused_prompt_lengths():
+    model = build()
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=2)
+    with pytest.raises(TypeError, match="prompt_lengths must be an integer array, got"):
+        run(prompt_lengths=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"prompt_lengths must have shape \(3,\) for"):
+        run(prompt_lengths=jnp.array([1, 2]))
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"must be from 1 to 4, got {wrong}"):
+            run(prompt_lengths=jnp.array([1, 2, wrong]))
+
+
 def test_another_attention_without_a_cache():
     model = build(attention_fn=dilated)
     tokens = model.generate(PROMPT, max_new_tokens=12, cache=False)

@@ -1,17 +1,25 @@
+import collections
+import os
 import shutil
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples import train_lm
+from jaxkern import nn
 
-SMALL = ["--steps", "6", "--every", "2", "--batch", "2", "--context", "8"]
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
 SMALL += ["--d-model", "8", "--layers", "1", "--heads", "2"]
 
 
 def run(*argv):
-    train_lm.train(train_lm.parse([*SMALL, *argv]))
+    train_lm.main([*SMALL, *argv])
 
 
 @pytest.fixture
@@ -67,12 +75,13 @@ def test_text():
 
 
 def test_batches_depend_on_their_place_only():
-    args = train_lm.parse(SMALL)
-    text = np.arange(200, dtype=np.uint8)
-    batch = train_lm.make_batch(text, args, 3)
-    np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, 3))
-    assert not np.array_equal(batch, train_lm.make_batch(text, args, 4))
-    assert batch.shape == (2, 9) and (np.diff(batch) == 1).all()
+    args, text = train_lm.parse(SMALL), np.arange(200, dtype=np.uint8)
+    one, other = (nn.make_mesh(sizes) for sizes in ("data=8", "fsdp=4,context=2"))
+    batch = train_lm.make_batch(text, args, one, 3)
+    np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, other, 3))
+    assert not np.array_equal(batch, train_lm.make_batch(text, args, one, 4))
+    assert batch.shape == (8, 9) and (np.diff(batch) == 1).all()
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 9)}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +90,10 @@ def test_batches_depend_on_their_place_only():
         (["--text", sys.executable + "x"], "--text must be a file"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--mlp", "relu"], "invalid choice"),
+        (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
+        (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
+        (["--process", "0"], "--processes and --process need --distributed"),
+        (["--compare", "--folder", "x"], "--compare must be without --folder"),
     ],
 )
 def test_refusals(argv, message, capsys):
@@ -94,5 +107,97 @@ def test_refuses_before_it_trains(tmp_path, text):
     short.write_bytes(b"short")
     with pytest.raises(SystemExit, match="must have at least 180 bytes .* got 5"):
         run("--text", str(short))
-    with pytest.raises(SystemExit, match="--folder must be a folder to write to"):
-        run("--text", text, "--folder", text)
+    short.write_bytes(b"")
+    with pytest.raises(SystemExit, match="must have at least 180 bytes .* got 0"):
+        run("--text", str(short))
+    for folder in (text, "/proc/run"):
+        with pytest.raises(SystemExit, match="--folder must be a folder to write to"):
+            run("--text", text, "--folder", folder)
+
+
+def test_refuses_a_full_disk(tmp_path, text, monkeypatch):
+    disk = collections.namedtuple("disk", "free")(10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    with pytest.raises(SystemExit, match="disk with 0.2 MB free.*, got 0.0 MB"):
+        run("--text", text, "--folder", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "mesh, argv, message",
+    [
+        ("fsdp=4", [], "must be the number of devices, 8, got 4"),
+        ("model=8", [], "axis must be one of data, fsdp, context, tensor, got 'model'"),
+        ("fsdp=eight", [], "fsdp must be an integer of at least 1, got 'eight'"),
+        ("fsdp=2,fsdp=4", [], "fsdp must be given once"),
+        ("tensor=8", [], "num_heads must be a multiple of tensor=8, got 2"),
+        ("fsdp=8", ["--batch", "6"], "batch must be a multiple of data x fsdp = 8, g"),
+        ("context=8", [], "seq must be a multiple of 2 x context = 16, got 8"),
+        ("fsdp=8", ["--d-model", "12"], "'embed' must be .* fsdp=8, got 12"),
+    ],
+)
+def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        run("--text", text, "--mesh", mesh, *argv)
+
+
+def run_two(*argv):
+    """Two processes of two devices each; what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).parents[1]
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "examples" / "train_lm.py"), *SMALL, *argv]
+    command += ["--distributed", "--coordinator", f"localhost:{port}"]
+    processes = [
+        subprocess.Popen(
+            [*command, "--processes", "2", "--process", str(i)],
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def test_two_processes_train_the_same_curve(tmp_path, text):
+    ours, theirs = tmp_path / "one", tmp_path / "two"
+    run("--text", text, "--folder", str(ours), "--mesh", "data=2,context=4")
+    argv = "--text", text, "--folder", str(theirs), "--mesh", "fsdp=2,tensor=2"
+    first, second = run_two(*argv)
+    assert "step     6" in first and "held-out loss" in first
+    assert "step" not in second and "held-out" not in second
+    losses = np.loadtxt(theirs / "losses.csv")
+    np.testing.assert_allclose(losses, np.loadtxt(ours / "losses.csv"), rtol=1e-5)
+    # Both read what both have written, and what another mesh has.
+    shutil.rmtree(theirs / "checkpoints" / "6")
+    assert "going on from step 4" in run_two(*argv)[0]
+    np.testing.assert_array_equal(np.loadtxt(theirs / "losses.csv"), losses)
+    shutil.rmtree(theirs / "checkpoints" / "6")
+    run("--text", text, "--folder", str(theirs), "--mesh", "fsdp=4,tensor=2")
+    np.testing.assert_allclose(np.loadtxt(theirs / "losses.csv"), losses, rtol=1e-5)
+
+
+def test_comparison(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    picture = tmp_path / "loss.png"
+    run("--text", text, "--compare", "--plot", str(picture), "--mesh", "data=8")
+    printed = capsys.readouterr().out
+    assert "6/6" in printed and "tokens/s" in printed
+    rows = [line.split() for line in printed.splitlines()[-3:]]
+    assert [row[0] for row in rows] == [*train_lm.MLPS]
+    # 3hm; 3r(h + m) with r = h/4; 2r(h + m) with r = h/2; beside them the same.
+    rest = int(rows[0][1]) - 3 * 8 * 32
+    assert [int(row[1]) - rest for row in rows[1:]] == [3 * 2 * 40, 2 * 4 * 40]
+    assert all(float(row[4]) < 6 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")

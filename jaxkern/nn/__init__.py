@@ -14,5 +14,8 @@ from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
+from ._sharding import SHARDING_RULES as SHARDING_RULES
+from ._sharding import get_sharding as get_sharding
+from ._sharding import make_mesh as make_mesh
 from ._transformer import KVCache as KVCache
 from ._transformer import TransformerLM as TransformerLM

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from .._checks import check_key
+from .._mesh import on_automatic_axes
 
 
 class Sampling(NamedTuple):
@@ -38,53 +40,77 @@ def check_sampling(op: str, temperature: Any, top_p: Any, key: object) -> None:
 def generate(
     model: nnx.Module,
     prompt: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"] | None,
     sampling: Sampling,
     count: int,
     cache: bool,
 ) -> Int[Array, "batch total"]:
     graph, state = nnx.split(model)
-    return _generate(graph, count, cache, state, prompt, sampling)
+    return _generate(graph, count, cache, state, prompt, lengths, sampling)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graph, count, cache, state, prompt, sampling):
+def _generate(graph, count, cache, state, prompt, lengths, sampling):
     model = nnx.merge(graph, state)
+    return _go_on(model, prompt, lengths, sampling, count, cache)
+
+
+@on_automatic_axes(lambda prompt: PartitionSpec(*prompt[:1]))
+def _go_on(model, prompt, lengths, sampling, count, cache):
     run = _with_cache if cache else _without_cache
-    return jnp.concatenate([prompt, run(model, prompt, sampling, count)], axis=1)
+    if lengths is None:
+        new = run(model, prompt, prompt.shape[1], sampling, count)
+        return jnp.concatenate([prompt, new], axis=1)
+    new = run(model, prompt, lengths, sampling, count)
+    places = jnp.arange(prompt.shape[1])
+    kept = jnp.where(places < lengths[:, None], prompt, 0)
+    tokens = jnp.pad(kept, ((0, 0), (0, count)))
+    return _put(tokens, lengths, new)
 
 
-def _with_cache(model, prompt, sampling, count):
-    def next_token(tokens, cache, i):
-        features, cache = model.extend(tokens, cache)
-        logits = model.logits(features[:, -1])
-        return _sample(logits, sampling, i).astype(prompt.dtype), cache
+def _with_cache(model, prompt, lengths, sampling, count):
+    def next_token(features, i):
+        return _sample(model.logits(features), sampling, i).astype(prompt.dtype)
 
     def step(carry, i):
         token, cache = carry
-        token, cache = next_token(token[:, None], cache, i)
+        features, cache = model.extend(token[:, None], cache)
+        token = next_token(features[:, -1], i)
         return (token, cache), token
 
     batch, seq = prompt.shape
     # The last token is never one of the keys.
     cache = model.make_cache(batch, seq + count - 1)
-    first = next_token(prompt, cache, 0)
-    _, others = lax.scan(step, first, jnp.arange(1, count))
-    return jnp.concatenate([first[0][:, None], others.T], axis=1)
+    features, cache = model.extend(prompt, cache)
+    # What pads a prompt is written over before any token sees it.
+    first = next_token(_take(features, lengths - 1), 0)
+    carry = first, cache._replace(length=jnp.asarray(lengths, cache.length.dtype))
+    _, others = lax.scan(step, carry, jnp.arange(1, count))
+    return jnp.concatenate([first[:, None], others.T], axis=1)
 
 
-def _without_cache(model, prompt, sampling, count):
-    seq = prompt.shape[1]
-
+def _without_cache(model, prompt, lengths, sampling, count):
     def step(tokens, i):
         # Later places hold nothing yet, and no earlier one sees them.
-        features = model.features(tokens)
-        last = lax.dynamic_index_in_dim(features, seq - 1 + i, 1, keepdims=False)
+        last = _take(model.features(tokens), lengths - 1 + i)
         token = _sample(model.logits(last), sampling, i).astype(tokens.dtype)
-        return tokens.at[:, seq + i].set(token), None
+        return _put(tokens, lengths + i, token[:, None]), token
 
     tokens = jnp.pad(prompt, ((0, 0), (0, count)))
-    tokens, _ = lax.scan(step, tokens, jnp.arange(count))
-    return tokens[:, seq:]
+    _, new = lax.scan(step, tokens, jnp.arange(count))
+    return new.T
+
+
+def _take(x, places):
+    """Of each row what is at its place, or all rows' one."""
+    return x[jnp.arange(len(x)), places]
+
+
+def _put(tokens, places, new):
+    """Into each row from its place on, or all rows' one."""
+    rows = jnp.arange(len(tokens))[:, None]
+    columns = jnp.arange(new.shape[1]) + jnp.reshape(places, (-1, 1))
+    return tokens.at[rows, columns].set(new)
 
 
 def _sample(

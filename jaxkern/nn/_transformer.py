@@ -1,6 +1,5 @@
 """The decoder-only transformer language model."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
@@ -8,35 +7,51 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .._attention import attention
-from .._checks import check_shape
 from .._cross_entropy import cross_entropy
 from .._matmul import widen
+from .._mesh import on_automatic_axes
+from .._ring import ring_permutation
 from .._rotary import check_theta
 from ._generate import Sampling, check_sampling, generate
 from ._linear import check_arguments, make_kernel
 from ._mlp import SwiGLU
+from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
     TransformerBlock,
+    choose_attention,
     embedding_init,
     linear_init,
+    make_layers,
     make_norm,
+)
+from ._transformer_checks import (
+    check_callable,
+    check_heads,
+    check_length,
+    check_prompt_lengths,
+    check_tokens,
 )
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, layer by layer."""
+    """The keys and values of the tokens so far, layer by layer; how many they are."""
 
     keys: Float[Array, "layers batch capacity kv_heads dim"]
     values: Float[Array, "layers batch capacity kv_heads dim"]
-    length: Int[Array, ""]
+    length: Int[Array, ""] | Int[Array, " batch"]
+
+
+def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
+    batch = tokens[:1]
+    return P(*batch), KVCache._make([P(None, *batch), P(None, *batch), P()])
 
 
 class TransformerLM(nnx.Module):
@@ -77,12 +92,17 @@ class TransformerLM(nnx.Module):
         param_dtype: of the parameters.
         remat: compute each layer again in the backward, and keep its input only.
         scan_layers: see above.
+        mesh: of `make_mesh`, whose devices share the batch, the heads and, along
+            "context", the tokens, which then go through `ring_attention` in zigzag
+            order; with 1 device or None, nothing is shared. The arguments and results
+            do not depend on it. `get_sharding` says where the parameters lie on it.
 
     Raises:
         TypeError: `attention_fn` or `mlp` cannot be called.
         ValueError: a size is not a positive integer, `num_heads` does not divide
             `d_model` into parts of even size, `num_kv_heads` does not divide
-            `num_heads`, or `rope_theta` is not a positive finite number.
+            `num_heads`, `rope_theta` is not a positive finite number, the devices
+            cannot share the heads evenly, or an `attention_fn` the tokens.
 
     References:
         LLaMA, section 2.2: https://arxiv.org/abs/2302.13971.
@@ -106,6 +126,7 @@ class TransformerLM(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         remat: bool = False,
         scan_layers: bool = True,
+        mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
         op = "TransformerLM"
@@ -113,10 +134,13 @@ class TransformerLM(nnx.Module):
         sizes = {"vocab_size": vocab_size, "context_length": context_length}
         sizes |= {"d_model": d_model, "num_layers": num_layers, "d_ff": d_ff}
         check_arguments(op, None, **sizes, num_heads=num_heads, num_kv_heads=kv_heads)
-        _check_heads(d_model, num_heads, kv_heads)
+        check_heads(d_model, num_heads, kv_heads)
         check_theta(op, "rope_theta", rope_theta)
+        mesh = None if mesh is None or mesh.size == 1 else mesh
+        if mesh is not None:
+            check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
         mlp = partial(SwiGLU, kernel_init=linear_init) if mlp is None else mlp
-        _check_callable("mlp", mlp)
+        check_callable("mlp", mlp)
         make_block = partial(
             TransformerBlock,
             d_model,
@@ -124,7 +148,7 @@ class TransformerLM(nnx.Module):
             d_ff,
             num_kv_heads=kv_heads,
             rope_theta=rope_theta,
-            attention_fn=_causal(attention if attention_fn is None else attention_fn),
+            attention_fn=choose_attention(attention_fn, mesh),
             mlp=mlp,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -132,7 +156,7 @@ class TransformerLM(nnx.Module):
         init = linear_init if tie_embeddings else embedding_init
         shape, names = (vocab_size, d_model), ("vocab", "embed")
         self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
-        self.layers: Any = _make_layers(make_block, num_layers, scan_layers, rngs)
+        self.layers: Any = make_layers(make_block, num_layers, scan_layers, rngs)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = make_norm(d_model, **dtypes)
         self.head = (
@@ -147,6 +171,7 @@ class TransformerLM(nnx.Module):
         self.dtype = param_dtype if dtype is None else dtype
         self.remat = remat
         self.scan_layers = scan_layers
+        self.mesh = mesh
 
     def __call__(
         self,
@@ -168,6 +193,7 @@ class TransformerLM(nnx.Module):
         """
         return self.logits(self.features(tokens, positions, **options))
 
+    @on_automatic_axes(lambda tokens: P())
     def loss(
         self,
         tokens: Int[Array, "batch seq"],
@@ -188,7 +214,9 @@ class TransformerLM(nnx.Module):
             TypeError: an array has another dtype.
             ValueError: a shape does not fit, or a token or length is out of range.
         """
-        features = self.features(tokens, positions, **options)
+        order, _ = self._order(tokens)
+        features = self._features(tokens, positions, order, options)
+        targets, where = _take(targets, order), _take(where, order)
         losses = cross_entropy(
             features, self._head(), targets, where=where, chunk=chunk
         )
@@ -196,6 +224,7 @@ class TransformerLM(nnx.Module):
             return losses.mean()
         return losses.sum() / jnp.maximum(where.sum(), 1)
 
+    @on_automatic_axes(lambda tokens: P(*tokens, None))
     def features(
         self,
         tokens: Int[Array, "batch seq"],
@@ -203,6 +232,13 @@ class TransformerLM(nnx.Module):
         **options: Any,
     ) -> Float[Array, "batch seq d_model"]:
         """What the head is applied to; arguments and errors are those of the call."""
+        order, inverse = self._order(tokens)
+        return _take(self._features(tokens, positions, order, options), inverse)
+
+    def _features(self, tokens, positions, order, options):
+        """Of the tokens in this order."""
+        if order is not None:
+            positions = order if positions is None else positions[..., order]
 
         def step(x, layer_and_inputs):
             layer, _ = layer_and_inputs
@@ -210,9 +246,12 @@ class TransformerLM(nnx.Module):
 
         if self.remat:
             step = jax.checkpoint(step, prevent_cse=not self.scan_layers)
-        x, _ = self._run_layers(step, self._embed(tokens), None)
+        tokens = self._share(_take(tokens, order), BATCH, "context")
+        x = self._share(self._embed(tokens), BATCH, "context", None)
+        x, _ = self._run_layers(step, x, None)
         return self.norm(x)
 
+    @on_automatic_axes(lambda features: P(*features[:-1], None))
     def logits(
         self, features: Float[Array, "*batch d_model"]
     ) -> Float[Array, "*batch vocab"]:
@@ -234,11 +273,12 @@ class TransformerLM(nnx.Module):
                 "generate(cache=False) needs none"
             )
         check_arguments(op, None, batch=batch, capacity=capacity)
-        _check_length(op, "capacity", capacity, self.context_length)
+        check_length(op, "capacity", capacity, self.context_length)
         layers, kv_heads, dim = self.cache_shape
         zeros = jnp.zeros((layers, batch, capacity, kv_heads, dim), self.dtype)
         return KVCache(zeros, zeros, jnp.zeros((), int))
 
+    @on_automatic_axes(_places_with_cache)
     def extend(
         self, tokens: Int[Array, "batch seq"], cache: KVCache
     ) -> tuple[Float[Array, "batch seq d_model"], KVCache]:
@@ -251,8 +291,10 @@ class TransformerLM(nnx.Module):
         """
         op = "TransformerLM.extend"
         if not isinstance(cache.length, Tracer):
-            length = int(cache.length) + tokens.shape[-1]
-            _check_length(op, "tokens and cache", length, cache.keys.shape[2])
+            length = int(cache.length.max()) + tokens.shape[-1]
+            check_length(op, "tokens and cache", length, cache.keys.shape[2])
+
+        check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
 
         def step(x, layer_and_inputs):
             layer, (keys, values) = layer_and_inputs
@@ -269,6 +311,7 @@ class TransformerLM(nnx.Module):
         prompt: Int[Array, "batch seq"],
         *,
         max_new_tokens: int,
+        prompt_lengths: Int[Array, " batch"] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
@@ -279,6 +322,9 @@ class TransformerLM(nnx.Module):
         Compiled, once for each shape of `prompt` and number of new tokens.
 
         Args:
+            prompt_lengths: of each prompt; None where all fill `prompt`. What follows
+                the shorter ones there is not read: their new tokens come right behind
+                them, as if each was alone, and behind those zeros.
             temperature: divides the logits; 0 takes the likeliest token.
             top_p: sample from the fewest tokens whose probabilities sum to at least it.
             key: for `jax.random`; needed at a temperature above 0, and only there.
@@ -286,9 +332,10 @@ class TransformerLM(nnx.Module):
                 token. The result is the same but for rounding.
 
         Raises:
-            TypeError: `prompt` is no integer array, or a key is missing or too much.
-            ValueError: a token, a length, `temperature` or `top_p` is out of range, or
-                there is no cache for the model's `attention_fn`.
+            TypeError: `prompt` or `prompt_lengths` is no integer array, or a key is
+                missing or too much.
+            ValueError: a shape does not fit, a token, a length, `temperature` or
+                `top_p` is out of range, or there is no cache for `attention_fn`.
 
         References:
             top_p: https://arxiv.org/abs/1904.09751, section 3.1.
@@ -296,11 +343,13 @@ class TransformerLM(nnx.Module):
         op = "TransformerLM.generate"
         check_arguments(op, None, max_new_tokens=max_new_tokens)
         check_sampling(op, temperature, top_p, key)
-        _check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
+        check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
         total = prompt.shape[1] + max_new_tokens
-        _check_length(op, "prompt and max_new_tokens", total, self.context_length)
+        check_length(op, "prompt and max_new_tokens", total, self.context_length)
+        if prompt_lengths is not None:
+            check_prompt_lengths(op, prompt_lengths, prompt)
         sampling = Sampling(key, temperature, top_p)
-        return generate(self, prompt, sampling, max_new_tokens, cache)
+        return generate(self, prompt, prompt_lengths, sampling, max_new_tokens, cache)
 
     def _run_layers(self, step, x, inputs):
         """`lax.scan` of `step` over the layers, each with its part of the inputs."""
@@ -312,78 +361,35 @@ class TransformerLM(nnx.Module):
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
+    def _order(self, tokens):
+        """In which the devices share the tokens, and the way back; None for none."""
+        op = "TransformerLM"
+        check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        if self.mesh is None:
+            return None, None
+        check_batch(op, self.mesh, *tokens.shape)
+        rings = self.mesh.shape["context"]
+        if rings == 1:
+            return None, None
+        return map(jnp.asarray, ring_permutation(tokens.shape[1], rings, "zigzag"))
+
+    def _share(self, x: jax.Array, *axes: Any) -> jax.Array:
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
+
     def _head(self) -> jax.Array:
         head = self.embedding[...].T if self.head is None else self.head[...]
         return head.astype(self.dtype)
 
     def _embed(self, tokens) -> jax.Array:
-        op = "TransformerLM"
-        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
-        rows = self.embedding[...].at[tokens]
+        # Whole rows: XLA would gather the gradients of all tokens to split these.
+        table = self._share(self.embedding[...], P.UNCONSTRAINED, None)
+        rows = table.at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return x.astype(self.dtype)
 
 
-def _make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
-    """Stacked or one by one, each from a key of its own, which is the same for both."""
-
-    def make(key):
-        return make_block(rngs=nnx.Rngs(key))
-
-    keys = jax.random.split(rngs.params(), num_layers)
-    if not scan_layers:
-        return nnx.List(make(key) for key in keys)
-    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)
-
-
-def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """With `is_causal=True` where there is such an option."""
-    _check_callable("attention_fn", attention_fn)
-    has_option = "is_causal" in inspect.signature(attention_fn).parameters
-    return partial(attention_fn, is_causal=True) if has_option else attention_fn
-
-
-def _check_callable(name: str, function: object) -> None:
-    if not callable(function):
-        kind = type(function).__name__
-        raise TypeError(f"TransformerLM: {name} must be callable, got {kind}")
-
-
-def _check_heads(d_model: int, num_heads: int, kv_heads: int) -> None:
-    op = "TransformerLM"
-    if d_model % num_heads:
-        raise ValueError(
-            f"{op}: num_heads must divide d_model={d_model}, got {num_heads}"
-        )
-    if d_model // num_heads % 2:
-        raise ValueError(
-            f"{op}: d_model / num_heads must be even, for rotary positions, "
-            f"got {d_model} / {num_heads} = {d_model // num_heads}"
-        )
-    if num_heads % kv_heads:
-        raise ValueError(
-            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
-        )
-
-
-def _check_length(op: str, name: str, length: int, most: int) -> None:
-    if length > most:
-        raise ValueError(f"{op}: {name} must be at most {most} tokens, got {length}")
-
-
-def _check_tokens(op: str, name: str, tokens: Any, vocab_size: int, most: int) -> None:
-    dtype = getattr(tokens, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-        got = dtype or type(tokens).__name__
-        raise TypeError(f"{op}: {name} must be an integer array, got {got}")
-    check_shape(op, name, tokens, ("batch", "seq"))
-    _check_length(op, name, tokens.shape[1], most)
-    # What a program is traced with has no values yet, and other processes' are unknown.
-    if isinstance(tokens, Tracer) or not getattr(tokens, "is_fully_addressable", True):
-        return
-    values = np.asarray(tokens)
-    for extreme in (values.min(), values.max()):
-        if not 0 <= extreme < vocab_size:
-            raise ValueError(
-                f"{op}: {name} must be from 0 to {vocab_size - 1}, got {extreme}"
-            )
+def _take(x: Any, order: jax.Array | None) -> Any:
+    """Tokens (axis 1) in this order; None changes nothing."""
+    return x if x is None or order is None else jnp.take(x, order, axis=1)

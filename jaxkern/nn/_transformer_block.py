@@ -11,11 +11,14 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .._attention import attention
 from .._rotary import rotary_embedding
 from ._attention import MultiHeadAttention, axis_metadata
+from ._sharding import attend_on_mesh
+from ._transformer_checks import causal
 
 EPSILON = 1e-5
 CUT = 3.0
@@ -32,6 +35,15 @@ def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
     metadata = axis_metadata("embed")
     return nnx.RMSNorm(features, epsilon=EPSILON, scale_metadata=metadata, **dtypes)
+
+
+def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]:
+    """That of a causal model: the one given, or `attention`, on the mesh."""
+    if attention_fn is not None:
+        return causal(attention_fn)
+    if mesh is not None:
+        return partial(attend_on_mesh, mesh=mesh, is_causal=True)
+    return partial(attention, is_causal=True)
 
 
 def _attend(query, key, value, *, positions, theta, attention_fn, **options):
@@ -88,7 +100,7 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
-        length: Int[Array, ""],
+        length: Int[Array, ""] | Int[Array, " batch"],
     ) -> tuple[
         Float[Array, "batch seq d_model"],
         Float[Array, "batch capacity kv_heads dim"],
@@ -101,14 +113,36 @@ class TransformerBlock(nnx.Module):
         """
         of = self.attention
         normed = self.attention_norm(x)
-        positions = length + jnp.arange(x.shape[1])
+        # (seq,), or (batch, seq) where sequences differ in length
+        positions = length[..., None] + jnp.arange(x.shape[1])
         rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
         query, key, value = rotate(of.query(normed)), of.key(normed), of.value(normed)
-        at = 0, length, 0, 0
-        keys = lax.dynamic_update_slice(keys, rotate(key).astype(keys.dtype), at)
-        values = lax.dynamic_update_slice(values, value.astype(values.dtype), at)
-        mask = positions[:, None] >= jnp.arange(keys.shape[1])
+        keys, values = _put(keys, rotate(key), length), _put(values, value, length)
+        seen = positions[..., None] >= jnp.arange(keys.shape[1])
+        mask = seen.reshape(-1, 1, *seen.shape[-2:])
         args = promote_dtype((query, keys, values), dtype=query.dtype)
-        heads: Any = attention(*args, mask=mask[None, None])
+        heads: Any = attention(*args, mask=mask)
         x = x + of.out(heads)
         return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+def _put(kept, new, length):
+    """`new` behind the `length` tokens that are `kept`, of all sequences or each."""
+
+    def put(kept, new, length):
+        return lax.dynamic_update_slice_in_dim(kept, new, length, axis=kept.ndim - 3)
+
+    new = new.astype(kept.dtype)
+    return jax.vmap(put)(kept, new, length) if length.ndim else put(kept, new, length)
+
+
+def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
+    """Stacked or one by one, each from a key of its own, which is the same for both."""
+
+    def make(key):
+        return make_block(rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), num_layers)
+    if not scan_layers:
+        return nnx.List(make(key) for key in keys)
+    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)

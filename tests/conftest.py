@@ -81,15 +81,3 @@ def interpreted():
 
     with interpret():
         yield
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-    """For many small programs over many devices: they run slower, which is nothing."""
-    import jax
-
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)

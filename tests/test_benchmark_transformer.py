@@ -239,7 +239,7 @@ def test_refusals(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_rows_on_a_mesh_pass_the_same_check(tiny, compile_fast):
+def test_rows_on_a_mesh_pass_the_same_check(tiny):
     argv = ["--mesh", "fsdp=2,tensor=2,context=2", "--optimizer", "--only", "step"]
     rows = measure(*argv, "--layers", "scanned", "--warmup", "1")
     assert problems(rows) == [] and len(rows) == 1

@@ -21,8 +21,6 @@ from jaxkern.nn import (
     make_mesh,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 VOCAB, CONTEXT, SEQ = 48, 16, 16
 SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 32}
 FORMS: dict[str, dict[str, Any]] = {

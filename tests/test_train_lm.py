@@ -1,9 +1,11 @@
 import collections
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,6 @@ import pytest
 
 from examples import train_lm
 from jaxkern import nn
-
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
 SMALL += ["--d-model", "8", "--layers", "1", "--heads", "2"]
@@ -48,6 +48,28 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(tmp_path, text, capsys):
     assert (folder / "losses.csv").read_text() == losses
     with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
         run("--text", text, "--folder", str(folder), "--d-model", "16")
+
+
+def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
+    steps = "--steps", "120", "--every", "30", "--text", text
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    script = str(Path(train_lm.__file__))
+    command = [sys.executable, script, *SMALL, *steps, "--folder", str(killed)]
+    settings = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=os.environ | settings)
+    losses = killed / "losses.csv"
+    try:
+        while not losses.exists() or len(losses.read_text().splitlines()) < 40:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = len(losses.read_text().splitlines())
+    run(*steps, "--folder", str(killed))
+    run(*steps, "--folder", str(whole))
+    assert 40 <= before < 120
+    assert losses.read_text() == (whole / "losses.csv").read_text()
 
 
 def test_nothing_is_lost_where_no_checkpoint_can_be_read(tmp_path, text):

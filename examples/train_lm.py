@@ -75,10 +75,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--process", type=int, metavar="I", help="which this is, if not found")
     args = parser.parse_args(argv)
     for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+        least = 2 if name == "context" else 1  # one half to write on from
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     found = args.coordinator, args.processes, args.process
-    if not args.distributed and found != (None, None, None):
+    if not args.distributed and any(x is not None for x in found):
         parser.error("--coordinator, --processes and --process need --distributed")
     if args.compare and args.folder:
         parser.error("--compare must be without --folder: it keeps no checkpoints")

@@ -111,6 +111,7 @@ def test_batches_depend_on_their_place_only():
     [
         (["--text", sys.executable + "x"], "--text must be a file"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--context", "1"], "--context must be at least 2"),
         (["--mlp", "relu"], "invalid choice"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),

@@ -16,7 +16,7 @@ from ._checks import (
     check_shape,
 )
 from ._matmul import widen
-from ._mesh import runs_locally
+from ._mesh import settle
 from ._mgpu import on_hopper
 
 
@@ -99,12 +99,8 @@ def select(
     """
     kernel = _flash_mlp_mgpu
     reason = kernel.unsupported(x, ups, on_hopper=on_hopper())
-    if implementation == "mosaic_gpu" and reason:
-        raise NotImplementedError(f"{op}: {reason}")
-    if implementation is not None:
-        return implementation
-    if reason or not runs_locally():
-        return "xla"
+    if (chosen := settle(op, implementation, reason)) is not None:
+        return chosen
     (heads, batch, width), (dim, hidden) = x.shape, ups[0].shape[1:]
     inputs = width // dim
     faster = kernel.predicted_faster(heads, batch, dim, hidden, len(ups), inputs)

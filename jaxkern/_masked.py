@@ -20,7 +20,7 @@ from ._checks import (
 )
 from ._estimators import straight_through
 from ._matmul import matmul, widen
-from ._mesh import runs_locally
+from ._mesh import settle
 from ._mgpu import on_hopper
 from ._mgpu_masks import Kind, bytes_of
 from ._packed_mask import WORD, PackedMask, check_packed, unpack_mask
@@ -133,12 +133,8 @@ def select(
     reason = kernel.unsupported(x.dtype, mask_bytes, on_hopper=on_hopper())
     if method != "fused":
         reason = f"method must be 'fused' for mosaic_gpu, got {method!r}"
-    if implementation == "mosaic_gpu" and reason:
-        raise NotImplementedError(f"{op}: {reason}")
-    if implementation is not None:
-        return implementation
-    if reason or not runs_locally():
-        return "xla"
+    if (chosen := settle(op, implementation, reason)) is not None:
+        return chosen
     samples = 1 if logits[0].ndim == 2 else len(x)
     tokens = len(x) * x.shape[1] // samples
     shapes = [(samples, tokens, w.shape[0], w.shape[1]) for w in weights]

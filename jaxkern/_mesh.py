@@ -8,11 +8,30 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from ._checks import Implementation
+
 
 def runs_locally() -> bool:
     """Whether an op sees one device's arrays whole: XLA cannot split a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
+
+
+def settle(
+    op: str, implementation: Implementation | None, reason: str | None
+) -> Implementation | None:
+    """What runs, or None where it is to be what is faster.
+
+    reason: why the kernel cannot run, if it cannot.
+
+    Raises:
+        NotImplementedError: the kernel was asked for and cannot run.
+    """
+    if implementation == "mosaic_gpu" and reason:
+        raise NotImplementedError(f"{op}: {reason}")
+    if implementation is None and (reason or not runs_locally()):
+        return "xla"
+    return implementation
 
 
 def vary_alike(

@@ -23,7 +23,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ._block_lists import BlockLists
-from ._mesh import vary_alike
 from ._mgpu import plgpu, slot
 from ._mgpu_schedule import make_schedule
 from ._mgpu_tokens import Groups, Tokens, check_fits, rings_of, scratch
@@ -32,6 +31,7 @@ from ._mgpu_walk import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
     Config,
+    launch_blocks,
     wait_for_last,
 )
 
@@ -345,20 +345,14 @@ def walk_lists(
             start = [jnp.int32(0)] * frame.rings
             bound.wait_for_last(bound.over_tiles(bound.load, start))
 
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32)
-            if like is None
-            else held[like].result
-            for like in body.outs
-        ),
-        scratch_types=scratch(config, held, walked, frame.rings, body.takes_turns),
-        grid=(len(schedule.blocks),),
-        grid_names=("block",),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*leaves, *arrays)
-    return vary_alike(*results, like=arrays)
+    out_type = [
+        jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32)
+        if like is None
+        else held[like].result
+        for like in body.outs
+    ]
+    buffers = scratch(config, held, walked, frame.rings, body.takes_turns)
+    operands = *leaves, *arrays
+    return launch_blocks(
+        kernel, operands, out_type, buffers, len(schedule.blocks), name
+    )

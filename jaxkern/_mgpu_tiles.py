@@ -14,9 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._mesh import vary_alike
 from ._mgpu import multiprocessors, plgpu, slot
-from ._mgpu_walk import COMPUTE, COMPUTE_REGISTERS, MEMORY_REGISTERS, wait_for_last
+from ._mgpu_walk import (
+    COMPUTE,
+    COMPUTE_REGISTERS,
+    MEMORY_REGISTERS,
+    launch_blocks,
+    wait_for_last,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +108,7 @@ def launch(
             loop = plgpu.nd_loop(grid, collective_axes="block", init_carry=jnp.int32(0))
             drain(loop(count))
 
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs),
-        scratch_types=[*buffers, *(ring.scratch() for ring in rings)],
-        grid=(min(multiprocessors(), math.prod(grid)),),
-        grid_names=("block",),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands)
-    return vary_alike(*results, like=operands)
+    scratch = [*buffers, *(ring.scratch() for ring in rings)]
+    blocks = min(multiprocessors(), math.prod(grid))
+    shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
+    return launch_blocks(kernel, operands, shapes, scratch, blocks, name)

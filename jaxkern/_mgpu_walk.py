@@ -252,14 +252,26 @@ def walk(
             wait_for_last(loaded, steps, consumed)
 
     operands = [o.array for o in (*held, *walked)]
+    out = jax.ShapeDtypeStruct((grid[0], result.size, result.across), dtype)
+    blocks = min(multiprocessors(), math.prod(grid))
+    scratch = _scratch(config, held, walked, outs)
+    return launch_blocks(kernel, operands, [out] * outs, scratch, blocks, name)
+
+
+def launch_blocks(
+    kernel: Callable[..., None],
+    operands: Sequence[jax.Array],
+    outs: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    blocks: int,
+    name: str,
+) -> Sequence[jax.Array]:
+    """The kernel in so many blocks of warpgroups that compute and one that loads."""
     results = plgpu.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct((grid[0], result.size, result.across), dtype)
-            for _ in range(outs)
-        ),
-        scratch_types=_scratch(config, held, walked, outs),
-        grid=(min(multiprocessors(), math.prod(grid)),),
+        out_type=tuple(outs),
+        scratch_types=scratch,
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",

@@ -1,5 +1,9 @@
 """What several tests need: inputs, the bound on errors, float64 definitions."""
 
+import os
+import socket
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -225,3 +229,32 @@ def flash_mlp_plain(activation):
         return jnp.einsum("hbe,hed->hbd", hidden.astype(x.dtype), w2)
 
     return mlp
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def run_together(commands, **settings):
+    """What these processes printed, which all are killed if one hangs."""
+    root = str(Path(__file__).parents[1])
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": root} | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs

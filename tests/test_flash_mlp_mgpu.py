@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from benchmarks._kernel_compile import lower
-from jaxkern import _flash_mlp, _flash_mlp_mgpu, _mgpu_walk, flash_mlp
+from jaxkern import _flash_mlp, _flash_mlp_mgpu, _mesh, _mgpu_walk, flash_mlp
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._mgpu import IN_KERNEL
 from jaxkern._mgpu_walk import Config
@@ -277,7 +277,7 @@ def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
     assert not uses_the_kernel()
     monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
     assert not uses_the_kernel()
-    monkeypatch.setattr(_flash_mlp, "runs_locally", lambda: True)
+    monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
     assert uses_the_kernel()
     assert not uses_the_kernel(implementation="xla")
     monkeypatch.setattr(_flash_mlp_mgpu, "predicted_faster", lambda *a: False)

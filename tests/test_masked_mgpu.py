@@ -25,6 +25,7 @@ from jaxkern import (
     _masked,
     _masked_mgpu,
     _matmul,
+    _mesh,
     _mgpu_tiles,
     masked_matmul,
     pack_mask,
@@ -375,7 +376,7 @@ def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
         return "masked_product_logits" in str(jax.make_jaxpr(fn)(*SMALL))
 
     assert not uses_the_kernel()
-    monkeypatch.setattr(_masked, "runs_locally", lambda: True)
+    monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
     assert uses_the_kernel()
     assert not uses_the_kernel(implementation="xla")
     assert not uses_the_kernel(method="vmap")

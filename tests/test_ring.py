@@ -1,6 +1,3 @@
-import os
-import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +15,7 @@ from attention_definitions import (
     plain_attention,
     see,
 )
-from helpers import untyped, value_and_vjp
+from helpers import free_port, run_together, untyped, value_and_vjp
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -266,26 +263,8 @@ def test_permutation(devices, half, layout):
 
 
 def test_two_processes():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parents[1]
-    command = [sys.executable, str(root / "tests" / "ring_process.py")]
-    processes = [
-        subprocess.Popen(
-            [*command, str(i), str(port)],
-            env=os.environ | {"PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    program, port = Path(__file__).with_name("ring_process.py"), str(free_port())
+    outputs = run_together([[sys.executable, program, str(i), port] for i in range(2)])
     for i, output in enumerate(outputs):
         assert f"equal on process {i}" in output, output
 

@@ -2,7 +2,6 @@ import collections
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import free_port, run_together
 
 from examples import train_lm
 from jaxkern import nn
@@ -165,32 +165,10 @@ def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):
 
 def run_two(*argv):
     """Two processes of two devices each; what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).parents[1]
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(root / "examples" / "train_lm.py"), *SMALL, *argv]
-    command += ["--distributed", "--coordinator", f"localhost:{port}"]
-    processes = [
-        subprocess.Popen(
-            [*command, "--processes", "2", "--process", str(i)],
-            env=os.environ | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+    command = [sys.executable, train_lm.__file__, *SMALL, *argv, "--distributed"]
+    command += ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
+    commands = [[*command, "--process", str(i)] for i in range(2)]
+    return run_together(commands, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2")
 
 
 def test_two_processes_train_the_same_curve(tmp_path, text):

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import BlockMask, _block_sparse_mgpu, _mgpu_schedule
-from jaxkern._flash_mlp_mgpu import (
+from jaxkern._mgpu import MULTIPROCESSORS
+from jaxkern._mgpu_rates import (
     CLOCKS,
     L2_BYTES,
     LAUNCH_US,
@@ -42,7 +43,6 @@ from jaxkern._flash_mlp_mgpu import (
     MEMORY_RATE,
     MUFU_OPS,
 )
-from jaxkern._mgpu import MULTIPROCESSORS
 
 from . import _attention_programs as programs
 from ._attention_model import BLOCK, PASSES, Dense, Masked, Shape, Task, known_mask

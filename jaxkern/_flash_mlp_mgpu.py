@@ -36,20 +36,22 @@ from ._mgpu import (
     zeros,
 )
 from ._mgpu_batch import over_heads
+from ._mgpu_rates import (
+    CLOCKS,
+    L2_BYTES,
+    LAUNCH_US,
+    MACS,
+    MATMUL_RATE,
+    MEMORY_BYTES,
+    MEMORY_RATE,
+    MUFU_OPS,
+)
 from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand, walk
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
 # Of the gated form, by its inputs: its tiles take up to twice as much shared memory.
 MAX_GATED_DIM = {1: 192, 2: 128}
-
-# Of an H200: multiply-adds and special function operations a clock of one
-# multiprocessor; memory and L2 bytes, and clocks, a microsecond.
-MACS, MUFU_OPS = 2048, 16
-MEMORY_BYTES, L2_BYTES, CLOCKS = 4.8e6, 5.5e6, 1830.0
-# Predicted: the part of the tensor cores' and the memory's rate that is reached, and
-# microseconds of a launch until its first loads are there and its last stores done.
-MATMUL_RATE, MEMORY_RATE, LAUNCH_US = 0.7, 0.8, 2.0
 
 
 def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[Config, ...]:

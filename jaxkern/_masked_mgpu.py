@@ -22,15 +22,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import _mgpu_masks
-from ._flash_mlp_mgpu import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
-)
 from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
@@ -42,6 +33,15 @@ from ._mgpu_masks import (
     WORD,
     Config,
     Kind,
+)
+from ._mgpu_rates import (
+    CLOCKS,
+    L2_BYTES,
+    LAUNCH_US,
+    MACS,
+    MATMUL_RATE,
+    MEMORY_BYTES,
+    MEMORY_RATE,
 )
 from ._mgpu_walk import COMPUTE
 

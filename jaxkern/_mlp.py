@@ -25,7 +25,8 @@ from ._checks import (
 )
 from ._flash_mlp import select
 from ._matmul import matmul, widen
-from ._sparsity import GROUP, KEPT, sparsify_2_4
+from ._packed_2_4 import GROUP, KEPT
+from ._sparsity import sparsify_2_4
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
 Pair = tuple[jax.Array, jax.Array]

@@ -4,7 +4,6 @@ A last axis that is not a multiple of 4 ends in a shorter group; what it lacks c
 zeros that are never kept before an entry that is there.
 """
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
 
@@ -24,34 +23,14 @@ from ._checks import (
 )
 from ._estimators import with_derivative_of
 from ._matmul import matmul, widen
+from ._packed_2_4 import GROUP, KEPT, POSITION_BITS, POSITIONS_PER_BYTE, Packed24
 
-GROUP = 4
-KEPT = 2
-POSITION_BITS = 2
-POSITIONS_PER_BYTE = 4
 # The original's, so that a group of zeros has a probability at all.
 MVUE_EPSILON = 1.1920929e-7
 # For what a short group lacks: too light to be drawn before an entry that is there.
 MVUE_ABSENT = 1e-30
 
 Method = Literal["top2", "soft", "mvue", "static"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Packed24:
-    """A 2:4-sparse array in 9/16 of its bytes (for 16-bit values).
-
-    values: the two kept entries of each group, in ascending order of position,
-        (..., 2 * ceil(features / 4)).
-    indices: their positions in the group, 2 bits each, four to a byte and the lowest
-        bits first, uint8 (..., ceil(values / 4)).
-    features: the length of the last axis before it was packed.
-    """
-
-    values: jax.Array
-    indices: jax.Array
-    features: int = field(metadata={"static": True})
 
 
 def _group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:

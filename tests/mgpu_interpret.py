@@ -8,6 +8,7 @@ adds what our kernels use beyond it, so that they need no branch for it:
 
 - accumulators that start from a value (`pl.run_state` on `plgpu.ACC.init`);
 - `plgpu.wgmma` with its left operand in registers;
+- functions for `plgpu.inline_mgpu` that say what they compute (`fn.emulated`), in jnp;
 - races of wgmma: its reads of SMEM stay pending until they are awaited, so a slot that
   is released or refilled too early is found, and so is a missing `commit_smem`;
 - a barrier nobody arrives at is an error that names the line, after a while.
@@ -214,6 +215,56 @@ def _interpret_run_state(self, eqn, token, invals):
     return token, outs
 
 
+@cb.fail_on_exception
+def _read_for_inline(*, token, mesh_location, thread, refs, source_info=None):
+    """As a wgmma that is awaited at once reads them."""
+    shared = cb._get_shared_memory()
+    log = memory.GPULoggingInfo(mesh_location, thread, source_info)
+    found = [_read(shared, ref, thread, log) for ref in refs]
+    if shared.detect_races:
+        clock = shared.get_clock(thread)
+        clock.inc(shared.get_next_tma_thread_id())
+        for key, access, _ in found:
+            cb.get_races().check_read(
+                thread, clock.async_smem_clock, key, access, source_info
+            )
+        _pending[thread].append(clock)
+        _await_wgmma(shared, thread, 0)
+    return token, [np.asarray(value) for _, _, value in found]
+
+
+def _interpret_inline(self, eqn, token, get_invals):
+    params, invals = eqn.params, list(get_invals())
+    count = params["pytree_args"].num_leaves
+    transforms = jax.tree.unflatten(params["pytree_ref_transforms"], invals[count:])
+    values, refs, shapes = invals[:count], {}, []
+    for i, variable in enumerate(eqn.invars[:count]):
+        if isinstance(variable.aval, state_types.AbstractRef):
+            key, steps = jaxpr_interpret.resolve_ref(
+                variable.aval, values[i], tuple(transforms[i])
+            )
+            aval: Any = state_types.transform_type(steps, variable.aval)
+            refs[i] = key, steps
+            shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    if refs:
+        read = functools.partial(_read_for_inline, source_info=eqn.source_info)
+        token, found = callback.io_callback(
+            read,
+            (TOKEN, shapes),
+            token=token,
+            mesh_location=self.mesh_location,
+            thread=self.thread,
+            refs=list(refs.values()),
+        )
+        values = [
+            found[list(refs).index(i)] if i in refs else value
+            for i, value in enumerate(values)
+        ]
+    meaning = params["mgpu_fn"].emulated
+    results = meaning(*jax.tree.unflatten(params["pytree_args"], values))
+    return token, jax.tree.leaves(results)
+
+
 def _interpret_store(self, eqn, token, invals):
     key, value = invals
     run = functools.partial(_store_accumulator, source_info=eqn.source_info)
@@ -338,6 +389,7 @@ def _install():
         "interpret": _interpret,
         "_interpret_wgmma_ref_p": _interpret_wgmma,
         "_interpret_wgmma_accumulator_deref_p": _interpret_deref,
+        "_interpret_inline_mgpu_p": _interpret_inline,
     }
     for name, function in replaced.items():
         if not hasattr(Interpreter, name):

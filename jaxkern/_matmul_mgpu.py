@@ -1,0 +1,354 @@
+"""MLPs between low-rank cores on Hopper, of ranks too large for `flash_mlp`.
+
+The hidden features do go to memory, in 16 bits, but what precedes the activation, for
+the derivative of ReLU², does not, and nothing is read or written by an elementwise
+kernel: the activation is the epilogue of the matmul before it, its derivative that of
+the matmul before that one. Of an MLP (tokens, rank) -> hidden -> (tokens, rank):
+
+- ReLU²: the forward keeps a = max(z, 0)^2, and the backward's 2 max(z, 0) is
+  2 sqrt(a): five matmuls backward, two forward, as XLA has, and 3 numbers of traffic
+  a hidden feature less in either pass;
+- gated: the forward keeps both products and the hidden features, as XLA does, and the
+  backward makes both gradients in one epilogue.
+
+The other matmuls are XLA's, as long as ours is not measured to be as fast (`PLAIN`).
+
+Arithmetic for 7B, rank 1024 and hidden 16512, at 16384 tokens on an H200: a matmul has
+554 GFLOP, 0.56 ms of the tensor cores; hidden features are 541 MB, 0.11 ms of the
+memory, written while the tensor cores run. XLA's activation reads and writes them once
+more: 0.28 ms at 80 % of the memory's rate.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._checks import Implementation
+from ._mesh import vary_alike
+from ._mgpu import IN_KERNEL, multiprocessors
+from ._mgpu_matmul import (
+    PIECE,
+    ROWS,
+    Epilogue,
+    Operand,
+    Products,
+    config_of,
+    multiply,
+)
+from ._mgpu_rates import (
+    CLOCKS,
+    L2_BYTES,
+    LAUNCH_US,
+    MACS,
+    MATMUL_RATE,
+    MEMORY_BYTES,
+    MEMORY_RATE,
+)
+from ._mgpu_walk import COMPUTE, ROW_STEP
+
+DTYPES = ("bfloat16", "float16")
+# Who does matmuls without an epilogue.
+PLAIN: Implementation = "xla"
+# The part of the tensor cores' rate that XLA's matmuls reach: predicted, as ours.
+XLA_RATE = 0.75
+# How much faster a kernel must be predicted to be, since none of it is measured.
+MARGIN = 0.9
+FEATURE_STEP = PIECE
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of a launch: (m, depth) by (depth, n), `products` times, and what it moves.
+
+    moved: numbers read beside the factors and written, for each one of a result.
+    clocks: of the epilogue, for each number of a result.
+    density: of the multiply-adds, what a dense product would take.
+    """
+
+    m: int
+    depth: int
+    n: int
+    products: int = 1
+    moved: float = 1.0
+    clocks: float = 0.0
+    density: float = 1.0
+
+
+def predicted_us(work: Work, columns: int) -> float:
+    """Time of a launch with tiles of so many columns on an H200, not measured.
+
+    Tiles take turns on the multiprocessors. One takes as long as its matmuls at 0.7 of
+    the chip's rate and its epilogue after them; all together no less than the factors
+    take to come from L2, and every array to and from memory.
+    """
+    rows = COMPUTE * ROWS
+    tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
+    macs = rows * columns * work.depth * work.products * work.density
+    clocks = macs / MACS / MATMUL_RATE + rows * columns * work.clocks
+    computed = pl.cdiv(tiles, multiprocessors()) * clocks / CLOCKS
+    loaded = 2 * work.products * work.depth * (rows * work.density + columns)
+    from_l2 = tiles * loaded / L2_BYTES
+    numbers = work.products * work.depth * (work.m * work.density + work.n)
+    numbers += work.moved * work.m * work.n
+    from_memory = 2 * numbers / MEMORY_BYTES / MEMORY_RATE
+    return LAUNCH_US + max(computed, from_l2, from_memory)
+
+
+def choose_columns(work: Work, valid: Sequence[int] = (256, 128, 64)) -> int:
+    """The tiles that are predicted to be fastest; of equal ones, the largest."""
+    return min(valid, key=partial(predicted_us, work))
+
+
+def predicted_faster(
+    tokens: int, ranks: Sequence[int], hidden: int, products: int
+) -> bool:
+    """Whether the forward is predicted to beat XLA's by a tenth.
+
+    XLA launches each matmul and the activation, which reads and writes.
+    """
+    work = Work(tokens, ranks[0], hidden, products)
+    columns = choose_columns(work, (256, 128, 64) if products == 1 else (128, 64))
+    ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
+    macs = tokens * ranks[0] * hidden
+    one = macs / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
+    rate = MEMORY_BYTES * MEMORY_RATE
+    moved = 2 * (tokens * ranks[0] + ranks[0] * hidden + tokens * hidden)
+    activation = 2 * (products + 1) * tokens * hidden / rate
+    xla = products * (LAUNCH_US + max(one, moved / rate)) + LAUNCH_US + activation
+    # What is the same for both: the matmul that follows.
+    after = LAUNCH_US + tokens * ranks[1] * hidden / (macs / one)
+    return ours + after < MARGIN * (xla + after)
+
+
+def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
+    """Of the copies of weights and cores; each array is read and written."""
+    numbers = copies = 0
+    if hidden % FEATURE_STEP or any(rank % FEATURE_STEP for rank in ranks):
+        numbers += (products * ranks[0] + ranks[1]) * hidden
+        copies += products + 1
+    if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
+        numbers += tokens * (products * ranks[0] + ranks[1])
+        copies += 2
+    return 4 * numbers / (MEMORY_BYTES * MEMORY_RATE) + copies * LAUNCH_US
+
+
+def unsupported(shape: Sequence[int], dtype: Any, *, on_hopper: bool) -> str | None:
+    """Why the kernels cannot run this, or None if they can; shape: of the core."""
+    if str(dtype) not in DTYPES:
+        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {dtype}"
+    if 0 in shape:
+        return f"no axis may be empty for mosaic_gpu, got {tuple(shape)}"
+    if not on_hopper:
+        return "mosaic_gpu needs an H100 or H200, and the default device is none"
+    return None
+
+
+def pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    """With zeros at the end up to multiples, which add nothing to any result."""
+    missing = -a.shape[0] % rows, -a.shape[1] % columns
+    return jnp.pad(a, [(0, n) for n in missing]) if any(missing) else a
+
+
+def relu2_mlp(core: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """max(core up, 0)^2 down, of (tokens, rank), (rank, hidden), (hidden, rank)."""
+    tokens, rank = core.shape[0], down.shape[1]
+    args = (
+        pad(core, ROW_STEP, FEATURE_STEP),
+        pad(up, FEATURE_STEP, FEATURE_STEP),
+        pad(down, FEATURE_STEP, FEATURE_STEP),
+    )
+    return _relu2(*vary_alike(*args))[:tokens, :rank]
+
+
+def gated_mlp(
+    core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """(silu(gate's core gate) * up's core up) down; core: theirs side by side."""
+    tokens, rank = core.shape[0], down.shape[1]
+    halves = (pad(half, ROW_STEP, FEATURE_STEP) for half in jnp.split(core, 2, axis=1))
+    weights = (pad(w, FEATURE_STEP, FEATURE_STEP) for w in (gate, up, down))
+    args = jnp.concatenate([*halves], axis=1), *weights
+    return _gated(*vary_alike(*args))[:tokens, :rank]
+
+
+def run(name: str, products: Any, epilogue: Any, columns: int) -> Sequence[jax.Array]:
+    """A launch with tiles of so many columns."""
+    return multiply(name, products, epilogue, config_of(products, epilogue, columns))
+
+
+def matmul(left: Operand, right: Operand, columns: int | None = None) -> jax.Array:
+    """The product alone, in our kernel."""
+    columns = columns or choose_columns(
+        Work(left.shape[0], left.shape[1], right.shape[1])
+    )
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(a, b):
+        factors = (
+            dataclasses.replace(left, array=a),
+            dataclasses.replace(right, array=b),
+        )
+        epilogue = Epilogue(lambda sums, aux: sums)
+        return run("matmul", Products([factors]), epilogue, columns)[0]
+
+    return kernel(left.array, right.array)
+
+
+def plain(left: Operand, right: Operand) -> jax.Array:
+    """The product alone, by whom it is fastest."""
+    if PLAIN == "mosaic_gpu":
+        return matmul(left, right)
+    arrays = []
+    for operand in (left, right):
+        first, width = operand.first, operand.width or operand.array.shape[1]
+        arrays.append(lax.slice_in_dim(operand.array, first, first + width, axis=1))
+    contracted = (0 if left.transposed else 1,), (1 if right.transposed else 0,)
+    return lax.dot_general(*arrays, (contracted, ((), ())))
+
+
+def _relu2_epilogue(sums, aux):
+    return [IN_KERNEL["relu2"].value(sums[0])]
+
+
+def _relu2_derivative_epilogue(sums, aux):
+    # The square root of the hidden features is what was squared.
+    return [sums[0] * (2 * jnp.sqrt(aux[0]))]
+
+
+def _gate_epilogue(sums, aux):
+    return [IN_KERNEL["silu"].value(sums[0]) * sums[1]]
+
+
+def _gate_and_keep_epilogue(sums, aux):
+    return [*_gate_epilogue(sums, aux), *sums]
+
+
+def _gate_derivative_epilogue(sums, aux):
+    value, derivative = IN_KERNEL["silu"]
+    gate, up = aux
+    return [sums[0] * up * derivative(gate), sums[0] * value(gate)]
+
+
+def relu2_forward(columns: int | None = None):
+    """The kernel of max(core up, 0)^2."""
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(core, up):
+        chosen = columns or choose_columns(
+            Work(core.shape[0], core.shape[1], up.shape[1])
+        )
+        products = Products([(Operand(core), Operand(up))])
+        return run("relu2_forward", products, Epilogue(_relu2_epilogue), chosen)[0]
+
+    return kernel
+
+
+def relu2_backward(columns: int | None = None):
+    """The kernel of (dy down^T) * 2 sqrt(hidden)."""
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(dy, down, hidden):
+        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=2)
+        chosen = columns or choose_columns(work)
+        products = Products([(Operand(dy), Operand(down, transposed=True))])
+        epilogue = Epilogue(_relu2_derivative_epilogue, aux=[hidden])
+        return run("relu2_backward", products, epilogue, chosen)[0]
+
+    return kernel
+
+
+def gated_forward(keep: bool, columns: int | None = None):
+    """The kernel of silu(gate) * up, and, to be kept, of the two themselves."""
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(core, gate, up):
+        rank, hidden = gate.shape
+        outs = 3 if keep else 1
+        work = Work(core.shape[0], rank, hidden, products=2, moved=outs)
+        chosen = columns or choose_columns(work, (128, 64))
+        pairs = [
+            (Operand(core, first=first, width=rank), Operand(w))
+            for first, w in ((0, gate), (rank, up))
+        ]
+        compute = _gate_and_keep_epilogue if keep else _gate_epilogue
+        epilogue = Epilogue(compute, outs)
+        return tuple(run("gated_forward", Products(pairs), epilogue, chosen))
+
+    return kernel
+
+
+def gated_backward(columns: int | None = None):
+    """The kernel of both products' gradients, of dy, down and the products."""
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(dy, down, gate, up):
+        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4)
+        chosen = columns or choose_columns(work, (128, 64))
+        products = Products([(Operand(dy), Operand(down, transposed=True))])
+        epilogue = Epilogue(_gate_derivative_epilogue, outs=2, aux=[gate, up])
+        return tuple(run("gated_backward", products, epilogue, chosen))
+
+    return kernel
+
+
+@jax.custom_vjp
+def _relu2(core, up, down):
+    return plain(Operand(relu2_forward()(core, up)), Operand(down))
+
+
+def _relu2_fwd(core, up, down):
+    hidden = relu2_forward()(core, up)
+    return plain(Operand(hidden), Operand(down)), (core, up, down, hidden)
+
+
+def _relu2_bwd(saved, dy):
+    core, up, down, hidden = saved
+    return relu2_gradients(core, up, down, hidden, hidden, dy)
+
+
+def relu2_gradients(core, up, down, hidden, kept, dy):
+    """Of core, up and down.
+
+    hidden: whose square root gives the derivative.
+    kept: what was multiplied by `down`, the same or some of it.
+    """
+    d_z = relu2_backward()(dy, down, hidden)
+    d_core = plain(Operand(d_z), Operand(up, transposed=True))
+    d_up = plain(Operand(core, transposed=True), Operand(d_z))
+    return d_core, d_up, plain(Operand(kept, transposed=True), Operand(dy))
+
+
+_relu2.defvjp(_relu2_fwd, _relu2_bwd)
+
+
+@jax.custom_vjp
+def _gated(core, gate, up, down):
+    (hidden,) = gated_forward(keep=False)(core, gate, up)
+    return plain(Operand(hidden), Operand(down))
+
+
+def _gated_fwd(core, gate, up, down):
+    kept = gated_forward(keep=True)(core, gate, up)
+    return plain(Operand(kept[0]), Operand(down)), (core, gate, up, down, kept)
+
+
+def _gated_bwd(saved, dy):
+    core, gate, up, down, (hidden, *products) = saved
+    rank = gate.shape[0]
+    d_products = gated_backward()(dy, down, *products)
+    d_core, d_ups = [], []
+    for first, w, d_product in zip((0, rank), (gate, up), d_products, strict=True):
+        half = Operand(core, transposed=True, first=first, width=rank)
+        d_core.append(plain(Operand(d_product), Operand(w, transposed=True)))
+        d_ups.append(plain(half, Operand(d_product)))
+    d_down = plain(Operand(hidden, transposed=True), Operand(dy))
+    return jnp.concatenate(d_core, axis=1), *d_ups, d_down
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)

@@ -1,0 +1,334 @@
+"""The frame of our large matmuls: persistent blocks, and what follows in registers.
+
+A block computes 128 rows by up to 256 columns of a result, each of its two warpgroups
+64 rows, while a third one loads what is contracted, some of it a step. Tiles are taken
+in bands of `BAND` rows of tiles, whose columns the blocks walk together, so that both
+factors are read from L2.
+
+A `Products` says where the sums of a tile come from, an `Epilogue` what becomes of
+them: it gets them in float32, 64 x 64 at a time, and tiles of further arrays at the
+same place; what it returns is rounded and stored while the loads of the next tile run.
+With two products, as gate and up have, it gets both sums. Results have one writer, so
+there are no atomics. What lies past the end of an array is zero when TMA loads it and
+dropped when TMA stores it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._mgpu import SMEM_BYTES, plgpu, slot, tiles
+from ._mgpu_tiles import Ring, launch
+from ._mgpu_walk import COMPUTE
+
+# Rows of a warpgroup, the least that wgmma has; also what an epilogue takes at once.
+ROWS, PIECE = 64, 64
+# Of the contracted axis, in a step: rows of 128 bytes, the widest swizzle.
+DEPTH, SWIZZLE = 64, 128
+# Tiles of rows in a band.
+BAND = 16
+# Results that leave shared memory while the next ones are put there.
+OUT_SLOTS = 2
+MAX_STEPS = 4
+# For barriers, and for what aligns the buffers.
+SPARE_BYTES = 2048
+# Of both warpgroups, in 16 bits.
+PIECE_BYTES = COMPUTE * ROWS * PIECE * 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes.
+
+    columns: of a result's tile.
+    steps: of the contracted axis in flight.
+    """
+
+    columns: int
+    steps: int
+
+    def __post_init__(self):
+        if self.columns not in (64, 128, 256) or self.steps < 2:
+            raise ValueError(
+                "Config: columns must be 64, 128 or 256 and steps at least 2, "
+                f"got {self.columns} and {self.steps}"
+            )
+
+    @property
+    def pieces(self) -> int:
+        return self.columns // PIECE
+
+    def tiles(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many a result has, by row and by column."""
+        return pl.cdiv(shape[0], COMPUTE * ROWS), pl.cdiv(shape[1], self.columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A matrix, or some of its columns; `transposed` as a factor, not in memory.
+
+    first, width: the columns that it is about, of those in memory.
+    """
+
+    array: Any
+    transposed: bool = False
+    first: int = 0
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the factor."""
+        rows, columns = self.array.shape
+        columns = columns if self.width is None else self.width
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape in memory of a tile of the factor."""
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def cut(self, gmem, rows, columns):
+        """A tile of the factor as it lies in memory, by first and size either way."""
+        rows, columns = (columns, rows) if self.transposed else (rows, columns)
+        start = columns[0] + self.first
+        return gmem.at[pl.ds(rows[0], rows[1]), pl.ds(start, columns[1])]
+
+    def view(self, smem):
+        """Such a tile as a factor."""
+        return smem.transpose((1, 0)) if self.transposed else smem
+
+
+def buffer(dtype, *shape: int, swizzle: int = SWIZZLE):
+    return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
+
+
+def row_of(row, warpgroup):
+    """The first one of a warpgroup, by the tile's index."""
+    return (row * COMPUTE + warpgroup) * ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """One or two dense products, of factors with the same shapes.
+
+    One wgmma is always in flight: a step's slots are released when the products of the
+    next one have been issued.
+    """
+
+    pairs: Sequence[tuple[Operand, Operand]]
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        return [o.array for pair in self.pairs for o in pair]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.pairs[0][0].shape[0], self.pairs[0][1].shape[1]
+
+    @property
+    def steps(self) -> int:
+        """To walk, of a tile."""
+        return pl.cdiv(self.pairs[0][0].shape[1], DEPTH)
+
+    @property
+    def copies(self) -> int:
+        """Loads of a step."""
+        return len(self.pairs) * (COMPUTE + 1)
+
+    def step_bytes(self, columns: int) -> int:
+        return len(self.pairs) * 2 * DEPTH * (COMPUTE * ROWS + columns)
+
+    def buffers(self, config: Config) -> list[Any]:
+        buffers = []
+        for left, right in self.pairs:
+            dtype, tile = left.array.dtype, right.tile(DEPTH, config.columns)
+            buffers.append(buffer(dtype, config.steps, COMPUTE, ROWS, DEPTH))
+            buffers.append(buffer(dtype, config.steps, *tile))
+        return buffers
+
+    def accumulate(self, config: Config, smem, ring: Ring, start):
+        """The sums of a warpgroup's tile, one of each product."""
+        warpgroup = lax.axis_index("warpgroup")
+
+        def run(*sums):
+            def step(i, carry):
+                s = ring.wait(start + i)
+                # Or the addresses would be kept in registers.
+                part = lax.optimization_barrier(warpgroup)
+                for n, (left, right) in enumerate(self.pairs):
+                    a, b = smem[2 * n].at[s, part], smem[2 * n + 1].at[s]
+                    plgpu.wgmma(sums[n], left.view(a), right.view(b))
+                plgpu.wgmma_wait(len(self.pairs))
+
+                @pl.when(i > 0)
+                def _():
+                    ring.release(start + i - 1)
+
+                return carry
+
+            lax.fori_loop(0, self.steps, step, jnp.int32(0))
+            values = [one[...] for one in sums]
+            ring.release(start + self.steps - 1)
+            return values
+
+        shape = ROWS, config.columns
+        return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for _ in self.pairs])
+
+    def fill(self, config: Config, gmem, smem, ring: Ring, start, row, column) -> None:
+        """The loads of a tile's steps."""
+
+        @pl.loop(0, self.steps)
+        def _(i):
+            along, copies = (i * DEPTH, DEPTH), []
+            across = column * config.columns, config.columns
+            for n, (left, right) in enumerate(self.pairs):
+                for part in range(COMPUTE):
+                    source = left.cut(gmem[2 * n], (row_of(row, part), ROWS), along)
+                    copies.append((source, smem[2 * n], part))
+                source = right.cut(gmem[2 * n + 1], along, across)
+                copies.append((source, smem[2 * n + 1]))
+            ring.fill(start + i, *copies)
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums.
+
+    compute: from the sums of each product and the tiles of `aux`, all in float32, to a
+        tile of each result. With `aux` there are as many results as those.
+    """
+
+    compute: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+    outs: int = 1
+    aux: Sequence[jax.Array] = ()
+
+    def slots(self, config: Config) -> int:
+        """With `aux`, all of a tile: its loads must not wait for the epilogue."""
+        return config.pieces if self.aux else OUT_SLOTS
+
+    def smem_bytes(self, columns: int) -> int:
+        slots = columns // PIECE if self.aux else OUT_SLOTS
+        return slots * self.outs * PIECE_BYTES
+
+    def shapes(self, config: Config, shape, dtype) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(shape, dtype)] * self.outs
+
+    def buffers(self, config: Config, dtype) -> list[Any]:
+        slots = self.slots(config)
+        return [buffer(dtype, slots, COMPUTE, ROWS, PIECE) for _ in range(self.outs)]
+
+    def ring(self, config: Config) -> Ring:
+        return Ring(self.slots(config), max(1, len(self.aux) * COMPUTE))
+
+    def store(self, config: Config, sums, gmem, smem, ring: Ring, tile, row, column):
+        warpgroup = lax.axis_index("warpgroup")
+        for piece in range(config.pieces):
+            at = tile * config.pieces + piece
+            part = lax.optimization_barrier(warpgroup)
+            s, aux = slot(at, self.slots(config)), []
+            if self.aux:
+                ring.wait(at)
+                for one in smem:
+                    read = plgpu.load(one.at[s, part], layout=plgpu.Layout.WGMMA)
+                    aux.append(read.astype(jnp.float32))
+            else:
+                # What was stored from this slot before has been read.
+                pending = self.outs * (OUT_SLOTS - 1)
+                plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+            where = slice(piece * PIECE, (piece + 1) * PIECE)
+            values = self.compute([one[:, where] for one in sums], aux)
+            for value, one in zip(values, smem, strict=True):
+                one.at[s, part][...] = value.astype(one.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(row_of(row, warpgroup), ROWS)
+            columns = pl.ds(column * config.columns + piece * PIECE, PIECE)
+            for one, out in zip(smem, gmem, strict=True):
+                plgpu.copy_smem_to_gmem(one.at[s, part], out.at[rows, columns])
+            if self.aux:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                ring.release(at)
+
+    def fill(self, config: Config, gmem, smem, ring: Ring, tile, row, column) -> None:
+        """The loads of the tiles of `aux`."""
+        for piece in range(config.pieces if self.aux else 0):
+            columns = pl.ds(column * config.columns + piece * PIECE, PIECE)
+            copies = []
+            for source, one in zip(gmem, smem, strict=True):
+                for part in range(COMPUTE):
+                    rows = pl.ds(row_of(row, part), ROWS)
+                    copies.append((source.at[rows, columns], one, part))
+            ring.fill(tile * config.pieces + piece, *copies)
+
+    def drain(self, config: Config, ring: Ring, tiles_done) -> None:
+        if self.aux:
+            ring.drain(tiles_done * config.pieces)
+
+
+def config_of(products: Any, epilogue: Any, columns: int) -> Config:
+    """With tiles of so many columns, the steps that fit."""
+    free = SMEM_BYTES - SPARE_BYTES - epilogue.smem_bytes(columns)
+    return Config(columns, min(MAX_STEPS, free // products.step_bytes(columns)))
+
+
+def multiply(
+    name: str, products: Any, epilogue: Any, config: Config
+) -> Sequence[jax.Array]:
+    """The results of the epilogue, of all tiles of the products."""
+    _check(name, [*products.arrays, *epilogue.aux])
+    shape, dtype = products.shape, products.arrays[0].dtype
+    counts, steps = config.tiles(shape), products.steps
+    buffers = products.buffers(config)
+    outs = epilogue.shapes(config, shape, dtype)
+    parts = [products.arrays, epilogue.aux, outs, buffers]
+
+    def body(*refs):
+        *refs, ring, epilogue_ring = refs
+        gmem, aux_gmem, out_gmem, smem, staged = _split(refs, map(len, parts))
+
+        def place(info):
+            # Its columns are the minor axis within a band of rows.
+            return plgpu.planar_snake(info.index[0], counts, 0, BAND)
+
+        def compute(info):
+            tile, at = info.local_index, place(info)
+            sums = products.accumulate(config, smem, ring, tile * steps)
+            epilogue.store(config, sums, out_gmem, staged, epilogue_ring, tile, *at)
+
+        def load(info):
+            tile, at = info.local_index, place(info)
+            products.fill(config, gmem, smem, ring, tile * steps, *at)
+            epilogue.fill(config, aux_gmem, staged, epilogue_ring, tile, *at)
+
+        def drain(tiles_done):
+            ring.drain(tiles_done * steps)
+            epilogue.drain(config, epilogue_ring, tiles_done)
+
+        return compute, load, drain
+
+    rings = Ring(config.steps, products.copies), epilogue.ring(config)
+    operands = *products.arrays, *epilogue.aux
+    buffers = [*buffers, *epilogue.buffers(config, dtype)]
+    grid = (counts[0] * counts[1],)
+    return launch(name, body, grid, outs, buffers, rings, operands)
+
+
+def _split(refs, sizes):
+    """The refs in runs of these sizes, and the rest."""
+    for size in sizes:
+        yield refs[:size]
+        refs = refs[size:]
+    yield refs
+
+
+def _check(name: str, arrays: Sequence[jax.Array]) -> None:
+    """Only compiling for a GPU asks for it; the emulator would take any size."""
+    for array in arrays:
+        if array.ndim == 2 and (array.shape[0] % 8 or array.shape[1] % PIECE):
+            raise ValueError(
+                f"{name}: arrays must have multiples of 8 rows and {PIECE} columns, "
+                f"got {array.shape}"
+            )

@@ -261,24 +261,29 @@ class Expected:
         return Check(relative_error(got, self.exact), self.bound)
 
 
-def _estimated(estimator: str, masks: Any, logits: Any) -> Any:
+@lru_cache(maxsize=1)
+def _slopes(
+    estimator: str, seed: int, batch: int, widths: tuple[int, int] | None = None
+) -> tuple[Any, ...]:
+    logits = mask_logits(seed, batch, widths)
+    return tuple(SLOPES[estimator](np.asarray(x, np.float64)) for x in logits)
+
+
+def _estimated(slopes: Any, masks: Any) -> Any:
     """From gradients of the masks to those of the logits."""
-    slope = SLOPES[estimator]
-    return tuple(
-        (m * slope(np.asarray(x, np.float64))).astype(m.dtype)
-        for m, x in zip(masks, logits, strict=True)
-    )
+    pairs = zip(masks, slopes, strict=True)
+    return tuple((m * slope).astype(m.dtype) for m, slope in pairs)
 
 
 @lru_cache(maxsize=1)
 def expected_layer(
     estimator: str, seed: int, batch: int, sizes: Sizes, dtype: Any
 ) -> Expected:
-    logits = mask_logits(seed, batch, sizes[1:])
+    slopes = _slopes(estimator, seed, batch, sizes[1:])
 
     def estimated(results):
         y, (d_h, d_weights, d_biases, d_masks) = results
-        return y, (d_h, d_weights, d_biases, _estimated(estimator, d_masks, logits))
+        return y, (d_h, d_weights, d_biases, _estimated(slopes, d_masks))
 
     plain, exact = map(estimated, layer_results(seed, batch, sizes, dtype))
     return Expected(plain, exact, dtype)
@@ -295,7 +300,7 @@ def expected_model(
         if which == "forward":
             return tokens[:batch].mean(dtype=np.float64), tokens[:batch]
         masks = tuple(d[:batch] / batch for d in d_masks)
-        return _estimated(estimator, masks, mask_logits(seed, batch))
+        return _estimated(_slopes(estimator, seed, batch), masks)
 
     plain, exact = map(first, model_results(seed, most, dtype))
     return Expected(plain, exact, dtype)

@@ -80,7 +80,7 @@ def build_layer(estimator: str, method, batch: int, args) -> Program:
         )
 
     run = with_gradients(definitions.layer(estimator, method))
-    return Program(run, inputs, check, figures=floors)
+    return Program(run, inputs, check, figures=floors, warmed=1)
 
 
 def build_model(estimator: str, method, batch: int, which: str, args) -> Program:
@@ -90,13 +90,14 @@ def build_model(estimator: str, method, batch: int, which: str, args) -> Program
     expected = estimator, which, args.seed, batch, max(args.batches), args.dtype
     if which == "forward":
         check = partial(definitions.check_forward, passes, expected)
-        return Program(passes.forward, passes.args, check)
+        return Program(passes.forward, passes.args, check, warmed=1)
     passes.run_forward()
     kept, passes.kept = passes.kept, None
     inputs = kept, *passes.args
     check = partial(definitions.check_backward, inputs, batch, expected)
     size = sum(x.nbytes for x in jax.tree.leaves(kept))
-    return Program(passes.backward, inputs, check, figures=lambda: {"kept_bytes": size})
+    figures = partial(dict, kept_bytes=size)
+    return Program(passes.backward, inputs, check, figures=figures, warmed=1)
 
 
 def _iterations(batch: int, args: argparse.Namespace) -> int:
@@ -185,7 +186,8 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
         seed=args.seed,
         matmul_peak_tflops=matmul_peak_tflops(args.dtype),
         timing_text=f"{args.timing}, {calls} after {args.warmup} warm-up"
-        + "s" * (args.warmup != 1),
+        + "s" * (args.warmup != 1)
+        + (", the check's" if args.warmup == 1 else ""),
         notes=report.notes(args),
     )
     console = make_console()

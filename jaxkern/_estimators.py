@@ -36,8 +36,9 @@ def _attach(mask: Array, soft: Array, logits: Array) -> Array:
 
 
 def _threshold(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # Two comparisons, so that a NaN is neither.
-    return lax.stop_gradient(jnp.where(x > 0, 1.0, jnp.where(x <= 0, 0.0, x)))
+    # No `where` of two numbers: each is an array in the jaxpr, which differentiation
+    # takes out of a loop over samples, so that every step reads it from memory.
+    return lax.stop_gradient(jnp.where(jnp.isnan(x), x, (x > 0).astype(x.dtype)))
 
 
 def _logistic(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -117,10 +118,12 @@ def _straight_through(
     logits: Array, derivative: Derivative, clip: Number | None, key: PRNGKeyArray | None
 ) -> Array:
     wide = widen(logits)
-    slope = jnp.ones_like(wide) if derivative == "identity" else _sigmoid_slope(wide)
+    soft = wide
+    if derivative == "sigmoid":
+        soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide
     if clip is not None:
-        slope = jnp.where(jnp.abs(wide) > clip, 0, slope)
-    return _attach(_draw(wide, key), lax.stop_gradient(slope) * wide, logits)
+        soft = jnp.where(jnp.abs(wide) > clip, 0, soft)
+    return _attach(_draw(wide, key), soft, logits)
 
 
 def seed_reinmax(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

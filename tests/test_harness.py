@@ -214,6 +214,21 @@ def test_every_stretch_waits_for_all_outputs(timing, blocks):
     assert row["samples"] == blocks
 
 
+def test_calls_of_the_check_can_be_warm_ups():
+    blocked = []
+
+    def block(out):
+        blocked.append(0)
+        return jax.block_until_ready(out)
+
+    program = Program(double, (X,), check, block=block, warmed=1)
+    for warmup in (3, 0):
+        row = {}
+        measure(program, Options(warmup=warmup, timing="per-call"), 2, row)
+        assert row["includes_compile"] == (warmup == 0)
+    assert len(blocked) == (3 - 1 + 2) + 2
+
+
 def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys):
     path = tmp_path / "rows.json"
     cases = [case("one"), Case({"name": "two"}, interrupt), case("three")]

@@ -330,6 +330,21 @@ def test_temporary_memory_of_fused_does_not_grow_with_the_batch(op, make, traine
     assert fused <= best / (2 if few else 4)
 
 
+@pytest.mark.parametrize("estimator", SLOPES)
+def test_fused_keeps_no_array_but_the_arguments(estimator):
+    """Not even one of constants, which the loop would read for every sample."""
+    (x, w, logits), _ = matmul_args((4, 8, 16, 32, 0))
+    fn = partial(masked_matmul, estimator=estimator)
+    _, pull = jax.vjp(lambda *args: fn(*args), x, w, logits)
+    kept = {leaf.shape for leaf in jax.tree.leaves(pull)}
+    assert kept <= {x.shape, w.shape, logits.shape}
+    forward: Any = jax.jit(lambda *args: jax.vjp(fn, *args)).lower(x, w, logits)
+    masked, sample, y = w.nbytes, x[0].nbytes, 4 * 8 * 32
+    temporary = forward.compile().memory_analysis().temp_size_in_bytes
+    # And a few counters.
+    assert temporary <= masked + sample + y + 1024
+
+
 @each_method_once
 def test_transforms(op, make, method):
     args, g = make((2, 3, 4, 5, 6))

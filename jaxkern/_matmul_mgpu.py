@@ -204,12 +204,13 @@ def plain(left: Operand, right: Operand) -> jax.Array:
     """The product alone, by whom it is fastest."""
     if PLAIN == "mosaic_gpu":
         return matmul(left, right)
-    arrays = []
-    for operand in (left, right):
+
+    def columns(operand: Operand) -> jax.Array:
         first, width = operand.first, operand.width or operand.array.shape[1]
-        arrays.append(lax.slice_in_dim(operand.array, first, first + width, axis=1))
+        return lax.slice_in_dim(operand.array, first, first + width, axis=1)
+
     contracted = (0 if left.transposed else 1,), (1 if right.transposed else 0,)
-    return lax.dot_general(*arrays, (contracted, ((), ())))
+    return lax.dot_general(columns(left), columns(right), (contracted, ((), ())))
 
 
 def _relu2_epilogue(sums, aux):

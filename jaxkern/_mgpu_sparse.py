@@ -1,8 +1,8 @@
 """2:4 in registers: the selection, and the product on sparse tensor cores.
 
 Neither is in Pallas, so both go through `inline_mgpu`. Of each four neighbours in a
-row, two values are stored, and two bits for the position of either, as `pack_2_4` has
-it. The sparse wgmma takes, of 64 rows and 64 columns, one word of positions from each of
+row, two values are stored, and two bits for the position of either (`pack_2_4`).
+The sparse wgmma takes, of 64 rows and 64 columns, one word of positions from each of
 128 threads: in the quad of threads for rows r and r + 8, thread t has those of columns
 16 t to 16 t + 15 of row r in its lower half, and of row r + 8 in its upper half. The
 first two threads serve the instruction for columns 0 to 31, the last two, by its

@@ -274,9 +274,9 @@ def low_rank_relu2(
     the mask $M$ of what is kept:
 
     - "exact": the derivative, for "2:4" $da = M \odot da'$;
-    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. It is biased: of "2:4"
-      $dz = 2\,da \odot \max(z, 0)$ is too large by $2 (1 - M) \odot da' \odot \max(z,
-      0)$, which is 0 in groups of at most two positive entries;
+    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. Its bias in $dz = 2\,da
+      \odot \max(z, 0)$ is, for "2:4", $2 (1 - M) \odot da' \odot \max(z, 0)$: none in
+      groups of at most two positive entries;
     - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
       through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
 
@@ -297,7 +297,8 @@ def low_rank_relu2(
     Matmuls accumulate in float32, the activation is computed in float32, and each
     result is rounded once to the dtype of `x`: in float16, $z^2$ overflows from
     $|z| = 256$. Saved for the backward: the arguments, and in the dtype of `x` the
-    results of all matmuls but the last and the input of the third.
+    results of all matmuls but the last and, except for "feature_wise", the input of the
+    third.
 
     "mosaic_gpu" is `flash_mlp` between the first and the last matmul, for equal ranks
     and without a selection per token; the hidden features then never reach memory. None

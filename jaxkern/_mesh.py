@@ -57,10 +57,11 @@ def vary_alike(
 def on_automatic_axes[**In, Out](
     place: Callable[[PartitionSpec], Any],
 ) -> Callable[[Callable[In, Out]], Callable[In, Out]]:
-    """Of a method: where arguments lie on explicit axes, it runs on automatic ones.
+    """Where arguments lie on explicit axes, the function runs on automatic ones.
 
     XLA then chooses how to split what is between, as a large model needs. `place` says
-    where the results lie, from where the first argument after `self` does.
+    where the results lie, from where the second argument does: a method's first one
+    after `self`.
     """
 
     def decorate(method: Callable[In, Out]) -> Callable[In, Out]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from . import _flash_mlp_mgpu
+from . import _feature_wise, _flash_mlp_mgpu
 from ._activations import ACTIVATIONS
 from ._checks import (
     Implementation,
@@ -29,6 +29,7 @@ from ._packed_2_4 import GROUP, KEPT
 from ._sparsity import sparsify_2_4
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
+Gradient = Literal["exact", "straight_through", "feature_wise"]
 Pair = tuple[jax.Array, jax.Array]
 
 # The backward computes the activations again from the matmuls' results: that is cheap,
@@ -44,16 +45,18 @@ def _silu_gate(
     return (silu * widen(up)).astype(gate.dtype)
 
 
-@partial(_recompute, static_argnums=1)
+@partial(_recompute, static_argnums=(1, 2))
 def _sparse_relu2(
-    z: Float[Array, "*batch hidden"], sparsity: Sparsity | None
+    z: Float[Array, "*batch hidden"],
+    sparsity: Sparsity | None,
+    gradient: Literal["exact", "straight_through"] | None,
 ) -> Float[Array, "*batch hidden"]:
     hidden = ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
     match sparsity:
         case "2:4":
-            return sparsify_2_4(hidden, method="top2")
+            return sparsify_2_4(hidden, method="top2", gradient=gradient)
         case "2:4-soft":
-            return sparsify_2_4(hidden, method="soft")
+            return sparsify_2_4(hidden, method="soft", gradient=gradient)
         case _:
             return hidden
 
@@ -109,6 +112,26 @@ def check_sparsity(op: str, sparsity: object) -> None:
     valid = (None, *get_args(Sparsity))
     if sparsity not in valid:
         raise_unknown(op, "sparsity", sparsity, valid)
+
+
+# What `gradient` may be, and why no more.
+GRADIENTS = {
+    None: ((None,), ", which drops nothing"),
+    "2:4": ((None, *get_args(Gradient)), ""),
+    "2:4-soft": ((None, "exact", "straight_through"), ""),
+    "2:4-static": ((None, "exact"), ", which never computes what it drops"),
+}
+
+
+def check_gradient(op: str, sparsity: Sparsity | None, gradient: object) -> None:
+    valid, reason = GRADIENTS[sparsity]
+    if gradient not in (None, *get_args(Gradient)):
+        raise_unknown(op, "gradient", gradient, (None, *get_args(Gradient)))
+    if gradient not in valid:
+        raise ValueError(
+            f"{op}: gradient must be {' or '.join(map(repr, valid))} for "
+            f"sparsity={sparsity!r}{reason}, got {gradient!r}"
+        )
 
 
 def swiglu(
@@ -230,6 +253,7 @@ def low_rank_relu2(
     down: tuple[Float[Array, "hidden rank_down"], Float[Array, "rank_down d_out"]],
     *,
     sparsity: Sparsity | None = None,
+    gradient: Gradient | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
     r"""The ungated ReLU² MLP with two low-rank weights, each a pair (w_in, w_out).
@@ -239,13 +263,34 @@ def low_rank_relu2(
     $\mathcal{S}$, by `sparsity`, acts on the hidden features of each token:
 
     - None: the identity;
-    - "2:4": `sparsify_2_4` with "top2", exact gradient. In XLA the matmul that follows
-      is dense, so this costs time and saves none;
-    - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token, straight-through
-      gradient;
+    - "2:4": `sparsify_2_4` with "top2". In XLA the matmul that follows is dense, so
+      this costs time and saves none;
+    - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token;
     - "2:4-static": the features 2 and 3 of each 4 are dropped. They are never computed,
       and get zero gradients, exactly. The kept halves of `up[1]` and `down[0]` are
       copied in every call, and saved for the backward.
+
+    `gradient` says how the backward passes $\mathcal{S}$. None is "straight_through"
+    for "2:4-soft" and else "exact". With $z = x U_{in} U_{out}$, $a = \max(z, 0)^2$ and
+    the mask $M$ of what is kept:
+
+    - "exact": the derivative, for "2:4" $da = M \odot da'$;
+    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. Its bias in $dz = 2\,da
+      \odot \max(z, 0)$ is, for "2:4", $2 (1 - M) \odot da' \odot \max(z, 0)$: none in
+      groups of at most two positive entries;
+    - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
+      through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
+
+      $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+
+      so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
+      the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest of
+      each four tokens, and all tokens of the 5 % of the features (rounded up) of which
+      $a$ has the fewest zeros. In place of the paper's fixed permutation, the tokens of
+      a group are a quarter of all tokens apart, counted over the batch axes in order;
+      that is in $\mathcal{F}$ alone, so the result is that of "2:4". Emulated: the
+      matmuls are dense, and it saves no time. It has no `jvp`, and under `shard_map`
+      and `vmap` each part chooses among its own tokens and features.
 
     Where the hidden features are sharded by hand, each shard begins a group anew: give
     it a multiple of four, and "2:4-soft" whole tokens.
@@ -253,7 +298,8 @@ def low_rank_relu2(
     Matmuls accumulate in float32, the activation is computed in float32, and each
     result is rounded once to the dtype of `x`: in float16, $z^2$ overflows from
     $|z| = 256$. Saved for the backward: the arguments, and in the dtype of `x` the
-    results of all matmuls but the last and the input of the third.
+    results of all matmuls but the last and, except for "feature_wise", the input of the
+    third.
 
     "mosaic_gpu" is `flash_mlp` between the first and the last matmul, for equal ranks
     and without a selection per token; the hidden features then never reach memory. None
@@ -262,7 +308,8 @@ def low_rank_relu2(
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
             dtypes differ.
-        ValueError: the shapes do not fit, or `sparsity` or `implementation` is unknown.
+        ValueError: the shapes do not fit, `sparsity`, `gradient` or `implementation` is
+            unknown, or `gradient` does not go with `sparsity`.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     Warns:
@@ -275,15 +322,19 @@ def low_rank_relu2(
     op = "low_rank_relu2"
     check_implementation(op, implementation)
     check_sparsity(op, sparsity)
+    check_gradient(op, sparsity, gradient)
     _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
     _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
-    if _select(op, x, (up,), down, sparsity, implementation) == "mosaic_gpu":
+    if _select(op, x, (up,), down, sparsity, implementation, gradient) == "mosaic_gpu":
         return _fused(x, (up,), down, "relu2")
-    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity)
+    if gradient == "feature_wise":
+        core = _feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
+        return matmul(core, down[1])
+    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
     return _low_rank_matmul(hidden, down)
 
 
@@ -305,10 +356,13 @@ def _select(
     down: Pair,
     sparsity: Sparsity | None,
     implementation: Implementation | None,
+    gradient: Gradient | None = None,
 ) -> Implementation:
     ranks = [pair[1].shape[0] for pair in ups] + [down[0].shape[1]]
     reason = None
-    if sparsity not in (None, "2:4-static"):
+    if gradient not in (None, "exact"):
+        reason = f"gradient must be None or 'exact', got {gradient!r}"
+    elif sparsity not in (None, "2:4-static"):
         reason = f"sparsity must be None or '2:4-static', got {sparsity!r}"
     elif len(set(ranks)) > 1:
         names = ("gate", "up", "down")[-len(ranks) :]

@@ -5,7 +5,7 @@ zeros that are never kept before an entry that is there.
 """
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ MVUE_EPSILON = 1.1920929e-7
 MVUE_ABSENT = 1e-30
 
 Method = Literal["top2", "soft", "mvue", "static"]
+Gradient = Literal["exact", "straight_through"]
 
 
 def _group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
@@ -131,25 +132,34 @@ def sparsify_2_4(
     method: Method = "top2",
     key: PRNGKeyArray | None = None,
     scale: Float[Array, ""] | float | None = None,
+    gradient: Gradient | None = None,
 ) -> Float[Array, "*batch features"]:
     r"""Keep at most two entries of each group of four on the last axis.
 
     For the entries $a_0 ... a_3$ of a group:
 
     - "top2" keeps the two of largest $|a_i|$, of equal ones those that come first.
-      Gradient: exact, the mask times the incoming one.
+      Gradient: exact.
     - "soft" keeps $\beta\,\mathrm{sign}(a_i)(|a_i| - t)$ with $t$ the group's second
       smallest $|a_i|$, continuous in $a$. $\beta$ is `scale`; where that is None it is
       $\langle a, S\rangle / \langle S, S\rangle$ of each row (1 where $S = 0$), which
       makes $\|a - \beta S\|$ least. Rows of leading axes stay independent; for the
       original's one $\beta$ of a whole weight, compute it once and pass it.
-      Gradient: the identity, as in the original (straight through); none for `scale`.
+      Gradient: straight through, as in the original.
     - "mvue" draws $i$ with probability $b_i/B$, then $j \ne i$ with $b_j/(B - b_i)$,
       where $b_i = |a_i| + 2^{-23}$ and $B = \sum b_i$, and keeps $a_i/p_i$, with $p_i$
       the chance that $i$ is among the two: the result's mean is `x`.
-      Gradient: the identity, the derivative of that mean.
+      Gradient: straight through, which is the derivative of that mean.
     - "static" keeps the entries at positions 0 and 1, whatever they are.
       Gradient: exact.
+
+    `gradient` names another, for the incoming $d'$ and the mask $M$ of what is kept:
+
+    - "exact" is the derivative, $M \odot d'$; of "soft" that of its whole formula,
+      $t$, $\beta$ and a given `scale` included. "mvue" has none, since it draws.
+    - "straight_through" is $d'$, as if all had been kept, and nothing for `scale`. It
+      tells an entry that was dropped what it would have done, so that it may come
+      back, and is biased by $(1 - M) \odot d'$ for "top2" and "static".
 
     "soft" and "mvue" compute in float32, or float64 if `x` is; $a_i/p_i$ can overflow
     float16. A NaN counts as the largest, so it stays. On a shard of the last axis the
@@ -162,15 +172,40 @@ def sparsify_2_4(
 
     Raises:
         TypeError: `x` is no floating-point array, or "mvue" has no key.
-        ValueError: the method is unknown, or `key` or `scale` does not go with it.
+        ValueError: the method is unknown, or `key`, `scale` or `gradient` does not go
+            with it.
 
     References:
-        top2: https://arxiv.org/abs/2104.08378; soft (S-STE, eq. 8-10):
+        top2: https://arxiv.org/abs/2104.08378; straight-through:
+        https://arxiv.org/abs/1308.3432; soft (S-STE, eq. 8-10):
         https://arxiv.org/abs/2409.09099; mvue: https://arxiv.org/abs/2203.10991.
     """
     op = "sparsify_2_4"
     check_floating(op, x=x)
     check_batched(op, "x", x)
+    _check_options(op, method, key, scale, gradient)
+    features = x.shape[-1]
+    match method:
+        case "top2":
+            groups = _group(x)
+            kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
+            kept = _ungroup(kept, features)
+        case "soft":
+            kept = _soft(x, scale)
+        case "mvue":
+            assert key is not None
+            kept = _ungroup(_draw(_group(x), features, key), features)
+        case "static":
+            index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+            kept = jnp.where(index % GROUP < KEPT, x, 0)
+    if gradient is None:
+        gradient = "exact" if method in ("top2", "static") else "straight_through"
+    return kept if gradient == "exact" else with_derivative_of(kept, x)
+
+
+def _check_options(
+    op: str, method: object, key: object, scale: Any, gradient: object
+) -> None:
     if method not in get_args(Method):
         raise_unknown(op, "method", method, get_args(Method))
     if method == "mvue":
@@ -185,22 +220,14 @@ def sparsify_2_4(
         )
     if scale is not None and (isinstance(scale, str) or jnp.shape(scale) != ()):
         raise ValueError(f"{op}: scale must be one number, got {scale!r}")
-    features = x.shape[-1]
-    match method:
-        case "top2":
-            groups = _group(x)
-            kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
-            return _ungroup(kept, features)
-        case "soft":
-            return with_derivative_of(_soft(x, scale), x)
-        case "mvue":
-            assert key is not None
-            return with_derivative_of(
-                _ungroup(_draw(_group(x), features, key), features), x
-            )
-        case "static":
-            index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-            return jnp.where(index % GROUP < KEPT, x, 0)
+    valid = (None, *get_args(Gradient))
+    if gradient not in valid:
+        raise_unknown(op, "gradient", gradient, valid)
+    if gradient == "exact" and method == "mvue":
+        raise ValueError(
+            f"{op}: gradient must be None or 'straight_through' for method='mvue', "
+            f"got {gradient!r}"
+        )
 
 
 def _at(positions: UInt8[Array, "*batch groups 2"]) -> Bool[Array, "*batch groups 2 4"]:

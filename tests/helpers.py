@@ -112,7 +112,7 @@ def soft_float64(a):
     return np.where(energy > 0, overlap / np.where(energy > 0, energy, 1), 1) * shrunk
 
 
-def low_rank_relu2_float64(x, up, down, g, sparsity) -> Any:
+def low_rank_relu2_float64(x, up, down, g, sparsity, straight_through=False) -> Any:
     """Values and gradients; "2:4-soft" has the identity for its derivative."""
     w_up, w_down = up[0] @ up[1], down[0] @ down[1]
     z = x @ w_up
@@ -124,6 +124,7 @@ def low_rank_relu2_float64(x, up, down, g, sparsity) -> Any:
         case "2:4":
             mask = top2_float64(hidden)
             kept = hidden * mask
+            mask = ones if straight_through else mask
         case "2:4-soft":
             kept, mask = soft_float64(hidden), ones
         case _:

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from examples import compress_mlp, learn_masks, long_context
+from examples import compress_mlp, learn_masks, long_context, train_2_4
 from jaxkern.nn import QuadraticTransformer
 
 
@@ -31,6 +31,51 @@ def test_compress_mlp(monkeypatch, capsys):
     assert tuned < cut and trained < cut
     assert rows[1].split()[-2] == "-"
     assert float(rows[2][28:].split()[0]) == pytest.approx(0.36)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_train_2_4(monkeypatch, tmp_path, capsys):
+    for name, value in {
+        "BATCH": 64,
+        "HIDDEN": 258,
+        "RANK": 32,
+        "HELD_OUT": 5000,
+    }.items():
+        monkeypatch.setattr(train_2_4, name, value)
+    picture = tmp_path / "loss.png"
+    runs = train_2_4.main(["--steps", "60", "--plot", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:20].strip() for line in lines[2:6]] == [*train_2_4.MLPS]
+    assert max(map(len, lines)) <= 80
+    assert "emulated" in lines[-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # The same weights and batches: the first loss has met no gradient yet.
+    exact, *others = [run.losses for name, run in runs.items() if name != "dense"]
+    for losses in others:
+        assert losses[0] == exact[0] and losses[1:] != exact[1:]
+    for run in runs.values():
+        assert run.held_out < 3.2 < run.losses[0]
+        before, after = run.zeros
+        assert before < after and after >= 0.5
+        assert run.seconds == sorted(run.seconds)
+    assert lines[2].endswith(" -")
+    assert lines[3].endswith(f"{100 * runs['2:4 exact'].zeros[1]:.1f} %")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (
+            ["--plot", "loss.txt"],
+            "--plot must end in .png, .svg or .pdf, got 'loss.txt'",
+        ),
+    ],
+)
+def test_train_2_4_refuses(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        train_2_4.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_long_context(monkeypatch, capsys):

@@ -105,6 +105,45 @@ def test_low_rank_relu2(size, sparsity, dtype):
     assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
 
 
+@dtypes
+@sizes
+def test_straight_through_gradient(size, dtype):
+    x, up, _, down, g = low_rank_args(size, dtype)
+
+    def ours(x, up, down):
+        return low_rank_relu2(x, up, down, sparsity="2:4", gradient="straight_through")
+
+    def select(a):
+        return a + jax.lax.stop_gradient(definitions.top2(a) - a)
+
+    got = value_and_vjp(ours, (x, up, down), g)
+    bound = value_and_vjp(partial(definitions.relu2, select), (x, up, down), g)
+    wide = to_float64((x, up, down, g))
+    straight = partial(low_rank_relu2_float64, straight_through=True)
+    exact = straight(*wide, sparsity="2:4")
+    assert_as_exact(got, bound, exact)
+
+
+def test_exact_gradient_of_soft():
+    """Along one direction, against differences of the definition's values."""
+    with jax.enable_x64(True):
+        x, up, _, down, g = low_rank_args((9, 24, 63, 4, 24), jnp.float64)
+        args, g = (x, up, down), to_float64(g)
+        along = jax.tree.map(lambda a: np.cos(np.arange(a.size)).reshape(a.shape), args)
+
+        def value(h):
+            x, up, down = jax.tree.map(lambda a, d: np.asarray(a) + h * d, args, along)
+            y, _ = low_rank_relu2_float64(x, up, down, g, sparsity="2:4-soft")
+            return (y * g).sum()
+
+        _, got = value_and_vjp(
+            partial(low_rank_relu2, sparsity="2:4-soft", gradient="exact"), args, g
+        )
+        pairs = zip(*map(jax.tree.leaves, (got, along)), strict=True)
+        slope = sum(float((a * b).sum()) for a, b in pairs)
+    np.testing.assert_allclose(slope, (value(1e-6) - value(-1e-6)) / 2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("width", [5, 6, 7, 131])
 def test_2_4_of_a_ragged_width_is_that_of_the_padded_one(width):
     x, up, _, down, _ = low_rank_args((9, 24, width, 4, 24), jnp.float32)
@@ -303,6 +342,45 @@ UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((
             lambda: untyped.low_rank_relu2(X, UP, DOWN, sparsity="4:8"),
             ValueError,
             "sparsity must be one of None, '2:4', '2:4-soft', '2:4-static', got '4:8'",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(X, UP, DOWN, sparsity="2:4", gradient="st"),
+            ValueError,
+            "low_rank_relu2: gradient must be one of None, 'exact', "
+            "'straight_through', 'feature_wise', got 'st'",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(X, UP, DOWN, gradient="straight_through"),
+            ValueError,
+            "gradient must be None for sparsity=None, which drops nothing, got 'strai",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(
+                X, UP, DOWN, sparsity="2:4-soft", gradient="feature_wise"
+            ),
+            ValueError,
+            "gradient must be None or 'exact' or 'straight_through' for "
+            "sparsity='2:4-soft', got 'feature_wise'",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(
+                X, UP, DOWN, sparsity="2:4-static", gradient="straight_through"
+            ),
+            ValueError,
+            "gradient must be None or 'exact' for sparsity='2:4-static', which never "
+            "computes what it drops, got 'straight_through'",
+        ),
+        (
+            lambda: untyped.low_rank_relu2(
+                X,
+                UP,
+                DOWN,
+                sparsity="2:4",
+                gradient="feature_wise",
+                implementation="mosaic_gpu",
+            ),
+            NotImplementedError,
+            "for mosaic_gpu, gradient must be None or 'exact', got 'feature_wise'",
         ),
         (
             lambda: untyped.low_rank_relu2(X, UP, DOWN, implementation="mosaic_gpu"),

@@ -49,6 +49,23 @@ def test_modules_call_their_ops():
     np.testing.assert_array_equal(m(x), jaxkern.low_rank_matmul(x, m.weight))
 
 
+@pytest.mark.parametrize("gradient", ["exact", "straight_through", "feature_wise"])
+def test_the_gradient_of_the_sparsity_is_passed_on(gradient):
+    m = LowRankReLU2(
+        EMBED, MLP, RANK, sparsity="2:4", gradient=gradient, rngs=nnx.Rngs(0)
+    )
+    x, g = normal(0, (16, EMBED)), normal(1, (16, EMBED))
+
+    def op(up, down):
+        y = jaxkern.low_rank_relu2(x, up, down, sparsity="2:4", gradient=gradient)
+        return (y * g).sum()
+
+    d_up, d_down = jax.grad(op, argnums=(0, 1))(m.up.weight, m.down.weight)
+    got = nnx.grad(lambda m: (m(x) * g).sum())(m)
+    assert_near((got["up"]["w_in"][...], got["up"]["w_out"][...]), d_up)
+    assert_near((got["down"]["w_in"][...], got["down"]["w_out"][...]), d_down)
+
+
 def test_parameter_counts_are_the_published_ones():
     # 60M of the study: hidden 512, intermediate 1376, rank 128.
     h, m, r, rngs = 512, 1376, 128, nnx.Rngs(0)
@@ -298,6 +315,14 @@ X = jnp.ones((2, EMBED))
             ),
             NotImplementedError,
             "swiglu: implementation must be 'xla'",
+        ),
+        (
+            lambda: untyped.nn.LowRankReLU2(
+                8, 8, 2, gradient="exact", rngs=nnx.Rngs(0)
+            ),
+            ValueError,
+            "LowRankReLU2: gradient must be None for sparsity=None, which drops "
+            "nothing, got 'exact'",
         ),
         (
             lambda: untyped.nn.LowRankReLU2(8, 8, 2, sparsity="1:4", rngs=nnx.Rngs(0)),

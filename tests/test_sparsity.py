@@ -150,6 +150,60 @@ def test_gradients():
     np.testing.assert_array_equal(tangent, g)
 
 
+def test_gradients_by_name():
+    x, g = normal(0, (3, 11)), normal(1, (3, 11))
+
+    def gradient(**options):
+        return jax.vjp(lambda x: sparsify_2_4(x, **options), x)[1](g)[0]
+
+    for method, mask in [("top2", top2_float64(x)), ("static", np.arange(11) % 4 < 2)]:
+        exact = gradient(method=method, gradient="exact")
+        np.testing.assert_array_equal(exact, g * mask)
+        straight = gradient(method=method, gradient="straight_through")
+        np.testing.assert_array_equal(straight, g)
+    key = jax.random.key(0)
+    for options in ({"method": "soft"}, {"method": "mvue", "key": key}):
+        np.testing.assert_array_equal(
+            gradient(**options, gradient="straight_through"), g
+        )
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_exact_gradient_of_soft(scale):
+    """Against differences of the definition, threshold and scale moving along."""
+    x, g = (to_float64(normal(i, (3, 11))) for i in range(2))
+
+    def soft(x, scale):
+        definition = soft_float64(x)
+        if scale is None:
+            return definition
+        unscaled = np.sign(x) * np.maximum(abs(x) - threshold_float64(x), 0)
+        return scale * unscaled
+
+    def slope(along):
+        return (along(1e-6) - along(-1e-6)) / 2e-6
+
+    steps = np.eye(x.size).reshape(-1, *x.shape)
+    expected = [slope(lambda h, e=e: (g * soft(x + h * e, scale)).sum()) for e in steps]
+    with jax.enable_x64(True):
+        got = jax.grad(
+            lambda x, scale: (
+                g * sparsify_2_4(x, method="soft", scale=scale, gradient="exact")
+            ).sum(),
+            argnums=(0, 1) if scale else 0,
+        )(jnp.asarray(x), scale)
+    d_x = got[0] if scale else got
+    np.testing.assert_allclose(d_x.ravel(), expected, rtol=1e-6, atol=1e-8)
+    if scale:
+        np.testing.assert_allclose(got[1], (g * soft(x, 1.0)).sum(), rtol=1e-12)
+
+
+def threshold_float64(x):
+    """The second smallest magnitude of the group that an entry is in."""
+    smallest = np.sort(abs(groups_of(x)), axis=-1)[..., 1]
+    return np.repeat(smallest, 4, axis=-1)[:, : x.shape[-1]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["top2", "soft", "mvue", "static"])
 def test_dtype_and_transforms(method, dtype):
@@ -283,6 +337,19 @@ X = jnp.ones((2, 8))
             lambda: untyped.sparsify_2_4(X, scale=1.0),
             ValueError,
             "scale must be given for method='soft' only, got one for 'top2'",
+        ),
+        (
+            lambda: untyped.sparsify_2_4(X, gradient="feature_wise"),
+            ValueError,
+            "sparsify_2_4: gradient must be one of None, 'exact', 'straight_through', "
+            "got 'feature_wise'",
+        ),
+        (
+            lambda: untyped.sparsify_2_4(
+                X, method="mvue", key=jax.random.key(0), gradient="exact"
+            ),
+            ValueError,
+            "gradient must be None or 'straight_through' for method='mvue', got 'exa",
         ),
         (
             lambda: untyped.sparsify_2_4(X, method="top3"),

@@ -11,7 +11,15 @@ from jaxtyping import Array, Float
 from .._activations import get_activation
 from .._checks import Implementation
 from .._flash_mlp import flash_mlp
-from .._mlp import Sparsity, check_sparsity, low_rank_relu2, low_rank_swiglu, swiglu
+from .._mlp import (
+    Gradient,
+    Sparsity,
+    check_gradient,
+    check_sparsity,
+    low_rank_relu2,
+    low_rank_swiglu,
+    swiglu,
+)
 from ._linear import (
     LowRankLinear,
     check_arguments,
@@ -187,14 +195,15 @@ class LowRankReLU2(nnx.Module):
             usual, since there is no gate.
         rank: of both weights.
         sparsity: of the activations, as in `jaxkern.low_rank_relu2`.
+        gradient: of the sparsity, as there.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
         kernel_init: for each factor.
         implementation: as in `jaxkern.low_rank_relu2`.
 
     Raises:
-        ValueError: a size is not a positive integer, or `sparsity` or
-            `implementation` is unknown.
+        ValueError: a size is not a positive integer, `sparsity`, `gradient` or
+            `implementation` is unknown, or `gradient` does not go with `sparsity`.
     """
 
     def __init__(
@@ -204,6 +213,7 @@ class LowRankReLU2(nnx.Module):
         rank: int,
         *,
         sparsity: Sparsity | None = None,
+        gradient: Gradient | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
@@ -227,10 +237,12 @@ class LowRankReLU2(nnx.Module):
             rngs=rngs,
         )
         check_sparsity("LowRankReLU2", sparsity)
+        check_gradient("LowRankReLU2", sparsity, gradient)
         widen, narrow = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
         self.up = linear(in_features, hidden_features, axis_names=widen)
         self.down = linear(hidden_features, in_features, axis_names=narrow)
         self.sparsity: Sparsity | None = sparsity
+        self.gradient: Gradient | None = gradient
         self.in_features = in_features
         self.hidden_features = hidden_features
         self.rank = rank
@@ -246,6 +258,7 @@ class LowRankReLU2(nnx.Module):
             (f[0], f[1]),
             (f[2], f[3]),
             sparsity=self.sparsity,
+            gradient=self.gradient,
             implementation=self.implementation,
         )
 

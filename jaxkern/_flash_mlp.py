@@ -89,7 +89,7 @@ def flash_mlp(
 def select(
     op: str,
     x: jax.Array | jax.ShapeDtypeStruct,
-    ups: Sequence[jax.Array],
+    ups: Sequence[jax.Array | jax.ShapeDtypeStruct],
     implementation: Implementation | None,
 ) -> Implementation:
     """What runs an MLP of these shapes: a pure function of them and of the devices.

@@ -185,7 +185,10 @@ def _padding_us(
 
 
 def unsupported(
-    x: jax.Array | jax.ShapeDtypeStruct, ups: Sequence[jax.Array], *, on_hopper: bool
+    x: jax.Array | jax.ShapeDtypeStruct,
+    ups: Sequence[jax.Array | jax.ShapeDtypeStruct],
+    *,
+    on_hopper: bool,
 ) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
     dim, hidden = ups[0].shape[1:]

@@ -255,7 +255,7 @@ def relu2_backward(columns: int | None = None):
 
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, hidden):
-        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=2)
+        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=2.0)
         chosen = columns or choose_columns(work)
         products = Products([(Operand(dy), Operand(down, transposed=True))])
         epilogue = Epilogue(_relu2_derivative_epilogue, aux=[hidden])
@@ -271,7 +271,7 @@ def gated_forward(keep: bool, columns: int | None = None):
     def kernel(core, gate, up):
         rank, hidden = gate.shape
         outs = 3 if keep else 1
-        work = Work(core.shape[0], rank, hidden, products=2, moved=outs)
+        work = Work(core.shape[0], rank, hidden, products=2, moved=float(outs))
         chosen = columns or choose_columns(work, (128, 64))
         pairs = [
             (Operand(core, first=first, width=rank), Operand(w))
@@ -289,7 +289,7 @@ def gated_backward(columns: int | None = None):
 
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, gate, up):
-        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4)
+        work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4.0)
         chosen = columns or choose_columns(work, (128, 64))
         products = Products([(Operand(dy), Operand(down, transposed=True))])
         epilogue = Epilogue(_gate_derivative_epilogue, outs=2, aux=[gate, up])

@@ -1,8 +1,6 @@
 """Gated and low-rank MLPs."""
 
-import math
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from . import _feature_wise, _flash_mlp_mgpu
+from . import _feature_wise, _mlp_mgpu
 from ._activations import ACTIVATIONS
 from ._checks import (
     Implementation,
@@ -23,7 +21,6 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
-from ._flash_mlp import select
 from ._matmul import matmul, widen
 from ._packed_2_4 import GROUP, KEPT
 from ._sparsity import sparsify_2_4
@@ -220,9 +217,14 @@ def low_rank_swiglu(
 
     Precision and what is saved for the backward are those of `swiglu`.
 
-    "mosaic_gpu" is the gated kernel of `flash_mlp` between the first matmul, one for
-    $G_{in}$ and $U_{in}$, and the last, for equal ranks up to 128; the hidden features
-    then never reach memory. None picks as `flash_mlp` does.
+    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
+    same rank: one matmul for $G_{in}$ and $U_{in}$, a kernel or two, and the last
+    matmul. Up to rank 128, if all ranks are equal, the kernel is the gated one of
+    `flash_mlp`, and the hidden features never reach memory. Beyond that the gate is the
+    epilogue of the two matmuls before it, which then go to memory for the backward
+    alone, and its derivative that of the matmul with $D_{in}^T$. Tokens that are no
+    multiple of 8, and ranks and hidden sizes that are none of 64, are padded by copies.
+    None picks what is predicted to be faster: no kernel has run on a GPU yet.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -241,8 +243,9 @@ def low_rank_swiglu(
     hidden_size = gate[1].shape[1]
     _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
     _check_low_rank(op, "down", down, hidden_size, "d_out")
-    if _select(op, x, (gate, up), down, None, implementation) == "mosaic_gpu":
-        return _fused(x, (gate, up), down, "silu")
+    kernel = _mlp_mgpu.choose(op, x, (gate, up), down, None, None, implementation)
+    if kernel is not None:
+        return _mlp_mgpu.run(kernel, x, (gate, up), down)
     hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
     return _low_rank_matmul(hidden, down)
 
@@ -301,9 +304,23 @@ def low_rank_relu2(
     results of all matmuls but the last and, except for "feature_wise", the input of the
     third.
 
-    "mosaic_gpu" is `flash_mlp` between the first and the last matmul, for equal ranks
-    and without a selection per token; the hidden features then never reach memory. None
-    picks as `flash_mlp` does.
+    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, is a kernel or two
+    between the first and the last matmul:
+
+    - without a selection per token and with equal ranks up to 256, `flash_mlp`'s: the
+      hidden features never reach memory;
+    - with other ranks the activation is the epilogue of the matmul before it, and its
+      derivative of that with $D_{in}^T$. Saved are $a$, whose root is the derivative,
+      and not $z$: where $a$ underflows, in float16 from $|z| = 2^{-12}$ on, it is 0;
+    - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
+      memory packed, in 9/16 of the bytes, and on to sparse tensor cores. For an exact
+      gradient nothing else is kept. For "2:4-soft" the gradient is straight-through,
+      and sums of $a^2$ are float32. The order of positions in the tensor cores' operand
+      is NOT VERIFIED ON HARDWARE, so only `implementation="mosaic_gpu"` takes these.
+
+    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
+    are padded by copies. None picks what is predicted to be faster, and "xla" for a
+    selection per token: no kernel has run on a GPU yet.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -329,52 +346,12 @@ def low_rank_relu2(
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
-    if _select(op, x, (up,), down, sparsity, implementation, gradient) == "mosaic_gpu":
-        return _fused(x, (up,), down, "relu2")
+    options = sparsity, gradient
+    kernel = _mlp_mgpu.choose(op, x, (up,), down, *options, implementation)
+    if kernel is not None:
+        return _mlp_mgpu.run(kernel, x, (up,), down, *options)
     if gradient == "feature_wise":
         core = _feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
         return matmul(core, down[1])
     hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
     return _low_rank_matmul(hidden, down)
-
-
-def _fused(
-    x: jax.Array, ups: tuple[Pair, ...], down: Pair, activation: str
-) -> jax.Array:
-    """The hidden features stay on the chip, between the first and the last matmul."""
-    first = jnp.concatenate([up[0] for up in ups], axis=1)
-    core = matmul(x.reshape(-1, x.shape[-1]), first)[None]
-    seconds = tuple(up[1][None] for up in ups)
-    core = _flash_mlp_mgpu.mlp(core, seconds, down[0][None], activation)
-    return matmul(core[0], down[1]).reshape(*x.shape[:-1], -1)
-
-
-def _select(
-    op: str,
-    x: jax.Array,
-    ups: tuple[Pair, ...],
-    down: Pair,
-    sparsity: Sparsity | None,
-    implementation: Implementation | None,
-    gradient: Gradient | None = None,
-) -> Implementation:
-    ranks = [pair[1].shape[0] for pair in ups] + [down[0].shape[1]]
-    reason = None
-    if gradient not in (None, "exact"):
-        reason = f"gradient must be None or 'exact', got {gradient!r}"
-    elif sparsity not in (None, "2:4-static"):
-        reason = f"sparsity must be None or '2:4-static', got {sparsity!r}"
-    elif len(set(ranks)) > 1:
-        names = ("gate", "up", "down")[-len(ranks) :]
-        reason = f"ranks of {_listed(names)} must be equal, got {_listed(ranks)}"
-    if reason and implementation == "mosaic_gpu":
-        raise NotImplementedError(f"{op}: for mosaic_gpu, {reason}")
-    if reason:
-        return "xla"
-    tokens = math.prod(x.shape[:-1])
-    core = jax.ShapeDtypeStruct((1, tokens, len(ups) * ranks[0]), x.dtype)
-    return select(op, core, [pair[1][None] for pair in ups], implementation)
-
-
-def _listed(items: Sequence[object]) -> str:
-    return f"{', '.join(map(str, items[:-1]))} and {items[-1]}"

@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 
 from benchmarks import _mlp_definitions as definitions
 from jaxkern import (
-    _flash_mlp,
     _matmul,
     low_rank_matmul,
     low_rank_relu2,
@@ -380,7 +379,7 @@ UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((
                 implementation="mosaic_gpu",
             ),
             NotImplementedError,
-            "for mosaic_gpu, gradient must be None or 'exact', got 'feature_wise'",
+            "gradient must be None, 'exact' or 'straight_through' for mosaic_gpu, got",
         ),
         (
             lambda: untyped.low_rank_relu2(X, UP, DOWN, implementation="mosaic_gpu"),
@@ -389,10 +388,15 @@ UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((
         ),
         (
             lambda: untyped.low_rank_relu2(
-                X, UP, DOWN, sparsity="2:4", implementation="mosaic_gpu"
+                X,
+                UP,
+                DOWN,
+                sparsity="2:4-soft",
+                gradient="exact",
+                implementation="mosaic_gpu",
             ),
             NotImplementedError,
-            "for mosaic_gpu, sparsity must be None or '2:4-static', got '2:4'",
+            "gradient must be None or 'straight_through' for mosaic_gpu and sparsity=",
         ),
     ],
 )
@@ -450,27 +454,6 @@ def test_on_gpu(dtype):
         test_accumulation_is_float32(dtype)
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("sparsity", [None, "2:4-static"])
-def test_low_rank_relu2_in_the_kernel(sparsity, monkeypatch):
-    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
-    size = (70, 33, 144, 16, 33)
-    x, up, _, down, g = low_rank_args(size, jnp.bfloat16)
-    x = x.reshape(2, 35, 33)
-
-    def run(x, up, down):
-        y = low_rank_relu2(x, up, down, sparsity=sparsity, implementation="mosaic_gpu")
-        assert y.shape == (2, 35, 33)
-        return y.reshape(70, 33)
-
-    got = value_and_vjp(run, (x, up, down), g)
-    got = got[0], (got[1][0].reshape(70, 33), *got[1][1:])
-    plain = partial(definitions.relu2, SELECTIONS[sparsity])
-    bound = value_and_vjp(plain, (x.reshape(70, 33), up, down), g)
-    wide = to_float64((x.reshape(70, 33), up, down, g))
-    assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
-
-
 def test_gradients_of_weights_are_as_exact_with_more_batch_axes(monkeypatch):
     """XLA's CPU backend sums over two axes in 16 bits."""
     monkeypatch.setattr(_matmul, "runs_locally", lambda: True)
@@ -485,35 +468,3 @@ def test_gradients_of_weights_are_as_exact_with_more_batch_axes(monkeypatch):
     )
     for a, b in zip(*map(jax.tree.leaves, (one, three)), strict=True):
         np.testing.assert_array_equal(*to_float64((a, b)))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_low_rank_swiglu_in_the_kernel(monkeypatch):
-    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
-    x, up, gate, down, g = low_rank_args((70, 33, 144, 24, 33), jnp.bfloat16)
-    args = x, gate, up, down
-
-    def run(x, gate, up, down):
-        x = x.reshape(2, 35, 33)
-        y = low_rank_swiglu(x, gate, up, down, implementation="mosaic_gpu")
-        assert y.shape == (2, 35, 33)
-        return y.reshape(70, 33)
-
-    got = value_and_vjp(run, args, g)
-    bound = value_and_vjp(definitions.low_rank_swiglu, args, g)
-    assert_as_exact(got, bound, low_rank_swiglu_float64(args, g))
-
-
-def test_low_rank_swiglu_with_two_ranks_has_no_kernel():
-    x, up, gate, down, _ = low_rank_args((7, 33, 144, 16, 33), jnp.bfloat16)
-    down = down[0][:, 1:], down[1][1:]
-    match = "ranks of gate, up and down must be equal, got 16, 16 and 15"
-    with pytest.raises(NotImplementedError, match=match):
-        low_rank_swiglu(x, gate, up, down, implementation="mosaic_gpu")
-
-
-def test_low_rank_relu2_with_two_ranks_has_no_kernel():
-    x, up, _, down, _ = low_rank_args((7, 33, 144, 16, 33), jnp.bfloat16)
-    down = down[0][:, 1:], down[1][1:]
-    with pytest.raises(NotImplementedError, match="must be equal, got 16 and 15"):
-        low_rank_relu2(x, up, down, implementation="mosaic_gpu")

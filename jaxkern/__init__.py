@@ -20,14 +20,15 @@ from ._mlp import low_rank_matmul as low_rank_matmul
 from ._mlp import low_rank_relu2 as low_rank_relu2
 from ._mlp import low_rank_swiglu as low_rank_swiglu
 from ._mlp import swiglu as swiglu
+from ._packed_2_4 import Packed24 as Packed24
 from ._packed_mask import PackedMask as PackedMask
 from ._packed_mask import pack_mask as pack_mask
 from ._packed_mask import unpack_mask as unpack_mask
+from ._packed_mlp import packed_relu2 as packed_relu2
 from ._ring import context_parallel_attention as context_parallel_attention
 from ._ring import ring_attention as ring_attention
 from ._ring import ring_permutation as ring_permutation
 from ._rotary import rotary_embedding as rotary_embedding
-from ._sparsity import Packed24 as Packed24
 from ._sparsity import matmul_2_4 as matmul_2_4
 from ._sparsity import pack_2_4 as pack_2_4
 from ._sparsity import sparsify_2_4 as sparsify_2_4

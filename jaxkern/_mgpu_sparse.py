@@ -27,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from ._mgpu import plgpu
-from ._packed_2_4 import GROUP, KEPT, POSITION_BITS
+from ._packed_2_4 import GROUP, KEPT, Packed24, pack_bits, unpack
 
 # Of one word a thread: rows, and columns before and after two of four are dropped.
 ROWS, COLUMNS, THREADS = 64, 64, 128
@@ -82,9 +82,7 @@ def _selected(x, shrink: bool) -> Any:
     order = jnp.argsort(-groups.astype(jnp.float32), axis=-1, stable=True)
     kept = jnp.sort(order[..., :KEPT], axis=-1)
     values = jnp.take_along_axis(groups, kept, axis=-1).astype(jnp.float32)
-    quads = kept.reshape(ROWS, -1, 2 * KEPT).astype(jnp.uint8)
-    shifts = POSITION_BITS * jnp.arange(2 * KEPT, dtype=jnp.uint8)
-    indices = (quads << shifts).sum(-1, dtype=jnp.uint8)
+    indices = pack_bits(kept.reshape(ROWS, STORED).astype(jnp.uint8))
     padded = jnp.pad(indices, [(0, ROWS), (0, 8)])
     words = words_of(padded, 2 * COLUMNS)[0, 0]
     if not shrink:
@@ -272,12 +270,8 @@ def _unpack(register, element):
 
 def _dense(values, words):
     """(64, columns) of values (64, columns / 2) and words (columns / 64, 128)."""
-    indices = indices_of(words[None])
-    shifts = POSITION_BITS * jnp.arange(2 * KEPT, dtype=jnp.uint8)
-    positions = ((indices[..., None] >> shifts) % GROUP).reshape(ROWS, -1, KEPT, 1)
-    here = positions == jnp.arange(GROUP, dtype=jnp.uint8)
-    pairs = values.reshape(ROWS, -1, KEPT, 1)
-    return jnp.where(here, pairs, 0).sum(2).reshape(ROWS, -1)
+    columns = values.shape[1] * GROUP // KEPT
+    return unpack(Packed24(values, indices_of(words[None]), columns))
 
 
 def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):

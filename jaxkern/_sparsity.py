@@ -4,26 +4,42 @@ A last axis that is not a multiple of 4 ends in a shorter group; what it lacks c
 zeros that are never kept before an entry that is there.
 """
 
+import math
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt, UInt8
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt
 
+from . import _sparsity_mgpu
 from ._checks import (
     Implementation,
     check_batched,
     check_floating,
+    check_implementation,
     check_key,
     check_shape,
-    check_xla_only,
     raise_unknown,
 )
 from ._estimators import with_derivative_of
 from ._matmul import matmul, widen
-from ._packed_2_4 import GROUP, KEPT, POSITION_BITS, POSITIONS_PER_BYTE, Packed24
+from ._matmul_mgpu import unsupported
+from ._mesh import settle
+from ._mgpu import on_hopper
+from ._packed_2_4 import (
+    GROUP,
+    KEPT,
+    POSITIONS_PER_BYTE,
+    Packed24,
+    group,
+    last_index,
+    one_hot,
+    pack_bits,
+    ungroup,
+    unpack,
+)
 
 # The original's, so that a group of zeros has a probability at all.
 MVUE_EPSILON = 1.1920929e-7
@@ -34,32 +50,12 @@ Method = Literal["top2", "soft", "mvue", "static"]
 Gradient = Literal["exact", "straight_through"]
 
 
-def _group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
-    *batch, features = x.shape
-    missing = -features % GROUP
-    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)])
-    # Not -1 for the groups: there may be no rows to tell it from.
-    return x.reshape(*batch, (features + missing) // GROUP, GROUP)
-
-
-def _ungroup(
-    groups: Shaped[Array, "*batch groups size"], features: int
-) -> Shaped[Array, "*batch features"]:
-    *batch, count, size = groups.shape
-    return groups.reshape(*batch, count * size)[..., :features]
-
-
-def _position(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-    """The index along the last axis, which is short."""
-    return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
-
-
 @jax.jit
 def _two_largest(
     scores: Shaped[Array, "*batch groups 4"],
 ) -> Bool[Array, "*batch groups 4"]:
     """Exactly two of each group; of equal scores those at the lower positions."""
-    position = _position(scores.shape)
+    position = last_index(scores.shape)
     ahead = jnp.zeros(scores.shape, jnp.int32)
     for i in range(GROUP):
         other = scores[..., i : i + 1]
@@ -91,15 +87,15 @@ def _soft(
 ) -> Float[Array, "*batch features"]:
     wide, features = widen(x), x.shape[-1]
     if scale is not None:
-        return _ungroup(scale * _shrink(_group(wide)), features).astype(x.dtype)
+        return ungroup(scale * _shrink(group(wide)), features).astype(x.dtype)
     # Over the row's largest, so that no square overflows or vanishes.
     largest = jnp.abs(wide).max(-1, keepdims=True)
-    unit = _group(wide / jnp.where(largest > 0, largest, 1))
+    unit = group(wide / jnp.where(largest > 0, largest, 1))
     shrunk = _shrink(unit)
     energy = jnp.square(shrunk).sum((-2, -1), keepdims=True)
     overlap = (unit * shrunk).sum((-2, -1), keepdims=True)
     scale = jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
-    return _ungroup(largest[..., None] * (scale * shrunk), features).astype(x.dtype)
+    return ungroup(largest[..., None] * (scale * shrunk), features).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames="features")
@@ -107,7 +103,7 @@ def _draw(
     groups: Float[Array, "*batch groups 4"], features: int, key: PRNGKeyArray
 ) -> Float[Array, "*batch groups 4"]:
     wide = widen(groups)
-    index = _group(jnp.arange(1, features + 1))
+    index = group(jnp.arange(1, features + 1))
     present = jnp.broadcast_to(index > 0, wide.shape)
     weight = jnp.where(present, jnp.abs(wide) + MVUE_EPSILON, MVUE_ABSENT)
 
@@ -187,14 +183,14 @@ def sparsify_2_4(
     features = x.shape[-1]
     match method:
         case "top2":
-            groups = _group(x)
+            groups = group(x)
             kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
-            kept = _ungroup(kept, features)
+            kept = ungroup(kept, features)
         case "soft":
             kept = _soft(x, scale)
         case "mvue":
             assert key is not None
-            kept = _ungroup(_draw(_group(x), features, key), features)
+            kept = ungroup(_draw(group(x), features, key), features)
         case "static":
             index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
             kept = jnp.where(index % GROUP < KEPT, x, 0)
@@ -230,13 +226,6 @@ def _check_options(
         )
 
 
-def _at(positions: UInt8[Array, "*batch groups 2"]) -> Bool[Array, "*batch groups 2 4"]:
-    shape = (*positions.shape, GROUP)
-    return positions[..., None] == lax.broadcasted_iota(
-        jnp.uint8, shape, len(shape) - 1
-    )
-
-
 def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
     """Store only the two entries of each group that `sparsify_2_4(x)` keeps.
 
@@ -249,35 +238,21 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
     """
     check_floating("pack_2_4", x=x)
     check_batched("pack_2_4", "x", x)
-    groups = _group(x)
+    groups = group(x)
     largest = _two_largest(_magnitude(groups))
     first = jnp.argmax(largest, axis=-1)
     last = GROUP - 1 - jnp.argmax(largest[..., ::-1], axis=-1)
     positions = jnp.stack([first, last], axis=-1).astype(jnp.uint8)
-    values = jnp.where(_at(positions), groups[..., None, :], 0).sum(-1)
+    values = jnp.where(one_hot(positions), groups[..., None, :], 0).sum(-1)
     kept = KEPT * groups.shape[-2]
-    positions = _ungroup(positions, kept)
-    return Packed24(_ungroup(values, kept), _pack_bits(positions), x.shape[-1])
+    positions = ungroup(positions, kept)
+    return Packed24(ungroup(values, kept), pack_bits(positions), x.shape[-1])
 
 
-@jax.jit
-def _pack_bits(positions: UInt8[Array, "*batch kept"]) -> UInt8[Array, "*batch bytes"]:
-    quads = _group(positions)
-    return (quads << (POSITION_BITS * _position(quads.shape))).sum(-1, dtype=jnp.uint8)
-
-
-@partial(jax.jit, static_argnames="kept")
-def _unpack_bits(
-    packed: UInt8[Array, "*batch bytes"], kept: int
-) -> UInt8[Array, "*batch kept"]:
-    shift = POSITION_BITS * _position((*packed.shape, POSITIONS_PER_BYTE))
-    return _ungroup((packed[..., None] >> shift) % GROUP, kept)
-
-
-def _check_packed(op: str, packed: Packed24) -> None:
+def check_packed(op: str, packed: Packed24, name: str = "packed") -> None:
     if not isinstance(packed, Packed24):
         kind = type(packed).__name__
-        raise TypeError(f"{op}: packed must be a Packed24, got {kind}")
+        raise TypeError(f"{op}: {name} must be a Packed24, got {kind}")
     values, indices, features = packed.values, packed.indices, packed.features
     check_floating(op, values=values)
     check_batched(op, "values", values)
@@ -297,17 +272,8 @@ def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
         TypeError: `packed` is no Packed24, or has other dtypes than `pack_2_4` gives.
         ValueError: the shapes of values and indices do not fit the features.
     """
-    _check_packed("unpack_2_4", packed)
-    return _unpack(packed)
-
-
-def _unpack(packed: Packed24) -> Float[Array, "*batch features"]:
-    *batch, kept = packed.values.shape
-    pairs = *batch, kept // KEPT, KEPT
-    positions = _unpack_bits(packed.indices, kept).reshape(pairs)
-    values = packed.values.reshape(pairs)
-    spread = jnp.where(_at(positions), values[..., None], 0).sum(-2)
-    return _ungroup(spread, packed.features)
+    check_packed("unpack_2_4", packed)
+    return unpack(packed)
 
 
 def matmul_2_4(
@@ -316,19 +282,39 @@ def matmul_2_4(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """`unpack_2_4(packed) @ w`.
+    """`unpack_2_4(packed) @ w`, differentiable in `packed.values` and in `w`.
 
-    "xla" emulates the sparse matmul: it unpacks and multiplies densely, so it saves
-    memory, not time.
+    - "xla" emulates the sparse matmul: it unpacks and multiplies densely, so it saves
+      memory, not time.
+    - "mosaic_gpu" multiplies on the sparse tensor cores of an H100 or H200, in bfloat16
+      and float16: half the multiply-adds, and `packed` is never unpacked. Where rows
+      are no multiple of 8, features of 128 and `d_out` of 64, arrays are copied to pad
+      them. Gradients are dense matmuls, of reverse mode only. The order of positions in
+      the tensor cores' operand is taken from documents and NOT VERIFIED ON HARDWARE.
+
+    None is "xla", until that is verified. To multiply by a 2:4-sparse weight from the
+    right, as in `x @ w`, pack its transpose: `matmul_2_4(pack_2_4(w.T), x.T).T`.
 
     Raises:
         TypeError: as `unpack_2_4`, or the dtypes of values and `w` differ.
         ValueError: as `unpack_2_4`, or `w` does not have `packed.features` rows.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        https://arxiv.org/abs/2104.08378, section 3; of the instruction, PTX ISA,
+        "wgmma.mma_async.sp".
     """
     op = "matmul_2_4"
-    check_xla_only(op, implementation)
-    _check_packed(op, packed)
-    check_floating(op, values=packed.values, w=w)
+    check_implementation(op, implementation)
+    check_packed(op, packed)
+    values = packed.values
+    check_floating(op, values=values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
-    return matmul(_unpack(packed), w)
+    sizes = *values.shape, *w.shape
+    reason = unsupported(sizes, values.dtype, on_hopper=on_hopper())
+    if settle(op, implementation, reason) == "mosaic_gpu":
+        rows = math.prod(values.shape[:-1])
+        flat = (a.reshape(rows, a.shape[-1]) for a in (values, packed.indices))
+        y = _sparsity_mgpu.matmul(*flat, w)
+        return y.reshape(*values.shape[:-1], w.shape[1])
+    return matmul(unpack(packed), w)

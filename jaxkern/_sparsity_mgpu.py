@@ -37,7 +37,7 @@ from ._mgpu_matmul import Epilogue, Operand, Products
 from ._mgpu_sparse import indices_of, words_of
 from ._mgpu_sparse_matmul import DEPTH, SUMS, Selection, SparseProduct
 from ._mgpu_walk import ROW_STEP
-from ._packed_2_4 import GROUP, KEPT, POSITION_BITS
+from ._packed_2_4 import GROUP, KEPT, Packed24, unpack
 
 # Clocks of a multiprocessor for one number: 11 instructions on 128 lanes, with the
 # activation, or 16 where they shrink too.
@@ -54,22 +54,12 @@ class Chosen(NamedTuple):
     words: jax.Array
 
 
-def dense(chosen: Chosen, shape: tuple[int, int]) -> jax.Array:
-    """With the zeros put back."""
+def dense(chosen: Chosen, features: int) -> jax.Array:
+    """With the zeros put back; what is stored past the features are zeros too."""
     values, words = chosen
     indices = indices_of(words)[: len(values)]
-    return spread(values, indices)[:, : shape[1]]
-
-
-def spread(values: jax.Array, indices: jax.Array) -> jax.Array:
-    """(rows, columns) of values (rows, columns / 2) and four positions a byte."""
-    rows, kept = values.shape
-    shifts = POSITION_BITS * jnp.arange(2 * KEPT, dtype=jnp.uint8)
-    positions = (indices[..., None] >> shifts) % GROUP
-    positions = positions.reshape(rows, -1)[:, :kept].reshape(rows, -1, KEPT, 1)
-    here = positions == jnp.arange(GROUP, dtype=jnp.uint8)
-    pairs = values.reshape(rows, -1, KEPT, 1)
-    return jnp.where(here, pairs, 0).sum(2).reshape(rows, -1)
+    stored = values.shape[1] * GROUP // KEPT
+    return unpack(Packed24(values, indices, stored))[:, :features]
 
 
 def select_forward(shrink: bool, keep: bool, columns: int | None = None):
@@ -150,7 +140,7 @@ def _matmul_bwd(saved, dy):
     values, indices, w = saved
 
     def as_dense(values):
-        return spread(values, indices)[:, : w.shape[0]]
+        return unpack(Packed24(values, indices, w.shape[0]))
 
     filled, pull = jax.vjp(as_dense, values)
     (d_values,) = pull(plain(Operand(dy), Operand(w, transposed=True)))
@@ -207,7 +197,7 @@ def _relu2_fwd(core, up, down, shrink, exact):
 
 def _relu2_bwd(shrink, exact, saved, dy) -> Any:
     core, up, down, chosen, scale, hidden = saved
-    kept = dense(chosen, (core.shape[0], down.shape[0]))
+    kept = dense(chosen, down.shape[0])
     if scale is not None:
         kept = (kept * scale).astype(kept.dtype)
     # Where nothing was kept, the square root of nothing is the exact gradient's mask.

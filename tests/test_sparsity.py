@@ -403,7 +403,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.matmul_2_4(pack_2_4(X), X.T, implementation="mosaic_gpu"),
             NotImplementedError,
-            "matmul_2_4: implementation must be 'xla', got 'mosaic_gpu'",
+            "matmul_2_4: dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         ),
     ],
 )

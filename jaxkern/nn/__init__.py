@@ -13,6 +13,8 @@ from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
+from ._packed_mlp import PackedReLU2 as PackedReLU2
+from ._packed_mlp import PackedWeight as PackedWeight
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
 from ._sharding import SHARDING_RULES as SHARDING_RULES
 from ._sharding import get_sharding as get_sharding

@@ -20,6 +20,7 @@ from .._mlp import (
     low_rank_swiglu,
     swiglu,
 )
+from .._sparsity import pack_2_4, unpack_2_4
 from ._linear import (
     LowRankLinear,
     check_arguments,
@@ -27,6 +28,7 @@ from ._linear import (
     default_kernel_init,
     make_kernel,
 )
+from ._packed_mlp import FACTORS, PackedReLU2
 
 # The heads are no part of the fan-in.
 per_head_kernel_init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -238,9 +240,9 @@ class LowRankReLU2(nnx.Module):
         )
         check_sparsity("LowRankReLU2", sparsity)
         check_gradient("LowRankReLU2", sparsity, gradient)
-        widen, narrow = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
-        self.up = linear(in_features, hidden_features, axis_names=widen)
-        self.down = linear(hidden_features, in_features, axis_names=narrow)
+        upward, downward = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
+        self.up = linear(in_features, hidden_features, axis_names=upward)
+        self.down = linear(hidden_features, in_features, axis_names=downward)
         self.sparsity: Sparsity | None = sparsity
         self.gradient: Gradient | None = gradient
         self.in_features = in_features
@@ -261,6 +263,33 @@ class LowRankReLU2(nnx.Module):
             gradient=self.gradient,
             implementation=self.implementation,
         )
+
+    def prune_2_4(self) -> tuple[PackedReLU2, dict[str, float]]:
+        r"""This MLP with two of each four weights, packed once, for inference.
+
+        Of each four weights of a factor that are summed, the two of largest magnitude
+        stay, in `dtype`, or `param_dtype` if that is None.
+
+        Returns:
+            The pruned module, and $\|W - \hat W\|_F / \|W\|_F$ of each factor.
+
+        Raises:
+            ValueError: the activations are 2:4-sparse too, which no tensor core takes.
+        """
+        if self.sparsity is not None:
+            raise ValueError(
+                "prune_2_4: sparsity must be None, since one operand of a matmul can "
+                f"be sparse, got {self.sparsity!r}"
+            )
+        factors, errors = {}, {}
+        weights = zip(FACTORS, (*self.up.weight, *self.down.weight), strict=True)
+        for name, w in weights:
+            w = w.astype(self.dtype or w.dtype)
+            factors[name] = pack_2_4(w.mT)
+            lost = w - unpack_2_4(factors[name]).mT
+            lost, w = lost.astype(jnp.float32), w.astype(jnp.float32)
+            errors[name] = float(jnp.linalg.norm(lost) / jnp.linalg.norm(w))
+        return PackedReLU2(factors, implementation=self.implementation), errors
 
 
 class FlashMLP(nnx.Module):

@@ -1,0 +1,110 @@
+"""The low-rank ReLU² MLP with 2:4-sparse weights, for inference."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import _sparsity_mgpu
+from ._activations import ACTIVATIONS
+from ._checks import (
+    Implementation,
+    check_batched,
+    check_floating,
+    check_implementation,
+)
+from ._matmul import matmul, widen
+from ._matmul_mgpu import FEATURE_STEP, pad, unsupported
+from ._mesh import settle
+from ._mgpu import on_hopper
+from ._packed_2_4 import Packed24, unpack
+from ._sparsity import check_packed
+
+
+def packed_relu2(
+    x: Float[Array, "*batch d_in"],
+    up: tuple[Packed24, Packed24],
+    down: tuple[Packed24, Packed24],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""`low_rank_relu2` of weights that are 2:4-sparse along the axis they sum over.
+
+    $$y = \max(x U_{in} U_{out}, 0)^2 D_{in} D_{out}$$
+
+    Each factor, (in, out), is given as `pack_2_4` of its transpose, so that groups of
+    four lie along what is summed: 9/16 of the bytes in 16 bits. Precision is that of
+    `low_rank_relu2`.
+
+    - "xla" unpacks the factors in every call, and multiplies densely.
+    - "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, makes all four products
+      transposed, so that the weight is the sparse operand of the tensor cores: half the
+      multiply-adds, and half the weights' bytes. Tokens that are no multiple of 64 are
+      padded. It has no gradient. The order of positions in that operand is taken from
+      documents and NOT VERIFIED ON HARDWARE.
+
+    None is "xla", until that is verified.
+
+    Raises:
+        TypeError: `x` is no floating-point array, a weight is no pair of `Packed24`, or
+            the dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378.
+    """
+    op = "packed_relu2"
+    check_implementation(op, implementation)
+    check_floating(op, x=x)
+    check_batched(op, "x", x)
+    factors = _factors(op, x, up, down)
+    tokens = math.prod(x.shape[:-1])
+    sizes = tokens, *(n for p in factors for n in p.values.shape)
+    reason = unsupported(sizes, x.dtype, on_hopper=on_hopper())
+    run = _transposed if settle(op, implementation, reason) == "mosaic_gpu" else _dense
+    y = run(x.reshape(tokens, x.shape[-1]), *factors)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _factors(op: str, x: jax.Array, up: object, down: object) -> tuple[Packed24, ...]:
+    """All four in order, whose shapes fit."""
+    factors, features = [], x.shape[-1]
+    for name, pair in (("up", up), ("down", down)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            kind = type(pair).__name__
+            raise TypeError(f"{op}: {name} must be a pair of Packed24, got {kind}")
+        for i, factor in enumerate(pair):
+            check_packed(op, factor, f"{name}[{i}]")
+            check_floating(op, x=x, **{f"values of {name}[{i}]": factor.values})
+            if factor.values.ndim != 2 or factor.features != features:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must be a packed matrix of {features} "
+                    f"features, got values of shape {factor.values.shape} and "
+                    f"{factor.features} features"
+                )
+            features = factor.values.shape[0]
+            factors.append(factor)
+    return tuple(factors)
+
+
+def _relu2(z: jax.Array) -> jax.Array:
+    return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
+
+
+def _dense(x: jax.Array, *factors: Packed24) -> jax.Array:
+    up_in, up_out, down_in, down_out = (unpack(factor).mT for factor in factors)
+    hidden = _relu2(matmul(matmul(x, up_in), up_out))
+    return matmul(matmul(hidden, down_in), down_out)
+
+
+def _transposed(x: jax.Array, *factors: Packed24) -> jax.Array:
+    """Features are the rows from the first product on, as tokens are of x."""
+    y, tokens = pad(x, FEATURE_STEP, 1), len(x)
+    for i, factor in enumerate(factors):
+        activation = "relu2" if i == 1 else "identity"
+        y = _sparsity_mgpu.product(
+            factor.values, factor.indices, y, transposed=i == 0, activation=activation
+        )
+    return jnp.transpose(y)[:tokens]

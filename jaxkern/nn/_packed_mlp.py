@@ -1,0 +1,70 @@
+"""MLPs with packed weights, for inference."""
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .._checks import Implementation, check_implementation
+from .._packed_2_4 import Packed24
+from .._packed_mlp import packed_relu2
+from ._linear import check_input
+
+FACTORS = "up_in", "up_out", "down_in", "down_out"
+
+
+class PackedWeight(nnx.Variable[jax.Array]):
+    """A part of a packed weight; no `nnx.Param`, since it does not learn."""
+
+
+class PackedReLU2(nnx.Module):
+    """`jaxkern.packed_relu2` with its four factors, as `LowRankReLU2.prune_2_4` makes.
+
+    Args:
+        factors: "up_in", "up_out", "down_in" and "down_out", each `pack_2_4` of the
+            factor's transpose. They are kept in the dtype that they come in, which is
+            that of the computation.
+        implementation: as in `jaxkern.packed_relu2`.
+
+    Raises:
+        ValueError: a factor is missing, or `implementation` is unknown.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, Packed24],
+        *,
+        implementation: Implementation | None = None,
+    ):
+        check_implementation("PackedReLU2", implementation)
+        if set(factors) != set(FACTORS):
+            raise ValueError(
+                f"PackedReLU2: factors must be {', '.join(FACTORS)}, "
+                f"got {', '.join(factors)}"
+            )
+        self.values = nnx.Dict(
+            {name: PackedWeight(factors[name].values) for name in FACTORS}
+        )
+        self.indices = nnx.Dict(
+            {name: PackedWeight(factors[name].indices) for name in FACTORS}
+        )
+        self.features = tuple(factors[name].features for name in FACTORS)
+        self.implementation: Implementation | None = implementation
+
+    @property
+    def factors(self) -> tuple[Packed24, ...]:
+        return tuple(
+            Packed24(self.values[name][...], self.indices[name][...], features)
+            for name, features in zip(FACTORS, self.features, strict=True)
+        )
+
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        check_input("PackedReLU2", x, self.features[0])
+        up_in, up_out, down_in, down_out = self.factors
+        return packed_relu2(
+            x.astype(up_in.values.dtype),
+            (up_in, up_out),
+            (down_in, down_out),
+            implementation=self.implementation,
+        )

@@ -58,7 +58,8 @@ def check(size, dtype, **options):
     got = packed_relu2(x, *packed, **options)
     bound = definitions.relu2(definitions.keep_all, x, pruned[0], pruned[1])
     g = np.zeros(bound.shape)
-    exact, _ = low_rank_relu2_float64(*to_float64((x, *pruned)), g, sparsity=None)
+    wide = to_float64((x, pruned[0], pruned[1]))
+    exact, _ = low_rank_relu2_float64(wide[0], wide[1], wide[2], g, sparsity=None)
     assert_as_exact(got, bound, exact)
 
 
@@ -125,7 +126,7 @@ def test_pruned_module(dtype):
     graph, state = nnx.split(pruned)
     again = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
     # Fused, the activation need not be rounded.
-    assert_near(again, expected, 1e-5 if dtype is None else 0.008)
+    assert_near(again, expected, 1e-5 if dtype is None else 2**-6)
     # No weight learns, and there are 9/16 of the bytes, or in 32 bits 17/32.
     assert not jax.tree.leaves(nnx.state(pruned, nnx.Param))
     sizes = [a.nbytes for a in jax.tree.leaves(nnx.state(pruned))]

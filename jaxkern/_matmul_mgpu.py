@@ -60,6 +60,8 @@ XLA_RATE = 0.75
 # How much faster a kernel must be predicted to be, since none of it is measured.
 MARGIN = 0.9
 FEATURE_STEP = PIECE
+# Of tiles; with two products a warpgroup has the sums of both.
+COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def predicted_us(work: Work, columns: int) -> float:
     return LAUNCH_US + max(computed, from_l2, from_memory)
 
 
-def choose_columns(work: Work, valid: Sequence[int] = (256, 128, 64)) -> int:
+def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
     """The tiles that are predicted to be fastest; of equal ones, the largest."""
     return min(valid, key=partial(predicted_us, work))
 
@@ -113,7 +115,7 @@ def predicted_faster(
     XLA launches each matmul and the activation, which reads and writes.
     """
     work = Work(tokens, ranks[0], hidden, products)
-    columns = choose_columns(work, (256, 128, 64) if products == 1 else (128, 64))
+    columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
     ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
     macs = tokens * ranks[0] * hidden
     one = macs / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
@@ -272,7 +274,7 @@ def gated_forward(keep: bool, columns: int | None = None):
         rank, hidden = gate.shape
         outs = 3 if keep else 1
         work = Work(core.shape[0], rank, hidden, products=2, moved=float(outs))
-        chosen = columns or choose_columns(work, (128, 64))
+        chosen = columns or choose_columns(work, GATED_COLUMNS)
         pairs = [
             (Operand(core, first=first, width=rank), Operand(w))
             for first, w in ((0, gate), (rank, up))
@@ -290,7 +292,7 @@ def gated_backward(columns: int | None = None):
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, gate, up):
         work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4.0)
-        chosen = columns or choose_columns(work, (128, 64))
+        chosen = columns or choose_columns(work, GATED_COLUMNS)
         products = Products([(Operand(dy), Operand(down, transposed=True))])
         epilogue = Epilogue(_gate_derivative_epilogue, outs=2, aux=[gate, up])
         return tuple(run("gated_backward", products, epilogue, chosen))

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from . import _mgpu_rates as h200
 from ._checks import Implementation
 from ._mesh import vary_alike
 from ._mgpu import IN_KERNEL, multiprocessors
@@ -50,15 +51,6 @@ from ._mgpu_matmul import (
     Products,
     config_of,
     multiply,
-)
-from ._mgpu_rates import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
 )
 from ._mgpu_walk import COMPUTE, ROW_STEP
 
@@ -102,14 +94,14 @@ def predicted_us(work: Work, columns: int) -> float:
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
     macs = rows * columns * work.depth * work.products * work.density
-    clocks = macs / MACS / MATMUL_RATE + rows * columns * work.clocks
-    computed = pl.cdiv(tiles, multiprocessors()) * clocks / CLOCKS
+    clocks = macs / h200.MACS / h200.MATMUL_RATE + rows * columns * work.clocks
+    computed = pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS
     loaded = 2 * work.products * work.depth * (rows * work.density + columns)
-    from_l2 = tiles * loaded / L2_BYTES
+    from_l2 = tiles * loaded / h200.L2_BYTES
     numbers = work.products * work.depth * (work.m * work.density + work.n)
     numbers += work.moved * work.m * work.n
-    from_memory = 2 * numbers / MEMORY_BYTES / MEMORY_RATE
-    return LAUNCH_US + max(computed, from_l2, from_memory)
+    from_memory = 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE
+    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
 def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
@@ -128,13 +120,17 @@ def predicted_faster(
     columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
     ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
     macs = tokens * ranks[0] * hidden
-    one = macs / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
-    rate = MEMORY_BYTES * MEMORY_RATE
+    one = macs / (h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE)
+    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
     moved = 2 * (tokens * ranks[0] + ranks[0] * hidden + tokens * hidden)
     activation = 2 * (products + 1) * tokens * hidden / rate
-    xla = products * (LAUNCH_US + max(one, moved / rate)) + LAUNCH_US + activation
+    xla = (
+        products * (h200.LAUNCH_US + max(one, moved / rate))
+        + h200.LAUNCH_US
+        + activation
+    )
     # What is the same for both: the matmul that follows.
-    after = LAUNCH_US + tokens * ranks[1] * hidden / (macs / one)
+    after = h200.LAUNCH_US + tokens * ranks[1] * hidden / (macs / one)
     return ours + after < MARGIN * (xla + after)
 
 
@@ -147,7 +143,9 @@ def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -
     if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
         numbers += tokens * (products * ranks[0] + ranks[1])
         copies += 2
-    return 4 * numbers / (MEMORY_BYTES * MEMORY_RATE) + copies * LAUNCH_US
+    return (
+        4 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE) + copies * h200.LAUNCH_US
+    )
 
 
 def unsupported(shape: Sequence[int], dtype: Any, *, on_hopper: bool) -> str | None:

@@ -225,15 +225,11 @@ def _read_for_inline(
     found = [_read(shared, ref, thread, log) for ref in refs]
     if shared.detect_races:
         clock = shared.get_clock(thread)
-        for (key, access, _), operand in zip(found, is_operand, strict=True):
-            if not operand:
-                generic = clock.generic_clock
-                cb.get_races().check_read(thread, generic, key, access, source_info)
+        generic = clock.generic_clock.copy()
         clock.inc(shared.get_next_tma_thread_id())
         for (key, access, _), operand in zip(found, is_operand, strict=True):
-            if operand:
-                ours = clock.async_smem_clock
-                cb.get_races().check_read(thread, ours, key, access, source_info)
+            by = clock.async_smem_clock if operand else generic
+            cb.get_races().check_read(thread, by, key, access, source_info)
         _pending[thread].append(clock)
         _await_wgmma(shared, thread, 0)
     return token, [np.asarray(value) for _, _, value in found]
@@ -266,10 +262,8 @@ def _interpret_inline(self, eqn, token, get_invals):
             thread=self.thread,
             refs=list(refs.values()),
         )
-        values = [
-            found[list(refs).index(i)] if i in refs else value
-            for i, value in enumerate(values)
-        ]
+        for i, value in zip(refs, found, strict=True):
+            values[i] = value
     meaning = params["mgpu_fn"].emulated
     results = meaning(*jax.tree.unflatten(params["pytree_args"], values))
     return token, jax.tree.leaves(results)

@@ -269,6 +269,7 @@ def matmul_cases() -> Cases:
         for keep, label in ((False, ""), (True, " kept")):
             make = kernels.gated_forward(keep, columns)
             add(f"gated forward{label} {columns}", make, pair, up, up)
+            add(f"swiglu forward{label} {columns}", make, core, up, up)
         make = kernels.gated_backward(columns)
         add(f"gated backward {columns}", make, core, down, hidden, hidden)
     return cases

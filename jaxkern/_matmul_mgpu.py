@@ -70,6 +70,7 @@ COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
 class Work:
     """Of a launch: (m, depth) by (depth, n), `products` times, and what it moves.
 
+    lefts: how many of the left factors differ.
     moved: numbers read beside the factors and written, for each one of a result.
     clocks: of the epilogue, for each number of a result.
     density: of the multiply-adds, what a dense product would take.
@@ -79,6 +80,7 @@ class Work:
     depth: int
     n: int
     products: int = 1
+    lefts: int = 1
     moved: float = 1.0
     clocks: float = 0.0
     density: float = 1.0
@@ -96,10 +98,11 @@ def predicted_us(work: Work, columns: int) -> float:
     macs = rows * columns * work.depth * work.products * work.density
     clocks = macs / h200.MACS / h200.MATMUL_RATE + rows * columns * work.clocks
     computed = pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS
-    loaded = 2 * work.products * work.depth * (rows * work.density + columns)
+    factors = rows * work.density * work.lefts + columns * work.products
+    loaded = 2 * work.depth * factors
     from_l2 = tiles * loaded / h200.L2_BYTES
-    numbers = work.products * work.depth * (work.m * work.density + work.n)
-    numbers += work.moved * work.m * work.n
+    factors = work.m * work.density * work.lefts + work.n * work.products
+    numbers = work.depth * factors + work.moved * work.m * work.n
     from_memory = 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE
     return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
@@ -110,13 +113,15 @@ def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
 
 
 def predicted_faster(
-    tokens: int, ranks: Sequence[int], hidden: int, products: int
+    tokens: int, ranks: Sequence[int], hidden: int, products: int, lefts: int = 1
 ) -> bool:
     """Whether the forward is predicted to beat XLA's by a tenth.
 
     XLA launches each matmul and the activation, which reads and writes.
+
+    ranks: of what the hidden features are made of, and of what is made of them.
     """
-    work = Work(tokens, ranks[0], hidden, products)
+    work = Work(tokens, ranks[0], hidden, products, lefts)
     columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
     ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
     macs = tokens * ranks[0] * hidden
@@ -179,12 +184,22 @@ def relu2_mlp(core: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
 def gated_mlp(
     core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """(silu(gate's core gate) * up's core up) down; core: theirs side by side."""
+    """(silu(core gate) * core up) down.
+
+    core: (tokens, rank), or that of gate and that of up side by side.
+    """
     tokens, rank = core.shape[0], down.shape[1]
-    halves = (pad(half, ROW_STEP, FEATURE_STEP) for half in jnp.split(core, 2, axis=1))
+    parts = jnp.split(core, core.shape[1] // gate.shape[0], axis=1)
+    parts = [pad(part, ROW_STEP, FEATURE_STEP) for part in parts]
     weights = (pad(w, FEATURE_STEP, FEATURE_STEP) for w in (gate, up, down))
-    args = jnp.concatenate([*halves], axis=1), *weights
+    args = jnp.concatenate(parts, axis=1), *weights
     return _gated(*vary_alike(*args))[:tokens, :rank]
+
+
+def _parts(core: jax.Array, rank: int, transposed: bool = False) -> list[Operand]:
+    """Of a core, for one matrix each, or one for both."""
+    firsts = range(0, core.shape[1], rank)
+    return [Operand(core, transposed, first, rank) for first in firsts]
 
 
 def run(name: str, products: Any, epilogue: Any, columns: int) -> Sequence[jax.Array]:
@@ -200,12 +215,10 @@ def matmul(left: Operand, right: Operand, columns: int | None = None) -> jax.Arr
 
     @jax.custom_batching.sequential_vmap
     def kernel(a, b):
-        factors = (
-            dataclasses.replace(left, array=a),
-            dataclasses.replace(right, array=b),
-        )
+        lefts = [dataclasses.replace(left, array=a)]
+        rights = [dataclasses.replace(right, array=b)]
         epilogue = Epilogue(lambda sums, aux: sums)
-        return run("matmul", Products([factors]), epilogue, columns)[0]
+        return run("matmul", Products(lefts, rights), epilogue, columns)[0]
 
     return kernel(left.array, right.array)
 
@@ -254,7 +267,7 @@ def relu2_forward(columns: int | None = None):
         chosen = columns or choose_columns(
             Work(core.shape[0], core.shape[1], up.shape[1])
         )
-        products = Products([(Operand(core), Operand(up))])
+        products = Products([Operand(core)], [Operand(up)])
         return run("relu2_forward", products, Epilogue(_relu2_epilogue), chosen)[0]
 
     return kernel
@@ -267,7 +280,7 @@ def relu2_backward(columns: int | None = None):
     def kernel(dy, down, hidden):
         work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=2.0)
         chosen = columns or choose_columns(work)
-        products = Products([(Operand(dy), Operand(down, transposed=True))])
+        products = Products([Operand(dy)], [Operand(down, transposed=True)])
         epilogue = Epilogue(_relu2_derivative_epilogue, aux=[hidden])
         return run("relu2_backward", products, epilogue, chosen)[0]
 
@@ -281,15 +294,13 @@ def gated_forward(keep: bool, columns: int | None = None):
     def kernel(core, gate, up):
         rank, hidden = gate.shape
         outs = 3 if keep else 1
-        work = Work(core.shape[0], rank, hidden, products=2, moved=float(outs))
+        parts = _parts(core, rank)
+        work = Work(core.shape[0], rank, hidden, 2, len(parts), moved=float(outs))
         chosen = columns or choose_columns(work, GATED_COLUMNS)
-        pairs = [
-            (Operand(core, first=first, width=rank), Operand(w))
-            for first, w in ((0, gate), (rank, up))
-        ]
+        products = Products(parts, [Operand(gate), Operand(up)])
         compute = _gate_and_keep_epilogue if keep else _gate_epilogue
         epilogue = Epilogue(compute, outs)
-        return tuple(run("gated_forward", Products(pairs), epilogue, chosen))
+        return tuple(run("gated_forward", products, epilogue, chosen))
 
     return kernel
 
@@ -301,7 +312,7 @@ def gated_backward(columns: int | None = None):
     def kernel(dy, down, gate, up):
         work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4.0)
         chosen = columns or choose_columns(work, GATED_COLUMNS)
-        products = Products([(Operand(dy), Operand(down, transposed=True))])
+        products = Products([Operand(dy)], [Operand(down, transposed=True)])
         epilogue = Epilogue(_gate_derivative_epilogue, outs=2, aux=[gate, up])
         return tuple(run("gated_backward", products, epilogue, chosen))
 
@@ -351,14 +362,14 @@ def _gated_fwd(core, gate, up, down):
 
 def _gated_bwd(saved, dy):
     core, gate, up, down, (hidden, *products) = saved
-    rank = gate.shape[0]
     d_products = gated_backward()(dy, down, *products)
-    d_core, d_ups = [], []
-    for first, w, d_product in zip((0, rank), (gate, up), d_products, strict=True):
-        half = Operand(core, transposed=True, first=first, width=rank)
+    parts, d_core, d_ups = _parts(core, gate.shape[0], transposed=True), [], []
+    for n, (w, d_product) in enumerate(zip((gate, up), d_products, strict=True)):
         d_core.append(plain(Operand(d_product), Operand(w, transposed=True)))
-        d_ups.append(plain(half, Operand(d_product)))
+        d_ups.append(plain(parts[min(n, len(parts) - 1)], Operand(d_product)))
     d_down = plain(Operand(hidden, transposed=True), Operand(dy))
+    if len(parts) == 1:
+        return d_core[0] + d_core[1], *d_ups, d_down
     return jnp.concatenate(d_core, axis=1), *d_ups, d_down
 
 

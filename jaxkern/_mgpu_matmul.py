@@ -115,54 +115,58 @@ def row_of(row, warpgroup):
 class Products:
     """One or two dense products, of factors with the same shapes.
 
+    lefts: one for all, or one for each of `rights`.
+
     One wgmma is always in flight: a step's slots are released when the products of the
     next one have been issued.
     """
 
-    pairs: Sequence[tuple[Operand, Operand]]
+    lefts: Sequence[Operand]
+    rights: Sequence[Operand]
 
     @property
     def arrays(self) -> list[jax.Array]:
-        return [o.array for pair in self.pairs for o in pair]
+        return [o.array for o in (*self.lefts, *self.rights)]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.pairs[0][0].shape[0], self.pairs[0][1].shape[1]
+        return self.lefts[0].shape[0], self.rights[0].shape[1]
 
     @property
     def steps(self) -> int:
         """To walk, of a tile."""
-        return pl.cdiv(self.pairs[0][0].shape[1], DEPTH)
+        return pl.cdiv(self.lefts[0].shape[1], DEPTH)
 
     @property
     def copies(self) -> int:
         """Loads of a step."""
-        return len(self.pairs) * (COMPUTE + 1)
+        return len(self.lefts) * COMPUTE + len(self.rights)
 
     def step_bytes(self, columns: int) -> int:
-        return len(self.pairs) * 2 * DEPTH * (COMPUTE * ROWS + columns)
+        rows = len(self.lefts) * COMPUTE * ROWS
+        return 2 * DEPTH * (rows + len(self.rights) * columns)
 
     def buffers(self, config: Config) -> list[Any]:
-        buffers = []
-        for left, right in self.pairs:
-            dtype, tile = left.array.dtype, right.tile(DEPTH, config.columns)
-            buffers.append(buffer(dtype, config.steps, COMPUTE, ROWS, DEPTH))
-            buffers.append(buffer(dtype, config.steps, *tile))
-        return buffers
+        dtype, shape = self.arrays[0].dtype, (COMPUTE, ROWS, DEPTH)
+        tiles = [shape] * len(self.lefts)
+        tiles += [right.tile(DEPTH, config.columns) for right in self.rights]
+        return [buffer(dtype, config.steps, *tile) for tile in tiles]
 
     def accumulate(self, config: Config, smem, ring: Ring, start):
         """The sums of a warpgroup's tile, one of each product."""
         warpgroup = lax.axis_index("warpgroup")
+        left_smem, right_smem = smem[: len(self.lefts)], smem[len(self.lefts) :]
 
         def run(*sums):
             def step(i, carry):
                 s = ring.wait(start + i)
                 # Or the addresses would be kept in registers.
                 part = lax.optimization_barrier(warpgroup)
-                for n, (left, right) in enumerate(self.pairs):
-                    a, b = smem[2 * n].at[s, part], smem[2 * n + 1].at[s]
-                    plgpu.wgmma(sums[n], left.view(a), right.view(b))
-                plgpu.wgmma_wait(len(self.pairs))
+                for n, right in enumerate(self.rights):
+                    m = min(n, len(self.lefts) - 1)
+                    a = self.lefts[m].view(left_smem[m].at[s, part])
+                    plgpu.wgmma(sums[n], a, right.view(right_smem[n].at[s]))
+                plgpu.wgmma_wait(len(self.rights))
 
                 @pl.when(i > 0)
                 def _():
@@ -176,7 +180,7 @@ class Products:
             return values
 
         shape = ROWS, config.columns
-        return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for _ in self.pairs])
+        return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for _ in self.rights])
 
     def fill(self, config: Config, gmem, smem, ring: Ring, start, row, column) -> None:
         """The loads of a tile's steps."""
@@ -185,12 +189,14 @@ class Products:
         def _(i):
             along, copies = (i * DEPTH, DEPTH), []
             across = column * config.columns, config.columns
-            for n, (left, right) in enumerate(self.pairs):
+            lefts = len(self.lefts)
+            for left, source, one in zip(self.lefts, gmem, smem, strict=False):
                 for part in range(COMPUTE):
-                    source = left.cut(gmem[2 * n], (row_of(row, part), ROWS), along)
-                    copies.append((source, smem[2 * n], part))
-                source = right.cut(gmem[2 * n + 1], along, across)
-                copies.append((source, smem[2 * n + 1]))
+                    rows = row_of(row, part), ROWS
+                    copies.append((left.cut(source, rows, along), one, part))
+            factors = zip(self.rights, gmem[lefts:], smem[lefts:], strict=True)
+            for right, source, one in factors:
+                copies.append((right.cut(source, along, across), one))
             ring.fill(start + i, *copies)
 
 

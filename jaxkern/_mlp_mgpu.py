@@ -1,4 +1,4 @@
-"""Low-rank MLPs in kernels: which of them, and the matmuls before and after.
+"""MLPs in kernels: which of them, and the matmuls before and after.
 
 - `flash_mlp`'s, for equal ranks that it takes: hidden features never reach memory;
 - matmuls with fused activations, for all other ranks (`_matmul_mgpu`);
@@ -57,7 +57,8 @@ def choose(
         # Not verified on hardware: only for who asks.
         return "sparse" if runs == "mosaic_gpu" else None
     if runs is None:
-        faster = _matmul_mgpu.predicted_faster(tokens, ranks[-2:], hidden, len(ups))
+        gates = len(ups)
+        faster = _matmul_mgpu.predicted_faster(tokens, ranks[-2:], hidden, gates, gates)
         runs = "mosaic_gpu" if faster else "xla"
     return "matmul" if runs == "mosaic_gpu" else None
 
@@ -82,6 +83,32 @@ def _unfit(
             "sparsity='2:4-soft', got 'exact'"
         )
     return None
+
+
+def choose_swiglu(
+    op: str,
+    x: jax.Array,
+    w_gate: jax.Array,
+    w_down: jax.Array,
+    implementation: Implementation | None,
+) -> Implementation:
+    """Of full rank: what runs it, as `choose` does."""
+    tokens = math.prod(x.shape[:-1])
+    sizes = tokens, *w_gate.shape, w_down.shape[1]
+    reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
+    if (chosen := settle(op, implementation, reason)) is not None:
+        return chosen
+    ranks = w_gate.shape[0], w_down.shape[1]
+    faster = _matmul_mgpu.predicted_faster(tokens, ranks, w_gate.shape[1], 2)
+    return "mosaic_gpu" if faster else "xla"
+
+
+def run_swiglu(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+    """As a low-rank one whose core is the input."""
+    y = _matmul_mgpu.gated_mlp(x.reshape(-1, x.shape[-1]), w_gate, w_up, w_down)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def run(

@@ -82,7 +82,7 @@ def select_forward(shrink: bool, keep: bool, columns: int | None = None):
         selection = Selection(
             lambda sums: IN_KERNEL["relu2"].value(sums[0]), shrink, keep
         )
-        products = Products([(Operand(core), Operand(up))])
+        products = Products([Operand(core)], [Operand(up)])
         return tuple(run("relu2_select", products, selection, chosen))
 
     return kernel

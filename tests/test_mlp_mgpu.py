@@ -14,6 +14,8 @@ from helpers import (
     low_rank_relu2_float64,
     normal,
     pair,
+    swiglu_args,
+    swiglu_float64,
     to_float64,
     value_and_vjp,
     with_vjp,
@@ -30,6 +32,7 @@ from jaxkern import (
     _mlp_mgpu,
     low_rank_relu2,
     low_rank_swiglu,
+    swiglu,
 )
 from jaxkern._matmul_mgpu import Work
 from jaxkern._mgpu_matmul import Config, Operand
@@ -84,6 +87,15 @@ def check_gated(size, dtype=BF16):
     assert_as_exact(got, bound, low_rank_swiglu_float64(args, g))
 
 
+def check_swiglu(size, dtype=BF16):
+    """(tokens, d_in, hidden, d_out) of full rank."""
+    tokens, d_in, hidden, d_out = size
+    args, g = swiglu_args((tokens, d_in, hidden, 0, d_out), dtype)
+    got = value_and_vjp(partial(swiglu, implementation="mosaic_gpu"), args, g)
+    bound = value_and_vjp(definitions.swiglu, args, g)
+    assert_as_exact(got, bound, swiglu_float64(*to_float64((*args, g))))
+
+
 # Ranks that differ, so that the hidden features go to memory; multiples of no tile.
 SIZE = (150, 160, 203, 70, 40)
 SIZES = [SIZE, (7, 90, 130, 3, 1), (264, 140, 320, 64, 66)]
@@ -103,6 +115,17 @@ def test_gated(size):
     check_gated(size)
 
 
+full_sizes = pytest.mark.parametrize(
+    "size", [(150, 90, 203, 70), (7, 3, 5, 2), (264, 64, 320, 130)], ids=str
+)
+
+
+@pytest.mark.usefixtures("interpreted")
+@full_sizes
+def test_swiglu(size):
+    check_swiglu(size)
+
+
 @pytest.mark.usefixtures("interpreted")
 @sparse
 @sizes
@@ -115,6 +138,7 @@ def test_tiles():
     size = (140, 160, 300, 70, 40)
     check_relu2(size)
     check_gated(size)
+    check_swiglu((140, 70, 300, 40))
     check_relu2(size, sparsity="2:4-soft")
 
 
@@ -131,6 +155,7 @@ def test_every_matmul_in_our_kernel(monkeypatch):
     monkeypatch.setattr(_matmul_mgpu, "PLAIN", "mosaic_gpu")
     check_relu2(SIZE)
     check_gated(SIZE)
+    check_swiglu((150, 90, 203, 70))
     check_relu2(SIZE, sparsity="2:4")
 
 
@@ -240,6 +265,21 @@ def test_none_picks_what_is_predicted_and_nothing_unverified(monkeypatch):
 def test_predictions(tokens, ranks, hidden, products, faster):
     got = _matmul_mgpu.predicted_faster(tokens, ranks, hidden, products)
     assert got == faster
+
+
+def test_swiglu_runs_where_it_is_predicted_to_be_faster(monkeypatch):
+    monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
+    args, _ = swiglu_args((40, 60, 70, 0, 60), BF16)
+
+    def runs_kernel(**options):
+        text = str(jax.make_jaxpr(partial(swiglu, **options))(*args))
+        return "gated_forward" in text
+
+    for faster in (True, False):
+        monkeypatch.setattr(_matmul_mgpu, "predicted_faster", lambda *a, f=faster: f)
+        assert runs_kernel() == faster
+    assert runs_kernel(implementation="mosaic_gpu")
+    assert not runs_kernel(implementation="xla")
 
 
 def test_small_results_take_small_tiles():
@@ -400,6 +440,7 @@ def test_gate_and_up_must_have_the_same_rank():
 def test_on_gpu(size, dtype):
     check_relu2(size, dtype)
     check_gated(size, dtype)
+    check_swiglu(size[:4], dtype)
 
 
 @pytest.mark.gpu

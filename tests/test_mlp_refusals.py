@@ -46,7 +46,7 @@ from test_mlp import DOWN, UP, V, W, X
         (
             lambda: untyped.swiglu(X, W, W, V, implementation="mosaic_gpu"),
             NotImplementedError,
-            "swiglu: implementation must be 'xla', got 'mosaic_gpu', for which",
+            "swiglu: dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         ),
         (
             lambda: untyped.swiglu(X, W, W, V, implementation="cuda"),

@@ -314,7 +314,7 @@ X = jnp.ones((2, EMBED))
                 jnp.ones((2, EMBED))
             ),
             NotImplementedError,
-            "swiglu: implementation must be 'xla'",
+            "swiglu: dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         ),
         (
             lambda: untyped.nn.LowRankReLU2(

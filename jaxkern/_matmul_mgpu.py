@@ -60,6 +60,8 @@ XLA_RATE = 0.75
 # How much faster a kernel must be predicted to be, since none of it is measured.
 MARGIN = 0.9
 FEATURE_STEP = PIECE
+# Widths of tiles there are; of two products, or of two results, narrower ones.
+COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def predicted_us(work: Work, columns: int) -> float:
     return LAUNCH_US + max(computed, from_l2, from_memory)
 
 
-def choose_columns(work: Work, valid: Sequence[int] = (256, 128, 64)) -> int:
+def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
     """The tiles that are predicted to be fastest; of equal ones, the largest."""
     return min(valid, key=partial(predicted_us, work))
 
@@ -113,20 +115,28 @@ def predicted_faster(
     XLA launches each matmul and the activation, which reads and writes.
     """
     work = Work(tokens, ranks[0], hidden, products)
-    columns = choose_columns(work, (256, 128, 64) if products == 1 else (128, 64))
-    ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
-    macs = tokens * ranks[0] * hidden
-    one = macs / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
-    rate = MEMORY_BYTES * MEMORY_RATE
-    moved = 2 * (tokens * ranks[0] + ranks[0] * hidden + tokens * hidden)
-    activation = 2 * (products + 1) * tokens * hidden / rate
-    xla = products * (LAUNCH_US + max(one, moved / rate)) + LAUNCH_US + activation
+    columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
+    ours = predicted_us(work, columns) + padding_us(tokens, ranks, hidden, products)
+    xla = products * xla_matmul_us(tokens, ranks[0], hidden)
+    xla += elementwise_us((products + 1) * tokens * hidden)
     # What is the same for both: the matmul that follows.
-    after = LAUNCH_US + tokens * ranks[1] * hidden / (macs / one)
+    after = xla_matmul_us(tokens, hidden, ranks[1])
     return ours + after < MARGIN * (xla + after)
 
 
-def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
+def xla_matmul_us(m: int, depth: int, n: int) -> float:
+    """Of a matmul of 16-bit numbers by XLA on an H200, predicted and not measured."""
+    computed = m * depth * n / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
+    moved = 2 * (m * depth + depth * n + m * n) / (MEMORY_BYTES * MEMORY_RATE)
+    return LAUNCH_US + max(computed, moved)
+
+
+def elementwise_us(numbers: int | float, launches: int = 1) -> float:
+    """Of launches that read and write so many 16-bit numbers: predicted as well."""
+    return 2 * numbers / (MEMORY_BYTES * MEMORY_RATE) + launches * LAUNCH_US
+
+
+def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
     """Of the copies of weights and cores; each array is read and written."""
     numbers = copies = 0
     if hidden % FEATURE_STEP or any(rank % FEATURE_STEP for rank in ranks):
@@ -135,7 +145,7 @@ def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -
     if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
         numbers += tokens * (products * ranks[0] + ranks[1])
         copies += 2
-    return 4 * numbers / (MEMORY_BYTES * MEMORY_RATE) + copies * LAUNCH_US
+    return elementwise_us(2 * numbers, copies)
 
 
 def unsupported(shape: Sequence[int], dtype: Any, *, on_hopper: bool) -> str | None:
@@ -272,7 +282,7 @@ def gated_forward(keep: bool, columns: int | None = None):
         rank, hidden = gate.shape
         outs = 3 if keep else 1
         work = Work(core.shape[0], rank, hidden, products=2, moved=float(outs))
-        chosen = columns or choose_columns(work, (128, 64))
+        chosen = columns or choose_columns(work, GATED_COLUMNS)
         pairs = [
             (Operand(core, first=first, width=rank), Operand(w))
             for first, w in ((0, gate), (rank, up))
@@ -290,7 +300,7 @@ def gated_backward(columns: int | None = None):
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, gate, up):
         work = Work(dy.shape[0], dy.shape[1], down.shape[0], moved=4.0)
-        chosen = columns or choose_columns(work, (128, 64))
+        chosen = columns or choose_columns(work, GATED_COLUMNS)
         products = Products([(Operand(dy), Operand(down, transposed=True))])
         epilogue = Epilogue(_gate_derivative_epilogue, outs=2, aux=[gate, up])
         return tuple(run("gated_backward", products, epilogue, chosen))

@@ -82,8 +82,8 @@ class Work:
     density: float = 1.0
 
 
-def predicted_us(work: Work, columns: int) -> float:
-    """Time of a launch with tiles of so many columns on an H200, not measured.
+def limits_us(work: Work, columns: int) -> dict[str, float]:
+    """What a launch with tiles of so many columns waits for on an H200, not measured.
 
     Tiles take turns on the multiprocessors. One takes as long as its matmuls at 0.7 of
     the chip's rate and its epilogue after them; all together no less than the factors
@@ -93,13 +93,19 @@ def predicted_us(work: Work, columns: int) -> float:
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
     macs = rows * columns * work.depth * work.products * work.density
     clocks = macs / MACS / MATMUL_RATE + rows * columns * work.clocks
-    computed = pl.cdiv(tiles, multiprocessors()) * clocks / CLOCKS
     loaded = 2 * work.products * work.depth * (rows * work.density + columns)
-    from_l2 = tiles * loaded / L2_BYTES
     numbers = work.products * work.depth * (work.m * work.density + work.n)
     numbers += work.moved * work.m * work.n
-    from_memory = 2 * numbers / MEMORY_BYTES / MEMORY_RATE
-    return LAUNCH_US + max(computed, from_l2, from_memory)
+    return {
+        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / CLOCKS,
+        "L2": tiles * loaded / L2_BYTES,
+        "memory": 2 * numbers / MEMORY_BYTES / MEMORY_RATE,
+    }
+
+
+def predicted_us(work: Work, columns: int) -> float:
+    """Time of a launch, by what it waits for longest."""
+    return LAUNCH_US + max(limits_us(work, columns).values())
 
 
 def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:

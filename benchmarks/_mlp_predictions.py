@@ -130,7 +130,7 @@ def _print_stages(console: Console, rows: Sequence[Row]) -> None:
     columns = list(STAGE_NAMES.values())
 
     def read(row: Row | None) -> str:
-        return number(row and row["predicted_us"])
+        return number(None if row is None else row["predicted_us"])
 
     _print_grid(console, title, columns, list(STAGE_NAMES), _index(rows), read)
     text = (

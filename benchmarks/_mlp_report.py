@@ -66,7 +66,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     kernels = "our kernels; rows of no other name are by XLA"
     lines = {"published": PUBLISHED_ON, "mosaic_gpu": kernels}
     if args.on_device:
-        lines["% floor"] = "of one H200 by its data sheet, in 16 bits; of device time"
+        lines["floor"] = "of one H200 by its data sheet, in 16 bits; of device time"
     return lines | peers.notes(args)
 
 
@@ -97,10 +97,12 @@ def by_model(rows: Sequence[Row], *more: str) -> dict[tuple, list[Row]]:
 def _print_times(console: Console, rows: Sequence[Row]) -> None:
     on_device = any(row.get("device_ms") for row in rows)
     what = rows[0]["pass"] if rows else "forward"
-    cpu = ["GFLOP/s", "temp MB", "comp. s"]
-    rates = ["device", "TFLOP/s", "% peak", "% floor"] if on_device else cpu
-    title = f"Milliseconds of {what}: median, spread and published"
-    result = table(title, ["", "ms", "± std", *rates, "publ."])
+    rates = ["± std", "GFLOP/s", "temp MB", "comp. s"]
+    if on_device:
+        rates = ["±", "device", "TFLOP/s", "peak", "floor"]
+    percent = "; peak, floor in %" if on_device else ""
+    title = f"Milliseconds of {what}: median, spread and published{percent}"
+    result = table(title, ["", "ms", *rates, "publ."])
     for (model, batch, framework), group in by_model(rows, "framework").items():
         peer = "" if framework == "jaxkern" else framework
         title = f"[bold]{model}[/bold] {batch} x {shapes.SEQ} {peer}"

@@ -45,21 +45,21 @@ def static(a):
     return a * (jnp.arange(a.shape[1]) % 4 < 2)
 
 
-def _groups(a):
+def groups(a):
     return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 4))).reshape(len(a), -1, 4)
 
 
 def top2(a):
-    order = jnp.argsort(-abs(_groups(a)), stable=True)
+    order = jnp.argsort(-abs(groups(a)), stable=True)
     rank = jnp.argsort(order, stable=True)
     return a * (rank < 2).reshape(len(a), -1)[:, : a.shape[1]]
 
 
 def soft(a):
     def shrink(a):
-        groups = _groups(a)
-        threshold = jnp.sort(abs(groups), axis=-1)[..., 1:2]
-        s = jnp.sign(groups) * jnp.maximum(abs(groups) - threshold, 0)
+        fours = groups(a)
+        threshold = jnp.sort(abs(fours), axis=-1)[..., 1:2]
+        s = jnp.sign(fours) * jnp.maximum(abs(fours) - threshold, 0)
         s = s.reshape(len(a), -1)[:, : a.shape[1]]
         return s * (a * s).sum(1, keepdims=True) / (s * s).sum(1, keepdims=True)
 

@@ -268,9 +268,11 @@ def _factors(model: Model) -> list[tuple[int, int]]:
 def _pruned_us(model: Model, tokens: int) -> float:
     """Four sparse products, transposed, of weights packed along what they sum over."""
     t, us = padded(tokens), 0.0
-    for d_in, d_out in _factors(model):
+    for i, (d_in, d_out) in enumerate(_factors(model)):
+        # x is padded as the transposed factor that it is.
+        depth = padded(d_in, ROW_STEP if i else FEATURE_STEP)
+        us += sparse_matmul(padded(d_out, ROW_STEP), depth, t)
         # Positions are put in the kernels' order in every call, of a 16th of the bytes.
-        us += sparse_matmul(d_out, padded(d_in, ROW_STEP), t)
         us += elementwise_us(d_in * d_out / 8)
         if d_in % DEPTH or d_out % ROW_STEP:
             us += elementwise_us(d_in * d_out)

@@ -145,8 +145,13 @@ def _up_relu2(core, up):
     return _relu2(core @ up)
 
 
+def _sums(a):
+    """Of each four: of two that are almost equal, either may be kept."""
+    return definitions.groups(a).sum(-1)
+
+
 def _up_top2(core, up):
-    return definitions.top2(_up_relu2(core, up))
+    return _sums(definitions.top2(_up_relu2(core, up)))
 
 
 def _top2_down(hidden, down):
@@ -209,22 +214,26 @@ def _sparse_kernel(values, words, down):
     return _sparsity_mgpu.sparse_matmul()(values, words, _tiled(down))
 
 
+def _dense(chosen: Any, tokens: int, hidden: int) -> jax.Array:
+    return _sparsity_mgpu.dense(_sparsity_mgpu.Chosen(*chosen), hidden)[:tokens]
+
+
 def _by_kernels(tokens: int, rank: int, hidden: int) -> dict[str, Stage]:
     """What they return is padded, too."""
 
     def cut(columns: int, y: jax.Array) -> jax.Array:
         return y[:tokens, :columns]
 
-    def dense(chosen: Any) -> jax.Array:
-        return cut(hidden, _sparsity_mgpu.dense(_sparsity_mgpu.Chosen(*chosen), hidden))
+    def sums(chosen: Any) -> jax.Array:
+        return _sums(_dense(chosen, tokens, hidden))
 
-    taken = "values", "words", "down"
+    taken, kept = ("values", "words", "down"), ("kept", "down")
     hiddens, cores = partial(cut, hidden), partial(cut, rank)
     return {
         UP_DOWN: Stage(_flash, (*CORE, "down"), _up_down),
         UP_ACTIVATION: Stage(_relu2_kernel, CORE, _up_relu2, finish=hiddens),
-        UP_SELECT: Stage(_select_kernel, CORE, _up_top2, finish=dense),
-        DOWN_SPARSE: Stage(_sparse_kernel, taken, _top2_down, HIDDEN, cores),
+        UP_SELECT: Stage(_select_kernel, CORE, _up_top2, finish=sums),
+        DOWN_SPARSE: Stage(_sparse_kernel, taken, jnp.matmul, kept, cores),
     }
 
 
@@ -268,8 +277,9 @@ def build(name: str, model: Model, tokens: int, args: argparse.Namespace) -> Pro
     stages = BY_XLA | _by_kernels(tokens, model.rank, model.relu2)
     stage = stages[name]
     if name == DOWN_SPARSE:
-        chosen = jax.jit(_select_kernel)(found["core"], found["up"])
-        found = found | dict(zip(("values", "words"), chosen, strict=True))
+        values, words = jax.jit(_select_kernel)(found["core"], found["up"])
+        kept = _dense((values, words), tokens, model.relu2)
+        found = found | {"values": values, "words": words, "kept": kept}
     inputs = tuple(found[name] for name in stage.takes)
     check = partial(_check, stage, found, inputs)
     return Program(

@@ -59,7 +59,7 @@ def predictions() -> list[Row]:
 def main(args: argparse.Namespace) -> int:
     """The tables, and what else was asked for."""
     console = make_console()
-    meta = metadata("mlp", predicted="one H200, by shapes and its data sheet")
+    meta = metadata("mlp", device="one H200: predicted, not measured")
     console.print(HEADER)
     status = 0
     if args.predict:
@@ -99,11 +99,11 @@ def _print_rows(console: Console, rows: Sequence[Row]) -> None:
     for which in PASSES:
         found = _index([row for row in rows if row["pass"] == which])
         names = [name for name in KERNEL_ROWS if which in shapes.passes(name)]
-        title = f"{which}, predicted us of our kernels, and % of the floor"
+        title = f"{which}, predicted us of our kernels, % of floor"
         _print_grid(
             console, title, [f"{NAMES[n]}   %" for n in names], names, found, ours
         )
-        title = f"{which}, predicted us of XLA, and how much faster ours is"
+        title = f"{which}, predicted us of XLA, over ours"
         _print_grid(
             console, title, [f"{NAMES[n]}    x" for n in names], names, found, xla
         )

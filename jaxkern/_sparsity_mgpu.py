@@ -5,8 +5,9 @@ The selection of two activations of four is the epilogue of the matmul that make
 so that they go to memory packed, and never else: about 11 instructions for each of them
 (counted in the compiled kernel), 0.09 clocks of a multiprocessor, where the dense
 product that follows takes rank / 2048 and the sparse one rank / 4096. So selecting
-costs more than it saves up to rank 360 or so, whatever the number of tokens; see
-`benchmarks.mlp` for what remains from there on.
+costs more than the tensor cores save up to rank 360 or so, whatever the number of
+tokens. What they save, L2 limits: tiles are no larger, and of the dense factor a sparse
+product reads as much as a dense one. `python -m benchmarks.mlp --predict` adds it up.
 
 B is read from shared memory once for each sparse instruction of 64 rows, 16 KB in 128
 clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.

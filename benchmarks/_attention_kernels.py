@@ -32,17 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import BlockMask, _block_sparse_mgpu, _mgpu_schedule
+from jaxkern import _mgpu_rates as h200
 from jaxkern._mgpu import MULTIPROCESSORS
-from jaxkern._mgpu_rates import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
-    MUFU_OPS,
-)
 
 from . import _attention_programs as programs
 from ._attention_model import BLOCK, PASSES, Dense, Masked, Shape, Task, known_mask
@@ -162,11 +153,11 @@ def floors_ms(task: Task, which: str) -> dict[str, float]:
     pairs = s.batch * s.heads * task.pattern.pairs(s.seq, s.heads)
     arrays = {FORWARD: (2, 2), BACKWARD: (4, 4), BOTH: (4, 4)}[which]
     exps = 2 if which == BOTH else 1
-    clocks = MULTIPROCESSORS * CLOCKS
+    clocks = MULTIPROCESSORS * h200.CLOCKS
     us = {
-        "tensor": flops(task, which) / (2 * MACS * clocks),
-        "mufu": exps * pairs / (MUFU_OPS * clocks),
-        "bytes": _tokens_bytes(s, *arrays) / MEMORY_BYTES,
+        "tensor": flops(task, which) / (2 * h200.MACS * clocks),
+        "mufu": exps * pairs / (h200.MUFU_OPS * clocks),
+        "bytes": _tokens_bytes(s, *arrays) / h200.MEMORY_BYTES,
     }
     return {name: time / 1e3 for name, time in us.items()}
 
@@ -229,13 +220,14 @@ def predict_launch(
     most = busiest(lengths)
     rows, steps = 2 * config.rows, BLOCK // config.columns
     logits = rows * config.columns
-    reached = CLOCKS * MATMUL_RATE
+    reached = h200.CLOCKS * h200.MATMUL_RATE
     loaded = config.columns * dim * 2 * 2
     times = {
-        "tensor": most * steps * logits * products * dim / MACS / reached,
-        "mufu": most * steps * logits / MUFU_OPS / reached,
-        "L2": int(lengths.sum()) * steps * loaded / L2_BYTES,
-        "memory": _tokens_bytes(task.shape, *arrays) / (MEMORY_BYTES * MEMORY_RATE),
+        "tensor": most * steps * logits * products * dim / h200.MACS / reached,
+        "mufu": most * steps * logits / h200.MUFU_OPS / reached,
+        "L2": int(lengths.sum()) * steps * loaded / h200.L2_BYTES,
+        "memory": _tokens_bytes(task.shape, *arrays)
+        / (h200.MEMORY_BYTES * h200.MEMORY_RATE),
     }
     limit = max(times, key=times.__getitem__)
     sizes: dict[str, Any] = {
@@ -244,7 +236,7 @@ def predict_launch(
         "matmuls": products,
     }
     sizes["busy_percent"] = 100 * int(lengths.sum()) / (most * MULTIPROCESSORS)
-    return {**sizes, "limit": limit, "us": LAUNCH_US + times[limit]}
+    return {**sizes, "limit": limit, "us": h200.LAUNCH_US + times[limit]}
 
 
 @lru_cache
@@ -252,8 +244,8 @@ def predicted_ms(task: Task, which: str) -> float:
     """Of all launches, on an idle H200: predicted, not measured."""
     us = sum(predict_launch(task, *x)["us"] for x in launches(task.shape.dim, which))
     if which != FORWARD:
-        us += LAUNCH_US
-        us += _tokens_bytes(task.shape, 3, 0) / (MEMORY_BYTES * MEMORY_RATE)
+        us += h200.LAUNCH_US
+        us += _tokens_bytes(task.shape, 3, 0) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
     return us / 1e3
 
 

@@ -23,7 +23,12 @@ from jaxkern._mgpu import SMEM_BYTES
 
 HERE = Path(__file__).parent
 TIMEOUT = 300
-COUNTED = {"hgmma": r"\bHGMMA\b", "mufu": r"\bMUFU\b", "instructions": r"."}
+COUNTED = {
+    "hgmma": r"\bHGMMA\b",
+    "hgmma_sparse": r"\bHGMMA\.SP\b",
+    "mufu": r"\bMUFU\b",
+    "instructions": r".",
+}
 INSTALL = "run `make kernels`, which installs it"
 
 

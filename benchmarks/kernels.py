@@ -22,11 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkern import BlockMask, _block_sparse_mgpu, _flash_mlp_mgpu, _masked_mgpu
+from jaxkern import (
+    BlockMask,
+    _block_sparse_mgpu,
+    _flash_mlp_mgpu,
+    _masked_mgpu,
+    _matmul_mgpu,
+    _sparsity_mgpu,
+)
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._block_mask import with_keys
 from jaxkern._dilated_patterns import Dilation
 from jaxkern._mgpu_masks import WORD
+from jaxkern._mgpu_matmul import Operand
 
 from ._cli import pattern, writable
 from ._harness import Row
@@ -217,6 +225,80 @@ def flash_mlp_cases() -> Cases:
     return cases
 
 
+# Of one layer of 7B, and a few tokens: (tokens, rank, hidden).
+TOKENS, RANK, WIDTH = 2048, 1024, 16512
+
+
+def _low_rank(make: Callable[..., Any], *shapes: tuple[int, ...], words: bool = False):
+    """With a core, weights and hidden features of those shapes, in 16 bits."""
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    if words:
+        blocks = shapes[0][0] // 64, shapes[0][1] // 32, 128
+        args.insert(1, jax.ShapeDtypeStruct(blocks, jnp.int32))
+    return make, tuple(args)
+
+
+def _matmul(left: bool, right: bool, columns: int):
+    def run(a, b):
+        return _matmul_mgpu.matmul(Operand(a, left), Operand(b, right), columns)
+
+    return run
+
+
+def matmul_cases() -> Cases:
+    """Dense, with every epilogue: of low-rank MLPs."""
+    kernels, cases = _matmul_mgpu, {}
+    core, up, down = (TOKENS, RANK), (RANK, WIDTH), (WIDTH, RANK)
+    hidden = TOKENS, WIDTH
+
+    def add(name, make, *shapes):
+        cases[name] = partial(_low_rank, make, *shapes)
+
+    for columns in kernels.COLUMNS:
+        add(f"relu2 forward {columns}", kernels.relu2_forward(columns), core, up)
+        make = kernels.relu2_backward(columns)
+        add(f"relu2 backward {columns}", make, core, down, hidden)
+        for left in (False, True):
+            for right in (False, True):
+                views = f"{'T' if left else 'N'}{'T' if right else 'N'}"
+                shapes = core[::-1] if left else core, up[::-1] if right else up
+                make = _matmul(left, right, columns)
+                add(f"matmul {views} {columns}", make, *shapes)
+    pair = TOKENS, 2 * RANK
+    for columns in kernels.GATED_COLUMNS:
+        for keep, label in ((False, ""), (True, " kept")):
+            make = kernels.gated_forward(keep, columns)
+            add(f"gated forward{label} {columns}", make, pair, up, up)
+        make = kernels.gated_backward(columns)
+        add(f"gated backward {columns}", make, core, down, hidden, hidden)
+    return cases
+
+
+def sparse_cases() -> Cases:
+    """2:4: selections, and products on sparse tensor cores."""
+    kernels, cases = _sparsity_mgpu, {}
+    core, up, values = (TOKENS, RANK), (RANK, WIDTH), (TOKENS, WIDTH // 2)
+    for columns in kernels.SELECT_COLUMNS:
+        for shrink, method in ((False, "top2"), (True, "soft")):
+            for keep, label in ((False, ""), (True, " kept")):
+                make = kernels.select_forward(shrink, keep, columns)
+                name = f"select {method}{label} {columns}"
+                cases[name] = partial(_low_rank, make, core, up)
+    for columns in _matmul_mgpu.COLUMNS:
+        for transposed, label in ((False, ""), (True, " T")):
+            for activation in ("identity", "relu2"):
+                make = kernels.sparse_matmul(transposed, activation, columns)
+                right = up if transposed else up[::-1]
+                name = f"sparse{label} {activation} {columns}"
+                cases[name] = partial(_low_rank, make, values, right, words=True)
+    return cases
+
+
+def every_case() -> Cases:
+    low_rank = matmul_cases() | sparse_cases()
+    return flash_mlp_cases() | attention_cases() | masked_cases() | low_rank
+
+
 def measure(name: str, build: Callable[[], Any], tools: tuple[Any, ...]) -> Row:
     """One row; a kernel that fails is a failed row."""
     row: Row = {"kernel": name}
@@ -249,8 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
     # Nothing runs on a device, and the plugin is not to look for one.
     jax.config.update("jax_platforms", "cpu")
-    every = flash_mlp_cases() | attention_cases() | masked_cases()
-    cases = {n: b for n, b in every.items() if re.search(args.only, n)}
+    cases = {n: b for n, b in every_case().items() if re.search(args.only, n)}
     results = Results(args.json, metadata("kernels", arch="sm_90a"))
     console = make_console()
     title = "compiled for sm_90a; counts are static, a loop counts once"

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from . import _mgpu_rates as h200
 from ._mesh import vary_alike
 from ._mgpu import (
     IN_KERNEL,
@@ -36,16 +37,6 @@ from ._mgpu import (
     zeros,
 )
 from ._mgpu_batch import over_heads
-from ._mgpu_rates import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
-    MUFU_OPS,
-)
 from ._mgpu_walk import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config, Operand, walk
 
 DTYPES = ("bfloat16", "float16")
@@ -142,12 +133,12 @@ def predicted_us(
         "backward_x": (2 * ups + 1, ups + 1, 2 * inputs + 1),
         "backward_w": (ups + 1 + sums, inputs + 1, ups + 1 + sums),
     }[kernel]
-    clocks = rows * walked * max(products * dim / MACS, 1 / MUFU_OPS)
-    from_l2 = blocks * tiles * walked * dim * 2 / L2_BYTES
+    clocks = rows * walked * max(products * dim / h200.MACS, 1 / h200.MUFU_OPS)
+    from_l2 = blocks * tiles * walked * dim * 2 / h200.L2_BYTES
     moved = heads * dim * 2 * (held * size + tiles * walked)
-    from_memory = moved / MEMORY_BYTES / MEMORY_RATE
-    computed = turns * clocks / CLOCKS / MATMUL_RATE
-    return LAUNCH_US + max(computed, from_l2, from_memory)
+    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
+    computed = turns * clocks / h200.CLOCKS / h200.MATMUL_RATE
+    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
 def predicted_faster(
@@ -158,13 +149,13 @@ def predicted_faster(
     XLA launches each matmul and the activation, which reads and writes it.
     """
     layer, tokens = heads * batch * hidden, heads * batch * dim
-    rate = MEMORY_BYTES * MEMORY_RATE
+    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
     matmul = max(
-        layer * dim / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE),
+        layer * dim / (h200.MACS * multiprocessors() * h200.CLOCKS * h200.MATMUL_RATE),
         2 * (tokens + heads * dim * hidden + layer) / rate,
     )
     activation = 2 * (ups + 1) * layer / rate
-    xla = (ups + 1) * (matmul + LAUNCH_US) + activation + LAUNCH_US
+    xla = (ups + 1) * (matmul + h200.LAUNCH_US) + activation + h200.LAUNCH_US
     sizes = heads, batch, hidden, dim, ups
     ours = predicted_us("forward", *sizes, inputs=inputs)
     return ours + padding_us(heads, batch, dim, hidden, ups, inputs) < xla
@@ -180,8 +171,8 @@ def padding_us(
         numbers, copies = (inputs + 1) * rows * columns, 2
     if (columns, features) != (dim, hidden):
         numbers, copies = numbers + (ups + 1) * columns * features, copies + ups + 1
-    moved = 2 * 2 * heads * numbers / (MEMORY_BYTES * MEMORY_RATE)
-    return moved + copies * LAUNCH_US
+    moved = 2 * 2 * heads * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    return moved + copies * h200.LAUNCH_US
 
 
 def unsupported(

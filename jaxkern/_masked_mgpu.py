@@ -7,8 +7,8 @@ us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1). Sto
 masked weights for a batched product writes and reads 4.2 / 67 MB more.
 
 Between L2 and the blocks go 167 MB at batch 16, since 16 blocks read each x_b and each
-sample W: predicted, that is the limit, 30 us. See `predicted_us`, and `_mgpu_masks` for
-what the kernels do.
+sample W: 18 us at 9.5 TB/s, less than the 23 us that memory takes at 80 % of its rate,
+which is the limit. See `predicted_us`, and `_mgpu_masks` for what the kernels do.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from . import _mgpu_masks
+from . import _mgpu_rates as h200
 from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
@@ -33,15 +34,6 @@ from ._mgpu_masks import (
     WORD,
     Config,
     Kind,
-)
-from ._mgpu_rates import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
 )
 from ._mgpu_walk import COMPUTE
 
@@ -85,13 +77,15 @@ def predicted_us(
     config = choose(samples, seq, features)
     blocks = samples * pl.cdiv(seq, config.tokens) * pl.cdiv(features, config.columns)
     steps = pl.cdiv(contracted, config.depth)
-    clocks = config.tokens * config.columns * steps * config.depth / MACS
-    computed = pl.cdiv(blocks, multiprocessors()) * clocks / CLOCKS / MATMUL_RATE
-    from_l2 = blocks * steps * config.step_bytes(mask_bytes) / L2_BYTES
+    clocks = config.tokens * config.columns * steps * config.depth / h200.MACS
+    computed = (
+        pl.cdiv(blocks, multiprocessors()) * clocks / h200.CLOCKS / h200.MATMUL_RATE
+    )
+    from_l2 = blocks * steps * config.step_bytes(mask_bytes) / h200.L2_BYTES
     weights = contracted * features * (2 + samples * mask_bytes)
     moved = 2 * samples * seq * (contracted + features) + weights
-    from_memory = moved / MEMORY_BYTES / MEMORY_RATE
-    return LAUNCH_US + max(computed, from_l2, from_memory)
+    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
+    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
 def predicted_gradients_us(
@@ -103,12 +97,14 @@ def predicted_gradients_us(
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
     turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
-    computed = turns * tile * tokens / MACS / CLOCKS / MATMUL_RATE
+    computed = turns * tile * tokens / h200.MACS / h200.CLOCKS / h200.MATMUL_RATE
     masks = samples * d_in * d_out * mask_bytes * (1 + want_w)
     loaded = blocks * samples / walks * 2 * tokens * (rows + columns)
-    from_l2 = (loaded + masks) / L2_BYTES
+    from_l2 = (loaded + masks) / h200.L2_BYTES
     moved = 2 * samples * seq * (d_in + d_out) + masks + 2 * (1 + want_w) * d_in * d_out
-    return LAUNCH_US + max(computed, from_l2, moved / MEMORY_BYTES / MEMORY_RATE)
+    return h200.LAUNCH_US + max(
+        computed, from_l2, moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
+    )
 
 
 def predicted_faster(
@@ -119,17 +115,23 @@ def predicted_faster(
     XLA masks the weights of one sample, and multiplies, before the next one.
     """
     ours = theirs = 0.0
-    rate = MEMORY_BYTES * MEMORY_RATE
+    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
     for samples, seq, d_in, d_out in shapes:
         tokens, weights = 2 * seq * (d_in + d_out), d_in * d_out
-        flops_us = seq * weights / (MACS * multiprocessors() * CLOCKS * MATMUL_RATE)
+        flops_us = (
+            seq
+            * weights
+            / (h200.MACS * multiprocessors() * h200.CLOCKS * h200.MATMUL_RATE)
+        )
         matmul = max(flops_us, (tokens + 2 * weights) / rate)
-        theirs += samples * ((4 + mask_bytes) * weights / rate + matmul + 2 * LAUNCH_US)
+        theirs += samples * (
+            (4 + mask_bytes) * weights / rate + matmul + 2 * h200.LAUNCH_US
+        )
         ours += predicted_us(samples, seq, d_in, d_out, mask_bytes)
         if seq % ROW_STEP or d_in % FEATURE_STEP or d_out % FEATURE_STEP:
             # Each array is read and written once more.
             moved = samples * (tokens + mask_bytes * weights) + 2 * weights
-            ours += 2 * moved / rate + 4 * LAUNCH_US
+            ours += 2 * moved / rate + 4 * h200.LAUNCH_US
     return ours < theirs
 
 

@@ -6,12 +6,22 @@ kernel: the activation is the epilogue of the matmul before it, its derivative t
 the matmul before that one. Of an MLP (tokens, rank) -> hidden -> (tokens, rank):
 
 - ReLU²: the forward keeps a = max(z, 0)^2, and the backward's 2 max(z, 0) is
-  2 sqrt(a): five matmuls backward, two forward, as XLA has, and 3 numbers of traffic
-  a hidden feature less in either pass;
+  2 sqrt(a): two matmuls forward and four backward, as XLA has, and in either pass two
+  numbers of traffic less for each hidden feature, and one less that is kept;
 - gated: the forward keeps both products and the hidden features, as XLA does, and the
   backward makes both gradients in one epilogue.
 
 The other matmuls are XLA's, as long as ours is not measured to be as fast (`PLAIN`).
+
+Gated `flash_mlp` at rank 256, of 130M and 350M, is not worth having: its weight tiles
+would leave room for 32 columns, whose wgmmas read 3 KB of shared memory in 16 clocks,
+1.5 times what it gives; and of its backward's 15 matmuls 6 are done twice or more,
+against 9 here in all.
+
+Weights of odd sizes are padded by copies: TMA reads no row whose bytes are not a
+multiple of 16 (a hidden size that is none of 8), and JAX cuts whole arrays into tiles
+of 8 x 64. Of 1B, (512, 8191) and back, that is 34 MB a call, 9 us; hidden features are
+made whole by the kernels themselves, and are never copied.
 
 Arithmetic for 7B, rank 1024 and hidden 16512, at 16384 tokens on an H200: a matmul has
 554 GFLOP, 0.56 ms of the tensor cores; hidden features are 541 MB, 0.11 ms of the
@@ -29,6 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from . import _mgpu_rates as h200
 from ._checks import Implementation
 from ._mesh import vary_alike
 from ._mgpu import IN_KERNEL, multiprocessors
@@ -41,15 +52,6 @@ from ._mgpu_matmul import (
     config_of,
     multiply,
 )
-from ._mgpu_rates import (
-    CLOCKS,
-    L2_BYTES,
-    LAUNCH_US,
-    MACS,
-    MATMUL_RATE,
-    MEMORY_BYTES,
-    MEMORY_RATE,
-)
 from ._mgpu_walk import COMPUTE, ROW_STEP
 
 DTYPES = ("bfloat16", "float16")
@@ -60,7 +62,7 @@ XLA_RATE = 0.75
 # How much faster a kernel must be predicted to be, since none of it is measured.
 MARGIN = 0.9
 FEATURE_STEP = PIECE
-# Widths of tiles there are; of two products, or of two results, narrower ones.
+# Of tiles; with two products a warpgroup has the sums of both.
 COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
 
 
@@ -92,20 +94,20 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
     macs = rows * columns * work.depth * work.products * work.density
-    clocks = macs / MACS / MATMUL_RATE + rows * columns * work.clocks
+    clocks = macs / h200.MACS / h200.MATMUL_RATE + rows * columns * work.clocks
     loaded = 2 * work.products * work.depth * (rows * work.density + columns)
     numbers = work.products * work.depth * (work.m * work.density + work.n)
     numbers += work.moved * work.m * work.n
     return {
-        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / CLOCKS,
-        "L2": tiles * loaded / L2_BYTES,
-        "memory": 2 * numbers / MEMORY_BYTES / MEMORY_RATE,
+        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS,
+        "L2": tiles * loaded / h200.L2_BYTES,
+        "memory": 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE,
     }
 
 
 def predicted_us(work: Work, columns: int) -> float:
     """Time of a launch, by what it waits for longest."""
-    return LAUNCH_US + max(limits_us(work, columns).values())
+    return h200.LAUNCH_US + max(limits_us(work, columns).values())
 
 
 def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
@@ -132,14 +134,16 @@ def predicted_faster(
 
 def xla_matmul_us(m: int, depth: int, n: int) -> float:
     """Of a matmul of 16-bit numbers by XLA on an H200, predicted and not measured."""
-    computed = m * depth * n / (MACS * multiprocessors() * CLOCKS * XLA_RATE)
-    moved = 2 * (m * depth + depth * n + m * n) / (MEMORY_BYTES * MEMORY_RATE)
-    return LAUNCH_US + max(computed, moved)
+    computed = m * depth * n / (h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE)
+    moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    return h200.LAUNCH_US + max(computed, moved)
 
 
 def elementwise_us(numbers: int | float, launches: int = 1) -> float:
     """Of launches that read and write so many 16-bit numbers: predicted as well."""
-    return 2 * numbers / (MEMORY_BYTES * MEMORY_RATE) + launches * LAUNCH_US
+    return (
+        2 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE) + launches * h200.LAUNCH_US
+    )
 
 
 def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:

@@ -2,12 +2,13 @@
 
 A sparse product has half the multiply-adds, and of its left factor 9/16 of the bytes.
 The selection of two activations of four is the epilogue of the matmul that makes them,
-so that they go to memory packed, and never else: about 11 instructions for each of them
-(counted in the compiled kernel), 0.09 clocks of a multiprocessor, where the dense
-product that follows takes rank / 2048 and the sparse one rank / 4096. So selecting
-costs more than the tensor cores save up to rank 360 or so, whatever the number of
-tokens. What they save, L2 limits: tiles are no larger, and of the dense factor a sparse
-product reads as much as a dense one. `python -m benchmarks.mlp --predict` adds it up.
+so that they go to memory packed, and never else. It takes 10 instructions for each of
+them (counted in the compiled kernels), 0.08 clocks of a multiprocessor. The dense
+product that follows takes rank / 2048 clocks, the sparse one 0.56 of that: so from a
+rank of 260 (tensor cores at 0.7 of their rate) to 360 (at all of it) on, selecting is
+won back in arithmetic, whatever the number of tokens. But tiles are no larger, and of
+the dense factor a sparse product reads as much from L2 as a dense one does, which is
+predicted to be its limit: `benchmarks.mlp --break-even` draws what remains.
 
 B is read from shared memory once for each sparse instruction of 64 rows, 16 KB in 128
 clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.
@@ -40,9 +41,9 @@ from ._mgpu_sparse_matmul import DEPTH, SUMS, Selection, SparseProduct
 from ._mgpu_walk import ROW_STEP
 from ._packed_2_4 import GROUP, KEPT, Packed24, unpack
 
-# Clocks of a multiprocessor for one number: 11 instructions on 128 lanes, with the
-# activation, or 16 where they shrink too.
-SELECT_CLOCKS, SHRINK_CLOCKS = 11 / 128, 16 / 128
+# Clocks of a multiprocessor for one number: 12 instructions on 128 lanes, with the
+# activation, or 16 where they shrink too; of `benchmarks.kernels`, select less matmul.
+SELECT_CLOCKS, SHRINK_CLOCKS = 12 / 128, 16 / 128
 # Of the dense multiply-adds: half, at 0.89 of the rate, which shared memory limits.
 SPARSE_DENSITY = 0.5 / 0.89
 SELECT_COLUMNS = 256, 128

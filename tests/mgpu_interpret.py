@@ -216,18 +216,20 @@ def _interpret_run_state(self, eqn, token, invals):
 
 
 @cb.fail_on_exception
-def _read_for_inline(*, token, mesh_location, thread, refs, source_info=None):
-    """As a wgmma that is awaited at once reads them."""
+def _read_for_inline(
+    *, token, mesh_location, thread, refs, is_operand, source_info=None
+):
+    """Operands as a wgmma that is awaited at once reads them, others as loads do."""
     shared = cb._get_shared_memory()
     log = memory.GPULoggingInfo(mesh_location, thread, source_info)
     found = [_read(shared, ref, thread, log) for ref in refs]
     if shared.detect_races:
         clock = shared.get_clock(thread)
+        generic = clock.generic_clock.copy()
         clock.inc(shared.get_next_tma_thread_id())
-        for key, access, _ in found:
-            cb.get_races().check_read(
-                thread, clock.async_smem_clock, key, access, source_info
-            )
+        for (key, access, _), operand in zip(found, is_operand, strict=True):
+            by = clock.async_smem_clock if operand else generic
+            cb.get_races().check_read(thread, by, key, access, source_info)
         _pending[thread].append(clock)
         _await_wgmma(shared, thread, 0)
     return token, [np.asarray(value) for _, _, value in found]
@@ -237,7 +239,7 @@ def _interpret_inline(self, eqn, token, get_invals):
     params, invals = eqn.params, list(get_invals())
     count = params["pytree_args"].num_leaves
     transforms = jax.tree.unflatten(params["pytree_ref_transforms"], invals[count:])
-    values, refs, shapes = invals[:count], {}, []
+    values, refs, shapes, is_operand = invals[:count], {}, [], []
     for i, variable in enumerate(eqn.invars[:count]):
         if isinstance(variable.aval, state_types.AbstractRef):
             key, steps = jaxpr_interpret.resolve_ref(
@@ -245,9 +247,13 @@ def _interpret_inline(self, eqn, token, get_invals):
             )
             aval: Any = state_types.transform_type(steps, variable.aval)
             refs[i] = key, steps
+            # What is tiled is there for the tensor cores.
+            is_operand.append(bool(params["flat_arg_types"][i].transforms))
             shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     if refs:
-        read = functools.partial(_read_for_inline, source_info=eqn.source_info)
+        read = functools.partial(
+            _read_for_inline, is_operand=is_operand, source_info=eqn.source_info
+        )
         token, found = callback.io_callback(
             read,
             (TOKEN, shapes),
@@ -256,10 +262,8 @@ def _interpret_inline(self, eqn, token, get_invals):
             thread=self.thread,
             refs=list(refs.values()),
         )
-        values = [
-            found[list(refs).index(i)] if i in refs else value
-            for i, value in enumerate(values)
-        ]
+        for i, value in zip(refs, found, strict=True):
+            values[i] = value
     meaning = params["mgpu_fn"].emulated
     results = meaning(*jax.tree.unflatten(params["pytree_args"], values))
     return token, jax.tree.leaves(results)

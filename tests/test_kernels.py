@@ -9,6 +9,8 @@ from benchmarks import _kernel_compile as compiler
 from benchmarks import kernels
 from jaxkern import _flash_mlp_mgpu as flash_mlp
 from jaxkern import _masked_mgpu as masked
+from jaxkern import _matmul_mgpu as matmul
+from jaxkern import _sparsity_mgpu as sparsity
 
 PTXAS = """
   wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
@@ -110,29 +112,65 @@ def test_a_kernel_that_fails_is_a_failed_row():
         "dw2 256",
         "forward 128x128 bits",
         "dmask dw 64 logits",
+        "forward kept 128",
+        "soft kept 128",
+        "T relu2 64",
     ],
 )
 def test_each_kernel_is_one_module(name):
-    every = kernels.flash_mlp_cases() | kernels.masked_cases()
+    every = kernels.every_case()
     build = next(b for n, b in every.items() if n.split(" ", 1)[1].startswith(name))
     fn, args = build()
     modules = compiler.lower(fn, args)
     assert len(modules) == 1 and len(modules[0]) > 1000
 
 
-def test_compile_one(tmp_path):
+def test_every_tile_of_low_rank_mlps_is_compiled():
+    cases = kernels.every_case()
+    for tokens in (1, 512, 2048, 16384):
+        for rank, hidden in ((64, 128), (512, 8192), (2048, 33024)):
+            work = matmul.Work(tokens, rank, hidden)
+            columns = matmul.choose_columns(work)
+            names = "relu2 forward", "relu2 backward", "matmul NN", "sparse identity"
+            assert all(f"{name} {columns}" in cases for name in names)
+            columns = matmul.choose_columns(work, matmul.GATED_COLUMNS)
+            names = "gated forward", "gated forward kept", "gated backward"
+            assert all(f"{name} {columns}" in cases for name in names)
+            columns = matmul.choose_columns(work, sparsity.SELECT_COLUMNS)
+            assert f"select soft kept {columns}" in cases
+
+
+@pytest.fixture
+def tools(tmp_path):
     try:
         plugin, disassembler = compiler.requirements()
     except compiler.Missing as missing:
         pytest.skip(str(missing))
     compiler.build_stub(tmp_path)
+    return plugin, disassembler, tmp_path
+
+
+def test_sparse_products_are_sparse_instructions(tools):
+    cases = kernels.sparse_cases()
+    row = kernels.measure("sparse", cases["sparse identity 128"], tools)
+    assert row["status"] == "ok", row["reason"]
+    if tools[1]:
+        assert row["hgmma_sparse"] == row["hgmma"] == row["wgmma"] == 4
+    row = kernels.measure("select", cases["select top2 128"], tools)
+    assert row["status"] == "ok", row["reason"]
+    if tools[1]:
+        assert row["hgmma_sparse"] == 0 < row["hgmma"]
+
+
+def test_compile_one(tools):
+    plugin, disassembler, folder = tools
     args = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16)
         for s in ((2, 256, 64), (2, 64, 512), (2, 512, 64))
     ]
     config = flash_mlp.Config(64, 128)
     (module,) = compiler.lower(flash_mlp.forward("silu", config), tuple(args))
-    row = compiler.compile_module(module, plugin, disassembler, tmp_path)
+    row = compiler.compile_module(module, plugin, disassembler, folder)
     assert compiler.problems(row) is None
     if disassembler:
         # One special function operation for each of the 64 elements a thread has of a

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from . import _torch
+from . import _mlp_model as shapes
+from . import _mlp_peers as peers
 from ._harness import Row
 from ._report import number, print_problems, print_table, ratio, table
 
@@ -34,6 +35,7 @@ DISPLAY = {
     "low_rank_relu2 2:4-static": "  with 2:4-static",
     "low_rank_relu2 2:4": "  with 2:4",
     "low_rank_relu2 2:4-soft": "  with 2:4-soft",
+    "packed_relu2": "pruned ReLU²",
     "static mask alone": "static mask alone",
     "2:4 alone": "2:4 alone",
     "2:4-soft alone": "2:4-soft alone",
@@ -59,10 +61,13 @@ def timing_text(args: argparse.Namespace, default_calls: str) -> str:
     return f"{args.timing}, {calls} after {warmup}"
 
 
-def notes(peers: bool) -> dict[str, str]:
-    left_out = _torch.why_left_out(peers)
-    torch = {"PyTorch": f"left out: {left_out}"} if left_out else {}
-    return {"published": PUBLISHED_ON, **torch}
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    """Lines of the header."""
+    kernels = "our kernels; rows of no other name are by XLA"
+    lines = {"published": PUBLISHED_ON, "mosaic_gpu": kernels}
+    if args.on_device:
+        lines["floor"] = "of one H200 by its data sheet, in 16 bits; of device time"
+    return lines | peers.notes(args)
 
 
 def print_all(console: Console, rows: Sequence[Row], describe: Callable) -> None:
@@ -81,7 +86,7 @@ def _steady(rows: Sequence[Row]) -> list[Row]:
     return [r for r in ours if not r["includes_compile"]]
 
 
-def _groups(rows: Sequence[Row], *more: str) -> dict[tuple, list[Row]]:
+def by_model(rows: Sequence[Row], *more: str) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         key = tuple(row[label] for label in ("model", "batch", *more))
@@ -92,13 +97,19 @@ def _groups(rows: Sequence[Row], *more: str) -> dict[tuple, list[Row]]:
 def _print_times(console: Console, rows: Sequence[Row]) -> None:
     on_device = any(row.get("device_ms") for row in rows)
     what = rows[0]["pass"] if rows else "forward"
-    cpu = ["GFLOP/s", "temp MB", "comp. s"]
-    rates = ["device", "TFLOP/s", "% peak"] if on_device else cpu
-    title = f"Milliseconds of {what}: median, spread and published"
-    result = table(title, ["", "ms", "± std", *rates, "publ."])
-    for (model, batch, framework), group in _groups(rows, "framework").items():
+    rates = ["± std", "GFLOP/s", "temp MB", "comp. s"]
+    if on_device:
+        rates = ["±", "device", "TFLOP/s", "peak", "floor"]
+    percent = "; peak, floor in %" if on_device else ""
+    title = f"Milliseconds of {what}: median, spread and published{percent}"
+    result = table(title, ["", "ms", *rates, "publ."])
+    for (model, batch, framework), group in by_model(rows, "framework").items():
         peer = "" if framework == "jaxkern" else framework
-        result.add_row(f"[bold]{model}[/bold] {batch} x 512 {peer}")
+        title = f"[bold]{model}[/bold] {batch} x {shapes.SEQ} {peer}"
+        if all(row["status"] == "skipped" for row in group):
+            result.add_row(title, "skipped")
+            continue
+        result.add_row(title)
         for row in group:
             name = f" {DISPLAY[row['implementation']]}"
             result.add_row(name, *_time_cells(row, on_device))
@@ -114,11 +125,19 @@ def _print_times(console: Console, rows: Sequence[Row]) -> None:
     console.print()
 
 
+def device_percent(row: Row) -> float | None:
+    """Of the floor, what the kernels alone took."""
+    if not row.get("device_ms") or "floors_us" not in row:
+        return None
+    return shapes.percent_of_floor(row["floors_us"], 1e3 * row["device_ms"])
+
+
 def _time_cells(row: Row, on_device: bool) -> list[str]:
     if row["status"] != "ok":
         return [row["status"]]
     if on_device:
         rates = [number(row.get(k)) for k in ("device_ms", "tflops", "percent_of_peak")]
+        rates.append(number(device_percent(row)))
     else:
         gflops = 1e3 * row["tflops"] if "tflops" in row else None
         temp = row["temp_bytes"] / 1e6 if "temp_bytes" in row else None
@@ -149,13 +168,13 @@ def _print_quotients(
     published = any(row["published_ms"] for row in rows)
     title += " (published)" if published else ""
     result = table(title, ["", *columns])
-    for (model, batch), group in _groups(rows).items():
+    for (model, batch), group in by_model(rows).items():
         ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")
         cells = [
             ratio(_quotient(ours, *pair), _quotient(theirs, *pair))
             for pair in columns.values()
         ]
-        result.add_row(f"{model} {batch} x 512", *cells)
+        result.add_row(f"{model} {batch} x {shapes.SEQ}", *cells)
     print_table(console, result)
 
 
@@ -173,7 +192,7 @@ def plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = _groups(rows)
+    groups = by_model(rows)
     batches = sorted({batch for _, batch in groups})
     width = 0.8 / len(SPEED_UPS)
     figure, axes = plt.subplots(
@@ -200,7 +219,7 @@ def plot(
         axis.axhline(1, color="grey", lw=0.8)
         axis.set_xticks(range(len(models)), models)
         axis.set_ylabel("speed-up over\nfull-rank SwiGLU")
-        axis.set_title(f"{batch} x 512 tokens", fontsize=10, loc="left")
+        axis.set_title(f"{batch} x {shapes.SEQ} tokens", fontsize=10, loc="left")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     (diamond,) = axes[0, 0].plot([], [], "D", color="black", mfc="white", ms=5)
     figure.legend(

@@ -107,8 +107,12 @@ def program(
     inputs: tuple[Any, ...],
     check: Callable[[Callable[..., Any]], Check],
     backward: bool,
+    prepare: Callable[..., tuple[Any, ...]] = lambda to_torch, inputs: to_torch(inputs),
 ) -> Program:
-    """A row of PyTorch; `module` takes torch.nn.functional before its arguments."""
+    """A row of PyTorch; `module` takes torch.nn.functional before its arguments.
+
+    prepare: makes these of the converter and of JAX's, where they are kept otherwise.
+    """
     torch = importlib.import_module("torch")
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -156,12 +160,12 @@ def program(
         return {"allocated_bytes": peak_over_baseline(torch.cuda, call)}
 
     torch.set_float32_matmul_precision("highest")
-    args, fn = to_torch(inputs), make_function()
+    args, fn = prepare(to_torch, inputs), make_function()
     run = make_run(fn)
     return Program(
         run,
         args,
-        lambda run: check(lambda *args: to_numpy(run(*to_torch(args)))),
+        lambda run: check(lambda *args: to_numpy(run(*prepare(to_torch, args)))),
         jit=False,
         block=lambda _: torch.cuda.synchronize() if on_gpu else None,
         fresh=(lambda: make_run(make_function()))

@@ -23,6 +23,8 @@ $python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)" \
   --json "$folder/flash_mlp_sweep.json" --plot "$folder/flash_mlp_sweep.png" || status=1
 $python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||
   status=1
+$python -m benchmarks.mlp --stages --json "$folder/mlp_stages.json" \
+  --break-even "$folder/mlp_break_even.png" || status=1
 $python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" \
   --plot "$folder/mlp_full.png" || status=1
 exit $status

@@ -158,10 +158,10 @@ def predicted_faster(
     xla = (ups + 1) * (matmul + h200.LAUNCH_US) + activation + h200.LAUNCH_US
     sizes = heads, batch, hidden, dim, ups
     ours = predicted_us("forward", *sizes, inputs=inputs)
-    return ours + _padding_us(heads, batch, dim, hidden, ups, inputs) < xla
+    return ours + padding_us(heads, batch, dim, hidden, ups, inputs) < xla
 
 
-def _padding_us(
+def padding_us(
     heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int
 ) -> float:
     """Of the copies that `mlp` makes; each array is read and written."""

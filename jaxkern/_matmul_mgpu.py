@@ -86,8 +86,8 @@ class Work:
     density: float = 1.0
 
 
-def predicted_us(work: Work, columns: int) -> float:
-    """Time of a launch with tiles of so many columns on an H200, not measured.
+def limits_us(work: Work, columns: int) -> dict[str, float]:
+    """What a launch with tiles of so many columns waits for on an H200, not measured.
 
     Tiles take turns on the multiprocessors. One takes as long as its matmuls at 0.7 of
     the chip's rate and its epilogue after them; all together no less than the factors
@@ -97,14 +97,20 @@ def predicted_us(work: Work, columns: int) -> float:
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
     macs = rows * columns * work.depth * work.products * work.density
     clocks = macs / h200.MACS / h200.MATMUL_RATE + rows * columns * work.clocks
-    computed = pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS
     factors = rows * work.density * work.lefts + columns * work.products
     loaded = 2 * work.depth * factors
-    from_l2 = tiles * loaded / h200.L2_BYTES
     factors = work.m * work.density * work.lefts + work.n * work.products
     numbers = work.depth * factors + work.moved * work.m * work.n
-    from_memory = 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE
-    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
+    return {
+        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS,
+        "L2": tiles * loaded / h200.L2_BYTES,
+        "memory": 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE,
+    }
+
+
+def predicted_us(work: Work, columns: int) -> float:
+    """Time of a launch, by what it waits for longest."""
+    return h200.LAUNCH_US + max(limits_us(work, columns).values())
 
 
 def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
@@ -123,23 +129,29 @@ def predicted_faster(
     """
     work = Work(tokens, ranks[0], hidden, products, lefts)
     columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
-    ours = predicted_us(work, columns) + _padding_us(tokens, ranks, hidden, products)
-    macs = tokens * ranks[0] * hidden
-    one = macs / (h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE)
-    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
-    moved = 2 * (tokens * ranks[0] + ranks[0] * hidden + tokens * hidden)
-    activation = 2 * (products + 1) * tokens * hidden / rate
-    xla = (
-        products * (h200.LAUNCH_US + max(one, moved / rate))
-        + h200.LAUNCH_US
-        + activation
-    )
+    ours = predicted_us(work, columns) + padding_us(tokens, ranks, hidden, products)
+    xla = products * xla_matmul_us(tokens, ranks[0], hidden)
+    xla += elementwise_us((products + 1) * tokens * hidden)
     # What is the same for both: the matmul that follows.
-    after = h200.LAUNCH_US + tokens * ranks[1] * hidden / (macs / one)
+    after = xla_matmul_us(tokens, hidden, ranks[1])
     return ours + after < MARGIN * (xla + after)
 
 
-def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
+def xla_matmul_us(m: int, depth: int, n: int) -> float:
+    """Of a matmul of 16-bit numbers by XLA on an H200, predicted and not measured."""
+    computed = m * depth * n / (h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE)
+    moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    return h200.LAUNCH_US + max(computed, moved)
+
+
+def elementwise_us(numbers: int | float, launches: int = 1) -> float:
+    """Of launches that read and write so many 16-bit numbers: predicted as well."""
+    return (
+        2 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE) + launches * h200.LAUNCH_US
+    )
+
+
+def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
     """Of the copies of weights and cores; each array is read and written."""
     numbers = copies = 0
     if hidden % FEATURE_STEP or any(rank % FEATURE_STEP for rank in ranks):
@@ -148,9 +160,7 @@ def _padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -
     if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
         numbers += tokens * (products * ranks[0] + ranks[1])
         copies += 2
-    return (
-        4 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE) + copies * h200.LAUNCH_US
-    )
+    return elementwise_us(2 * numbers, copies)
 
 
 def unsupported(shape: Sequence[int], dtype: Any, *, on_hopper: bool) -> str | None:

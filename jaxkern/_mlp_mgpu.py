@@ -45,22 +45,35 @@ def choose(
     if (reason := _unfit(ranks, sparsity, gradient)) is not None:
         settle(op, implementation, reason)
         return None
-    is_sparse = sparsity in ("2:4", "2:4-soft")
-    fits = _flash_mlp_mgpu.unsupported(core, seconds, on_hopper=True) is None
-    if not is_sparse and fits and len(set(ranks)) == 1:
+    kernel = kernel_of(core, seconds, ranks, sparsity)
+    if kernel == "flash_mlp":
         runs = select_flash_mlp(op, core, seconds, implementation)
-        return "flash_mlp" if runs == "mosaic_gpu" else None
+        return kernel if runs == "mosaic_gpu" else None
     sizes = tokens, *ranks, hidden
     reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
     runs = settle(op, implementation, reason)
-    if is_sparse:
-        # Not verified on hardware: only for who asks.
-        return "sparse" if runs == "mosaic_gpu" else None
-    if runs is None:
+    # The sparse ones are not verified on hardware: only for who asks.
+    if runs is None and kernel == "matmul":
         gates = len(ups)
         faster = _matmul_mgpu.predicted_faster(tokens, ranks[-2:], hidden, gates, gates)
         runs = "mosaic_gpu" if faster else "xla"
-    return "matmul" if runs == "mosaic_gpu" else None
+    return kernel if runs == "mosaic_gpu" else None
+
+
+def kernel_of(
+    core: jax.ShapeDtypeStruct,
+    seconds: Sequence[jax.ShapeDtypeStruct],
+    ranks: Sequence[int],
+    sparsity: str | None,
+) -> Kernel:
+    """Which kernel takes these shapes, on a device that has it.
+
+    core: the input of the factors `seconds`, both with an axis of one head.
+    """
+    if sparsity in ("2:4", "2:4-soft"):
+        return "sparse"
+    fits = _flash_mlp_mgpu.unsupported(core, seconds, on_hopper=True) is None
+    return "flash_mlp" if fits and len(set(ranks)) == 1 else "matmul"
 
 
 def _unfit(

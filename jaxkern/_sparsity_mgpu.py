@@ -6,7 +6,9 @@ so that they go to memory packed, and never else. It takes 10 instructions for e
 them (counted in the compiled kernels), 0.08 clocks of a multiprocessor. The dense
 product that follows takes rank / 2048 clocks, the sparse one 0.56 of that: so from a
 rank of 260 (tensor cores at 0.7 of their rate) to 360 (at all of it) on, selecting is
-won back, whatever the number of tokens. `benchmarks.mlp --break-even` draws it.
+won back in arithmetic, whatever the number of tokens. But tiles are no larger, and of
+the dense factor a sparse product reads as much from L2 as a dense one does, which is
+predicted to be its limit: `benchmarks.mlp --break-even` draws what remains.
 
 B is read from shared memory once for each sparse instruction of 64 rows, 16 KB in 128
 clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.

@@ -1,0 +1,332 @@
+"""Shapes of `benchmarks.mlp`, and what one H200 can do with them: predictions.
+
+Nothing here is measured on a GPU. Floors follow from the data sheet. `kernels_us` adds
+up what the kernels' own model says of their launches; matmuls that a kernel leaves to
+XLA, and all of `xla_us`, are as `_matmul_mgpu.predicted_faster` takes them: a matmul at
+0.75 of the tensor cores' rate or 0.8 of the memory's, whichever takes longer, and each
+elementwise program reads and writes its arrays once. It is also assumed of XLA that it
+selects 2:4 in the program of the activation, and that S-STE's sums read that once more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxkern import _flash_mlp_mgpu as flash
+from jaxkern import _matmul_mgpu as matmuls
+from jaxkern import _mlp_mgpu, _sparsity_mgpu
+from jaxkern._matmul_mgpu import (
+    COLUMNS,
+    FEATURE_STEP,
+    GATED_COLUMNS,
+    Work,
+    elementwise_us,
+    xla_matmul_us,
+)
+from jaxkern._mgpu_sparse_matmul import DEPTH
+from jaxkern._mgpu_walk import ROW_STEP
+from jaxkern._packed_2_4 import GROUP, KEPT
+
+from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
+
+SEQ = 512
+BATCHES = (1, 4, 8, 16, 32)
+PASSES = FORWARD, BOTH = "forward", "forward+backward"
+ITEM = 2
+# Of 16-bit numbers, what is stored of two in four: they and their positions.
+PACKED = 9 / 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of one published configuration, and how often it was timed."""
+
+    hidden: int
+    intermediate: int
+    rank: int
+    iterations: int
+
+    @property
+    def relu2(self) -> int:
+        """The ungated MLP is half as wide again."""
+        return self.intermediate * 3 // 2
+
+
+MODELS = {
+    "60M": Model(512, 1376, 128, 100),
+    "130M": Model(768, 2048, 256, 100),
+    "350M": Model(1024, 2736, 256, 100),
+    "1B": Model(2048, 5461, 512, 100),
+    "7B": Model(4096, 11008, 1024, 100),
+    "13B": Model(5120, 13824, 1280, 100),
+    "33B": Model(6656, 17920, 1664, 50),
+    "65B": Model(8192, 22016, 2048, 50),
+}
+# What the rows of our kernels run.
+SWIGLU, RELU2, STATIC, TOP2, SOFT, PRUNED = KERNEL_ROWS = (
+    "low_rank_swiglu",
+    "low_rank_relu2",
+    "low_rank_relu2 2:4-static",
+    "low_rank_relu2 2:4",
+    "low_rank_relu2 2:4-soft",
+    "packed_relu2",
+)
+
+
+def passes(name: str) -> Sequence[str]:
+    """Pruned weights are for inference."""
+    return PASSES[:1] if name == PRUNED else PASSES
+
+
+def width(model: Model, name: str) -> int:
+    """Hidden features that are computed."""
+    if name in ("swiglu", SWIGLU):
+        return model.intermediate
+    w = model.relu2
+    return w // GROUP * KEPT + min(w % GROUP, KEPT) if name == STATIC else w
+
+
+def count_flops(model: Model, tokens: int, name: str) -> float:
+    """Of the forward's matmuls; the static mask halves those of the activated layer."""
+    h, r, w = model.hidden, model.rank, width(model, name)
+    if name.endswith("alone"):
+        return 0.0
+    per_token = {"swiglu": 6 * h * w, SWIGLU: 6 * r * (h + w)}
+    return float(tokens * per_token.get(name, 4 * r * (h + w)))
+
+
+def _count_weights(model: Model, name: str) -> float:
+    """Numbers of 16 bits in what is multiplied."""
+    numbers = count_flops(model, 1, name) / 2
+    return PACKED * numbers if name == PRUNED else numbers
+
+
+def floors_us(
+    model: Model, tokens: int, name: str, which: str = FORWARD
+) -> dict[str, float]:
+    """By matmuls, and by bytes: each argument read and each result written once.
+
+    At twice the rate go all matmuls with pruned weights, and of 2:4 activations the one
+    that follows, forward. A selection alone has bytes only.
+    """
+    if name.endswith("alone"):
+        return {"tensor": 0.0, "bytes": _bytes_us(2 * tokens * model.relu2)}
+    flops = count_flops(model, tokens, name)
+    saved = 0.0
+    if name == PRUNED:
+        saved = flops / 2
+    elif name in (TOP2, SOFT):
+        saved = tokens * width(model, name) * model.rank
+    numbers = 2 * tokens * model.hidden + _count_weights(model, name)
+    if which == BOTH:
+        flops *= 3
+        # x is read once for both passes.
+        numbers += 2 * tokens * model.hidden + _count_weights(model, name)
+    return {
+        "tensor": 1e6 * (flops - saved) / TENSOR_FLOPS,
+        "bytes": _bytes_us(numbers),
+    }
+
+
+def _bytes_us(numbers: float) -> float:
+    return 1e6 * ITEM * numbers / MEMORY_BYTES
+
+
+def percent_of_floor(floors: dict[str, float], microseconds: float) -> float:
+    return 100 * max(floors.values()) / microseconds
+
+
+def kernel_of(model: Model, tokens: int, name: str) -> _mlp_mgpu.Kernel:
+    """Which kernel an unpacked row takes where there are any."""
+    ups, r, w = 1 + (name == SWIGLU), model.rank, width(model, name)
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
+
+    sparsity = {TOP2: "2:4", SOFT: "2:4-soft"}.get(name)
+    shapes = array(tokens, ups * r), [array(r, w)] * ups
+    return _mlp_mgpu.kernel_of(*shapes, [r] * (ups + 1), sparsity)
+
+
+def _launch_us(work: Work, valid: Sequence[int] = COLUMNS) -> float:
+    return matmuls.predicted_us(work, matmuls.choose_columns(work, valid))
+
+
+def padded(size: int, step: int = FEATURE_STEP) -> int:
+    return -(-size // step) * step
+
+
+def up_relu2(tokens: int, rank: int, hidden: int) -> float:
+    """The matmul with ReLU² as its epilogue."""
+    return _launch_us(Work(tokens, rank, hidden))
+
+
+def up_select(
+    tokens: int, rank: int, hidden: int, shrink: bool = False, keep: bool = False
+) -> float:
+    """The same, which selects and packs, and writes all of it too if that is kept."""
+    clocks = _sparsity_mgpu.SHRINK_CLOCKS if shrink else _sparsity_mgpu.SELECT_CLOCKS
+    work = Work(tokens, rank, hidden, moved=PACKED + keep, clocks=clocks)
+    return _launch_us(work, _sparsity_mgpu.SELECT_COLUMNS)
+
+
+def sparse_work(m: int, depth: int, n: int) -> Work:
+    return Work(m, depth, n, density=_sparsity_mgpu.SPARSE_DENSITY)
+
+
+def sparse_matmul(m: int, depth: int, n: int) -> float:
+    return _launch_us(sparse_work(m, depth, n))
+
+
+def flash_us(tokens: int, rank: int, hidden: int, ups: int, which: str) -> float:
+    """`flash_mlp` of one head, and for two `ups` of two inputs."""
+
+    def launch(kernel: str, held: int, walked: int, sums: int = 1) -> float:
+        return flash.predicted_us(kernel, 1, held, walked, rank, ups, sums, ups)
+
+    us = launch("forward", tokens, hidden)
+    us += flash.padding_us(1, tokens, rank, hidden, ups, ups)
+    if which == BOTH:
+        parts = len(flash.input_passes(rank, ups))
+        us += parts * launch("backward_x", tokens, hidden)
+        for wanted in flash.weight_passes(rank, ups):
+            us += launch("backward_w", hidden, tokens, len(wanted))
+    return us
+
+
+def _gradients_us(t: int, r: int, w: int, ups: int) -> float:
+    """Of `_matmul_mgpu`: one kernel, and XLA's matmuls for core and weights."""
+    work = Work(t, r, w, moved=2.0 * ups)
+    us = _launch_us(work, COLUMNS if ups == 1 else GATED_COLUMNS)
+    us += ups * (xla_matmul_us(t, w, r) + xla_matmul_us(r, t, w))
+    joined = elementwise_us(4 * t * r) if ups == 2 else 0.0
+    return us + joined + xla_matmul_us(w, t, r)
+
+
+def _between_us(model: Model, tokens: int, name: str, which: str) -> float:
+    """Of our kernels: all between the first and the last factor."""
+    t, r, hidden = tokens, model.rank, width(model, name)
+    ups = 1 + (name == SWIGLU)
+    kernel = kernel_of(model, tokens, name)
+    if kernel == "flash_mlp":
+        return flash_us(t, r, hidden, ups, which)
+    w, both = padded(hidden), which == BOTH
+    us = matmuls.padding_us(t, (r, r), hidden, ups)
+    if both:
+        us += _gradients_us(t, r, w, ups)
+    if kernel == "sparse":
+        soft = name == SOFT
+        us += up_select(t, r, w, shrink=soft, keep=soft and both)
+        # S-STE's scale, of the sums of each tile, multiplies the result.
+        us += sparse_matmul(t, w, r) + soft * elementwise_us(2 * t * r, 2)
+        return us + both * elementwise_us((1 + PACKED) * t * w)
+    if ups == 1:
+        return us + up_relu2(t, r, w) + xla_matmul_us(t, w, r)
+    work = Work(t, r, w, products=2, moved=3.0 if both else 1.0)
+    return us + _launch_us(work, GATED_COLUMNS) + xla_matmul_us(t, w, r)
+
+
+def _ends_us(model: Model, tokens: int, joined: int, which: str) -> float:
+    """First and last factor by XLA, of so many first ones in one matmul."""
+    t, h, r = tokens, model.hidden, model.rank
+    us = xla_matmul_us(t, h, joined * r) + xla_matmul_us(t, r, h)
+    if which == BOTH:
+        us += xla_matmul_us(t, joined * r, h) + xla_matmul_us(h, t, joined * r)
+        us += xla_matmul_us(t, h, r) + xla_matmul_us(r, t, h)
+    # They are put together in every call, and their gradients are taken apart.
+    copies = 0 if joined == 1 else len(PASSES[: 1 + (which == BOTH)])
+    return us + copies * elementwise_us(2 * joined * h * r)
+
+
+def _drop_us(model: Model, name: str, which: str) -> float:
+    """Of the copies of two factors without what the static mask drops."""
+    if name != STATIC:
+        return 0.0
+    numbers = 4 * model.rank * width(model, name)
+    copies = elementwise_us(numbers, 2)
+    # Their gradients come back with zeros between.
+    return copies + (which == BOTH) * elementwise_us(1.5 * numbers, 2)
+
+
+def kernels_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
+    """Of our kernels' row, with what they leave to XLA: predicted, not measured."""
+    if name == PRUNED:
+        return _pruned_us(model, tokens)
+    us = _between_us(model, tokens, name, which) + _drop_us(model, name, which)
+    return us + _ends_us(model, tokens, 1 + (name == SWIGLU), which)
+
+
+def _factors(model: Model) -> list[tuple[int, int]]:
+    """(features in, features out) of the four of ReLU²."""
+    h, r, w = model.hidden, model.rank, model.relu2
+    return [(h, r), (r, w), (w, r), (r, h)]
+
+
+def _pruned_us(model: Model, tokens: int) -> float:
+    """Four sparse products, transposed, of weights packed along what they sum over."""
+    t, us = padded(tokens), 0.0
+    for i, (d_in, d_out) in enumerate(_factors(model)):
+        # x is padded as the transposed factor that it is.
+        depth = padded(d_in, ROW_STEP if i else FEATURE_STEP)
+        us += sparse_matmul(padded(d_out, ROW_STEP), depth, t)
+        # Positions are put in the kernels' order in every call, of a 16th of the bytes.
+        us += elementwise_us(d_in * d_out / 8)
+        if d_in % DEPTH or d_out % ROW_STEP:
+            us += elementwise_us(d_in * d_out)
+    return us + elementwise_us(2 * tokens * model.hidden)
+
+
+def xla_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
+    """Of XLA's row: predicted, not measured."""
+    t, r, w = tokens, model.rank, width(model, name)
+    ups, both = 1 + (name == SWIGLU), which == BOTH
+    us = _ends_us(model, t, 1, which) + _drop_us(model, name, which)
+    more = xla_matmul_us(t, model.hidden, r)
+    if both:
+        more += xla_matmul_us(t, r, model.hidden) + xla_matmul_us(model.hidden, t, r)
+    us += (ups - 1) * more
+    us += ups * xla_matmul_us(t, r, w) + xla_matmul_us(t, w, r)
+    us += elementwise_us((ups + 1) * t * w)
+    if name == SOFT:
+        us += elementwise_us(t * w)
+    if name == PRUNED:
+        us += sum(elementwise_us((1 + PACKED) * n * k) for n, k in _factors(model))
+    if both:
+        us += elementwise_us((2 * ups + 1) * t * w)
+        us += xla_matmul_us(t, r, w) + xla_matmul_us(w, t, r)
+        us += ups * (xla_matmul_us(t, w, r) + xla_matmul_us(r, t, w))
+    return us
+
+
+def prediction(label: str, batch: int, name: str, which: str) -> dict[str, Any]:
+    """One row: floors, our kernels, XLA."""
+    model, tokens = MODELS[label], batch * SEQ
+    kernel = "packed" if name == PRUNED else kernel_of(model, tokens, name)
+    floors = floors_us(model, tokens, name, which)
+    ours = kernels_us(model, tokens, name, which)
+    return {
+        "model": label,
+        "batch": batch,
+        "tokens": tokens,
+        "implementation": name,
+        "pass": which,
+        "kernel": kernel,
+        "floors_us": floors,
+        "predicted_us": ours,
+        "predicted_percent_of_floor": percent_of_floor(floors, ours),
+        "predicted_xla_us": xla_us(model, tokens, name, which),
+    }
+
+
+def predictions() -> list[dict[str, Any]]:
+    return [
+        prediction(label, batch, name, which)
+        for which in PASSES
+        for label in MODELS
+        for batch in BATCHES
+        for name in KERNEL_ROWS
+        if which in passes(name)
+    ]

@@ -1,0 +1,160 @@
+"""Inputs of `benchmarks.mlp`, and what each row runs."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+import jaxkern
+from jaxkern import _matmul_mgpu
+from jaxkern._mgpu import on_hopper
+
+from . import _mlp_definitions as definitions
+from . import _mlp_model as shapes
+from . import _mlp_peers as peers
+from ._harness import Program, Row, Skip, with_gradients
+from ._mlp_model import Model
+from ._mlp_peers import PLAIN, TOKAMAX
+
+WEIGHT_SCALE = 0.02
+# By XLA, and by our kernels.
+OURS, KERNEL = "jaxkern", "mosaic_gpu"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Ours, the definition it is checked against, and the published row it answers.
+
+    ours: takes `implementation`, but for a selection alone.
+    """
+
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    weights: str
+    published: str | None = None
+
+
+def _relu2(sparsity, select, published=None):
+    ours = partial(jaxkern.low_rank_relu2, sparsity=sparsity)
+    return Implementation(ours, partial(definitions.relu2, select), "relu2", published)
+
+
+def _select(method, plain):
+    ours = partial(jaxkern.sparsify_2_4, method=method)
+    return Implementation(ours, plain, "activations")
+
+
+IMPLEMENTATIONS = {
+    "swiglu": Implementation(jaxkern.swiglu, definitions.swiglu, "full", "swiglu"),
+    shapes.SWIGLU: Implementation(
+        jaxkern.low_rank_swiglu,
+        definitions.low_rank_swiglu,
+        "swiglu",
+        "low_rank_swiglu",
+    ),
+    shapes.RELU2: _relu2(None, definitions.keep_all, "low_rank_relu2"),
+    shapes.STATIC: _relu2("2:4-static", definitions.static, "low_rank_relu2_2to4"),
+    shapes.TOP2: _relu2("2:4", definitions.top2),
+    shapes.SOFT: _relu2("2:4-soft", definitions.soft),
+    shapes.PRUNED: Implementation(jaxkern.packed_relu2, definitions.pruned, "pruned"),
+    "static mask alone": _select("static", definitions.static),
+    "2:4 alone": _select("top2", definitions.top2),
+    "2:4-soft alone": _select("soft", definitions.soft),
+}
+
+
+def weight_shapes(model: Model, kind: str) -> Any:
+    """A tree of shapes, in the order of the implementation's arguments after x."""
+    h, m, r, w = model.hidden, model.intermediate, model.rank, model.relu2
+    match kind:
+        case "full":
+            return ((h, m), (h, m), (m, h))
+        case "swiglu":
+            return (((h, r), (r, m)), ((h, r), (r, m)), ((m, r), (r, h)))
+        case "relu2" | "pruned":
+            return (((h, r), (r, w)), ((w, r), (r, h)))
+        case _:
+            return ()
+
+
+def is_shape(tree: Any) -> bool:
+    return isinstance(tree, tuple) and bool(tree) and isinstance(tree[0], int)
+
+
+def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> Any:
+    """x ~ N(0, 1), weights ~ 0.02 N(0, 1); for a selection alone, only x.
+
+    Pruned weights are the two largest of each four that are summed, packed.
+    """
+    width = model.relu2 if kind == "activations" else model.hidden
+    x_key, *_ = keys = jax.random.split(jax.random.key(seed), 16)
+    x = jax.random.normal(x_key, (tokens, width), dtype)
+    sizes, tree = jax.tree.flatten(weight_shapes(model, kind), is_leaf=is_shape)
+    weights = [
+        WEIGHT_SCALE * jax.random.normal(key, shape, dtype)
+        for key, shape in zip(keys[1 : len(sizes) + 1], sizes, strict=True)
+    ]
+    if kind == "pruned":
+        weights = [jaxkern.pack_2_4(w.T) for w in weights]
+    return x, *jax.tree.unflatten(tree, weights)
+
+
+def skip_without_kernels(*sizes: int, dtype: Any) -> None:
+    """
+    Raises:
+        Skip: the row is of the kernels, and they cannot run here.
+    """
+    reason = _matmul_mgpu.unsupported(sizes, dtype, on_hopper=on_hopper())
+    if reason:
+        raise Skip(reason)
+
+
+def build(
+    name: str, model: Model, tokens: int, args: argparse.Namespace, framework: str
+) -> Program:
+    impl = IMPLEMENTATIONS[name]
+    if framework == KERNEL:
+        skip_without_kernels(tokens, model.rank, dtype=args.dtype)
+    inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
+    fn: Any = impl.ours
+    if framework == PLAIN:
+        fn = impl.plain
+    elif framework == TOKAMAX:
+        fn = peers.tokamax_swiglu()
+    elif impl.weights != "activations":
+        chosen = KERNEL if framework == KERNEL else "xla"
+        fn = partial(impl.ours, implementation=chosen)
+    check = definitions.check_forward
+    if args.backward:
+        key = jax.random.key(args.seed + 1)
+        shape = jax.eval_shape(fn, *inputs).shape
+        inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
+        fn, check = with_gradients(fn), definitions.check_backward
+    check = partial(check, impl.plain, inputs)
+    if framework.startswith("torch"):
+        return peers.torch_program(name, framework, inputs, check, args.backward)
+    figures = partial(_figures, name, model, tokens, args.backward, framework)
+    return Program(fn, inputs, check, figures=figures)
+
+
+def _figures(name, model: Model, tokens: int, backward: bool, framework: str) -> Row:
+    """Of an H200 and 16 bits: floors, and what is predicted of the kernels."""
+    which = shapes.PASSES[backward]
+    row: Row = {"floors_us": shapes.floors_us(model, tokens, name, which)}
+    if framework == KERNEL:
+        row["predicted_us"] = shapes.kernels_us(model, tokens, name, which)
+    return row
+
+
+def frameworks(name: str, args: argparse.Namespace) -> list[str]:
+    """Ours by XLA and by kernels, the same written plainly, and other libraries'."""
+    weights = IMPLEMENTATIONS[name].weights
+    if args.backward and weights in ("activations", "pruned"):
+        return []
+    if weights == "activations":
+        return [OURS]
+    kernel = [KERNEL] if name in shapes.KERNEL_ROWS else []
+    return [OURS, *kernel, *peers.frameworks(name, args)]

@@ -1,0 +1,293 @@
+"""The stages of the low-rank ReLU² MLP, each timed and predicted apart."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxkern
+from jaxkern import _flash_mlp_mgpu, _matmul_mgpu, _sparsity_mgpu
+from jaxkern._matmul_mgpu import FEATURE_STEP, elementwise_us, pad, xla_matmul_us
+from jaxkern._mgpu_walk import ROW_STEP
+
+from . import _mlp_definitions as definitions
+from . import _mlp_model as shapes
+from ._harness import Check, Program, Row
+from ._mlp_model import ITEM, MEMORY_BYTES, PACKED, RELU2, TENSOR_FLOPS, TOP2, Model
+from ._mlp_programs import KERNEL, OURS, make_inputs, skip_without_kernels
+
+FIRST, UP, ACTIVATION, SELECT = "first factor", "up", "ReLU²", "selection alone"
+PACK, UNPACK, DOWN, DOWN_24 = "select, compress", "unpack", "down", "down 2:4"
+LAST = "last factor"
+UP_ACTIVATION, UP_SELECT = "up, ReLU²", "up, ReLU², compress"
+UP_DOWN, DOWN_SPARSE = "up, ReLU², down", "down 2:4, sparse"
+XLA_STAGES = (FIRST, UP, ACTIVATION, SELECT, PACK, UNPACK, DOWN, DOWN_24, LAST)
+KERNEL_STAGES = (UP_DOWN, UP_ACTIVATION, UP_SELECT, DOWN_SPARSE)
+# Of what a way to the result consists; each adds up. `DOWN_24` unpacks by itself.
+WAYS = {
+    "dense": (FIRST, UP, ACTIVATION, DOWN, LAST),
+    "2:4": (FIRST, UP, ACTIVATION, SELECT, DOWN, LAST),
+    "packed": (FIRST, UP, ACTIVATION, PACK, DOWN_24, LAST),
+    "kernel": (FIRST, UP_ACTIVATION, DOWN, LAST),
+    "sparse": (FIRST, UP_SELECT, DOWN_SPARSE, LAST),
+}
+# The rows of the op itself, which a way's sum is to be held against.
+WHOLE = {
+    "dense": (OURS, RELU2),
+    "2:4": (OURS, TOP2),
+    "kernel": (KERNEL, RELU2),
+    "sparse": (KERNEL, TOP2),
+}
+
+
+def _is_flash(model: Model, tokens: int) -> bool:
+    return shapes.kernel_of(model, tokens, RELU2) == "flash_mlp"
+
+
+def ways(model: Model, tokens: int) -> dict[str, tuple[str, ...]]:
+    """By the kernel that takes the dense MLP."""
+    flash = {"kernel": (FIRST, UP_DOWN, LAST)} if _is_flash(model, tokens) else {}
+    return WAYS | flash
+
+
+def dense_ways(model: Model, tokens: int) -> list[tuple[str, ...]]:
+    """All there are, of which a gain is to be taken over the fastest."""
+    return [WAYS["dense"], WAYS["kernel"], ways(model, tokens)["kernel"]]
+
+
+def by_framework(model: Model, tokens: int) -> dict[str, tuple[str, ...]]:
+    """The stages there are; both matmuls are in one kernel up to some rank only."""
+    kernels = KERNEL_STAGES if _is_flash(model, tokens) else KERNEL_STAGES[1:]
+    return {OURS: XLA_STAGES, KERNEL: kernels}
+
+
+def predicted_us(model: Model, tokens: int) -> dict[str, float]:
+    """Of each stage on one H200: predicted, not measured."""
+    t, h, r, w = tokens, model.hidden, model.rank, model.relu2
+    padded, pads = shapes.padded(w), _matmul_mgpu.padding_us(t, (r, r), w, 1) / 2
+    packing = elementwise_us((1 + PACKED) * t * w)
+    down = xla_matmul_us(t, w, r)
+    us = {
+        FIRST: xla_matmul_us(t, h, r),
+        UP: xla_matmul_us(t, r, w),
+        ACTIVATION: elementwise_us(2 * t * w),
+        SELECT: elementwise_us(2 * t * w),
+        PACK: packing,
+        UNPACK: packing,
+        DOWN: down,
+        DOWN_24: packing + down,
+        LAST: xla_matmul_us(t, r, h),
+        UP_ACTIVATION: pads + shapes.up_relu2(t, r, padded),
+        UP_SELECT: pads + shapes.up_select(t, r, padded),
+        DOWN_SPARSE: pads + shapes.sparse_matmul(t, padded, r),
+    }
+    if _is_flash(model, tokens):
+        us[UP_DOWN] = shapes.flash_us(t, r, w, 1, shapes.FORWARD)
+    return us
+
+
+def count_macs(model: Model, tokens: int, stage: str) -> float:
+    """Multiply-adds, of 2:4 those with zeros too."""
+    if stage in (ACTIVATION, SELECT, PACK, UNPACK):
+        return 0.0
+    h, w = model.hidden, model.relu2
+    return float(
+        tokens * model.rank * {FIRST: h, LAST: h, UP_DOWN: 2 * w}.get(stage, w)
+    )
+
+
+def floors_us(model: Model, tokens: int, stage: str) -> dict[str, float]:
+    """By matmuls, and by bytes: each argument read and each result written once."""
+    t, h, r, w = tokens, model.hidden, model.rank, model.relu2
+    # 2:4 at twice the rate.
+    rate = TENSOR_FLOPS * (2 if stage in (DOWN_24, DOWN_SPARSE) else 1)
+    hidden = t * w
+    numbers = {
+        FIRST: t * h + h * r + t * r,
+        LAST: t * h + h * r + t * r,
+        UP_DOWN: 2 * (t * r + r * w),
+        ACTIVATION: 2 * hidden,
+        SELECT: 2 * hidden,
+        PACK: (1 + PACKED) * hidden,
+        UNPACK: (1 + PACKED) * hidden,
+    }.get(stage)
+    if numbers is None:
+        packed = stage in (DOWN_24, DOWN_SPARSE, UP_SELECT)
+        numbers = t * r + r * w + (PACKED if packed else 1) * hidden
+    tensor = 1e6 * 2 * count_macs(model, tokens, stage) / rate
+    return {"tensor": tensor, "bytes": 1e6 * ITEM * numbers / MEMORY_BYTES}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What it runs, of which arrays; and its definition, of dense ones.
+
+    plain, dense: by default `run`, `takes`.
+    finish: makes the definition's result of what it returns.
+    """
+
+    run: Callable[..., Any]
+    takes: Sequence[str]
+    plain: Callable[..., Any] | None = None
+    dense: Sequence[str] = ()
+    finish: Callable[[Any], Any] = lambda y: y
+
+
+def _relu2(z):
+    return definitions.activate(lambda z: jax.nn.relu(z) ** 2, z)
+
+
+def _up_relu2(core, up):
+    return _relu2(core @ up)
+
+
+def _sums(a):
+    """Of each four: of two that are almost equal, either may be kept."""
+    return definitions.groups(a).sum(-1)
+
+
+def _up_top2(core, up):
+    return _sums(definitions.top2(_up_relu2(core, up)))
+
+
+def _top2_down(hidden, down):
+    return definitions.top2(hidden) @ down
+
+
+def _up_down(core, up, down):
+    return _up_relu2(core, up) @ down
+
+
+CORE, HIDDEN = ("core", "up"), ("hidden", "down")
+BY_XLA = {
+    FIRST: Stage(jnp.matmul, ("x", "first")),
+    UP: Stage(jnp.matmul, CORE),
+    ACTIVATION: Stage(_relu2, ["z"]),
+    SELECT: Stage(jaxkern.sparsify_2_4, ["hidden"], definitions.top2),
+    PACK: Stage(
+        jaxkern.pack_2_4,
+        ["hidden"],
+        definitions.top2,
+        finish=definitions.unpack,
+    ),
+    UNPACK: Stage(jaxkern.unpack_2_4, ["packed"], definitions.top2, ["hidden"]),
+    DOWN: Stage(jnp.matmul, HIDDEN),
+    DOWN_24: Stage(
+        partial(jaxkern.matmul_2_4, implementation="xla"),
+        ("packed", "down"),
+        _top2_down,
+        HIDDEN,
+    ),
+    LAST: Stage(jnp.matmul, ("inner", "last")),
+}
+
+
+def _tiled(w):
+    """As the op pads the factors of its kernels, in every call."""
+    return pad(w, FEATURE_STEP, FEATURE_STEP)
+
+
+def _core(core):
+    return pad(core, ROW_STEP, FEATURE_STEP)
+
+
+def _flash(core, up, down):
+    weights = (up[None],), down[None]
+    return _flash_mlp_mgpu.mlp(core[None], *weights, "relu2")[0]
+
+
+def _relu2_kernel(core, up):
+    return _matmul_mgpu.relu2_forward()(_core(core), _tiled(up))
+
+
+def _select_kernel(core, up):
+    """Values, and words of positions."""
+    kernel = _sparsity_mgpu.select_forward(shrink=False, keep=False)
+    return kernel(_core(core), _tiled(up))[:2]
+
+
+def _sparse_kernel(values, words, down):
+    return _sparsity_mgpu.sparse_matmul()(values, words, _tiled(down))
+
+
+def _dense(chosen: Any, tokens: int, hidden: int) -> jax.Array:
+    return _sparsity_mgpu.dense(_sparsity_mgpu.Chosen(*chosen), hidden)[:tokens]
+
+
+def _by_kernels(tokens: int, rank: int, hidden: int) -> dict[str, Stage]:
+    """What they return is padded, too."""
+
+    def cut(columns: int, y: jax.Array) -> jax.Array:
+        return y[:tokens, :columns]
+
+    def sums(chosen: Any) -> jax.Array:
+        return _sums(_dense(chosen, tokens, hidden))
+
+    taken, kept = ("values", "words", "down"), ("kept", "down")
+    hiddens, cores = partial(cut, hidden), partial(cut, rank)
+    return {
+        UP_DOWN: Stage(_flash, (*CORE, "down"), _up_down),
+        UP_ACTIVATION: Stage(_relu2_kernel, CORE, _up_relu2, finish=hiddens),
+        UP_SELECT: Stage(_select_kernel, CORE, _up_top2, finish=sums),
+        DOWN_SPARSE: Stage(_sparse_kernel, taken, jnp.matmul, kept, cores),
+    }
+
+
+# Stages of one model follow each other.
+@lru_cache(maxsize=1)
+def arrays(model: Model, tokens: int, dtype: Any, seed: int) -> dict[str, Any]:
+    """All that stages take, but what the kernels select."""
+    x, up, down = make_inputs(model, tokens, "relu2", dtype, seed)
+    core = x @ up[0]
+    z = core @ up[1]
+    hidden = _relu2(z)
+    return {
+        "x": x,
+        "first": up[0],
+        "up": up[1],
+        "down": down[0],
+        "last": down[1],
+        "core": core,
+        "z": z,
+        "hidden": hidden,
+        "packed": jaxkern.pack_2_4(hidden),
+        "inner": hidden @ down[0],
+    }
+
+
+def _check(stage: Stage, found: dict[str, Any], inputs: Any, run: Any) -> Check:
+    dense = [found[name] for name in stage.dense or stage.takes]
+    plain = stage.plain or stage.run
+
+    def finished(*_: Any) -> Any:
+        return stage.finish(run(*inputs))
+
+    return definitions.check_forward(plain, dense, finished)
+
+
+def build(name: str, model: Model, tokens: int, args: argparse.Namespace) -> Program:
+    by_kernel = name in KERNEL_STAGES
+    if by_kernel:
+        skip_without_kernels(tokens, model.rank, dtype=args.dtype)
+    found = arrays(model, tokens, args.dtype, args.seed)
+    stages = BY_XLA | _by_kernels(tokens, model.rank, model.relu2)
+    stage = stages[name]
+    if name == DOWN_SPARSE:
+        values, words = jax.jit(_select_kernel)(found["core"], found["up"])
+        kept = _dense((values, words), tokens, model.relu2)
+        found = found | {"values": values, "words": words, "kept": kept}
+    inputs = tuple(found[name] for name in stage.takes)
+    check = partial(_check, stage, found, inputs)
+    return Program(
+        stage.run, inputs, check, figures=partial(_figures, name, model, tokens)
+    )
+
+
+def _figures(name: str, model: Model, tokens: int) -> Row:
+    """Of an H200 and 16 bits."""
+    us = predicted_us(model, tokens)
+    return {"floors_us": floors_us(model, tokens, name), "predicted_us": us[name]}

@@ -1,10 +1,8 @@
 """Shapes of `benchmarks.mlp`, and what one H200 can do with them: predictions.
 
 Nothing here is measured on a GPU. Floors follow from the data sheet. `kernels_us` adds
-up what the kernels' own model says of their launches; matmuls that a kernel leaves to
-XLA, and all of `xla_us`, are as `_matmul_mgpu.predicted_faster` takes them: a matmul at
-0.75 of the tensor cores' rate or 0.8 of the memory's, whichever takes longer, and each
-elementwise program reads and writes its arrays once. It is also assumed of XLA that it
+up what the kernels' own model says of their launches; XLA's are as the library takes
+them where it chooses (`jaxkern/_mlp_predictions.py`). It is also assumed of XLA that it
 selects 2:4 in the program of the activation, and that S-STE's sums read that once more.
 """
 
@@ -15,19 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern import _flash_mlp_mgpu as flash
-from jaxkern import _matmul_mgpu as matmuls
 from jaxkern import _mlp_mgpu, _sparsity_mgpu
-from jaxkern._matmul_mgpu import (
-    COLUMNS,
-    FEATURE_STEP,
-    GATED_COLUMNS,
-    Work,
-    elementwise_us,
-    xla_matmul_us,
-)
+from jaxkern import _mlp_predictions as predictions_of
+from jaxkern._matmul_mgpu import FEATURE_STEP, Work
 from jaxkern._mgpu_sparse_matmul import DEPTH
 from jaxkern._mgpu_walk import ROW_STEP
+from jaxkern._mlp_predictions import Layer, elementwise_us, launch_us, xla_matmul_us
 from jaxkern._packed_2_4 import GROUP, KEPT
 
 from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
@@ -151,17 +142,13 @@ def kernel_of(model: Model, tokens: int, name: str) -> _mlp_mgpu.Kernel:
     return _mlp_mgpu.kernel_of(*shapes, [r] * (ups + 1), sparsity)
 
 
-def _launch_us(work: Work, valid: Sequence[int] = COLUMNS) -> float:
-    return matmuls.predicted_us(work, matmuls.choose_columns(work, valid))
-
-
 def padded(size: int, step: int = FEATURE_STEP) -> int:
     return -(-size // step) * step
 
 
 def up_relu2(tokens: int, rank: int, hidden: int) -> float:
     """The matmul with ReLU² as its epilogue."""
-    return _launch_us(Work(tokens, rank, hidden))
+    return launch_us(Work(tokens, rank, hidden))
 
 
 def up_select(
@@ -170,7 +157,7 @@ def up_select(
     """The same, which selects and packs, and writes all of it too if that is kept."""
     clocks = _sparsity_mgpu.SHRINK_CLOCKS if shrink else _sparsity_mgpu.SELECT_CLOCKS
     work = Work(tokens, rank, hidden, moved=PACKED + keep, clocks=clocks)
-    return _launch_us(work, _sparsity_mgpu.SELECT_COLUMNS)
+    return launch_us(work, _sparsity_mgpu.SELECT_COLUMNS)
 
 
 def sparse_work(m: int, depth: int, n: int) -> Work:
@@ -178,55 +165,33 @@ def sparse_work(m: int, depth: int, n: int) -> Work:
 
 
 def sparse_matmul(m: int, depth: int, n: int) -> float:
-    return _launch_us(sparse_work(m, depth, n))
-
-
-def flash_us(tokens: int, rank: int, hidden: int, ups: int, which: str) -> float:
-    """`flash_mlp` of one head, and for two `ups` of two inputs."""
-
-    def launch(kernel: str, held: int, walked: int, sums: int = 1) -> float:
-        return flash.predicted_us(kernel, 1, held, walked, rank, ups, sums, ups)
-
-    us = launch("forward", tokens, hidden)
-    us += flash.padding_us(1, tokens, rank, hidden, ups, ups)
-    if which == BOTH:
-        parts = len(flash.input_passes(rank, ups))
-        us += parts * launch("backward_x", tokens, hidden)
-        for wanted in flash.weight_passes(rank, ups):
-            us += launch("backward_w", hidden, tokens, len(wanted))
-    return us
-
-
-def _gradients_us(t: int, r: int, w: int, ups: int) -> float:
-    """Of `_matmul_mgpu`: one kernel, and XLA's matmuls for core and weights."""
-    work = Work(t, r, w, moved=2.0 * ups)
-    us = _launch_us(work, COLUMNS if ups == 1 else GATED_COLUMNS)
-    us += ups * (xla_matmul_us(t, w, r) + xla_matmul_us(r, t, w))
-    joined = elementwise_us(4 * t * r) if ups == 2 else 0.0
-    return us + joined + xla_matmul_us(w, t, r)
+    return launch_us(sparse_work(m, depth, n))
 
 
 def _between_us(model: Model, tokens: int, name: str, which: str) -> float:
     """Of our kernels: all between the first and the last factor."""
     t, r, hidden = tokens, model.rank, width(model, name)
-    ups = 1 + (name == SWIGLU)
-    kernel = kernel_of(model, tokens, name)
-    if kernel == "flash_mlp":
-        return flash_us(t, r, hidden, ups, which)
-    w, both = padded(hidden), which == BOTH
-    us = matmuls.padding_us(t, (r, r), hidden, ups)
+    layer, both = layer_of(model, tokens, name), which == BOTH
+    match kernel_of(model, tokens, name):
+        case "flash_mlp":
+            return predictions_of.flash_us(layer, both)
+        case "matmul":
+            return predictions_of.matmul_us(layer, both)
+    soft, w = name == SOFT, padded(hidden)
+    us = predictions_of.padding_us(t, (r, r), hidden, 1)
+    us += up_select(t, r, w, shrink=soft, keep=soft and both)
+    # S-STE's scale, of the sums of each tile, multiplies the result.
+    us += sparse_matmul(t, w, r) + soft * elementwise_us(2 * t * r, 2)
     if both:
-        us += _gradients_us(t, r, w, ups)
-    if kernel == "sparse":
-        soft = name == SOFT
-        us += up_select(t, r, w, shrink=soft, keep=soft and both)
-        # S-STE's scale, of the sums of each tile, multiplies the result.
-        us += sparse_matmul(t, w, r) + soft * elementwise_us(2 * t * r, 2)
-        return us + both * elementwise_us((1 + PACKED) * t * w)
-    if ups == 1:
-        return us + up_relu2(t, r, w) + xla_matmul_us(t, w, r)
-    work = Work(t, r, w, products=2, moved=3.0 if both else 1.0)
-    return us + _launch_us(work, GATED_COLUMNS) + xla_matmul_us(t, w, r)
+        us += predictions_of.gradients_us(layer)
+        us += elementwise_us((1 + PACKED) * t * w)
+    return us
+
+
+def layer_of(model: Model, tokens: int, name: str) -> Layer:
+    """What is between the first and the last factor."""
+    ups, r = 1 + (name == SWIGLU), model.rank
+    return Layer(tokens, r, width(model, name), r, ups, ups)
 
 
 def _ends_us(model: Model, tokens: int, joined: int, which: str) -> float:
@@ -281,23 +246,17 @@ def _pruned_us(model: Model, tokens: int) -> float:
 
 def xla_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
     """Of XLA's row: predicted, not measured."""
-    t, r, w = tokens, model.rank, width(model, name)
-    ups, both = 1 + (name == SWIGLU), which == BOTH
+    t, r, both = tokens, model.rank, which == BOTH
     us = _ends_us(model, t, 1, which) + _drop_us(model, name, which)
-    more = xla_matmul_us(t, model.hidden, r)
-    if both:
-        more += xla_matmul_us(t, r, model.hidden) + xla_matmul_us(model.hidden, t, r)
-    us += (ups - 1) * more
-    us += ups * xla_matmul_us(t, r, w) + xla_matmul_us(t, w, r)
-    us += elementwise_us((ups + 1) * t * w)
+    if name == SWIGLU:
+        us += xla_matmul_us(t, model.hidden, r)
+        if both:
+            us += xla_matmul_us(t, r, model.hidden) + xla_matmul_us(model.hidden, t, r)
+    us += predictions_of.xla_us(layer_of(model, tokens, name), both)
     if name == SOFT:
-        us += elementwise_us(t * w)
+        us += elementwise_us(t * width(model, name))
     if name == PRUNED:
         us += sum(elementwise_us((1 + PACKED) * n * k) for n, k in _factors(model))
-    if both:
-        us += elementwise_us((2 * ups + 1) * t * w)
-        us += xla_matmul_us(t, r, w) + xla_matmul_us(w, t, r)
-        us += ups * (xla_matmul_us(t, w, r) + xla_matmul_us(r, t, w))
     return us
 
 

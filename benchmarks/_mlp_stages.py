@@ -11,8 +11,14 @@ import jax.numpy as jnp
 
 import jaxkern
 from jaxkern import _flash_mlp_mgpu, _matmul_mgpu, _sparsity_mgpu
-from jaxkern._matmul_mgpu import FEATURE_STEP, elementwise_us, pad, xla_matmul_us
+from jaxkern._matmul_mgpu import FEATURE_STEP, pad
 from jaxkern._mgpu_walk import ROW_STEP
+from jaxkern._mlp_predictions import (
+    elementwise_us,
+    flash_us,
+    padding_us,
+    xla_matmul_us,
+)
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
@@ -68,7 +74,7 @@ def by_framework(model: Model, tokens: int) -> dict[str, tuple[str, ...]]:
 def predicted_us(model: Model, tokens: int) -> dict[str, float]:
     """Of each stage on one H200: predicted, not measured."""
     t, h, r, w = tokens, model.hidden, model.rank, model.relu2
-    padded, pads = shapes.padded(w), _matmul_mgpu.padding_us(t, (r, r), w, 1) / 2
+    padded, pads = shapes.padded(w), padding_us(t, (r, r), w, 1) / 2
     packing = elementwise_us((1 + PACKED) * t * w)
     down = xla_matmul_us(t, w, r)
     us = {
@@ -86,7 +92,7 @@ def predicted_us(model: Model, tokens: int) -> dict[str, float]:
         DOWN_SPARSE: pads + shapes.sparse_matmul(t, padded, r),
     }
     if _is_flash(model, tokens):
-        us[UP_DOWN] = shapes.flash_us(t, r, w, 1, shapes.FORWARD)
+        us[UP_DOWN] = flash_us(shapes.layer_of(model, t, RELU2), backward=False)
     return us
 
 

@@ -57,10 +57,6 @@ from ._mgpu_walk import COMPUTE, ROW_STEP
 DTYPES = ("bfloat16", "float16")
 # Who does matmuls without an epilogue.
 PLAIN: Implementation = "xla"
-# The part of the tensor cores' rate that XLA's matmuls reach: predicted, as ours.
-XLA_RATE = 0.75
-# How much faster a kernel must be predicted to be, since none of it is measured.
-MARGIN = 0.9
 FEATURE_STEP = PIECE
 # Of tiles; with two products a warpgroup has the sums of both.
 COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
@@ -116,51 +112,6 @@ def predicted_us(work: Work, columns: int) -> float:
 def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
     """The tiles that are predicted to be fastest; of equal ones, the largest."""
     return min(valid, key=partial(predicted_us, work))
-
-
-def predicted_faster(
-    tokens: int, ranks: Sequence[int], hidden: int, products: int, lefts: int = 1
-) -> bool:
-    """Whether the forward is predicted to beat XLA's by a tenth.
-
-    XLA launches each matmul and the activation, which reads and writes.
-
-    ranks: of what the hidden features are made of, and of what is made of them.
-    """
-    work = Work(tokens, ranks[0], hidden, products, lefts)
-    columns = choose_columns(work, COLUMNS if products == 1 else GATED_COLUMNS)
-    ours = predicted_us(work, columns) + padding_us(tokens, ranks, hidden, products)
-    xla = products * xla_matmul_us(tokens, ranks[0], hidden)
-    xla += elementwise_us((products + 1) * tokens * hidden)
-    # What is the same for both: the matmul that follows.
-    after = xla_matmul_us(tokens, hidden, ranks[1])
-    return ours + after < MARGIN * (xla + after)
-
-
-def xla_matmul_us(m: int, depth: int, n: int) -> float:
-    """Of a matmul of 16-bit numbers by XLA on an H200, predicted and not measured."""
-    computed = m * depth * n / (h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE)
-    moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
-    return h200.LAUNCH_US + max(computed, moved)
-
-
-def elementwise_us(numbers: int | float, launches: int = 1) -> float:
-    """Of launches that read and write so many 16-bit numbers: predicted as well."""
-    return (
-        2 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE) + launches * h200.LAUNCH_US
-    )
-
-
-def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
-    """Of the copies of weights and cores; each array is read and written."""
-    numbers = copies = 0
-    if hidden % FEATURE_STEP or any(rank % FEATURE_STEP for rank in ranks):
-        numbers += (products * ranks[0] + ranks[1]) * hidden
-        copies += products + 1
-    if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
-        numbers += tokens * (products * ranks[0] + ranks[1])
-        copies += 2
-    return elementwise_us(2 * numbers, copies)
 
 
 def unsupported(shape: Sequence[int], dtype: Any, *, on_hopper: bool) -> str | None:

@@ -1,7 +1,8 @@
 """MLPs in kernels: which of them, and the matmuls before and after.
 
-- `flash_mlp`'s, for equal ranks that it takes: hidden features never reach memory;
-- matmuls with fused activations, for all other ranks (`_matmul_mgpu`);
+- `flash_mlp`'s, for equal ranks that it takes: hidden features never reach memory. Of
+  one head its weights' gradients have few tiles to share, so many tokens are faster by
+- matmuls with fused activations, for any ranks (`_matmul_mgpu`);
 - the same with 2:4 selection and a product on sparse tensor cores (`_sparsity_mgpu`).
 """
 
@@ -13,12 +14,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from . import _flash_mlp_mgpu, _matmul_mgpu, _sparsity_mgpu
+from . import _flash_mlp_mgpu, _matmul_mgpu, _mlp_predictions, _sparsity_mgpu
 from ._checks import Implementation
-from ._flash_mlp import select as select_flash_mlp
 from ._matmul import matmul
 from ._mesh import settle
 from ._mgpu import on_hopper
+from ._mlp_predictions import Layer
 
 Pair = tuple[jax.Array, jax.Array]
 Kernel = Literal["flash_mlp", "matmul", "sparse"]
@@ -46,17 +47,13 @@ def choose(
         settle(op, implementation, reason)
         return None
     kernel = kernel_of(core, seconds, ranks, sparsity)
-    if kernel == "flash_mlp":
-        runs = select_flash_mlp(op, core, seconds, implementation)
-        return kernel if runs == "mosaic_gpu" else None
     sizes = tokens, *ranks, hidden
     reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
     runs = settle(op, implementation, reason)
     # The sparse ones are not verified on hardware: only for who asks.
-    if runs is None and kernel == "matmul":
-        gates = len(ups)
-        faster = _matmul_mgpu.predicted_faster(tokens, ranks[-2:], hidden, gates, gates)
-        runs = "mosaic_gpu" if faster else "xla"
+    if runs is None and kernel != "sparse":
+        layer = _layer(tokens, ranks, hidden)
+        runs = "mosaic_gpu" if _mlp_predictions.beats_xla(layer, kernel) else "xla"
     return kernel if runs == "mosaic_gpu" else None
 
 
@@ -66,14 +63,21 @@ def kernel_of(
     ranks: Sequence[int],
     sparsity: str | None,
 ) -> Kernel:
-    """Which kernel takes these shapes, on a device that has it.
+    """Which kernel takes these shapes, on a device that has it: the fastest.
 
     core: the input of the factors `seconds`, both with an axis of one head.
     """
     if sparsity in ("2:4", "2:4-soft"):
         return "sparse"
-    fits = _flash_mlp_mgpu.unsupported(core, seconds, on_hopper=True) is None
-    return "flash_mlp" if fits and len(set(ranks)) == 1 else "matmul"
+    if _flash_mlp_mgpu.unsupported(core, seconds, on_hopper=True) or len({*ranks}) > 1:
+        return "matmul"
+    layer = _layer(core.shape[1], ranks, seconds[0].shape[2])
+    return _mlp_predictions.fastest(layer, ["flash_mlp", "matmul"])
+
+
+def _layer(tokens: int, ranks: Sequence[int], hidden: int) -> Layer:
+    ups = len(ranks) - 1
+    return Layer(tokens, ranks[0], hidden, ranks[-1], ups, ups)
 
 
 def _unfit(
@@ -111,9 +115,9 @@ def choose_swiglu(
     reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
     if (chosen := settle(op, implementation, reason)) is not None:
         return chosen
-    ranks = w_gate.shape[0], w_down.shape[1]
-    faster = _matmul_mgpu.predicted_faster(tokens, ranks, w_gate.shape[1], 2)
-    return "mosaic_gpu" if faster else "xla"
+    d_in, hidden = w_gate.shape
+    layer = Layer(tokens, d_in, hidden, w_down.shape[1], products=2)
+    return "mosaic_gpu" if _mlp_predictions.beats_xla(layer, "matmul") else "xla"
 
 
 def run_swiglu(

@@ -1,0 +1,151 @@
+"""What an MLP takes on an H200, by each way to compute it: predicted, not measured.
+
+Kernels by their own models. XLA's matmuls at 0.75 of the tensor cores' rate or 0.8 of
+the memory's, whichever takes longer; each of its elementwise programs reads and writes
+its arrays once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from . import _flash_mlp_mgpu as flash
+from . import _matmul_mgpu as matmuls
+from . import _mgpu_rates as h200
+from ._matmul_mgpu import FEATURE_STEP, Work
+from ._mgpu import multiprocessors
+from ._mgpu_walk import ROW_STEP
+
+Kernel = Literal["flash_mlp", "matmul"]
+# The part of the tensor cores' rate that XLA's matmuls reach.
+XLA_RATE = 0.75
+# How much faster a kernel must be predicted to be, since none of it is measured.
+MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """(tokens, rank_in) -> hidden -> (tokens, rank_out).
+
+    products: two if gated, and `lefts` if they have one input each.
+    """
+
+    tokens: int
+    rank_in: int
+    hidden: int
+    rank_out: int
+    products: int = 1
+    lefts: int = 1
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        return self.rank_in, self.rank_out
+
+
+def xla_matmul_us(m: int, depth: int, n: int) -> float:
+    """Of a matmul of 16-bit numbers by XLA."""
+    rate = h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE
+    moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    return h200.LAUNCH_US + max(m * depth * n / rate, moved)
+
+
+def elementwise_us(numbers: int | float, launches: int = 1) -> float:
+    """Of launches that read and write so many 16-bit numbers."""
+    moved = 2 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    return moved + launches * h200.LAUNCH_US
+
+
+def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) -> float:
+    """Of the copies of weights and cores; each array is read and written."""
+    numbers = copies = 0
+    if hidden % FEATURE_STEP or any(rank % FEATURE_STEP for rank in ranks):
+        numbers += (products * ranks[0] + ranks[1]) * hidden
+        copies += products + 1
+    if tokens % ROW_STEP or any(rank % FEATURE_STEP for rank in ranks):
+        numbers += tokens * (products * ranks[0] + ranks[1])
+        copies += 2
+    return elementwise_us(2 * numbers, copies)
+
+
+def launch_us(work: Work, valid: Sequence[int] = matmuls.COLUMNS) -> float:
+    """Of a matmul kernel with the tiles that it would choose."""
+    return matmuls.predicted_us(work, matmuls.choose_columns(work, valid))
+
+
+def _whole(layer: Layer) -> Layer:
+    """With as many hidden features as the matmul kernels make."""
+    hidden = -(-layer.hidden // FEATURE_STEP) * FEATURE_STEP
+    return replace(layer, hidden=hidden)
+
+
+def _gradient_matmuls_us(layer: Layer) -> float:
+    """Of XLA's, for the inputs and the weights, but for the hidden features'."""
+    t, w, products = layer.tokens, layer.hidden, layer.products
+    us = products * xla_matmul_us(t, w, layer.rank_in)
+    us += products * xla_matmul_us(layer.rank_in, t, w)
+    # Of two products, inputs' gradients are joined or added.
+    us += (products - 1) * elementwise_us(4 * t * layer.rank_in)
+    return us + xla_matmul_us(w, t, layer.rank_out)
+
+
+def gradients_us(layer: Layer) -> float:
+    """Of the matmul kernels' backward, which leaves all but one matmul to XLA."""
+    layer = _whole(layer)
+    moved, is_gated = 2.0 * layer.products, layer.products == 2
+    work = Work(layer.tokens, layer.rank_out, layer.hidden, moved=moved)
+    valid = matmuls.GATED_COLUMNS if is_gated else matmuls.COLUMNS
+    return launch_us(work, valid) + _gradient_matmuls_us(layer)
+
+
+def matmul_us(layer: Layer, backward: bool) -> float:
+    """By the matmul kernels, forward or forward and backward."""
+    us = padding_us(layer.tokens, layer.ranks, layer.hidden, layer.products)
+    layer = _whole(layer)
+    t, w = layer.tokens, layer.hidden
+    us += xla_matmul_us(t, w, layer.rank_out)
+    kept = 3.0 if layer.products == 2 and backward else 1.0
+    work = Work(t, layer.rank_in, w, layer.products, layer.lefts, moved=kept)
+    us += launch_us(work, matmuls.COLUMNS if layer.products == 1 else (128, 64))
+    return us + (gradients_us(layer) if backward else 0.0)
+
+
+def flash_us(layer: Layer, backward: bool, heads: int = 1) -> float:
+    """By the kernels of `flash_mlp`, of as many such layers; the ranks are equal."""
+    dim, ups, inputs = layer.rank_in, layer.products, layer.lefts
+
+    def launch(kernel: str, held: int, walked: int, sums: int = 1) -> float:
+        return flash.predicted_us(kernel, heads, held, walked, dim, ups, sums, inputs)
+
+    us = launch("forward", layer.tokens, layer.hidden)
+    us += flash.padding_us(heads, layer.tokens, dim, layer.hidden, ups, inputs)
+    if backward:
+        parts = len(flash.input_passes(dim, inputs))
+        us += parts * launch("backward_x", layer.tokens, layer.hidden)
+        for wanted in flash.weight_passes(dim, ups):
+            us += launch("backward_w", layer.hidden, layer.tokens, len(wanted))
+    return us
+
+
+def xla_us(layer: Layer, backward: bool) -> float:
+    """By XLA, which stores what precedes the activation, and the hidden features."""
+    t, w, products = layer.tokens, layer.hidden, layer.products
+    us = products * xla_matmul_us(t, layer.rank_in, w)
+    us += elementwise_us((products + 1) * t * w) + xla_matmul_us(t, w, layer.rank_out)
+    if backward:
+        us += xla_matmul_us(t, layer.rank_out, w) + _gradient_matmuls_us(layer)
+        us += elementwise_us((2 * products + 1) * t * w)
+    return us
+
+
+def fastest(layer: Layer, kernels: Sequence[Kernel]) -> Kernel:
+    """Of these, forward and backward."""
+    us = {"flash_mlp": flash_us, "matmul": matmul_us}
+    return min(kernels, key=lambda kernel: us[kernel](layer, True))
+
+
+def beats_xla(layer: Layer, kernel: Kernel) -> bool:
+    """Whether it takes a tenth less forward and backward, and no more forward."""
+    us = flash_us if kernel == "flash_mlp" else matmul_us
+    if us(layer, True) > MARGIN * xla_us(layer, True):
+        return False
+    return us(layer, False) <= xla_us(layer, False)

@@ -228,12 +228,13 @@ def low_rank_swiglu(
 
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
     same rank: one matmul for $G_{in}$ and $U_{in}$, a kernel or two, and the last
-    matmul. Up to rank 128, if all ranks are equal, the kernel is the gated one of
-    `flash_mlp`, and the hidden features never reach memory. Beyond that the gate is the
-    epilogue of the two matmuls before it, which then go to memory for the backward
-    alone, and its derivative that of the matmul with $D_{in}^T$. Tokens that are no
-    multiple of 8, and ranks and hidden sizes that are none of 64, are padded by copies.
-    None picks what is predicted to be faster: no kernel has run on a GPU yet.
+    matmul. The gate is the epilogue of the two matmuls before it, which go to memory for
+    the backward alone, and its derivative that of the matmul with $D_{in}^T$. Or, with
+    equal ranks up to 128, where forward and backward are predicted to be faster by it,
+    the kernel is the gated one of `flash_mlp`, and hidden features never reach memory.
+    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
+    are padded by copies. None picks a kernel that is predicted to take a tenth less
+    than XLA forward and backward, and no more forward: none has run on a GPU yet.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -316,11 +317,11 @@ def low_rank_relu2(
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, is a kernel or two
     between the first and the last matmul:
 
-    - without a selection per token and with equal ranks up to 256, `flash_mlp`'s: the
-      hidden features never reach memory;
-    - with other ranks the activation is the epilogue of the matmul before it, and its
-      derivative of that with $D_{in}^T$. Saved are $a$, whose root is the derivative,
-      and not $z$: where $a$ underflows, in float16 from $|z| = 2^{-12}$ on, it is 0;
+    - the activation is the epilogue of the matmul before it, and its derivative of that
+      with $D_{in}^T$. Saved is $a$, whose root is the derivative, and not $z$: where
+      $a$ underflows, in float16 from $|z| = 2^{-12}$ on, it is 0;
+    - or `flash_mlp`'s, with equal ranks up to 256, where forward and backward are
+      predicted to be faster by it: the hidden features never reach memory;
     - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
       memory packed, in 9/16 of the bytes, and on to sparse tensor cores. For an exact
       gradient nothing else is kept. For "2:4-soft" the gradient is straight-through,
@@ -328,8 +329,9 @@ def low_rank_relu2(
       is NOT VERIFIED ON HARDWARE, so only `implementation="mosaic_gpu"` takes these.
 
     Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
-    are padded by copies. None picks what is predicted to be faster, and "xla" for a
-    selection per token: no kernel has run on a GPU yet.
+    are padded by copies. None picks a kernel that is predicted to take a tenth less
+    than XLA forward and backward, and no more forward, and "xla" for a selection per
+    token: no kernel has run on a GPU yet.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the

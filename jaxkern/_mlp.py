@@ -228,7 +228,7 @@ def low_rank_swiglu(
 
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
     same rank: one matmul for $G_{in}$ and $U_{in}$, a kernel or two, and the last
-    matmul. The gate is the epilogue of the two matmuls before it, which go to memory for
+    matmul. The gate is the epilogue of both matmuls before it, which go to memory for
     the backward alone, and its derivative that of the matmul with $D_{in}^T$. Or, with
     equal ranks up to 128, where forward and backward are predicted to be faster by it,
     the kernel is the gated one of `flash_mlp`, and hidden features never reach memory.

@@ -337,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = make_console()
     title = "compiled for sm_90a; counts are static, a loop counts once"
     result = table(title, ["", *COLUMNS])
+    # A long name takes two lines, so that no figure is cut off.
+    result.columns[0].no_wrap = False
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as stub, ThreadPoolExecutor(WORKERS) as pool:
         build_stub(Path(stub))

@@ -91,6 +91,19 @@ def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
     )
 
 
+def test_no_figure_is_cut_off(monkeypatch, capsys):
+    names = sorted(kernels.every_case(), key=len)[-2:]
+    figures = dict.fromkeys(kernels.COLUMNS.values(), 123456) | {"status": "ok"}
+    monkeypatch.setattr(kernels, "requirements", lambda: ("", None))
+    monkeypatch.setattr(kernels, "build_stub", lambda folder: None)
+    monkeypatch.setattr(kernels, "measure", lambda n, *_: {"kernel": n, **figures})
+    monkeypatch.setattr(kernels, "every_case", lambda: dict.fromkeys(names))
+    assert kernels.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("123456") for line in lines) == 2 * len(kernels.COLUMNS)
+
+
 def test_a_kernel_that_fails_is_a_failed_row():
     def build():
         raise ValueError("rows must be a multiple of 64\nmore")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import _flash_mlp_mgpu
+from . import _flash_mlp_mgpu, _mlp_predictions
 from ._activations import Activation, get_activation
 from ._checks import (
     Implementation,
@@ -18,6 +18,7 @@ from ._checks import (
 from ._matmul import widen
 from ._mesh import settle
 from ._mgpu import on_hopper
+from ._mlp_predictions import Layer
 
 
 def flash_mlp(
@@ -49,10 +50,11 @@ def flash_mlp(
       `jax.jvp` needs "xla". Under `vmap` the new axis joins the heads; an argument that
       lacks it is copied.
 
-    None picks the kernel where it can run and is predicted to be faster, on one device
-    or inside `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel over
-    devices. Predicted, from the rates of an H200: the kernel is compiled for sm_90a and
-    checked in an emulator, but has not run on a GPU yet.
+    None picks the kernel where it can run and is predicted to take a tenth less than
+    XLA forward and backward, and no more forward, on one device or inside
+    `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel over devices.
+    Predicted, from the rates of an H200: the kernel is compiled for sm_90a and checked
+    in an emulator, but has not run on a GPU yet.
 
     Args:
         activation: "silu", "gelu" (tanh form), "relu", "relu2", "leaky_relu" (slope
@@ -102,9 +104,8 @@ def select(
     if (chosen := settle(op, implementation, reason)) is not None:
         return chosen
     (heads, batch, width), (dim, hidden) = x.shape, ups[0].shape[1:]
-    inputs = width // dim
-    faster = kernel.predicted_faster(heads, batch, dim, hidden, len(ups), inputs)
-    return "mosaic_gpu" if faster else "xla"
+    layer = Layer(batch, dim, hidden, dim, len(ups), width // dim, heads)
+    return "mosaic_gpu" if _mlp_predictions.beats_xla(layer, "flash_mlp") else "xla"
 
 
 def _reference(

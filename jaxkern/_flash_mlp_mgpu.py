@@ -141,26 +141,6 @@ def predicted_us(
     return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
-def predicted_faster(
-    heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int = 1
-) -> bool:
-    """Whether the forward is predicted to beat XLA's, which stores the hidden layer.
-
-    XLA launches each matmul and the activation, which reads and writes it.
-    """
-    layer, tokens = heads * batch * hidden, heads * batch * dim
-    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
-    matmul = max(
-        layer * dim / (h200.MACS * multiprocessors() * h200.CLOCKS * h200.MATMUL_RATE),
-        2 * (tokens + heads * dim * hidden + layer) / rate,
-    )
-    activation = 2 * (ups + 1) * layer / rate
-    xla = (ups + 1) * (matmul + h200.LAUNCH_US) + activation + h200.LAUNCH_US
-    sizes = heads, batch, hidden, dim, ups
-    ours = predicted_us("forward", *sizes, inputs=inputs)
-    return ours + padding_us(heads, batch, dim, hidden, ups, inputs) < xla
-
-
 def padding_us(
     heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int
 ) -> float:

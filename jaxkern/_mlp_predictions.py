@@ -28,6 +28,7 @@ class Layer:
     """(tokens, rank_in) -> hidden -> (tokens, rank_out).
 
     products: two if gated, and `lefts` if they have one input each.
+    heads: as many such layers side by side.
     """
 
     tokens: int
@@ -36,17 +37,18 @@ class Layer:
     rank_out: int
     products: int = 1
     lefts: int = 1
+    heads: int = 1
 
     @property
     def ranks(self) -> tuple[int, int]:
         return self.rank_in, self.rank_out
 
 
-def xla_matmul_us(m: int, depth: int, n: int) -> float:
-    """Of a matmul of 16-bit numbers by XLA."""
+def xla_matmul_us(m: int, depth: int, n: int, heads: int = 1) -> float:
+    """Of a matmul of 16-bit numbers by XLA, or of one for each head."""
     rate = h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE
     moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
-    return h200.LAUNCH_US + max(m * depth * n / rate, moved)
+    return h200.LAUNCH_US + heads * max(m * depth * n / rate, moved)
 
 
 def elementwise_us(numbers: int | float, launches: int = 1) -> float:
@@ -80,12 +82,12 @@ def _whole(layer: Layer) -> Layer:
 
 def _gradient_matmuls_us(layer: Layer) -> float:
     """Of XLA's, for the inputs and the weights, but for the hidden features'."""
-    t, w, products = layer.tokens, layer.hidden, layer.products
-    us = products * xla_matmul_us(t, w, layer.rank_in)
-    us += products * xla_matmul_us(layer.rank_in, t, w)
+    t, w, heads = layer.tokens, layer.hidden, layer.heads
+    us = layer.products * xla_matmul_us(t, w, layer.rank_in, heads)
+    us += layer.products * xla_matmul_us(layer.rank_in, t, w, heads)
     # Of two products, inputs' gradients are joined or added.
-    us += (products - 1) * elementwise_us(4 * t * layer.rank_in)
-    return us + xla_matmul_us(w, t, layer.rank_out)
+    us += (layer.products - 1) * elementwise_us(4 * heads * t * layer.rank_in)
+    return us + xla_matmul_us(w, t, layer.rank_out, heads)
 
 
 def gradients_us(layer: Layer) -> float:
@@ -109,9 +111,9 @@ def matmul_us(layer: Layer, backward: bool) -> float:
     return us + (gradients_us(layer) if backward else 0.0)
 
 
-def flash_us(layer: Layer, backward: bool, heads: int = 1) -> float:
-    """By the kernels of `flash_mlp`, of as many such layers; the ranks are equal."""
-    dim, ups, inputs = layer.rank_in, layer.products, layer.lefts
+def flash_us(layer: Layer, backward: bool) -> float:
+    """By the kernels of `flash_mlp`; the ranks are equal."""
+    dim, ups, inputs, heads = layer.rank_in, layer.products, layer.lefts, layer.heads
 
     def launch(kernel: str, held: int, walked: int, sums: int = 1) -> float:
         return flash.predicted_us(kernel, heads, held, walked, dim, ups, sums, inputs)
@@ -128,12 +130,13 @@ def flash_us(layer: Layer, backward: bool, heads: int = 1) -> float:
 
 def xla_us(layer: Layer, backward: bool) -> float:
     """By XLA, which stores what precedes the activation, and the hidden features."""
-    t, w, products = layer.tokens, layer.hidden, layer.products
-    us = products * xla_matmul_us(t, layer.rank_in, w)
-    us += elementwise_us((products + 1) * t * w) + xla_matmul_us(t, w, layer.rank_out)
+    t, w, products, heads = layer.tokens, layer.hidden, layer.products, layer.heads
+    us = products * xla_matmul_us(t, layer.rank_in, w, heads)
+    us += elementwise_us((products + 1) * heads * t * w)
+    us += xla_matmul_us(t, w, layer.rank_out, heads)
     if backward:
-        us += xla_matmul_us(t, layer.rank_out, w) + _gradient_matmuls_us(layer)
-        us += elementwise_us((2 * products + 1) * t * w)
+        us += xla_matmul_us(t, layer.rank_out, w, heads) + _gradient_matmuls_us(layer)
+        us += elementwise_us((2 * products + 1) * heads * t * w)
     return us
 
 

@@ -18,10 +18,18 @@ from helpers import (
 )
 
 from benchmarks._kernel_compile import lower
-from jaxkern import _flash_mlp, _flash_mlp_mgpu, _mesh, _mgpu_walk, flash_mlp
+from jaxkern import (
+    _flash_mlp,
+    _flash_mlp_mgpu,
+    _mesh,
+    _mgpu_walk,
+    _mlp_predictions,
+    flash_mlp,
+)
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._mgpu import IN_KERNEL
 from jaxkern._mgpu_walk import Config
+from jaxkern._mlp_predictions import Layer
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 configs = _flash_mlp_mgpu.configs
@@ -280,24 +288,27 @@ def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
     monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
     assert uses_the_kernel()
     assert not uses_the_kernel(implementation="xla")
-    monkeypatch.setattr(_flash_mlp_mgpu, "predicted_faster", lambda *a: False)
+    monkeypatch.setattr(_mlp_predictions, "beats_xla", lambda *a: False)
     assert not uses_the_kernel()
     assert uses_the_kernel(implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize(
-    "shape, faster",
+    "layer, faster",
     [
-        ((32, 4096, 64, 512, 1), True),
-        ((8, 512, 64, 512, 1), True),
-        ((12, 1024, 64, 768, 2), True),
+        (Layer(4096, 64, 512, 64, heads=32), True),
+        (Layer(512, 64, 512, 64, heads=8), True),
+        (Layer(1024, 64, 768, 64, products=2, heads=12), True),
         # One block would walk a long hidden axis alone.
-        ((1, 64, 256, 2**20, 1), False),
-        ((1, 128, 256, 8192, 1), False),
+        (Layer(64, 256, 2**20, 256), False),
+        (Layer(128, 256, 8192, 256), False),
+        # Of one head, few blocks would make the weights' gradients.
+        (Layer(16384, 128, 1376, 128), False),
     ],
+    ids=str,
 )
-def test_predictions(shape: tuple[int, int, int, int, int], faster):
-    assert _flash_mlp_mgpu.predicted_faster(*shape) == faster
+def test_predictions(layer, faster):
+    assert _mlp_predictions.beats_xla(layer, "flash_mlp") == faster
 
 
 def test_small_problems_are_split_and_large_ones_take_large_tiles():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from ._activations import ACTIVATIONS
 from ._mesh import runs_locally
 
 
@@ -28,6 +29,11 @@ def matmul(
 def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """In float32, or wider if it is already: what activations are computed in."""
     return x.astype(x.dtype if x.dtype.itemsize > 4 else jnp.float32)
+
+
+def relu2(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """max(z, 0)^2, computed in float32 and rounded to the dtype of `z`."""
+    return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
 
 
 def _out_sharding(x: jax.Array, w: jax.Array) -> NamedSharding | None:

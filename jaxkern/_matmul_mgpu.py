@@ -131,15 +131,15 @@ def pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
     return jnp.pad(a, [(0, n) for n in missing]) if any(missing) else a
 
 
+def padded(core: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """Of sizes that the kernels take, and all varying over the same mesh axes."""
+    whole = (pad(w, FEATURE_STEP, FEATURE_STEP) for w in weights)
+    return vary_alike(pad(core, ROW_STEP, FEATURE_STEP), *whole)
+
+
 def relu2_mlp(core: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """max(core up, 0)^2 down, of (tokens, rank), (rank, hidden), (hidden, rank)."""
-    tokens, rank = core.shape[0], down.shape[1]
-    args = (
-        pad(core, ROW_STEP, FEATURE_STEP),
-        pad(up, FEATURE_STEP, FEATURE_STEP),
-        pad(down, FEATURE_STEP, FEATURE_STEP),
-    )
-    return _relu2(*vary_alike(*args))[:tokens, :rank]
+    return _relu2(*padded(core, up, down))[: core.shape[0], : down.shape[1]]
 
 
 def gated_mlp(
@@ -152,9 +152,8 @@ def gated_mlp(
     tokens, rank = core.shape[0], down.shape[1]
     parts = jnp.split(core, core.shape[1] // gate.shape[0], axis=1)
     parts = [pad(part, ROW_STEP, FEATURE_STEP) for part in parts]
-    weights = (pad(w, FEATURE_STEP, FEATURE_STEP) for w in (gate, up, down))
-    args = jnp.concatenate(parts, axis=1), *weights
-    return _gated(*vary_alike(*args))[:tokens, :rank]
+    args = padded(jnp.concatenate(parts, axis=1), gate, up, down)
+    return _gated(*args)[:tokens, :rank]
 
 
 def _parts(core: jax.Array, rank: int, transposed: bool = False) -> list[Operand]:

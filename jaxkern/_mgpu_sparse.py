@@ -27,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from ._mgpu import plgpu
-from ._packed_2_4 import GROUP, KEPT, Packed24, pack_bits, unpack
+from ._packed_2_4 import GROUP, KEPT, Packed24, pack_bits, unpack, unpack_bits
 
 # Of one word a thread: rows, and columns before and after two of four are dropped.
 ROWS, COLUMNS, THREADS = 64, 64, 128
@@ -79,7 +79,9 @@ def emulated(meaning: Callable[..., Any]):
 def _selected(x, shrink: bool) -> Any:
     """What `select` does to (64, 64) numbers, in jnp."""
     groups = x.reshape(ROWS, COLUMNS // GROUP, GROUP)
-    order = jnp.argsort(-groups.astype(jnp.float32), axis=-1, stable=True)
+    # By their bits, as threads do: a NaN is the largest.
+    bits = lax.bitcast_convert_type(groups, jnp.uint16).astype(jnp.int32)
+    order = jnp.argsort(-bits, axis=-1, stable=True)
     kept = jnp.sort(order[..., :KEPT], axis=-1)
     values = jnp.take_along_axis(groups, kept, axis=-1).astype(jnp.float32)
     indices = pack_bits(kept.reshape(ROWS, STORED).astype(jnp.uint8))
@@ -269,9 +271,14 @@ def _unpack(register, element):
 
 
 def _dense(values, words):
-    """(64, columns) of values (64, columns / 2) and words (columns / 64, 128)."""
-    columns = values.shape[1] * GROUP // KEPT
-    return unpack(Packed24(values, indices_of(words[None]), columns))
+    """(64, columns) of values (64, columns / 2) and words (columns / 64, 128).
+
+    NaN where the two positions of a group do not rise: hardware does not define that.
+    """
+    columns, indices = values.shape[1] * GROUP // KEPT, indices_of(words[None])
+    positions = unpack_bits(indices, values.shape[1]).reshape(ROWS, -1, KEPT)
+    rise = jnp.repeat(positions[..., 0] < positions[..., 1], GROUP, axis=1)
+    return jnp.where(rise, unpack(Packed24(values, indices, columns)), jnp.nan)
 
 
 def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):

@@ -117,7 +117,10 @@ class Selection:
     compute: Callable[[Sequence[Any]], Any]
     shrink: bool = False
     dense: bool = False
-    aux: Sequence[jax.Array] = ()
+
+    @property
+    def aux(self) -> Sequence[jax.Array]:
+        return ()
 
     @property
     def copies(self) -> int:

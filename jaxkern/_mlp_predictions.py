@@ -74,6 +74,11 @@ def launch_us(work: Work, valid: Sequence[int] = matmuls.COLUMNS) -> float:
     return matmuls.predicted_us(work, matmuls.choose_columns(work, valid))
 
 
+def _columns(layer: Layer) -> Sequence[int]:
+    """Of the tiles that there are."""
+    return matmuls.COLUMNS if layer.products == 1 else matmuls.GATED_COLUMNS
+
+
 def _whole(layer: Layer) -> Layer:
     """With as many hidden features as the matmul kernels make."""
     hidden = -(-layer.hidden // FEATURE_STEP) * FEATURE_STEP
@@ -93,10 +98,9 @@ def _gradient_matmuls_us(layer: Layer) -> float:
 def gradients_us(layer: Layer) -> float:
     """Of the matmul kernels' backward, which leaves all but one matmul to XLA."""
     layer = _whole(layer)
-    moved, is_gated = 2.0 * layer.products, layer.products == 2
+    moved = 2.0 * layer.products
     work = Work(layer.tokens, layer.rank_out, layer.hidden, moved=moved)
-    valid = matmuls.GATED_COLUMNS if is_gated else matmuls.COLUMNS
-    return launch_us(work, valid) + _gradient_matmuls_us(layer)
+    return launch_us(work, _columns(layer)) + _gradient_matmuls_us(layer)
 
 
 def matmul_us(layer: Layer, backward: bool) -> float:
@@ -107,7 +111,7 @@ def matmul_us(layer: Layer, backward: bool) -> float:
     us += xla_matmul_us(t, w, layer.rank_out)
     kept = 3.0 if layer.products == 2 and backward else 1.0
     work = Work(t, layer.rank_in, w, layer.products, layer.lefts, moved=kept)
-    us += launch_us(work, matmuls.COLUMNS if layer.products == 1 else (128, 64))
+    us += launch_us(work, _columns(layer))
     return us + (gradients_us(layer) if backward else 0.0)
 
 

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import _sparsity_mgpu
-from ._activations import ACTIVATIONS
 from ._checks import (
     Implementation,
     check_batched,
     check_floating,
     check_implementation,
 )
-from ._matmul import matmul, widen
+from ._matmul import matmul, relu2
 from ._matmul_mgpu import FEATURE_STEP, pad, unsupported
 from ._mesh import settle
 from ._mgpu import on_hopper
@@ -40,9 +39,11 @@ def packed_relu2(
     - "xla" unpacks the factors in every call, and multiplies densely.
     - "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, makes all four products
       transposed, so that the weight is the sparse operand of the tensor cores: half the
-      multiply-adds, and half the weights' bytes. Tokens that are no multiple of 64 are
-      padded. It has no gradient. The order of positions in that operand is taken from
-      documents and NOT VERIFIED ON HARDWARE.
+      multiply-adds. Values are read in half a weight's bytes; positions are put in the
+      kernel's order in every call, another fourth. Tokens that are no multiple of 64
+      are padded by copies, and so are factors and what they make where ranks and sizes
+      are no multiples of 128. It has no gradient. The order of positions in that
+      operand is taken from documents and NOT VERIFIED ON HARDWARE.
 
     None is "xla", until that is verified.
 
@@ -63,8 +64,9 @@ def packed_relu2(
     tokens = math.prod(x.shape[:-1])
     sizes = tokens, *(n for p in factors for n in p.values.shape)
     reason = unsupported(sizes, x.dtype, on_hopper=on_hopper())
-    run = _transposed if settle(op, implementation, reason) == "mosaic_gpu" else _dense
-    y = run(x.reshape(tokens, x.shape[-1]), *factors)
+    if settle(op, implementation, reason) != "mosaic_gpu":
+        return _dense(x, *factors)
+    y = _transposed(x.reshape(tokens, x.shape[-1]), *factors)
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -89,13 +91,9 @@ def _factors(op: str, x: jax.Array, up: object, down: object) -> tuple[Packed24,
     return tuple(factors)
 
 
-def _relu2(z: jax.Array) -> jax.Array:
-    return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
-
-
 def _dense(x: jax.Array, *factors: Packed24) -> jax.Array:
     up_in, up_out, down_in, down_out = (unpack(factor).mT for factor in factors)
-    hidden = _relu2(matmul(matmul(x, up_in), up_out))
+    hidden = relu2(matmul(matmul(x, up_in), up_out))
     return matmul(matmul(hidden, down_in), down_out)
 
 

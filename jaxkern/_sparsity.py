@@ -26,7 +26,7 @@ from ._checks import (
 from ._estimators import with_derivative_of
 from ._matmul import matmul, widen
 from ._matmul_mgpu import unsupported
-from ._mesh import settle
+from ._mesh import settle, vary_alike
 from ._mgpu import on_hopper
 from ._packed_2_4 import (
     GROUP,
@@ -315,6 +315,6 @@ def matmul_2_4(
     if settle(op, implementation, reason) == "mosaic_gpu":
         rows = math.prod(values.shape[:-1])
         flat = (a.reshape(rows, a.shape[-1]) for a in (values, packed.indices))
-        y = _sparsity_mgpu.matmul(*flat, w)
+        y = _sparsity_mgpu.matmul(*vary_alike(*flat, w))
         return y.reshape(*values.shape[:-1], w.shape[1])
     return matmul(unpack(packed), w)

@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._matmul_mgpu import (
     FEATURE_STEP,
     Work,
     choose_columns,
     pad,
+    padded,
     plain,
     relu2_gradients,
     run,
@@ -36,10 +38,10 @@ from ._matmul_mgpu import (
 from ._mesh import vary_alike
 from ._mgpu import IN_KERNEL
 from ._mgpu_matmul import Epilogue, Operand, Products
-from ._mgpu_sparse import indices_of, words_of
+from ._mgpu_sparse import FIRST_TWO, indices_of, words_of
 from ._mgpu_sparse_matmul import DEPTH, SUMS, Selection, SparseProduct
 from ._mgpu_walk import ROW_STEP
-from ._packed_2_4 import GROUP, KEPT, Packed24, unpack
+from ._packed_2_4 import GROUP, KEPT, POSITIONS_PER_BYTE, Packed24, unpack
 
 # Clocks of a multiprocessor for one number: 12 instructions on 128 lanes, with the
 # activation, or 16 where they shrink too; of `benchmarks.kernels`, select less matmul.
@@ -121,6 +123,10 @@ def product(
     """
     (m, kept), n = values.shape, right.shape[0 if transposed else 1]
     columns = -(-kept * GROUP // KEPT // DEPTH) * DEPTH
+    if kept % POSITIONS_PER_BYTE:
+        # Of a group that is not there; two equal positions are invalid.
+        last = indices[:, -1:] | np.uint8(FIRST_TWO & 0xF0)
+        indices = jnp.concatenate([indices[:, :-1], last], axis=1)
     values = pad(values, ROW_STEP, columns // KEPT)
     steps = ROW_STEP, FEATURE_STEP
     words = words_of(indices, columns)
@@ -160,13 +166,8 @@ def relu2_mlp(
     shrink: S is S-STE's, with a scale for each token, and not the two largest.
     exact: the gradient is that of what was kept; else the hidden features get all.
     """
-    tokens, rank = core.shape[0], down.shape[1]
-    args = (
-        pad(core, ROW_STEP, FEATURE_STEP),
-        pad(up, FEATURE_STEP, FEATURE_STEP),
-        pad(down, FEATURE_STEP, FEATURE_STEP),
-    )
-    return _relu2(*vary_alike(*args), shrink, exact)[:tokens, :rank]
+    args = padded(core, up, down)
+    return _relu2(*args, shrink, exact)[: core.shape[0], : down.shape[1]]
 
 
 def _scale(sums: jax.Array) -> jax.Array:

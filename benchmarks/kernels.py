@@ -33,7 +33,7 @@ from jaxkern import (
 from jaxkern._activations import ACTIVATIONS
 from jaxkern._block_mask import with_keys
 from jaxkern._dilated_patterns import Dilation
-from jaxkern._mgpu_masks import WORD
+from jaxkern._mgpu_masks import WORD, Config
 from jaxkern._mgpu_matmul import Operand
 
 from ._cli import pattern, writable
@@ -158,19 +158,18 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
 def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
     kernels, cases = _masked_mgpu, {}
-    every = kernels.CONFIGS, kernels.GRADIENT_COLUMNS
-    largest = kernels.CONFIGS[:1], kernels.GRADIENT_COLUMNS[:1]
+    configs = [Config(n, k) for n in kernels.TOKENS_OF_A_TILE for k in (1, 2)]
     kinds = {
-        "logits": ("logits", jnp.float32, *every),
-        "mask": ("mask", jnp.bfloat16, *largest),
-        "bits": ("bits", jnp.int32, *every),
+        "logits": ("logits", jnp.float32, configs, 2),
+        "mask": ("mask", jnp.bfloat16, configs[:1], 1),
+        "bits": ("bits", jnp.int32, configs, 2),
     }
-    for name, (kind, dtype, configs, gradient_columns) in kinds.items():
+    for name, (kind, dtype, configs, most) in kinds.items():
         for transposed, features in ((False, 512), (True, 2048)):
             for config in configs:
                 make = kernels.product(kind, transposed, config)
                 label = "dx" if transposed else "forward"
-                size = f"{config.rows}x{config.columns}"
+                size = f"{config.tokens}{' split' * (config.splits > 1)}"
                 cases[f"masked {label} {size} {name}"] = partial(
                     _masked, make, kind, dtype, (features,)
                 )
@@ -178,7 +177,7 @@ def masked_cases() -> Cases:
         if kind != "bits":
             wanted |= {"dmask": (True, False), "dmask dw": (True, True)}
         for label, which in wanted.items():
-            for columns in gradient_columns:
+            for columns in kernels.gradient_columns(*which)[:most]:
                 make = kernels.gradients(kind, *which, columns)
                 cases[f"masked {label} {columns} {name}"] = partial(
                     _masked, make, kind, dtype, (512, 2048)

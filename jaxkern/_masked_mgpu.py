@@ -27,65 +27,95 @@ from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
 from ._mgpu_masks import (
+    DEPTH,
     FEATURE_STEP,
+    FEATURES,
     PIECE,
     ROW_STEP,
     TOKENS,
     WORD,
     Config,
     Kind,
+    bytes_of,
 )
 from ._mgpu_walk import COMPUTE
 
 # wgmma takes float32 only as tf32, and not from the transposed views of these tiles.
 DTYPES = ("bfloat16", "float16")
-CONFIGS = Config(128, 128), Config(128, 64), Config(64, 64)
-GRADIENT_COLUMNS = 128, 64
+TOKENS_OF_A_TILE, SPLITS = (256, 128, 64), (1, 2, 4, 8)
+# Clocks of a step without its wgmmas and loads, and of a tile beside its steps: what
+# the first figures of an H200 left over.
+STEP_CLOCKS, TILE_CLOCKS = 250, 1500
+# To make the factor of a step; and bytes a clock from L2 to one multiprocessor.
+MASK_CLOCKS, LOAD_BYTES = 800, 64
 
 
-def choose(samples: int, seq: int, features: int) -> Config:
-    """The tiles of which a multiprocessor has the least to compute."""
-    sms = multiprocessors()
+def choose(
+    samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+) -> Config:
+    """The tiles, and parts of the contracted axis, that are predicted to be fastest."""
+    steps = pl.cdiv(contracted, DEPTH)
+    valid = [
+        Config(tokens, splits)
+        for splits in SPLITS
+        if steps % splits == 0
+        for tokens in TOKENS_OF_A_TILE
+    ]
+    sizes = samples, seq, contracted, features, mask_bytes
+    return min(valid, key=lambda config: predicted_us(*sizes, config))
 
-    def numbers_in_turn(config: Config) -> int:
-        blocks = pl.cdiv(seq, config.tokens) * pl.cdiv(features, config.columns)
-        return pl.cdiv(samples * blocks, sms) * config.tokens * config.columns
 
-    return min(CONFIGS, key=numbers_in_turn)
+def gradient_columns(want_mask: bool, want_w: bool) -> tuple[int, ...]:
+    """Of the tiles of gradients; both together spill registers at 128."""
+    return (64,) if want_mask and want_w else (128, 64)
 
 
-def choose_columns(walks: int, d_in: int, d_out: int) -> int:
-    """As `choose`, for gradients of so many walks along the samples."""
+def choose_columns(walks: int, d_in: int, d_out: int, valid: tuple[int, ...]) -> int:
+    """Those of the tiles of which a multiprocessor has the least to compute.
+
+    walks: along the samples, or one for each of them.
+    """
     rows = walks * pl.cdiv(d_in, COMPUTE * PIECE)
 
     def columns_in_turn(columns: int) -> int:
         blocks = rows * pl.cdiv(d_out, columns)
         return pl.cdiv(blocks, multiprocessors()) * columns
 
-    return min(GRADIENT_COLUMNS, key=columns_in_turn)
+    return min(valid, key=columns_in_turn)
 
 
 def predicted_us(
-    samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+    samples: int,
+    seq: int,
+    contracted: int,
+    features: int,
+    mask_bytes: float,
+    config: Config | None = None,
 ) -> float:
-    """Time of a product on an H200, predicted and not measured.
+    """Time of a product on an H200, predicted.
 
-    Blocks take turns on the multiprocessors, each as long as its wgmmas at 0.7 of the
-    chip's rate; all together no less than the tiles take to come from L2, and every
-    array to and from memory.
+    Tiles take turns on the multiprocessors. A step takes as long as its wgmmas, its
+    loads or what makes its factor; all together no less than the tiles take to come
+    from L2, and every array to and from memory.
     """
-    config = choose(samples, seq, features)
-    blocks = samples * pl.cdiv(seq, config.tokens) * pl.cdiv(features, config.columns)
-    steps = pl.cdiv(contracted, config.depth)
-    clocks = config.tokens * config.columns * steps * config.depth / h200.MACS
-    computed = (
-        pl.cdiv(blocks, multiprocessors()) * clocks / h200.CLOCKS / h200.MATMUL_RATE
-    )
-    from_l2 = blocks * steps * config.step_bytes(mask_bytes) / h200.L2_BYTES
+    config = config or choose(samples, seq, contracted, features, mask_bytes)
+    tokens, splits = config.tokens, config.splits
+    tiles = splits * samples * pl.cdiv(seq, tokens) * pl.cdiv(features, FEATURES)
+    loaded = 2 * DEPTH * tokens + FEATURES * DEPTH * (2 + mask_bytes)
+    multiplied = FEATURES * DEPTH * tokens / h200.MACS
+    step = STEP_CLOCKS + max(multiplied, loaded / LOAD_BYTES, MASK_CLOCKS)
+    clocks = config.count(contracted) * step + TILE_CLOCKS
+    computed = pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS
     weights = contracted * features * (2 + samples * mask_bytes)
-    moved = 2 * samples * seq * (contracted + features) + weights
+    results = samples * seq * features
+    moved = 2 * samples * seq * contracted + 2 * results + weights
+    if splits > 1:
+        # Sums in float32, written and read.
+        moved += 8 * splits * results
     from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
-    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
+    from_l2 = tiles * config.count(contracted) * loaded / h200.L2_BYTES
+    launches = 1 + (splits > 1)
+    return launches * h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
 def predicted_gradients_us(
@@ -93,7 +123,7 @@ def predicted_gradients_us(
 ) -> float:
     """As `predicted_us`, of the launch that makes d_mask and maybe dW."""
     walks, rows = 1 if want_w else samples, COMPUTE * PIECE
-    columns = choose_columns(walks, d_in, d_out)
+    columns = choose_columns(walks, d_in, d_out, gradient_columns(True, want_w))
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
     turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
@@ -217,9 +247,17 @@ def product(kind: Kind, transposed: bool = False, config: Config | None = None):
     """The kernel of (x, w, mask), or of (dy, w, mask) if transposed."""
 
     def run(x, w, mask):
-        features = w.shape[1 if transposed else 2]
-        chosen = config or choose(x.shape[0], x.shape[1], features)
-        return _mgpu_masks.product(kind, transposed, chosen, x, w, mask)
+        samples, seq, contracted = x.shape
+        features, mask_bytes = (
+            w.shape[1 if transposed else 2],
+            bytes_of(kind, mask.dtype),
+        )
+        sizes = samples, seq, contracted, features, mask_bytes
+        chosen = config or choose(*sizes)
+        y = _mgpu_masks.product(kind, transposed, chosen, x, w, mask)
+        if chosen.splits == 1:
+            return y
+        return y.reshape(samples, chosen.splits, seq, features).sum(1).astype(x.dtype)
 
     return over_heads(run)
 
@@ -229,8 +267,10 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int | None = N
 
     def run(x, dy, w, mask):
         walks = len(w) if want_w else len(x)
-        chosen = columns or choose_columns(walks, *w.shape[1:])
         wanted = want_mask, want_w
+        _, d_in, d_out = w.shape
+        valid = gradient_columns(*wanted)
+        chosen = columns or choose_columns(walks, d_in, d_out, valid)
         return _mgpu_masks.gradients(kind, *wanted, chosen, x, dy, w, mask)
 
     return over_heads(run)

@@ -32,7 +32,8 @@ ROWS, PIECE = 64, 64
 DEPTH, SWIZZLE = 64, 128
 # Tiles of rows in a band.
 BAND = 16
-# Results that leave shared memory while the next ones are put there.
+# Pieces of results that leave shared memory while the next ones are put there. All
+# results take turns, or the gate's three would leave room for two steps of its factors.
 OUT_SLOTS = 2
 MAX_STEPS = 4
 # For barriers, and for what aligns the buffers.
@@ -212,51 +213,53 @@ class Epilogue:
     outs: int = 1
     aux: Sequence[jax.Array] = ()
 
-    def slots(self, config: Config) -> int:
-        """With `aux`, all of a tile: its loads must not wait for the epilogue."""
-        return config.pieces if self.aux else OUT_SLOTS
-
     def smem_bytes(self, columns: int) -> int:
-        slots = columns // PIECE if self.aux else OUT_SLOTS
-        return slots * self.outs * PIECE_BYTES
+        """With `aux`, of a whole tile: its loads must not wait for the epilogue."""
+        slots = self.outs * columns // PIECE if self.aux else OUT_SLOTS
+        return slots * PIECE_BYTES
 
     def shapes(self, config: Config, shape, dtype) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(shape, dtype)] * self.outs
 
     def buffers(self, config: Config, dtype) -> list[Any]:
-        slots = self.slots(config)
-        return [buffer(dtype, slots, COMPUTE, ROWS, PIECE) for _ in range(self.outs)]
+        shape = COMPUTE, ROWS, PIECE
+        if not self.aux:
+            return [buffer(dtype, OUT_SLOTS, *shape)]
+        return [buffer(dtype, config.pieces, *shape) for _ in range(self.outs)]
 
     def ring(self, config: Config) -> Ring:
-        return Ring(self.slots(config), max(1, len(self.aux) * COMPUTE))
+        slots = config.pieces if self.aux else OUT_SLOTS
+        return Ring(slots, max(1, len(self.aux) * COMPUTE))
 
     def store(self, config: Config, sums, gmem, smem, ring: Ring, tile, row, column):
         warpgroup = lax.axis_index("warpgroup")
         for piece in range(config.pieces):
             at = tile * config.pieces + piece
             part = lax.optimization_barrier(warpgroup)
-            s, aux = slot(at, self.slots(config)), []
-            if self.aux:
-                ring.wait(at)
-                for one in smem:
-                    read = plgpu.load(one.at[s, part], layout=plgpu.Layout.WGMMA)
-                    aux.append(read.astype(jnp.float32))
-            else:
-                # What was stored from this slot before has been read.
-                pending = self.outs * (OUT_SLOTS - 1)
-                plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+            aux = self.read(ring, at, smem, part) if self.aux else []
             where = slice(piece * PIECE, (piece + 1) * PIECE)
             values = self.compute([one[:, where] for one in sums], aux)
-            for value, one in zip(values, smem, strict=True):
-                one.at[s, part][...] = value.astype(one.dtype)
-            plgpu.commit_smem()
             rows = pl.ds(row_of(row, warpgroup), ROWS)
             columns = pl.ds(column * config.columns + piece * PIECE, PIECE)
-            for one, out in zip(smem, gmem, strict=True):
-                plgpu.copy_smem_to_gmem(one.at[s, part], out.at[rows, columns])
+            for n, (value, out) in enumerate(zip(values, gmem, strict=True)):
+                if self.aux:
+                    staged = smem[n].at[slot(at, config.pieces), part]
+                else:
+                    # What was stored from this slot before has been read.
+                    plgpu.wait_smem_to_gmem(OUT_SLOTS - 1, wait_read_only=True)
+                    staged = smem[0].at[slot(at * self.outs + n, OUT_SLOTS), part]
+                staged[...] = value.astype(staged.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged, out.at[rows, columns])
             if self.aux:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 ring.release(at)
+
+    def read(self, ring: Ring, at, smem, part) -> list[Any]:
+        """The tiles of `aux` for piece `at`, once they are there."""
+        s = ring.wait(at)
+        found = [plgpu.load(one.at[s, part], layout=plgpu.Layout.WGMMA) for one in smem]
+        return [one.astype(jnp.float32) for one in found]
 
     def fill(self, config: Config, gmem, smem, ring: Ring, tile, row, column) -> None:
         """The loads of the tiles of `aux`."""

@@ -73,12 +73,14 @@ def test_every_tile_of_masked_products_is_compiled():
     cases = kernels.masked_cases()
     for samples in (1, 2, 3, 8, 16, 64):
         for seq in (1, 100, 256, 4096):
-            config = masked.choose(samples, seq, 2048)
+            config = masked.choose(samples, seq, 512, 2048, 4.0)
+            split = " split" * (config.splits > 1)
             for label in ("forward", "dx"):
-                name = f"masked {label} {config.rows}x{config.columns} logits"
-                assert name in cases
-        columns = masked.choose_columns(samples, 512, 2048)
-        assert f"masked dmask dw {columns} logits" in cases
+                assert f"masked {label} {config.tokens}{split} logits" in cases
+    for wanted, label in (((True, True), "dmask dw"), ((True, False), "dmask")):
+        for columns in masked.gradient_columns(*wanted):
+            assert f"masked {label} {columns} logits" in cases
+    for columns in masked.gradient_columns(False, True):
         assert f"masked dw {columns} bits" in cases
 
 

@@ -75,6 +75,14 @@ def check(args, g, fn=hard):
     assert_as_exact(value_and_vjp(fn, args, g), bound, exact(args, g))
 
 
+def check_masks_alone(args, g):
+    x, w, logits = args
+    got = value_and_vjp(lambda logits: hard(x, w, logits), (logits,), g)
+    bound = value_and_vjp(lambda logits: plain(x, w, logits), (logits,), g)
+    y, (_, _, d_logits) = exact(args, g)
+    assert_as_exact(got, bound, (y, (d_logits,)))
+
+
 def check_packed(args, g):
     """Gradients of x and w; of bits there is none."""
     x, w, logits = args
@@ -120,21 +128,34 @@ def test_packed_masks(shared):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "config", _masked_mgpu.CONFIGS, ids=lambda c: f"{c.rows}x{c.columns}"
-)
-def test_tiles(config, monkeypatch):
+@pytest.mark.parametrize("tokens", _masked_mgpu.TOKENS_OF_A_TILE)
+def test_tiles(tokens, monkeypatch):
     """Whatever the size; with steps that go round the rings."""
-    columns = config.columns
-    monkeypatch.setattr(_masked_mgpu, "CONFIGS", (config,))
-    monkeypatch.setattr(_masked_mgpu, "GRADIENT_COLUMNS", (columns,))
-    check(*make((1, 140, 264, 136), logits_dtype=F32))
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(tokens))
+    check(*make((1, 140, 330, 136), logits_dtype=F32))
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_packed_masks_in_large_tiles(monkeypatch):
-    monkeypatch.setattr(_masked_mgpu, "CONFIGS", _masked_mgpu.CONFIGS[:1])
-    monkeypatch.setattr(_masked_mgpu, "GRADIENT_COLUMNS", (128,))
+@pytest.mark.parametrize("columns", [128, 64])
+def test_tiles_of_gradients(columns, monkeypatch):
+    monkeypatch.setattr(_masked_mgpu, "choose_columns", lambda *a: columns)
+    check(*make((3, 140, 200, 136), logits_dtype=F32))
+    check_masks_alone(*make((3, 140, 200, 136), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [2, 3, 6])
+def test_parts_of_the_contracted_axis(splits, monkeypatch):
+    """As many steps each, more, and fewer: some then have nothing to add."""
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(128, splits))
+    check(*make((2, 140, 264, 200), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [1, 2])
+def test_packed_masks_in_large_tiles(splits, monkeypatch):
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(256, splits))
+    monkeypatch.setattr(_masked_mgpu, "choose_columns", lambda *a: 128)
     check_packed(*make((1, 140, 264, 136)))
 
 
@@ -146,11 +167,7 @@ def test_a_block_takes_more_samples_than_it_has_slots():
 @pytest.mark.usefixtures("interpreted")
 def test_masks_alone_are_trained():
     """Without their sum over samples these are in no order."""
-    (x, w, logits), g = make((5, 8, 64, 200), logits_dtype=F32)
-    got = value_and_vjp(lambda logits: hard(x, w, logits), (logits,), g)
-    bound = value_and_vjp(lambda logits: plain(x, w, logits), (logits,), g)
-    y, (_, _, d_logits) = exact((x, w, logits), g)
-    assert_as_exact(got, bound, (y, (d_logits,)))
+    check_masks_alone(*make((5, 8, 64, 200), logits_dtype=F32))
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -403,17 +420,19 @@ def test_predictions(shape, faster):
     assert _masked_mgpu.predicted_faster([shape], 4.0) == faster
 
 
-def test_few_samples_take_small_tiles_and_many_large_ones():
-    assert _masked_mgpu.choose(1, 256, 2048) == Config(64, 64)
-    assert _masked_mgpu.choose(16, 256, 512) == Config(128, 64)
-    assert _masked_mgpu.choose(16, 256, 2048) == Config(128, 128)
-    assert _masked_mgpu.choose_columns(1, 512, 2048) == 64
-    assert _masked_mgpu.choose_columns(16, 512, 2048) == 128
+def test_few_samples_are_split_and_many_take_large_tiles():
+    sizes = [(16, 512, 2048), (16, 2048, 512), (1, 512, 2048), (1, 2048, 512)]
+    chosen = [_masked_mgpu.choose(n, 256, c, f, 4.0) for n, c, f in sizes]
+    assert chosen == [Config(256), Config(256), Config(128, 2), Config(128, 8)]
+    # Parts of whole steps alone.
+    assert _masked_mgpu.choose(1, 256, 7 * 64, 64, 4.0).splits == 1
+    assert _masked_mgpu.choose_columns(1, 512, 2048, (128, 64)) == 64
+    assert _masked_mgpu.choose_columns(16, 512, 2048, (128, 64)) == 128
 
 
 def test_config_refuses_nonsense():
-    with pytest.raises(ValueError, match="Config: .* 64 or 128, got 96 and 64"):
-        Config(96, 64)
+    with pytest.raises(ValueError, match="Config: .* 64, 128 or 256 .* got 96 and 1"):
+        Config(96)
 
 
 @pytest.mark.gpu

@@ -168,8 +168,10 @@ def _attend_backward(scale, dilation, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
     d_out, d_lse = cotangents
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
-    delta = (d_out * _sum(outs)).sum(-1).mT - d_lse
-    args = mask, query, key, value, d_out, lse2, delta
+    # Or XLA sums inside of what transposes and stacks: 451 us on an H200 at
+    # (4, 4096, 16, 128), where to read the arrays takes about 60.
+    summed = lax.optimization_barrier((d_out * _sum(outs)).sum(-1))
+    args = mask, query, key, value, d_out, lse2, summed.mT - d_lse
     gradients = _gradients(scale, *args, dilation=dilation)
     tokens = _tokens(dilation, query, key, value)
     spread = [of.spread(x) for of, x in zip(tokens, gradients, strict=True)]

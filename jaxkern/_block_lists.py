@@ -34,10 +34,13 @@ class BlockLists:
     starts: Leaf
     indices: Leaf
 
+    @property
+    def arrays(self) -> tuple[Leaf, Leaf, Leaf]:
+        return self.num_blocks, self.starts, self.indices
+
     def padded(self, width: int) -> Int32[AnyArray, "batch heads rows {width}"]:
         """One list a row, zeros after its end."""
-        on_host = isinstance(self.indices, np.ndarray)
-        xp: Any = np if on_host else jnp
+        xp = module_of(self.indices)
         slot = xp.arange(width)
         entry = xp.minimum(self.starts[..., None] + slot, self.indices.shape[-1] - 1)
         listed = xp.take_along_axis(self.indices[:, :, None], entry, axis=-1)
@@ -51,6 +54,28 @@ class BlockLists:
             lambda row: empty.at[row].set(True, mode="drop"), signature="(n)->(n)"
         )
         return mark(index)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class KnownLists(BlockLists):
+    """Lists in NumPy, a pytree without leaves: no transformation traces them.
+
+    Equal are those of the same arrays.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KnownLists):
+            return NotImplemented
+        return all(x is y for x, y in zip(self.arrays, other.arrays, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.arrays)))
+
+
+def module_of(*arrays: Leaf) -> Any:
+    """numpy if all are on the host, else jax.numpy."""
+    return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
 
 
 def lists_of_dense(blocks: Bool[Array, "batch heads rows columns"]) -> BlockLists:

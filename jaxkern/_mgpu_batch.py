@@ -43,7 +43,10 @@ def _fold(size, batch, always, is_batched, a):
 
 
 def _fold_mask(fold, is_batched, mask):
-    """The lists all have the same batch; the predicate's data each their own."""
+    """Traced lists all have the same batch; the predicate's data each their own.
+
+    Lists in NumPy have no leaves and stay: a schedule repeats them.
+    """
     lists = mask.kv, mask.full_kv, mask.q, mask.full_q
     batched = is_batched.kv, is_batched.full_kv, is_batched.q, is_batched.full_q
     always = any(jax.tree.leaves(batched)) or mask.shape[0] > 1

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ._block_lists import BlockLists
+from ._mesh import vary_alike
 from ._mgpu import plgpu, slot
 from ._mgpu_schedule import make_schedule
 from ._mgpu_tokens import Groups, Tokens, check_fits, rings_of, scratch
@@ -318,6 +319,7 @@ def walk_lists(
     )
     leaves, tree = jax.tree.flatten((schedule, list(walk.data)))
     arrays = [o.array for o in chain(held, *walked)]
+    operands = vary_alike(*map(jnp.asarray, leaves), *arrays)
 
     def kernel(*refs):
         listed, refs = refs[: len(leaves)], refs[len(leaves) :]
@@ -352,7 +354,6 @@ def walk_lists(
         for like in body.outs
     ]
     buffers = scratch(config, held, walked, frame.rings, body.takes_turns)
-    operands = *leaves, *arrays
     return launch_blocks(
         kernel, operands, out_type, buffers, len(schedule.blocks), name
     )

@@ -171,7 +171,8 @@ def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     d_out, d_lse = cotangents
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
-    delta = (d_out * out).sum(-1) - d_lse
+    # Or XLA would sum inside of what transposes and stacks it for the kernels.
+    delta = lax.optimization_barrier((d_out * out).sum(-1)) - d_lse
 
     def gradients(keys_values, part):
         given = query, keys_values, d_out, lse, delta, scale, part

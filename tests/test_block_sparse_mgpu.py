@@ -26,7 +26,6 @@ from jaxkern import (
     _mgpu_schedule,
     block_sparse_attention,
 )
-from jaxkern._block_lists import BlockLists
 from jaxkern._mgpu_walk import Config
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -94,8 +93,7 @@ MASKS = {
 }
 
 
-# In the emulator others are in test_sizes, test_rows_and_columns_longer_than_the_ring
-# and test_under_shard_map, and a window's in test_attention_mgpu.
+# The others are in tests below and in test_attention_mgpu.
 HERE = [name for name in MASKS if name not in ("causal", "no mask", "window", "blocks")]
 
 
@@ -286,54 +284,6 @@ def test_under_remat():
 
     assert kernels(loss) == 3
     assert kernels(jax.checkpoint(loss)) == 4
-
-
-def test_schedule_takes_every_tile_once():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 50, (1, 4, 40)).astype(np.int32)
-    starts = np.cumsum(counts, -1, dtype=np.int32) - counts
-    lists = BlockLists(counts, starts, np.zeros((1, 4, 2000), np.int32))
-    empty = BlockLists(0 * counts, starts, np.zeros((1, 4, 1), np.int32))
-    schedule = _mgpu_schedule.make_schedule(
-        (empty, lists), (2, 4, 40 * 128), 1, (1, 128), 128, 1e6
-    )
-    b, h, t = place = np.asarray(schedule.place).T
-    assert sorted(zip(*place, strict=True)) == sorted(np.ndindex(2, 4, 40))
-    rows = np.asarray(schedule.rows)[:, 0, 0]
-    np.testing.assert_array_equal(rows[:, 2], counts[0, h, t])
-    np.testing.assert_array_equal(rows[:, 3], 2000 * h + starts[0, h, t])
-    assert not rows[:, 0].any()
-    blocks = np.asarray(schedule.blocks)
-    assert blocks[0, 0] == 0 and blocks[:, 1].sum() == 320
-    np.testing.assert_array_equal(blocks[1:, 0], blocks[:-1].sum(1))
-
-
-@pytest.mark.parametrize(
-    "lengths, limit",
-    [
-        (np.full(2048, 10), 16 * 10),
-        (np.tile(np.arange(128), 16), 1.02 * 127 * 8 * 128 / 132),
-        (np.where(np.arange(2048) % 128, 10, 128), 1.07 * (2032 * 10 + 2048) / 132),
-        (np.arange(300), 550),
-        (np.array([5, 3, 1]), 5),
-        (np.zeros(500), 0),
-    ],
-    ids=["equal", "causal", "a few long ones", "few", "fewer than blocks", "none"],
-)
-def test_schedule_gives_every_block_about_as_much(lengths, limit):
-    count = min(132, len(lengths))
-    block = _mgpu_schedule.assign(jnp.asarray(lengths, jnp.int32), count)
-    assert np.bincount(block, lengths).max() <= limit
-
-
-def test_schedule_keeps_in_l2_what_is_walked_together():
-    mask = BlockMask.causal(1024, 1024)
-    schedule = _mgpu_schedule.make_schedule(
-        (mask.kv, mask.full_kv), (1, 8, 1024), 1, (1, 128), 128, 16e6
-    )
-    for first, count in schedule.blocks:
-        heads = np.asarray(schedule.place)[first : first + count, 1]
-        assert (np.diff(heads // 2) >= 0).all()
 
 
 @pytest.mark.usefixtures("hopper")

@@ -21,7 +21,7 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
-from ._matmul import matmul, widen
+from ._matmul import matmul, relu2, widen
 from ._packed_2_4 import GROUP, KEPT
 from ._sparsity import sparsify_2_4
 
@@ -48,7 +48,7 @@ def _sparse_relu2(
     sparsity: Sparsity | None,
     gradient: Literal["exact", "straight_through"] | None,
 ) -> Float[Array, "*batch hidden"]:
-    hidden = ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
+    hidden = relu2(z)
     match sparsity:
         case "2:4":
             return sparsify_2_4(hidden, method="top2", gradient=gradient)

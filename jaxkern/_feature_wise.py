@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._activations import ACTIVATIONS
-from ._matmul import matmul, widen
+from ._matmul import matmul, relu2, widen
 from ._mesh import on_automatic_axes, vary_alike
 from ._sparsity import GROUP, sparsify_2_4
 
@@ -66,13 +66,9 @@ def _relu2_between(x: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Arra
     return _forward(x, w_up, w_down)[0]
 
 
-def _activate(z: jax.Array) -> jax.Array:
-    return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
-
-
 def _forward(x, w_up, w_down):
     z = matmul(x, w_up)
-    y = matmul(sparsify_2_4(_activate(z)), w_down)
+    y = matmul(sparsify_2_4(relu2(z)), w_down)
     return y, (x, w_up, w_down, z)
 
 
@@ -86,7 +82,7 @@ def _sparsify_but_densest_of(hidden: jax.Array, x: jax.Array) -> jax.Array:
 @jax.jit
 def _backward(saved, d_y):
     x, w_up, w_down, z = saved
-    hidden, slope = _activate(z), ACTIVATIONS["relu2"].derivative(widen(z))
+    hidden, slope = relu2(z), ACTIVATIONS["relu2"].derivative(widen(z))
     sparse = _sparsify_but_densest_of(hidden, hidden)
     # The transposes of matmul itself: they know where everything lies on a mesh.
     d_hidden, d_w_down = jax.vjp(matmul, sparse, w_down)[1](d_y)

@@ -7,13 +7,12 @@ The sparse wgmma takes, of 64 rows and 64 columns, one word of positions from ea
 16 t to 16 t + 15 of row r in its lower half, and of row r + 8 in its upper half. The
 first two threads serve the instruction for columns 0 to 31, the last two, by its
 selector, that for columns 32 to 63. Sources: PTX ISA, "Matrix fragments for sparse
-wgmma.mma_async.m64nNk32"; CUTLASS, `ELayout_64x32`. Not verified on hardware.
+wgmma.mma_async.m64nNk32"; CUTLASS, `ELayout_64x32`. Verified on an H200.
 
 After a quad has transposed what its threads hold, each has just those 16 columns of the
 two rows: it selects, packs and stores them without asking another one.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from jax.experimental.mosaic.gpu.wgmma import wgmma_fence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from ._mgpu import plgpu
+from ._mgpu import emulated, plgpu
 from ._packed_2_4 import GROUP, KEPT, Packed24, pack_bits, unpack, unpack_bits
 
 # Of one word a thread: rows, and columns before and after two of four are dropped.
@@ -64,16 +63,6 @@ def indices_of(words: jax.Array) -> jax.Array:
     ordered = lax.bitcast_convert_type(words, jnp.uint8)
     halves = ordered.reshape(blocks, columns, 4, 8, 4, 2, 2)
     return halves.transpose(0, 2, 5, 3, 1, 4, 6).reshape(blocks * ROWS, columns * 8)
-
-
-def emulated(meaning: Callable[..., Any]):
-    """Of a function for `inline_mgpu`: what it computes, for an emulator."""
-
-    def mark(fn):
-        fn.emulated = meaning
-        return fn
-
-    return mark
 
 
 def _selected(x, shrink: bool) -> Any:

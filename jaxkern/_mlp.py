@@ -21,7 +21,7 @@ from ._checks import (
     check_xla_only,
     raise_unknown,
 )
-from ._matmul import matmul, widen
+from ._matmul import matmul, relu2, widen
 from ._packed_2_4 import GROUP, KEPT
 from ._sparsity import sparsify_2_4
 
@@ -48,7 +48,7 @@ def _sparse_relu2(
     sparsity: Sparsity | None,
     gradient: Literal["exact", "straight_through"] | None,
 ) -> Float[Array, "*batch hidden"]:
-    hidden = ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
+    hidden = relu2(z)
     match sparsity:
         case "2:4":
             return sparsify_2_4(hidden, method="top2", gradient=gradient)
@@ -150,8 +150,11 @@ def swiglu(
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16: the gate is the epilogue
     of both matmuls before it, which go to memory for the backward alone, and its
     derivative that of the matmul with $W_{down}^T$. Tokens that are no multiple of 8
-    and sizes that are none of 64 are padded by copies. None picks what is predicted to
-    be faster: the kernel has not run on a GPU yet.
+    and sizes that are none of 64 are padded by copies. Its silu uses the hardware's
+    approximate tanh. Gradients are of reverse mode and first order only: `jvp` and
+    `grad` of `grad` need "xla". Under `vmap` samples run one by one, and gradients of
+    weights that they share are made for each and then added: put samples in leading
+    axes of `x` instead. None picks what is predicted to be faster.
 
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
@@ -227,14 +230,16 @@ def low_rank_swiglu(
     Precision and what is saved for the backward are those of `swiglu`.
 
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
-    same rank: one matmul for $G_{in}$ and $U_{in}$, a kernel or two, and the last
-    matmul. The gate is the epilogue of both matmuls before it, which go to memory for
-    the backward alone, and its derivative that of the matmul with $D_{in}^T$. Or, with
-    equal ranks up to 128, where forward and backward are predicted to be faster by it,
-    the kernel is the gated one of `flash_mlp`, and hidden features never reach memory.
-    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
-    are padded by copies. None picks a kernel that is predicted to take a tenth less
-    than XLA forward and backward, and no more forward: none has run on a GPU yet.
+    same rank: one matmul for $G_{in}$ and $U_{in}$, which every call joins by a copy
+    (of 7B, 16 MB), a kernel or two, and the last matmul. The gate is the epilogue of
+    both matmuls before it, which go to memory for the backward alone, and its
+    derivative that of the matmul with $D_{in}^T$. Or, with equal ranks up to 128, where
+    forward and backward are predicted to be faster by it, the kernel is the gated one
+    of `flash_mlp`, and hidden features never reach memory. Tokens that are no multiple
+    of 8, and ranks and hidden sizes that are none of 64, are padded by copies. What
+    `swiglu` says of silu, `jvp`, `grad` of `grad` and, but for `flash_mlp`'s, of `vmap`
+    holds too. None picks a kernel that is predicted to take a tenth less than XLA
+    forward and backward, and no more forward.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -276,12 +281,11 @@ def low_rank_relu2(
     $\mathcal{S}$, by `sparsity`, acts on the hidden features of each token:
 
     - None: the identity;
-    - "2:4": `sparsify_2_4` with "top2". In XLA the matmul that follows is dense, so
-      this costs time and saves none;
+    - "2:4": `sparsify_2_4` with "top2". In XLA the matmul that follows stays dense;
     - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token;
-    - "2:4-static": the features 2 and 3 of each 4 are dropped. They are never computed,
-      and get zero gradients, exactly. The kept halves of `up[1]` and `down[0]` are
-      copied in every call, and saved for the backward.
+    - "2:4-static": the features 2 and 3 of each 4 are never computed, and have zero
+      gradients. The kept halves of `up[1]` and `down[0]` are copied in every call, and
+      saved for the backward.
 
     `gradient` says how the backward passes $\mathcal{S}$. None is "straight_through"
     for "2:4-soft" and else "exact". With $z = x U_{in} U_{out}$, $a = \max(z, 0)^2$ and
@@ -300,38 +304,37 @@ def low_rank_relu2(
       the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest of
       each four tokens, and all tokens of the 5 % of the features (rounded up) of which
       $a$ has the fewest zeros. In place of the paper's fixed permutation, the tokens of
-      a group are a quarter of all tokens apart, counted over the batch axes in order;
-      that is in $\mathcal{F}$ alone, so the result is that of "2:4". Emulated: the
-      matmuls are dense, and it saves no time. It has no `jvp`, and under `shard_map`
-      and `vmap` each part chooses among its own tokens and features.
+      a group are a quarter of all tokens apart, counted over the batch axes in order.
+      The result is that of "2:4". Emulated by dense matmuls, it saves no time. It has
+      no `jvp`, and under `shard_map` and `vmap` each part chooses among its own tokens
+      and features.
 
     Where the hidden features are sharded by hand, each shard begins a group anew: give
     it a multiple of four, and "2:4-soft" whole tokens.
 
-    Matmuls accumulate in float32, the activation is computed in float32, and each
-    result is rounded once to the dtype of `x`: in float16, $z^2$ overflows from
-    $|z| = 256$. Saved for the backward: the arguments, and in the dtype of `x` the
-    results of all matmuls but the last and, except for "feature_wise", the input of the
-    third.
+    Precision is that of `swiglu`; in float16, $a$ overflows from $z = 256$ on. Saved
+    for the backward: the arguments, and in the dtype of `x` the results of all matmuls
+    but the last and, except for "feature_wise", the input of the third.
 
     "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, is a kernel or two
     between the first and the last matmul:
 
-    - the activation is the epilogue of the matmul before it, and its derivative of that
-      with $D_{in}^T$. Saved is $a$, whose root is the derivative, and not $z$: where
-      $a$ underflows, in float16 from $|z| = 2^{-12}$ on, it is 0;
+    - the activation is the epilogue of the matmul before it, and its derivative that of
+      the matmul with $D_{in}^T$: $2 \sqrt a$ of the $a$ that is saved. In float16 both
+      are 0 for $z$ below $2^{-12}$, where $a$ underflows;
     - or `flash_mlp`'s, with equal ranks up to 256, where forward and backward are
       predicted to be faster by it: the hidden features never reach memory;
     - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
-      memory packed, in 9/16 of the bytes, and on to sparse tensor cores. For an exact
-      gradient nothing else is kept. For "2:4-soft" the gradient is straight-through,
-      and sums of $a^2$ are float32. The order of positions in the tensor cores' operand
-      is NOT VERIFIED ON HARDWARE, so only `implementation="mosaic_gpu"` takes these.
+      memory packed, in 9/16 of the bytes, and on to sparse tensor cores, whose order of
+      positions is verified on an H200. For an exact gradient nothing else is kept;
+      "2:4-soft" has the straight-through one only. Its $\beta$, of float32 sums, scales
+      the third product, which is rounded before and after.
 
     Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
-    are padded by copies. None picks a kernel that is predicted to take a tenth less
-    than XLA forward and backward, and no more forward, and "xla" for a selection per
-    token: no kernel has run on a GPU yet.
+    are padded by copies. What `swiglu` says of `jvp`, of `grad` of `grad` and, but for
+    `flash_mlp`'s, of `vmap` holds too. None picks a kernel that is predicted to take a
+    tenth less than XLA forward and backward, and no more forward, and "xla" for "2:4"
+    and "2:4-soft".
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the

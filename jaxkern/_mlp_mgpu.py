@@ -9,7 +9,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from ._checks import Implementation
 from ._matmul import matmul
 from ._mesh import settle
 from ._mgpu import on_hopper
-from ._mlp_predictions import Layer
+from ._mlp_predictions import Kernel, Layer
 
 Pair = tuple[jax.Array, jax.Array]
-Kernel = Literal["flash_mlp", "matmul", "sparse"]
 
 
 def choose(
@@ -50,7 +48,7 @@ def choose(
     sizes = tokens, *ranks, hidden
     reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
     runs = settle(op, implementation, reason)
-    # The sparse ones are not verified on hardware: only for who asks.
+    # Sparse ones are predicted to gain little: only for who asks.
     if runs is None and kernel != "sparse":
         layer = _layer(tokens, ranks, hidden)
         runs = "mosaic_gpu" if _mlp_predictions.beats_xla(layer, kernel) else "xla"

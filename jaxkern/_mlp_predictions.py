@@ -16,7 +16,7 @@ from ._matmul_mgpu import FEATURE_STEP, Work
 from ._mgpu import multiprocessors
 from ._mgpu_walk import ROW_STEP
 
-Kernel = Literal["flash_mlp", "matmul"]
+Kernel = Literal["flash_mlp", "matmul", "sparse"]
 # The part of the tensor cores' rate that XLA's matmuls reach.
 XLA_RATE = 0.75
 # How much faster a kernel must be predicted to be, since none of it is measured.
@@ -144,15 +144,18 @@ def xla_us(layer: Layer, backward: bool) -> float:
     return us
 
 
+# Of the sparse ones nothing is predicted for a whole step.
+KERNEL_US = {"flash_mlp": flash_us, "matmul": matmul_us}
+
+
 def fastest(layer: Layer, kernels: Sequence[Kernel]) -> Kernel:
     """Of these, forward and backward."""
-    us = {"flash_mlp": flash_us, "matmul": matmul_us}
-    return min(kernels, key=lambda kernel: us[kernel](layer, True))
+    return min(kernels, key=lambda kernel: KERNEL_US[kernel](layer, True))
 
 
 def beats_xla(layer: Layer, kernel: Kernel) -> bool:
     """Whether it takes a tenth less forward and backward, and no more forward."""
-    us = flash_us if kernel == "flash_mlp" else matmul_us
+    us = KERNEL_US[kernel]
     if us(layer, True) > MARGIN * xla_us(layer, True):
         return False
     return us(layer, False) <= xla_us(layer, False)

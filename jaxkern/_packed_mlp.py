@@ -42,10 +42,11 @@ def packed_relu2(
       multiply-adds. Values are read in half a weight's bytes; positions are put in the
       kernel's order in every call, another fourth. Tokens that are no multiple of 64
       are padded by copies, and so are factors and what they make where ranks and sizes
-      are no multiples of 128. It has no gradient. The order of positions in that
-      operand is taken from documents and NOT VERIFIED ON HARDWARE.
+      are no multiples of 128. It has no gradient. Under `vmap` samples run one by
+      one: put them in leading axes of `x`. The order of positions in the sparse operand
+      is verified on an H200.
 
-    None is "xla", until that is verified.
+    None is "xla".
 
     Raises:
         TypeError: `x` is no floating-point array, a weight is no pair of `Packed24`, or

@@ -289,11 +289,13 @@ def matmul_2_4(
     - "mosaic_gpu" multiplies on the sparse tensor cores of an H100 or H200, in bfloat16
       and float16: half the multiply-adds, and `packed` is never unpacked. Where rows
       are no multiple of 8, features of 128 and `d_out` of 64, arrays are copied to pad
-      them. Gradients are dense matmuls, of reverse mode only. The order of positions in
-      the tensor cores' operand is taken from documents and NOT VERIFIED ON HARDWARE.
+      them. Gradients are XLA's dense matmuls, of reverse mode and first order only.
+      Under `vmap` samples run one by one, and gradients of a `w` that they share are
+      made for each and then added: put samples in leading axes of the values instead.
+      The order of positions in the sparse operand is verified on an H200.
 
-    None is "xla", until that is verified. To multiply by a 2:4-sparse weight from the
-    right, as in `x @ w`, pack its transpose: `matmul_2_4(pack_2_4(w.T), x.T).T`.
+    None is "xla". To multiply by a 2:4-sparse weight from the right, as in `x @ w`,
+    pack its transpose: `matmul_2_4(pack_2_4(w.T), x.T).T`.
 
     Raises:
         TypeError: as `unpack_2_4`, or the dtypes of values and `w` differ.

@@ -14,8 +14,7 @@ B is read from shared memory once for each sparse instruction of 64 rows, 16 KB 
 clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.
 A sparse product therefore reaches 0.89 of twice the dense rate at most.
 
-The order of positions among threads is taken from documents and has not been verified
-on hardware, so `implementation=None` never picks these kernels.
+The order of positions among threads is verified on an H200.
 """
 
 from functools import partial
@@ -164,6 +163,7 @@ def relu2_mlp(
     """S(max(core up, 0)^2) down, of (tokens, rank), (rank, hidden), (hidden, rank).
 
     shrink: S is S-STE's, with a scale for each token, and not the two largest.
+        The product with `down` is rounded before it is scaled and after.
     exact: the gradient is that of what was kept; else the hidden features get all.
     """
     args = padded(core, up, down)

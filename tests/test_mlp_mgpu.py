@@ -29,6 +29,7 @@ from jaxkern import (
     _matmul_mgpu,
     _mgpu_tiles,
     _mlp_mgpu,
+    _sparsity_mgpu,
     low_rank_relu2,
     low_rank_swiglu,
     swiglu,
@@ -56,7 +57,8 @@ def columns(request, monkeypatch):
     def choose(work, valid=(256, 128, 64)):
         return max(c for c in valid if c <= max(request.param, min(valid)))
 
-    monkeypatch.setattr(_matmul_mgpu, "choose_columns", choose)
+    for module in (_matmul_mgpu, _sparsity_mgpu):
+        monkeypatch.setattr(module, "choose_columns", choose)
 
 
 def make(size, dtype=BF16) -> Any:
@@ -97,7 +99,10 @@ def check_swiglu(size, dtype=BF16):
 # Ranks that differ, so that the hidden features go to memory; multiples of no tile.
 SIZE = (150, 160, 203, 70, 40)
 SIZES = [SIZE, (7, 90, 130, 3, 1), (264, 140, 320, 64, 66)]
+LARGE = (2000, 1024, 2730, 320, 300)
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+with_large = pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
+half = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
 sparse = pytest.mark.parametrize("sparsity", ["2:4", "2:4-soft"])
 
 
@@ -113,13 +118,10 @@ def test_gated(size):
     check_gated(size)
 
 
-full_sizes = pytest.mark.parametrize(
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
     "size", [(150, 90, 203, 70), (7, 3, 5, 2), (264, 64, 320, 130)], ids=str
 )
-
-
-@pytest.mark.usefixtures("interpreted")
-@full_sizes
 def test_swiglu(size):
     check_swiglu(size)
 
@@ -171,19 +173,18 @@ def test_equal_ranks_need_not_reach_memory(monkeypatch):
     check_gated((70, 33, 144, 24, 24))
 
 
-def integers(seed, shape, most):
-    drawn = np.random.default_rng(seed).integers(-most, most + 1, shape)
-    return jnp.asarray(drawn, BF16)
+def integers(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).integers(-1, 2, shape), BF16)
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
 def test_what_is_selected_is_the_references(gradient):
     """In small integers, with many ties, nothing is rounded before the last result."""
-    x, w_up = integers(0, (140, 72), 1), integers(1, (72, 200), 1)
+    x, w_up = integers(0, (140, 72)), integers(1, (72, 200))
     up = jnp.eye(72, 8, dtype=BF16), w_up[:8]
-    down = integers(2, (200, 16), 1), jnp.eye(16, 72, dtype=BF16)
-    g = integers(3, (140, 72), 1)
+    down = integers(2, (200, 16)), jnp.eye(16, 72, dtype=BF16)
+    g = integers(3, (140, 72))
     run = partial(low_rank_relu2, sparsity="2:4", gradient=gradient)
     got, expected = (
         value_and_vjp(partial(run, implementation=name), (x, up, down), g)
@@ -218,8 +219,7 @@ def test_packed_features_are_all_that_is_kept():
     dense = kept()
     assert kept(sparsity="2:4") == dense - hidden * 7 // 16
     more = hidden * 9 // 16
-    straight = kept(sparsity="2:4", gradient="straight_through")
-    assert straight == dense + more
+    assert kept(sparsity="2:4", gradient="straight_through") == dense + more
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -306,8 +306,8 @@ def test_extreme_values_stay_in_their_token(sparsity):
 def test_deterministic():
     x, _, up, down, g = make(SIZE)
     run = with_vjp(partial(relu2, sparsity="2:4-soft"))
-    first, again = run((x, up, down), g), run((x, up, down), g)
-    for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
+    both = run((x, up, down), g), run((x, up, down), g)
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_array_equal(*to_float64((a, b)))
 
 
@@ -338,8 +338,7 @@ def test_any_size_lowers_for_a_gpu(size):
     x, gate, up, down, g = make(size)
 
     def count(fn, *args):
-        modules = lower(lambda args, g: jax.vjp(fn, *args)[1](g), (args, g))
-        return len(modules)
+        return len(lower(lambda args, g: jax.vjp(fn, *args)[1](g), (args, g)))
 
     assert count(relu2, x, up, down) == 2
     assert count(gated, x, gate, up, down) == 2
@@ -369,8 +368,8 @@ def test_gate_and_up_must_have_the_same_rank():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("size", [*SIZES, (2000, 1024, 2730, 320, 300)], ids=str)
+@half
+@with_large
 def test_on_gpu(size, dtype):
     check_relu2(size, dtype)
     check_gated(size, dtype)
@@ -378,9 +377,9 @@ def test_on_gpu(size, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", ["2:4", "2:4-soft"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("size", [*SIZES, (2000, 1024, 2730, 320, 300)], ids=str)
+@sparse
+@half
+@with_large
 def test_sparse_on_gpu(size, dtype, sparsity):
     check_relu2(size, dtype, sparsity)
 

@@ -46,7 +46,7 @@ def test_what_runs_by_name(monkeypatch):
     assert kernels(implementation="xla") == []
 
 
-def test_none_picks_what_is_predicted_and_nothing_unverified(monkeypatch):
+def test_none_picks_what_is_predicted_and_no_selection(monkeypatch):
     def predict(faster):
         monkeypatch.setattr(_mlp_predictions, "beats_xla", lambda *a: faster)
 

@@ -134,6 +134,28 @@ def test_pruned_module(dtype):
     assert sum(sizes) < 0.65 * dense
 
 
+def test_pruned_module_promotes_as_others_do():
+    module = nn.LowRankReLU2(24, 48, 8, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    pruned, _ = module.prune_2_4()
+    assert pruned.factors[0].values.dtype == jnp.float16
+    for dtype in DTYPES:
+        x = normal(0, (3, 24), dtype)
+        assert pruned(x).dtype == module(x).dtype
+    wide = normal(0, (3, 24))
+    up_in, up_out, down_in, down_out = (
+        dataclasses.replace(f, values=f.values.astype(jnp.float32))
+        for f in pruned.factors
+    )
+    expected = packed_relu2(wide, (up_in, up_out), (down_in, down_out))
+    np.testing.assert_array_equal(pruned(wide), expected)
+
+
+def test_nothing_is_lost_of_zeros():
+    init = nnx.initializers.zeros_init()
+    module = nn.LowRankReLU2(24, 48, 8, kernel_init=init, rngs=nnx.Rngs(0))
+    assert set(module.prune_2_4()[1].values()) == {0.0}
+
+
 X = jnp.ones((3, 8))
 PACKED = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 8), (12, 4)))
 DOWN = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 12), (8, 4)))

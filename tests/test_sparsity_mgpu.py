@@ -1,6 +1,7 @@
 """`matmul_2_4` on sparse tensor cores, in an emulator that detects races."""
 
 import dataclasses
+import itertools
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ def make(size, dtype) -> Any:
     return packed, normal(1, (features, d_out), dtype), normal(2, (rows, d_out), dtype)
 
 
-def check(size, dtype):
+def check(size, dtype, fn: Any = kernel):
     packed, w, g = make(size, dtype)
 
     def of_values(fn):
@@ -51,7 +52,7 @@ def check(size, dtype):
 
         return run
 
-    got = value_and_vjp(of_values(kernel), (packed.values, w), g)
+    got = value_and_vjp(of_values(fn), (packed.values, w), g)
     plain = of_values(lambda packed, w: unpack_2_4(packed) @ w)
     bound = value_and_vjp(plain, (packed.values, w), g)
     dense, wide, g = to_float64((unpack_2_4(packed), w, g))
@@ -89,13 +90,53 @@ def test_tiles(columns, monkeypatch):
     check((200, 260, 264), BF16)
 
 
+def check_positions(transposed):
+    """All six pairs, in each of a word's eight groups, of each thread: to the bit."""
+    pairs = np.array(list(itertools.combinations(range(4), 2)))
+    rng = np.random.default_rng(0)
+    drawn = rng.permuted(np.tile(np.arange(6), (64, 64, 1)), axis=2)
+    # Of (six, row, group, either); each feature has a number of its own.
+    positions = pairs[np.moveaxis(drawn, 2, 0)]
+    kept = (positions[..., None] == np.arange(4)).any(-2)
+    x = kept.reshape(6 * 64, 256) * np.arange(1, 257)
+    order = rng.permutation(256)
+    w = jnp.eye(256, dtype=BF16)[:, order]
+    packed = pack_2_4(jnp.asarray(x, BF16))
+    got = _sparsity_mgpu.product(
+        packed.values, packed.indices, w.T if transposed else w, transposed
+    )
+    np.testing.assert_array_equal(to_float64(got), x[:, order])
+
+
+right = pytest.mark.parametrize("transposed", [False, True], ids=["w", "transposed"])
+
+
 @pytest.mark.usefixtures("interpreted")
-def test_each_pattern_and_position_is_where_it_was():
-    """One value, at each of the features, by the identity: exact to the bit."""
-    x = jnp.eye(256, dtype=BF16) * jnp.arange(1, 257, dtype=BF16)
-    packed = pack_2_4(x + jnp.roll(x, 1, axis=1))
-    got = kernel(packed, jnp.eye(256, dtype=BF16))
-    np.testing.assert_array_equal(*to_float64((got, unpack_2_4(packed))))
+@right
+def test_positions(transposed):
+    check_positions(transposed)
+
+
+def test_no_group_has_an_invalid_pair_of_positions(monkeypatch):
+    """Not even one past the end: hardware does not define what it does with it."""
+
+    def handed(values, words, right):
+        return words.reshape(-1, 128)
+
+    monkeypatch.setattr(_sparsity_mgpu, "sparse_matmul", lambda *a: handed)
+
+    @jax.jit
+    def words(x):
+        packed, w = pack_2_4(x), jnp.zeros((x.shape[1], 128), x.dtype)
+        return _sparsity_mgpu.product(packed.values, packed.indices, w)
+
+    # Of 1 to 140 features: rows of a short group are packed with zeros at the end.
+    for columns in range(4, 141, 4):
+        features = columns - np.arange(64)[:, None] % 4
+        x = jnp.where(np.arange(columns) < features, normal(0, (64, columns)), 0)
+        found = np.asarray(words(x.astype(BF16))).view(np.uint8)
+        pairs = {*np.unique([found & 15, found >> 4])}
+        assert pairs <= {0x4, 0x8, 0x9, 0xC, 0xD, 0xE}, f"{columns} features"
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -107,6 +148,18 @@ def test_more_batch_axes_and_vmap():
     np.testing.assert_array_equal(to_float64(got), expected)
     mapped = jax.vmap(lambda v, i: kernel(Packed24(v, i, 40), w))(*parts)
     np.testing.assert_array_equal(to_float64(mapped), expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_in_shard_map():
+    """Rows are split, and w is whole on each device, of which the emulator has one."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.P("i"), jax.P()
+    check(
+        SIZES[1],
+        BF16,
+        jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=jax.P("i")),
+    )
 
 
 def modules(fn, size):
@@ -153,6 +206,7 @@ def test_on_gpu(size, dtype):
 
 
 @pytest.mark.gpu
-def test_positions_on_gpu():
+@right
+def test_positions_on_gpu(transposed):
     """Whether the order of positions among threads is what documents say."""
-    test_each_pattern_and_position_is_where_it_was()
+    check_positions(transposed)

@@ -268,10 +268,11 @@ class LowRankReLU2(nnx.Module):
         r"""This MLP with two of each four weights, packed once, for inference.
 
         Of each four weights of a factor that are summed, the two of largest magnitude
-        stay, in `dtype`, or `param_dtype` if that is None.
+        stay, in `dtype`, or `param_dtype` if that is None. Not under `jit`.
 
         Returns:
-            The pruned module, and $\|W - \hat W\|_F / \|W\|_F$ of each factor.
+            The pruned module, and $\|W - \hat W\|_F / \|W\|_F$ of each factor, 0
+            where that is zero.
 
         Raises:
             ValueError: the activations are 2:4-sparse too, which no tensor core takes.
@@ -288,8 +289,10 @@ class LowRankReLU2(nnx.Module):
             factors[name] = pack_2_4(w.mT)
             lost = w - unpack_2_4(factors[name]).mT
             lost, w = lost.astype(jnp.float32), w.astype(jnp.float32)
-            errors[name] = float(jnp.linalg.norm(lost) / jnp.linalg.norm(w))
-        return PackedReLU2(factors, implementation=self.implementation), errors
+            norm = jnp.linalg.norm(w)
+            errors[name] = float(jnp.linalg.norm(lost) / jnp.where(norm > 0, norm, 1))
+        options = {"dtype": self.dtype, "implementation": self.implementation}
+        return PackedReLU2(factors, **options), errors
 
 
 class FlashMLP(nnx.Module):

@@ -1,9 +1,12 @@
 """MLPs with packed weights, for inference."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from .._checks import Implementation, check_implementation
@@ -23,8 +26,8 @@ class PackedReLU2(nnx.Module):
 
     Args:
         factors: "up_in", "up_out", "down_in" and "down_out", each `pack_2_4` of the
-            factor's transpose. They are kept in the dtype that they come in, which is
-            that of the computation.
+            factor's transpose. They are kept in the dtype that they come in.
+        dtype: of the computation; None promotes from input and factors.
         implementation: as in `jaxkern.packed_relu2`.
 
     Raises:
@@ -35,6 +38,7 @@ class PackedReLU2(nnx.Module):
         self,
         factors: Mapping[str, Packed24],
         *,
+        dtype: Dtype | None = None,
         implementation: Implementation | None = None,
     ):
         check_implementation("PackedReLU2", implementation)
@@ -50,6 +54,7 @@ class PackedReLU2(nnx.Module):
             {name: PackedWeight(factors[name].indices) for name in FACTORS}
         )
         self.features = tuple(factors[name].features for name in FACTORS)
+        self.dtype = dtype
         self.implementation: Implementation | None = implementation
 
     @property
@@ -61,9 +66,13 @@ class PackedReLU2(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         check_input("PackedReLU2", x, self.features[0])
-        up_in, up_out, down_in, down_out = self.factors
+        factors = self.factors
+        arrays = x, *(factor.values for factor in factors)
+        x, *values = promote_dtype(arrays, dtype=self.dtype)
+        pairs = zip(factors, values, strict=True)
+        up_in, up_out, down_in, down_out = (replace(f, values=v) for f, v in pairs)
         return packed_relu2(
-            x.astype(up_in.values.dtype),
+            x,
             (up_in, up_out),
             (down_in, down_out),
             implementation=self.implementation,

@@ -158,13 +158,13 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
 def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
     kernels, cases = _masked_mgpu, {}
-    configs = [Config(n, k) for n in kernels.TOKENS_OF_A_TILE for k in (1, 2)]
+    configs = [Config(n, k) for n in kernels.TILES for k in (1, 2)]
     kinds = {
-        "logits": ("logits", jnp.float32, configs, 2),
-        "mask": ("mask", jnp.bfloat16, configs[:1], 1),
-        "bits": ("bits", jnp.int32, configs, 2),
+        "logits": ("logits", jnp.float32, configs),
+        "mask": ("mask", jnp.bfloat16, configs[:1]),
+        "bits": ("bits", jnp.int32, configs),
     }
-    for name, (kind, dtype, configs, most) in kinds.items():
+    for name, (kind, dtype, configs) in kinds.items():
         for transposed, features in ((False, 512), (True, 2048)):
             for config in configs:
                 make = kernels.product(kind, transposed, config)
@@ -177,11 +177,11 @@ def masked_cases() -> Cases:
         if kind != "bits":
             wanted |= {"dmask": (True, False), "dmask dw": (True, True)}
         for label, which in wanted.items():
-            for columns in kernels.gradient_columns(*which)[:most]:
-                make = kernels.gradients(kind, *which, columns)
-                cases[f"masked {label} {columns} {name}"] = partial(
-                    _masked, make, kind, dtype, (512, 2048)
-                )
+            make = kernels.gradients(kind, *which)
+            columns = kernels.gradient_columns(*which)
+            cases[f"masked {label} {columns} {name}"] = partial(
+                _masked, make, kind, dtype, (512, 2048)
+            )
     return cases
 
 

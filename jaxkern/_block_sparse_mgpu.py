@@ -210,7 +210,11 @@ def _gradients(scale, mask, query, key, value, d_out, lse2, delta, dilation=None
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
-    numbers = jnp.stack([jnp.where(jnp.isneginf(lse2), jnp.inf, lse2), delta], 2)
+    lse2 = jnp.where(jnp.isneginf(lse2), jnp.inf, lse2)
+    # Whole tiles, since what is contiguous is copied to its end, whatever follows it.
+    end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
+    lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)
+    numbers = jnp.stack([lse2, jnp.pad(delta, end)], 2)
     args = mask, query, key, value, d_out, numbers
     gradients = [*over_batch(partial(backward_q, scale, dilation=dilation))(*args)]
     for wanted in kv_launches(query.shape[3]):

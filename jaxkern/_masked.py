@@ -366,10 +366,12 @@ def masked_bilinear(
     wide = [widen(jnp.asarray(w)) for w in weights]
     wide_biases = None if biases is None else [widen(jnp.asarray(b)) for b in biases]
 
+    add = _masked_mgpu.add_bias if runs == "mosaic_gpu" else _add
+
     def layer(h: jax.Array, masks: Arrays, product: Product) -> jax.Array:
         def affine(x: jax.Array, i: int) -> jax.Array:
             y = product(x, wide[i], masks[i])
-            return y if wide_biases is None else _add(y, wide_biases[i])
+            return y if wide_biases is None else add(y, wide_biases[i])
 
         return affine(affine(h, 0) * affine(h, 1), 2)
 

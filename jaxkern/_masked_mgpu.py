@@ -12,6 +12,7 @@ which is the limit. See `predicted_us`, and `_mgpu_masks` for what the kernels d
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,18 +22,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from . import _mgpu_masks
+from . import _mgpu_mask_gradients, _mgpu_masks
 from . import _mgpu_rates as h200
 from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
+from ._mgpu_mask_gradients import TOKENS
 from ._mgpu_masks import (
     DEPTH,
     FEATURE_STEP,
     FEATURES,
     PIECE,
     ROW_STEP,
-    TOKENS,
     WORD,
     Config,
     Kind,
@@ -42,12 +43,12 @@ from ._mgpu_walk import COMPUTE
 
 # wgmma takes float32 only as tf32, and not from the transposed views of these tiles.
 DTYPES = ("bfloat16", "float16")
-TOKENS_OF_A_TILE, SPLITS = (256, 128, 64), (1, 2, 4, 8)
-# Clocks of a step without its wgmmas and loads, and of a tile beside its steps: what
-# the first figures of an H200 left over.
-STEP_CLOCKS, TILE_CLOCKS = 250, 1500
-# To make the factor of a step; and bytes a clock from L2 to one multiprocessor.
-MASK_CLOCKS, LOAD_BYTES = 800, 64
+TILES, SPLITS = (256, 128, 64), (1, 2, 4, 8)
+# What an H200 took: clocks of a step, with logits and with bits, for each token more,
+# and for each of a tile. Steps wait for shared memory, not for the tensor cores.
+STEP_CLOCKS, BITS_CLOCKS, TOKEN_CLOCKS, TILE_CLOCKS = 1250.0, 950.0, 2.5, 8.0
+# Of the memory's rate.
+MEMORY_RATE = 0.7
 
 
 def choose(
@@ -59,29 +60,18 @@ def choose(
         Config(tokens, splits)
         for splits in SPLITS
         if steps % splits == 0
-        for tokens in TOKENS_OF_A_TILE
+        for tokens in TILES
     ]
     sizes = samples, seq, contracted, features, mask_bytes
     return min(valid, key=lambda config: predicted_us(*sizes, config))
 
 
-def gradient_columns(want_mask: bool, want_w: bool) -> tuple[int, ...]:
-    """Of the tiles of gradients; both together spill registers at 128."""
-    return (64,) if want_mask and want_w else (128, 64)
+def gradient_columns(want_mask: bool, want_w: bool) -> int:
+    """Of the tiles of gradients: measured on an H200.
 
-
-def choose_columns(walks: int, d_in: int, d_out: int, valid: tuple[int, ...]) -> int:
-    """Those of the tiles of which a multiprocessor has the least to compute.
-
-    walks: along the samples, or one for each of them.
+    Both together spill registers at 128, and masks alone take 35 us for 43.
     """
-    rows = walks * pl.cdiv(d_in, COMPUTE * PIECE)
-
-    def columns_in_turn(columns: int) -> int:
-        blocks = rows * pl.cdiv(d_out, columns)
-        return pl.cdiv(blocks, multiprocessors()) * columns
-
-    return min(valid, key=columns_in_turn)
+    return 64 if want_mask else 128
 
 
 def predicted_us(
@@ -92,30 +82,26 @@ def predicted_us(
     mask_bytes: float,
     config: Config | None = None,
 ) -> float:
-    """Time of a product on an H200, predicted.
+    """Time of a product on an H200, by what its steps have taken there.
 
-    Tiles take turns on the multiprocessors. A step takes as long as its wgmmas, its
-    loads or what makes its factor; all together no less than the tiles take to come
-    from L2, and every array to and from memory.
+    Tiles take turns on the multiprocessors, and all together no less than every array
+    takes to and from memory.
     """
     config = config or choose(samples, seq, contracted, features, mask_bytes)
     tokens, splits = config.tokens, config.splits
     tiles = splits * samples * pl.cdiv(seq, tokens) * pl.cdiv(features, FEATURES)
-    loaded = 2 * DEPTH * tokens + FEATURES * DEPTH * (2 + mask_bytes)
-    multiplied = FEATURES * DEPTH * tokens / h200.MACS
-    step = STEP_CLOCKS + max(multiplied, loaded / LOAD_BYTES, MASK_CLOCKS)
-    clocks = config.count(contracted) * step + TILE_CLOCKS
-    computed = pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS
+    step = (STEP_CLOCKS if mask_bytes >= 1 else BITS_CLOCKS) + TOKEN_CLOCKS * tokens
+    clocks = config.count(contracted) * step + TILE_CLOCKS * tokens
+    clocks *= pl.cdiv(tiles, multiprocessors())
     weights = contracted * features * (2 + samples * mask_bytes)
-    results = samples * seq * features
-    moved = 2 * samples * seq * contracted + 2 * results + weights
-    if splits > 1:
-        # Sums in float32, written and read.
-        moved += 8 * splits * results
-    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
-    from_l2 = tiles * config.count(contracted) * loaded / h200.L2_BYTES
-    launches = 1 + (splits > 1)
-    return launches * h200.LAUNCH_US + max(computed, from_l2, from_memory)
+    moved = 2 * samples * seq * (contracted + features) + weights
+    from_memory = moved / h200.MEMORY_BYTES / MEMORY_RATE
+    us = h200.LAUNCH_US + max(clocks / h200.CLOCKS, from_memory)
+    if splits == 1:
+        return us
+    # Parts in float32 are written and read, and are in L2 then.
+    parts = 8 * splits * samples * seq * features
+    return us + h200.LAUNCH_US + parts / h200.L2_BYTES
 
 
 def predicted_gradients_us(
@@ -123,7 +109,7 @@ def predicted_gradients_us(
 ) -> float:
     """As `predicted_us`, of the launch that makes d_mask and maybe dW."""
     walks, rows = 1 if want_w else samples, COMPUTE * PIECE
-    columns = choose_columns(walks, d_in, d_out, gradient_columns(True, want_w))
+    columns = gradient_columns(True, want_w)
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
     turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
@@ -243,6 +229,31 @@ def _multiply_bwd(kind, saved, dy):
 _multiply.defvjp(_multiply_fwd, _multiply_bwd, symbolic_zeros=True)
 
 
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y (batch, seq, features) + bias (features), added in float32, in y's dtype."""
+    return _add_bias(*vary_alike(y, bias))
+
+
+@jax.custom_vjp
+def _add_bias(y, bias):
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
+def _add_bias_fwd(y, bias):
+    return _add_bias(y, bias), bias
+
+
+def _add_bias_bwd(bias, dy):
+    # In two steps, of which XLA makes programs of their own: 5 us where one takes 20.
+    rows = dy.astype(jnp.float32).reshape(-1, dy.shape[-1])
+    group = math.gcd(len(rows), 16)
+    parts = rows.reshape(-1, group, rows.shape[1]).sum(1)
+    return dy, lax.optimization_barrier(parts).sum(0).astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
+
+
 def product(kind: Kind, transposed: bool = False, config: Config | None = None):
     """The kernel of (x, w, mask), or of (dy, w, mask) if transposed."""
 
@@ -266,11 +277,8 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int | None = N
     """The kernel of (x, dy, w, mask): gradients of the mask and of w, if wanted."""
 
     def run(x, dy, w, mask):
-        walks = len(w) if want_w else len(x)
         wanted = want_mask, want_w
-        _, d_in, d_out = w.shape
-        valid = gradient_columns(*wanted)
-        chosen = columns or choose_columns(walks, d_in, d_out, valid)
-        return _mgpu_masks.gradients(kind, *wanted, chosen, x, dy, w, mask)
+        chosen = columns or gradient_columns(*wanted)
+        return _mgpu_mask_gradients.gradients(kind, *wanted, chosen, x, dy, w, mask)
 
     return over_heads(run)

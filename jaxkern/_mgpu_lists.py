@@ -347,13 +347,14 @@ def walk_lists(
             start = [jnp.int32(0)] * frame.rings
             bound.wait_for_last(bound.over_tiles(bound.load, start))
 
-    out_type = [
-        jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32)
-        if like is None
-        else held[like].result
-        for like in body.outs
-    ]
+    # What is contiguous is copied to its end, whatever follows it: so whole tiles.
+    whole = pl.cdiv(seq, COMPUTE * config.rows) * COMPUTE * config.rows
+    numbers = jax.ShapeDtypeStruct((batch, heads, 1, whole), jnp.float32)
+    out_type = [numbers if n is None else held[n].result for n in body.outs]
     buffers = scratch(config, held, walked, frame.rings, body.takes_turns)
-    return launch_blocks(
-        kernel, operands, out_type, buffers, len(schedule.blocks), name
-    )
+    blocks = len(schedule.blocks)
+    results = launch_blocks(kernel, operands, out_type, buffers, blocks, name)
+    return [
+        x[..., :seq] if n is None else x
+        for x, n in zip(results, body.outs, strict=True)
+    ]

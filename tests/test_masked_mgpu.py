@@ -128,7 +128,7 @@ def test_packed_masks(shared):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("tokens", _masked_mgpu.TOKENS_OF_A_TILE)
+@pytest.mark.parametrize("tokens", _masked_mgpu.TILES)
 def test_tiles(tokens, monkeypatch):
     """Whatever the size; with steps that go round the rings."""
     monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(tokens))
@@ -138,7 +138,7 @@ def test_tiles(tokens, monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("columns", [128, 64])
 def test_tiles_of_gradients(columns, monkeypatch):
-    monkeypatch.setattr(_masked_mgpu, "choose_columns", lambda *a: columns)
+    monkeypatch.setattr(_masked_mgpu, "gradient_columns", lambda *a: columns)
     check(*make((3, 140, 200, 136), logits_dtype=F32))
     check_masks_alone(*make((3, 140, 200, 136), logits_dtype=F32))
 
@@ -155,7 +155,6 @@ def test_parts_of_the_contracted_axis(splits, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2])
 def test_packed_masks_in_large_tiles(splits, monkeypatch):
     monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(256, splits))
-    monkeypatch.setattr(_masked_mgpu, "choose_columns", lambda *a: 128)
     check_packed(*make((1, 140, 264, 136)))
 
 
@@ -410,7 +409,8 @@ def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
     [
         ((16, 256, 512, 2048), True),
         ((16, 256, 2048, 512), True),
-        ((1, 256, 512, 2048), True),
+        # There are fewer tiles than multiprocessors.
+        ((1, 256, 512, 2048), False),
         # Masks of one weight, once for many tokens, are cheap to store.
         ((1, 4096, 512, 2048), False),
         ((16, 250, 500, 2000), True),
@@ -423,11 +423,9 @@ def test_predictions(shape, faster):
 def test_few_samples_are_split_and_many_take_large_tiles():
     sizes = [(16, 512, 2048), (16, 2048, 512), (1, 512, 2048), (1, 2048, 512)]
     chosen = [_masked_mgpu.choose(n, 256, c, f, 4.0) for n, c, f in sizes]
-    assert chosen == [Config(256), Config(256), Config(128, 2), Config(128, 8)]
+    assert chosen == [Config(256), Config(128), Config(128, 4), Config(64, 8)]
     # Parts of whole steps alone.
     assert _masked_mgpu.choose(1, 256, 7 * 64, 64, 4.0).splits == 1
-    assert _masked_mgpu.choose_columns(1, 512, 2048, (128, 64)) == 64
-    assert _masked_mgpu.choose_columns(16, 512, 2048, (128, 64)) == 128
 
 
 def test_config_refuses_nonsense():

@@ -1,0 +1,182 @@
+"""The kernel of gradients of products with masked weights.
+
+A block holds a tile of W, 128 rows of it, and walks the samples: G_b = x_b^T dy_b, then
+dm_b = W * G_b, written from where the mask was loaded to, and dW += m_b * G_b in
+registers, with 64 columns 32 sums of G and of dW for a thread. One wgmma is always in
+flight, and W is awaited where it is used first. Without dW it needs no masks, and
+samples no order. Each result has one writer, so there are no atomics.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ._mgpu import SMEM_BYTES, plgpu, slot, zeros
+from ._mgpu_masks import (
+    LAYOUT,
+    PIECE,
+    Kind,
+    buffer,
+    bytes_of,
+    cut,
+    mask_buffer,
+    read_mask,
+)
+from ._mgpu_tiles import Ring, launch
+from ._mgpu_walk import COMPUTE
+
+# Masks in flight, tokens of a step, and steps in flight at most.
+SLOTS, TOKENS, MAX_STEPS = 2, 64, 8
+
+
+def _token_steps(columns: int, mask_bytes: float) -> int:
+    """In flight, for gradients: as many as fit, but no more than `MAX_STEPS`."""
+    rows = COMPUTE * PIECE
+    free = SMEM_BYTES - 1024 - rows * columns * (2 + SLOTS * mask_bytes)
+    return min(MAX_STEPS, int(free // (2 * TOKENS * (rows + columns))))
+
+
+def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w, mask):
+    """What is wanted of W * G and, summed over the samples of a group, m * G.
+
+    G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out). The
+    first result is like `mask`, which is not read without the second one, like `w`.
+    """
+    (samples, seq, d_in), d_out = x.shape, dy.shape[2]
+    rows, each = COMPUTE * PIECE, samples // w.shape[0]
+    walked = each if want_w else 1
+    count = pl.cdiv(seq, TOKENS)
+
+    def body(x_gmem, dy_gmem, w_gmem, mask_gmem, *refs):
+        d_mask_gmem = refs[0] if want_mask else None
+        dw_gmem = refs[want_mask] if want_w else None
+        x_smem, dy_smem, w_smem, mask_smem, *rings = refs[want_mask + want_w :]
+        token_ring, w_ring, mask_ring = rings
+        warpgroup = lax.axis_index("warpgroup")
+
+        def store(value, smem, gmem, sample, info):
+            """This warpgroup's rows, by way of where their like was loaded to."""
+            mine = smem.at[pl.ds(warpgroup * PIECE, PIECE)]
+            mine[...] = value.astype(smem.dtype)
+            plgpu.commit_smem()
+            row = info.index[1] * rows + warpgroup * PIECE
+            target = (row, PIECE), (info.index[2] * columns, columns)
+            plgpu.copy_smem_to_gmem(mine, cut(gmem, sample, *target))
+
+        def multiply(first):
+            """x^T dy of the sample that starts at step `first`."""
+
+            def run(acc):
+                def step(i, carry):
+                    s = token_ring.wait(first + i)
+                    part = lax.optimization_barrier(warpgroup)
+                    tokens = x_smem.at[s, part].transpose((1, 0))
+                    plgpu.wgmma(acc, tokens, dy_smem.at[s])
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(i > 0)
+                    def _():
+                        token_ring.release(first + i - 1)
+
+                    return carry
+
+                lax.fori_loop(0, count, step, jnp.int32(0))
+                product = acc[...]
+                token_ring.release(first + count - 1)
+                return product
+
+            return pl.run_scoped(run, plgpu.ACC((PIECE, columns), jnp.float32))
+
+        def compute(info):
+            def step(n, total):
+                at = info.local_index * walked + n
+                product = multiply(at * count)
+                here = slot(at, SLOTS)
+                first = lax.optimization_barrier(warpgroup) * PIECE
+                if want_w:
+                    mask_ring.wait(at)
+                    numbers = read_mask(kind, mask_smem.at[here], first, 0, columns)
+                    total = total + product * numbers
+
+                @pl.when(n == 0)
+                def _():
+                    w_ring.wait(info.local_index)
+
+                if want_mask:
+                    weights = w_smem.at[0, pl.ds(first, PIECE)]
+                    weights = plgpu.load(weights, layout=LAYOUT)
+                    product = product * weights.astype(jnp.float32)
+                    if not want_w:
+                        # What was stored from this slot before has been read.
+                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                    sample = info.index[0] * walked + n
+                    store(product, mask_smem.at[here], d_mask_gmem, sample, info)
+                if want_w:
+                    # What was stored from the slot before this one has been read.
+                    plgpu.wait_smem_to_gmem(want_mask, wait_read_only=True)
+                    plgpu.commit_smem()
+
+                    @pl.when(n > 0)
+                    def _():
+                        mask_ring.release(at - 1)
+
+                return total
+
+            start = zeros(PIECE, columns) if want_w else jnp.int32(0)
+            total = lax.fori_loop(0, walked, step, start)
+            if want_w:
+                store(total, w_smem.at[0], dw_gmem, info.index[0], info)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                mask_ring.release((info.local_index + 1) * walked - 1)
+            plgpu.commit_smem()
+            w_ring.release(info.local_index)
+
+        def load(info):
+            walk, row, column = info.index
+            where = (row * rows, rows), (column * columns, columns)
+
+            @pl.loop(0, walked)
+            def _(n):
+                sample, nth = walk * walked + n, info.local_index * walked + n
+
+                # First, since the others wait for what is computed before.
+                @pl.loop(0, count)
+                def _(i):
+                    tokens = i * TOKENS, TOKENS
+                    parts = []
+                    for part in range(COMPUTE):
+                        features = row * rows + part * PIECE, PIECE
+                        source = cut(x_gmem, sample, tokens, features)
+                        parts.append((source, x_smem, part))
+                    right = cut(dy_gmem, sample, tokens, where[1]), dy_smem
+                    token_ring.fill(nth * count + i, right, *parts)
+
+                if want_w:
+                    masks = cut(mask_gmem, sample, *where, kind)
+                    mask_ring.fill(nth, (masks, mask_smem))
+
+                @pl.when(n == 0)
+                def _():
+                    weights = cut(w_gmem, lax.div(walk * walked, each), *where)
+                    w_ring.fill(info.local_index, (weights, w_smem))
+
+        def drain(tiles):
+            token_ring.drain(tiles * walked * count)
+            w_ring.drain(tiles)
+            if want_w:
+                mask_ring.drain(tiles * walked)
+
+        return compute, load, drain
+
+    steps = _token_steps(columns, bytes_of(kind, mask.dtype))
+    buffers = [
+        buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
+        buffer(x.dtype, steps, TOKENS, columns),
+        buffer(w.dtype, 1, rows, columns),
+        mask_buffer(kind, mask.dtype, SLOTS, rows, columns),
+    ]
+    name = f"masked_gradients{'_mask' * want_mask}{'_w' * want_w}_{kind}"
+    grid = samples // walked, pl.cdiv(d_in, rows), pl.cdiv(d_out, columns)
+    outs = [mask] * want_mask + [w] * want_w
+    rings = Ring(steps, COMPUTE + 1), Ring(1, 1), Ring(SLOTS, 1)
+    return launch(name, body, grid, outs, buffers, rings, (x, dy, w, mask))

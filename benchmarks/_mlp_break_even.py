@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxkern._matmul_mgpu import choose_columns, limits_us
+from jaxkern._mlp_predictions import sparse_work
 
 from . import _mlp_model as shapes
 from ._harness import Row
@@ -144,7 +145,7 @@ def _limits(label: str, tokens: int) -> str:
     """What 2:4 costs and saves there, in words."""
     model = MODELS[label]
     us, w = predicted_us(model, tokens), shapes.padded(model.relu2)
-    work = shapes.sparse_work(tokens, w, model.rank)
+    work = sparse_work(tokens, w, model.rank)
     parts = limits_us(work, choose_columns(work))
     cause = max(parts, key=lambda name: parts[name])
     listed = ", ".join(f"{name} {us:.0f}" for name, us in parts.items())

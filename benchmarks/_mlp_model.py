@@ -13,12 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern import _mlp_mgpu, _sparsity_mgpu
+from jaxkern import _mlp_mgpu
 from jaxkern import _mlp_predictions as predictions_of
-from jaxkern._matmul_mgpu import FEATURE_STEP, Work
+from jaxkern._matmul_mgpu import FEATURE_STEP
 from jaxkern._mgpu_sparse_matmul import DEPTH
 from jaxkern._mgpu_walk import ROW_STEP
-from jaxkern._mlp_predictions import Layer, elementwise_us, launch_us, xla_matmul_us
+from jaxkern._mlp_predictions import (
+    PACKED,
+    Layer,
+    elementwise_us,
+    sparse_matmul_us,
+    xla_matmul_us,
+)
 from jaxkern._packed_2_4 import GROUP, KEPT
 
 from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
@@ -27,8 +33,6 @@ SEQ = 512
 BATCHES = (1, 4, 8, 16, 32)
 PASSES = FORWARD, BOTH = "forward", "forward+backward"
 ITEM = 2
-# Of 16-bit numbers, what is stored of two in four: they and their positions.
-PACKED = 9 / 16
 
 
 @dataclass(frozen=True)
@@ -146,46 +150,15 @@ def padded(size: int, step: int = FEATURE_STEP) -> int:
     return -(-size // step) * step
 
 
-def up_relu2(tokens: int, rank: int, hidden: int) -> float:
-    """The matmul with ReLU² as its epilogue."""
-    return launch_us(Work(tokens, rank, hidden))
-
-
-def up_select(
-    tokens: int, rank: int, hidden: int, shrink: bool = False, keep: bool = False
-) -> float:
-    """The same, which selects and packs, and writes all of it too if that is kept."""
-    clocks = _sparsity_mgpu.SHRINK_CLOCKS if shrink else _sparsity_mgpu.SELECT_CLOCKS
-    work = Work(tokens, rank, hidden, moved=PACKED + keep, clocks=clocks)
-    return launch_us(work, _sparsity_mgpu.SELECT_COLUMNS)
-
-
-def sparse_work(m: int, depth: int, n: int) -> Work:
-    return Work(m, depth, n, density=_sparsity_mgpu.SPARSE_DENSITY)
-
-
-def sparse_matmul(m: int, depth: int, n: int) -> float:
-    return launch_us(sparse_work(m, depth, n))
-
-
 def _between_us(model: Model, tokens: int, name: str, which: str) -> float:
     """Of our kernels: all between the first and the last factor."""
-    t, r, hidden = tokens, model.rank, width(model, name)
     layer, both = layer_of(model, tokens, name), which == BOTH
     match kernel_of(model, tokens, name):
         case "flash_mlp":
             return predictions_of.flash_us(layer, both)
         case "matmul":
             return predictions_of.matmul_us(layer, both)
-    soft, w = name == SOFT, padded(hidden)
-    us = predictions_of.padding_us(t, (r, r), hidden, 1)
-    us += up_select(t, r, w, shrink=soft, keep=soft and both)
-    # S-STE's scale, of the sums of each tile, multiplies the result.
-    us += sparse_matmul(t, w, r) + soft * elementwise_us(2 * t * r, 2)
-    if both:
-        us += predictions_of.gradients_us(layer)
-        us += elementwise_us((1 + PACKED) * t * w)
-    return us
+    return predictions_of.sparse_us(layer, both, soft=name == SOFT)
 
 
 def layer_of(model: Model, tokens: int, name: str) -> Layer:
@@ -236,7 +209,7 @@ def _pruned_us(model: Model, tokens: int) -> float:
     for i, (d_in, d_out) in enumerate(_factors(model)):
         # x is padded as the transposed factor that it is.
         depth = padded(d_in, ROW_STEP if i else FEATURE_STEP)
-        us += sparse_matmul(padded(d_out, ROW_STEP), depth, t)
+        us += sparse_matmul_us(padded(d_out, ROW_STEP), depth, t)
         # Positions are put in the kernels' order in every call, of a 16th of the bytes.
         us += elementwise_us(d_in * d_out / 8)
         if d_in % DEPTH or d_out % ROW_STEP:

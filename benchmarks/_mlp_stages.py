@@ -11,19 +11,23 @@ import jax.numpy as jnp
 
 import jaxkern
 from jaxkern import _flash_mlp_mgpu, _matmul_mgpu, _sparsity_mgpu
-from jaxkern._matmul_mgpu import FEATURE_STEP, pad
+from jaxkern._matmul_mgpu import FEATURE_STEP, Work, pad
 from jaxkern._mgpu_walk import ROW_STEP
 from jaxkern._mlp_predictions import (
+    PACKED,
     elementwise_us,
     flash_us,
+    launch_us,
     padding_us,
+    select_us,
+    sparse_matmul_us,
     xla_matmul_us,
 )
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
 from ._harness import Check, Program, Row
-from ._mlp_model import ITEM, MEMORY_BYTES, PACKED, RELU2, TENSOR_FLOPS, TOP2, Model
+from ._mlp_model import ITEM, MEMORY_BYTES, RELU2, TENSOR_FLOPS, TOP2, Model
 from ._mlp_programs import KERNEL, OURS, make_inputs, skip_without_kernels
 
 FIRST, UP, ACTIVATION, SELECT = "first factor", "up", "ReLU²", "selection alone"
@@ -87,9 +91,9 @@ def predicted_us(model: Model, tokens: int) -> dict[str, float]:
         DOWN: down,
         DOWN_24: packing + down,
         LAST: xla_matmul_us(t, r, h),
-        UP_ACTIVATION: pads + shapes.up_relu2(t, r, padded),
-        UP_SELECT: pads + shapes.up_select(t, r, padded),
-        DOWN_SPARSE: pads + shapes.sparse_matmul(t, padded, r),
+        UP_ACTIVATION: pads + launch_us(Work(t, r, padded)),
+        UP_SELECT: pads + select_us(t, r, padded),
+        DOWN_SPARSE: pads + sparse_matmul_us(t, padded, r),
     }
     if _is_flash(model, tokens):
         us[UP_DOWN] = flash_us(shapes.layer_of(model, t, RELU2), backward=False)

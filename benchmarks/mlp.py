@@ -12,6 +12,7 @@ selection alone. Predicted is never measured: it follows from shapes and a data 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from . import _mlp_report as report
 from . import _mlp_stages as stages
 from . import _mlp_stages_report as stages_report
 from . import _torch
-from ._cli import make_parser, names, plot_file
+from ._cli import add_only, make_parser, names, plot_file
 from ._harness import Case, Options, matmul_peak_tflops
 from ._mlp_model import BATCHES, BOTH, FORWARD, MODELS, Model
 from ._mlp_peers import PLAIN, TOKAMAX, TORCH_SPARSE
@@ -60,18 +61,20 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
         batches = args.batches or sorted({str(batch) for _, batch in wanted}, key=int)
         wanted = [(model, int(batch)) for model in models for batch in batches]
     if args.stages:
-        return [
+        cases = [
             case
             for model, batch in wanted
             for case in _make_stages(model, batch, figures, args)
         ]
-    return [
-        _make_case(model, batch, name, framework, figures, args)
-        for model, batch in wanted
-        for framework in FRAMEWORKS
-        for name in IMPLEMENTATIONS
-        if framework in programs.frameworks(name, args)
-    ]
+    else:
+        cases = [
+            _make_case(model, batch, name, framework, figures, args)
+            for model, batch in wanted
+            for framework in FRAMEWORKS
+            for name in IMPLEMENTATIONS
+            if framework in programs.frameworks(name, args)
+        ]
+    return [c for c in cases if re.search(args.only, describe(c.labels))]
 
 
 def _labels(label: str, batch: int, name: str, framework: str, backward: bool) -> dict:
@@ -160,10 +163,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=True,
         help="plain jnp; PyTorch and tokamax where they are installed",
     )
+    add_only(parser)
     args = parser.parse_args(argv)
     _refuse(parser, args)
     args.on_device = jax.default_backend() != "cpu"
     args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
+    if not args.predict and not make_cases(args):
+        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args
 
 

@@ -83,11 +83,12 @@ class Work:
 
 
 def limits_us(work: Work, columns: int) -> dict[str, float]:
-    """What a launch with tiles of so many columns waits for on an H200, not measured.
+    """What a launch with tiles of so many columns waits for on an H200.
 
-    Tiles take turns on the multiprocessors. One takes as long as its matmuls at 0.7 of
-    the chip's rate and its epilogue after them; all together no less than the factors
-    take to come from L2, and every array to and from memory.
+    Tiles take turns on the multiprocessors. One takes as long as its matmuls, at the
+    rate that they reach there, and then its epilogue, with what it moves beside one
+    result; all together no less than the factors take to come from L2, and every array
+    to and from memory. Within a tenth of what launches took there.
     """
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
@@ -97,9 +98,10 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
     loaded = 2 * work.depth * factors
     factors = work.m * work.density * work.lefts + work.n * work.products
     numbers = work.depth * factors + work.moved * work.m * work.n
+    more = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES
     return {
-        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS,
-        "L2": tiles * loaded / h200.L2_BYTES,
+        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS + more,
+        "L2": tiles * loaded / h200.L2_BYTES + more,
         "memory": 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE,
     }
 

@@ -48,8 +48,7 @@ def choose(
     sizes = tokens, *ranks, hidden
     reason = _matmul_mgpu.unsupported(sizes, x.dtype, on_hopper=on_hopper())
     runs = settle(op, implementation, reason)
-    # Sparse ones are predicted to gain little: only for who asks.
-    if runs is None and kernel != "sparse":
+    if runs is None:
         layer = _layer(tokens, ranks, hidden)
         runs = "mosaic_gpu" if _mlp_predictions.beats_xla(layer, kernel) else "xla"
     return kernel if runs == "mosaic_gpu" else None

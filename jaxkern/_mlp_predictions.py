@@ -1,8 +1,8 @@
-"""What an MLP takes on an H200, by each way to compute it: predicted, not measured.
+"""What an MLP takes on an H200, by each way to compute it: predicted.
 
-Kernels by their own models. XLA's matmuls at 0.75 of the tensor cores' rate or 0.8 of
-the memory's, whichever takes longer; each of its elementwise programs reads and writes
-its arrays once.
+Kernels by their own models. XLA's matmuls at the rates of `_mgpu_rates` that they reach
+there, of the tensor cores or of the memory, whichever takes longer; each of its
+elementwise programs reads and writes its arrays once.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from typing import Literal
 from . import _flash_mlp_mgpu as flash
 from . import _matmul_mgpu as matmuls
 from . import _mgpu_rates as h200
+from . import _sparsity_mgpu as sparsity
 from ._matmul_mgpu import FEATURE_STEP, Work
 from ._mgpu import multiprocessors
 from ._mgpu_walk import ROW_STEP
 
 Kernel = Literal["flash_mlp", "matmul", "sparse"]
-# The part of the tensor cores' rate that XLA's matmuls reach.
-XLA_RATE = 0.75
-# How much faster a kernel must be predicted to be, since none of it is measured.
-MARGIN = 0.9
+# Of 16-bit numbers, what is stored of two in four: they and their positions.
+PACKED = 9 / 16
+# How much faster a kernel must be predicted to be: predictions are that far off.
+MARGIN = 0.95
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Layer:
 
 def xla_matmul_us(m: int, depth: int, n: int, heads: int = 1) -> float:
     """Of a matmul of 16-bit numbers by XLA, or of one for each head."""
-    rate = h200.MACS * multiprocessors() * h200.CLOCKS * XLA_RATE
+    rate = h200.MACS * multiprocessors() * h200.CLOCKS * h200.XLA_RATE
     moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
     return h200.LAUNCH_US + heads * max(m * depth * n / rate, moved)
 
@@ -115,6 +116,38 @@ def matmul_us(layer: Layer, backward: bool) -> float:
     return us + (gradients_us(layer) if backward else 0.0)
 
 
+def select_us(
+    tokens: int, rank: int, hidden: int, shrink: bool = False, keep: bool = False
+) -> float:
+    """Of the matmul that selects and packs, and writes all of it too if it is kept."""
+    clocks = sparsity.SHRINK_CLOCKS if shrink else sparsity.SELECT_CLOCKS
+    work = Work(tokens, rank, hidden, moved=PACKED + keep, clocks=clocks)
+    return launch_us(work, sparsity.SELECT_COLUMNS)
+
+
+def sparse_work(m: int, depth: int, n: int) -> Work:
+    """The product of a packed matrix with a dense one."""
+    return Work(m, depth, n, density=sparsity.SPARSE_DENSITY)
+
+
+def sparse_matmul_us(m: int, depth: int, n: int) -> float:
+    return launch_us(sparse_work(m, depth, n))
+
+
+def sparse_us(layer: Layer, backward: bool, soft: bool = False) -> float:
+    """By those that select 2:4; as `matmul_us`."""
+    us = padding_us(layer.tokens, layer.ranks, layer.hidden, layer.products)
+    t, w, rank = layer.tokens, _whole(layer).hidden, layer.rank_out
+    us += select_us(t, layer.rank_in, w, shrink=soft, keep=soft and backward)
+    us += sparse_matmul_us(t, w, rank)
+    if soft:
+        # The scale, of the sums of each tile, multiplies the result.
+        us += elementwise_us(2 * t * rank, 2)
+    if backward:
+        us += gradients_us(layer) + elementwise_us((1 + PACKED) * t * w)
+    return us
+
+
 def flash_us(layer: Layer, backward: bool) -> float:
     """By the kernels of `flash_mlp`; the ranks are equal."""
     dim, ups, inputs, heads = layer.rank_in, layer.products, layer.lefts, layer.heads
@@ -144,8 +177,7 @@ def xla_us(layer: Layer, backward: bool) -> float:
     return us
 
 
-# Of the sparse ones nothing is predicted for a whole step.
-KERNEL_US = {"flash_mlp": flash_us, "matmul": matmul_us}
+KERNEL_US = {"flash_mlp": flash_us, "matmul": matmul_us, "sparse": sparse_us}
 
 
 def fastest(layer: Layer, kernels: Sequence[Kernel]) -> Kernel:
@@ -154,7 +186,7 @@ def fastest(layer: Layer, kernels: Sequence[Kernel]) -> Kernel:
 
 
 def beats_xla(layer: Layer, kernel: Kernel) -> bool:
-    """Whether it takes a tenth less forward and backward, and no more forward."""
+    """Whether it takes a twentieth less forward and backward, and no more forward."""
     us = KERNEL_US[kernel]
     if us(layer, True) > MARGIN * xla_us(layer, True):
         return False

@@ -46,14 +46,14 @@ def test_what_runs_by_name(monkeypatch):
     assert kernels(implementation="xla") == []
 
 
-def test_none_picks_what_is_predicted_and_no_selection(monkeypatch):
+def test_none_picks_what_is_predicted(monkeypatch):
     def predict(faster):
         monkeypatch.setattr(_mlp_predictions, "beats_xla", lambda *a: faster)
 
     monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
     predict(True)
     assert kernels() == ["relu2_forward"]
-    assert kernels(sparsity="2:4") == []
+    assert kernels(sparsity="2:4") == ["relu2_select", "sparse_matmul"]
     predict(False)
     assert kernels() == []
     monkeypatch.setattr(_mesh, "runs_locally", lambda: False)

@@ -6,8 +6,13 @@ folder=${1:-benchmarks/results/nvidia_h200}
 python=${PYTHON:-python3}
 mkdir -p "$folder" || exit 1
 status=0
+# Each test compiles programs of its own: side by side if pytest-xdist is there, and
+# without timing XLA's candidates for every matmul.
+workers=
+$python -c "import xdist" 2>/dev/null && workers="-n auto --maxprocesses 16"
 # Without the options that need the packages of the extra "dev".
-$python -m pytest -q -o addopts= -W default -m gpu tests || status=1
+XLA_FLAGS="$XLA_FLAGS --xla_gpu_autotune_level=0" XLA_PYTHON_CLIENT_PREALLOCATE=false \
+  $python -m pytest -q $workers -o addopts= -W default -m gpu tests || status=1
 # Kernels first, since a machine may be lent for half an hour only.
 $python -m benchmarks.attention --kernels --backward \
   --json "$folder/attention_kernels_backward.json" || status=1

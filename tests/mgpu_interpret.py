@@ -11,7 +11,8 @@ adds what our kernels use beyond it, so that they need no branch for it:
 - functions for `plgpu.inline_mgpu` that say what they compute (`fn.emulated`), in jnp;
 - races of wgmma: its reads of SMEM stay pending until they are awaited, so a slot that
   is released or refilled too early is found, and so is a missing `commit_smem`;
-- a barrier nobody arrives at is an error that names the line, after a while.
+- a barrier nobody arrives at is an error that names the line, after a while;
+- so is a copy that does not stop at the end of a row (mgpu_copies.py).
 
 It is also faster than JAX's: a kernel is compiled once and not in each thread at once,
 and callbacks get NumPy arrays as they come.
@@ -31,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import mgpu_copies
 import numpy as np
 from jax._src import callback, source_info_util
 from jax._src import core as jax_core
@@ -394,6 +396,8 @@ def _install():
         "_interpret_wgmma_ref_p": _interpret_wgmma,
         "_interpret_wgmma_accumulator_deref_p": _interpret_deref,
         "_interpret_inline_mgpu_p": _interpret_inline,
+        "_interpret_copy_smem_to_gmem_p": mgpu_copies.interpret_store,
+        "_interpret_copy_gmem_to_smem_p": mgpu_copies.interpret_load,
     }
     for name, function in replaced.items():
         if not hasattr(Interpreter, name):

@@ -9,7 +9,7 @@ from attention_definitions import (
     plain_attention,
     see,
 )
-from helpers import DTYPES, assert_as_exact, untyped, value_and_vjp
+from helpers import DTYPES, assert_as_exact, to_float64, untyped, value_and_vjp
 
 from jaxkern import attention
 
@@ -160,8 +160,11 @@ def test_cudnn(is_causal, dtype):
     run = partial(attention, is_causal=is_causal, implementation="cudnn")
     out, gradients = value_and_vjp(run, args, d_out)
     visible = see(None, is_causal, (2, 4, 300, 300))
-    d_lse = jnp.zeros_like(d_lse)
     plain = partial(plain_attention, visible=visible, scale=64**-0.5)
-    bound = value_and_vjp(plain, args, (d_out, d_lse))
-    exact = attention_float64(args, (d_out, d_lse), visible, 64**-0.5)
+    exact = attention_float64(args, (d_out, jnp.zeros_like(d_lse)), visible, 64**-0.5)
+    # cuDNN's backward has the mean of d_weights from out * d_out, and `out` is rounded:
+    # the same as a d_lse, to which the gradient cancels where few keys are seen.
+    rounding = exact[0][0] - to_float64(jax.jit(plain)(*args)[0])
+    shift = (rounding * to_float64(d_out)).sum(-1).astype(d_lse.dtype)
+    bound = value_and_vjp(plain, args, (d_out, shift))
     assert_as_exact((out, gradients), (bound[0][0], bound[1]), (exact[0][0], exact[1]))

@@ -1,5 +1,7 @@
 """The kernels' test bench must find what it is there to find."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import mgpu_interpret
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import normal, relative_error
 from jax.experimental import pallas as pl
+from mgpu_copies import check_bulk_copy
 
 from jaxkern._mgpu import add_dots, dots, plgpu, slot, swizzle_of, tiles, zeros
 
@@ -121,6 +124,101 @@ def test_dot_with_registers_on_the_left(interpreted):
     )(square)
     exact = np.asarray(square, np.float64) @ np.asarray(square, np.float64)
     assert relative_error(y, exact) < 1e-5
+
+
+def copy_part(shape, first, mode=None):
+    """A copy of 64 numbers to or, in this mode, from [0, first:] of an array."""
+
+    def kernel(x_gmem, y_gmem, smem, ready):
+        # JAX refuses to be told that this is out of bounds.
+        part = pl.ds(first + jax.lax.axis_index("block"), 64)
+        if mode is None:
+            smem[...] = jnp.ones(smem.shape, smem.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem, y_gmem.at[0, part])
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            plgpu.copy_gmem_to_smem(x_gmem.at[0, part], smem, ready, oob_mode=mode)
+            plgpu.barrier_wait(ready)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
+        scratch_types=[plgpu.SMEM((64,), jnp.float32), plgpu.Barrier()],
+        grid=(1,),
+        grid_names=("block",),
+    )(jnp.ones(shape, jnp.float32))
+
+
+MODES = plgpu.OOBFillMode
+
+
+@pytest.mark.parametrize(
+    "shape, first, mode",
+    [
+        ((2, 128), 64, None),
+        # Cut at the end of the array.
+        ((1, 100), 64, None),
+        ((2, 100), 64, MODES.ZEROS),
+        ((1, 100), 64, MODES.UNDEFINED),
+        ((2, 128), 64, MODES.PROMISE_IN_BOUNDS),
+    ],
+)
+def test_copies_that_stop_where_they_should(shape, first, mode, interpreted):
+    y = np.asarray(copy_part(shape, first, mode))
+    if mode is None:
+        assert (y[0, first : first + 64] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "shape, first, mode, message",
+    [
+        ((2, 100), 64, None, "past the end of a row"),
+        ((2, 100), 64, MODES.UNDEFINED, "past the end of a row"),
+        ((1, 100), 64, MODES.PROMISE_IN_BOUNDS, "past the end of a row"),
+        ((2, 128), 2, None, "multiples of 16 bytes, .* got 8 and 264"),
+        ((1, 97), 64, None, "multiples of 16 bytes, .* got 256 and 388"),
+    ],
+)
+def test_copies_that_do_not(shape, first, mode, message):
+    part = rf"copy of \[0, {first}:{first + 64}\] of an array of shape "
+    part += re.escape(str(shape))
+    with (
+        pytest.raises(RuntimeError, match=f"{part}.* {message}"),
+        mgpu_interpret.interpret(),
+    ):
+        jax.block_until_ready(copy_part(shape, first, mode))
+
+
+@pytest.mark.parametrize(
+    "shape, part",
+    [
+        # Not contiguous, so a tensor copy.
+        ((4, 96), np.s_[0:2, 64:128]),
+        ((4, 3, 64), np.s_[0:2, 1, 0:64]),
+        # The last rows of all.
+        ((4, 64), np.s_[2:6, 0:64]),
+        ((2, 3, 64), np.s_[1, 2:4, 0:64]),
+        # Nothing of the array.
+        ((2, 3, 64), np.s_[1, 3, 0:64]),
+    ],
+)
+def test_parts_that_bulk_copies_respect(shape, part):
+    check_bulk_copy(shape, 2, part)
+
+
+@pytest.mark.parametrize(
+    "shape, part",
+    [
+        ((4, 64), np.s_[0:2, 8:72]),
+        ((2, 3, 64), np.s_[0, 2:4, 0:64]),
+        ((2, 3, 64), np.s_[0, 3, 0:64]),
+        ((2, 1, 1, 64), np.s_[0, 0, 0, 32:96]),
+    ],
+)
+def test_parts_that_bulk_copies_leave(shape, part):
+    with pytest.raises(IndexError, match="past the end of a row"):
+        check_bulk_copy(shape, 2, part)
 
 
 @pytest.mark.parametrize(

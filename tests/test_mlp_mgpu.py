@@ -70,7 +70,27 @@ def make(size, dtype=BF16) -> Any:
     return x, gate, up, down, g
 
 
-def check_relu2(size, dtype=BF16, sparsity=None, fn: Any = relu2):
+def signs(rng, shape, count, dtype):
+    """Halves of either sign, so many in each column, and zeros."""
+    there = rng.random(shape).argsort(0) < count
+    return jnp.asarray(there * rng.choice([-0.5, 0.5], shape), dtype)
+
+
+def make_exact(size, dtype=BF16) -> Any:
+    """As of `make`, with hidden features that are exact, in whatever order one adds.
+
+    So they are selected alike, ties included, where a matmul before adds otherwise than
+    another. They are squares of at most 16 quarters: 8 bits.
+    """
+    tokens, d_in, hidden, rank, _ = size
+    _, gate, _, down, g = make(size, dtype)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-1, 2, (tokens, d_in)), dtype)
+    up = signs(rng, (d_in, rank), 4, dtype), signs(rng, (rank, hidden), 4, dtype)
+    return x, gate, up, down, g
+
+
+def check_relu2(size, dtype=BF16, sparsity=None, fn: Any = relu2, make=make):
     x, _, up, down, g = make(size, dtype)
     run = partial(fn, sparsity=sparsity)
     got = value_and_vjp(run, (x, up, down), g)
@@ -175,6 +195,30 @@ def test_equal_ranks_need_not_reach_memory(monkeypatch):
 
 def integers(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).integers(-1, 2, shape), BF16)
+
+
+@half
+@sizes
+def test_exact_hidden_features(size, dtype):
+    x, _, up, _, _ = make_exact(size, dtype)
+    plain = partial(definitions.relu2, definitions.keep_all)
+    hidden = jnp.eye(up[1].shape[1], dtype=dtype)
+    got = plain(x, up, (hidden, hidden))
+    wide_x, (first, second) = to_float64((x, up))
+    exact = np.maximum(wide_x @ first @ second, 0) ** 2
+    np.testing.assert_array_equal(to_float64(got), exact)
+    _, third, second, _ = np.moveaxis(
+        np.sort(to_float64(definitions.groups(got))), 2, 0
+    )
+    assert ((second == third) & (second > 0)).mean() > 0.05
+    assert (second > third).mean() > 0.3
+
+
+@pytest.mark.usefixtures("interpreted")
+@sparse
+@pytest.mark.parametrize("size", SIZES[:2], ids=str)
+def test_sparse_with_exact_hidden_features(size, sparsity):
+    check_relu2(size, sparsity=sparsity, make=make_exact)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -381,7 +425,7 @@ def test_on_gpu(size, dtype):
 @half
 @with_large
 def test_sparse_on_gpu(size, dtype, sparsity):
-    check_relu2(size, dtype, sparsity)
+    check_relu2(size, dtype, sparsity, make=make_exact)
 
 
 @pytest.mark.gpu
@@ -390,7 +434,7 @@ def test_tiles_on_gpu():
     size = (1000, 520, 1030, 130, 70)
     check_relu2(size)
     check_gated(size)
-    check_relu2(size, sparsity="2:4")
+    check_relu2(size, sparsity="2:4", make=make_exact)
 
 
 @pytest.mark.gpu

@@ -160,7 +160,7 @@ def masked_cases() -> Cases:
     kernels, cases = _masked_mgpu, {}
     configs = [Config(n, k) for n in kernels.TILES for k in (1, 2)]
     kinds = {
-        "logits": ("logits", jnp.float32, configs),
+        "logits": ("straight_through", jnp.float32, configs),
         "mask": ("mask", jnp.bfloat16, configs[:1]),
         "bits": ("bits", jnp.int32, configs),
     }
@@ -181,6 +181,12 @@ def masked_cases() -> Cases:
             columns = kernels.gradient_columns(*which)
             cases[f"masked {label} {columns} {name}"] = partial(
                 _masked, make, kind, dtype, (512, 2048)
+            )
+    for kind in ("seed_reinmax", "reinmax"):
+        for want_w in (False, True):
+            make = kernels.gradients(kind, True, want_w)
+            cases[f"masked dmask{' dw' * want_w} {kind}"] = partial(
+                _masked, make, kind, jnp.float32, (512, 2048)
             )
     return cases
 

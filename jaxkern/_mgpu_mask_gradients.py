@@ -1,11 +1,16 @@
 """The kernel of gradients of products with masked weights.
 
 A block holds a tile of W, 128 rows of it, and walks the samples: G_b = x_b^T dy_b, then
-dm_b = W * G_b, written from where the mask was loaded to, and dW += m_b * G_b in
-registers, with 64 columns 32 sums of G and of dW for a thread. One wgmma is always in
-flight, and W is awaited where it is used first. Without dW it needs no masks, and
-samples no order. Each result has one writer, so there are no atomics.
+dm_b = W * G_b, times the estimator's slope at the logits, written from where these were
+loaded to, and dW += m_b * G_b in registers. With 64 columns a thread has 32 sums of G
+and of dW. One wgmma is always in flight, and W is awaited where it is used first.
+Without dW samples have no order, and straight-through needs no masks. Each result has
+one writer, so there are no atomics.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -27,6 +32,21 @@ from ._mgpu_walk import COMPUTE
 
 # Masks in flight, tokens of a step, and steps in flight at most.
 SLOTS, TOKENS, MAX_STEPS = 2, 64, 8
+LOG2_E = math.log2(math.e)
+
+
+def _rarer(x):
+    """sigmoid(-|x|), the chance of the less likely value; not by a slow division."""
+    e = jnp.exp2(jnp.abs(x) * -LOG2_E)
+    root = lax.rsqrt(1 + e)
+    return e * root * root
+
+
+# Of the mask by the logits, of `_rarer`; where there is none it is 1.
+SLOPES: dict[Kind, Callable[..., Any]] = {
+    "seed_reinmax": lambda p: 1 + p - p * p,
+    "reinmax": lambda p: 0.5 * p,
+}
 
 
 def _token_steps(columns: int, mask_bytes: float) -> int:
@@ -40,12 +60,15 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
     """What is wanted of W * G and, summed over the samples of a group, m * G.
 
     G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out). The
-    first result is like `mask`, which is not read without the second one, like `w`.
+    first result is like `mask`, and is the gradient of the logits it is made of; the
+    second one like `w`.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
     rows, each = COMPUTE * PIECE, samples // w.shape[0]
     walked = each if want_w else 1
     count = pl.cdiv(seq, TOKENS)
+    slope = SLOPES.get(kind) if want_mask else None
+    reads = want_w or slope is not None
 
     def body(x_gmem, dy_gmem, w_gmem, mask_gmem, *refs):
         d_mask_gmem = refs[0] if want_mask else None
@@ -93,8 +116,14 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
                 product = multiply(at * count)
                 here = slot(at, SLOTS)
                 first = lax.optimization_barrier(warpgroup) * PIECE
-                if want_w:
+                factor = None
+                if reads:
                     mask_ring.wait(at)
+                if slope:
+                    logits = mask_smem.at[here, pl.ds(first, PIECE)]
+                    logits = plgpu.load(logits, layout=LAYOUT).astype(jnp.float32)
+                    factor = slope(_rarer(logits))
+                if want_w:
                     numbers = read_mask(kind, mask_smem.at[here], first, 0, columns)
                     total = total + product * numbers
 
@@ -106,12 +135,13 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
                     weights = w_smem.at[0, pl.ds(first, PIECE)]
                     weights = plgpu.load(weights, layout=LAYOUT)
                     product = product * weights.astype(jnp.float32)
-                    if not want_w:
+                    product = product if factor is None else product * factor
+                    if not reads:
                         # What was stored from this slot before has been read.
                         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
                     sample = info.index[0] * walked + n
                     store(product, mask_smem.at[here], d_mask_gmem, sample, info)
-                if want_w:
+                if reads:
                     # What was stored from the slot before this one has been read.
                     plgpu.wait_smem_to_gmem(want_mask, wait_read_only=True)
                     plgpu.commit_smem()
@@ -126,6 +156,7 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
             total = lax.fori_loop(0, walked, step, start)
             if want_w:
                 store(total, w_smem.at[0], dw_gmem, info.index[0], info)
+            if reads:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 mask_ring.release((info.local_index + 1) * walked - 1)
             plgpu.commit_smem()
@@ -151,7 +182,7 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
                     right = cut(dy_gmem, sample, tokens, where[1]), dy_smem
                     token_ring.fill(nth * count + i, right, *parts)
 
-                if want_w:
+                if reads:
                     masks = cut(mask_gmem, sample, *where, kind)
                     mask_ring.fill(nth, (masks, mask_smem))
 
@@ -163,7 +194,7 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
         def drain(tiles):
             token_ring.drain(tiles * walked * count)
             w_ring.drain(tiles)
-            if want_w:
+            if reads:
                 mask_ring.drain(tiles * walked)
 
         return compute, load, drain

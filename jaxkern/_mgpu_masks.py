@@ -22,9 +22,10 @@ from ._mgpu import SMEM_BYTES, plgpu, tiles
 from ._mgpu_tiles import Ring, launch
 from ._mgpu_walk import COMPUTE
 
-# What a mask is made of: logits, on where they are positive; numbers, by which W is
-# multiplied; or bits, 32 rows of W to a word.
-Kind = Literal["logits", "mask", "bits"]
+# What a mask is made of: logits, on where they are positive, by the estimators of which
+# the gradients' kernel knows the slope; numbers, by which W is multiplied; or bits, 32
+# rows of W to a word.
+Kind = Literal["straight_through", "seed_reinmax", "reinmax", "mask", "bits"]
 WORD = 32
 # Tiles in shared memory are made of 8 rows of 128 bytes, and JAX cuts the whole arrays
 # into these.
@@ -73,6 +74,11 @@ class Config:
         return both, min(4, (free - both * tokens) // weights)
 
 
+def by_threshold(kind: Kind) -> bool:
+    """Whether the mask is made of logits."""
+    return kind not in ("mask", "bits")
+
+
 def bytes_of(kind: Kind, dtype: Any) -> float:
     """Of a mask, for each number of W."""
     return 4 / WORD if kind == "bits" else float(jnp.dtype(dtype).itemsize)
@@ -95,10 +101,10 @@ def cut(gmem, sample, rows, columns, kind: Kind = "mask"):
     return gmem.at[sample, pl.ds(rows[0], rows[1]), pl.ds(columns[0], columns[1])]
 
 
-def _hard(kind: Kind, x):
-    """What a mask's numbers are multiplied by, in float32."""
+def numbers_of(kind: Kind, x):
+    """What W is multiplied by, of logits or a mask, in float32."""
     x = x.astype(jnp.float32)
-    if kind != "logits":
+    if not by_threshold(kind):
         return x
     # A NaN stays one, as in `straight_through`.
     return jnp.where(x > 0, 1.0, jnp.where(x <= 0, 0.0, x))
@@ -115,7 +121,9 @@ def read_mask(kind: Kind, smem, row, column, columns: int):
     """The numbers that 64 rows of a tile of W are multiplied by, in float32."""
     index = pl.ds(column, columns)
     if kind != "bits":
-        return _hard(kind, plgpu.load(smem.at[pl.ds(row, PIECE), index], layout=LAYOUT))
+        return numbers_of(
+            kind, plgpu.load(smem.at[pl.ds(row, PIECE), index], layout=LAYOUT)
+        )
     shape = PIECE, columns
     words = [
         plgpu.load(smem.at[lax.div(row, WORD) + n, index], layout=LAYOUT.reduce(0))
@@ -142,7 +150,7 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
 
     weights = load(w_smem)
     if kind != "bits":
-        return weights.astype(jnp.float32) * _hard(kind, load(mask_smem))
+        return weights.astype(jnp.float32) * numbers_of(kind, load(mask_smem))
     shape = PIECE, DEPTH
     words = [
         plgpu.load(mask_smem.at[n, features], layout=LAYOUT.reduce(1))
@@ -255,7 +263,8 @@ def product(kind: Kind, transposed: bool, config: Config, x, w, mask):
         mask_buffer(kind, mask.dtype, w_slots, *tile),
         buffer(dtype, COMPUTE, PIECE, PIECE),
     ]
-    name = f"masked_product{'_transposed' * transposed}_{kind}"
+    made_of = "logits" if by_threshold(kind) else kind
+    name = f"masked_product{'_transposed' * transposed}_{made_of}"
     parts = samples * config.splits
     grid = parts, pl.cdiv(features, FEATURES), pl.cdiv(seq, tokens)
     y = jax.ShapeDtypeStruct((parts, seq, features), dtype)

@@ -30,6 +30,7 @@ from jaxkern import (
     masked_matmul,
     pack_mask,
     reinmax,
+    seed_reinmax,
     straight_through,
 )
 from jaxkern._mgpu_masks import Config
@@ -75,11 +76,15 @@ def check(args, g, fn=hard):
     assert_as_exact(value_and_vjp(fn, args, g), bound, exact(args, g))
 
 
-def check_masks_alone(args, g):
+def check_masks_alone(args, g, estimator=straight_through):
     x, w, logits = args
-    got = value_and_vjp(lambda logits: hard(x, w, logits), (logits,), g)
-    bound = value_and_vjp(lambda logits: plain(x, w, logits), (logits,), g)
-    y, (_, _, d_logits) = exact(args, g)
+
+    def of_logits(fn):
+        return value_and_vjp(lambda logits: fn(x, w, logits), (logits,), g)
+
+    got = of_logits(partial(kernel, estimator=estimator))
+    bound = of_logits(partial(sloped, estimator))
+    y, (_, _, d_logits) = exact(args, g, SLOPES[estimator])
     assert_as_exact(got, bound, (y, (d_logits,)))
 
 
@@ -94,15 +99,16 @@ def check_packed(args, g):
     assert_as_exact(got, bound, (y, gradients[:2]))
 
 
-def check_sloped(args, g):
-    """By an estimator whose mask and whose gradient XLA computes."""
+def sloped(estimator, x, w, logits):
+    return plain_matmul(x, w, estimator(logits).astype(w.dtype))
 
-    def sloped(x, w, logits):
-        return plain_matmul(x, w, reinmax(logits).astype(w.dtype))
 
-    got = value_and_vjp(partial(kernel, estimator=reinmax), args, g)
-    bound = value_and_vjp(sloped, args, g)
-    assert_as_exact(got, bound, exact(args, g, SLOPES[reinmax]))
+def check_sloped(args, g, estimator, options=None):
+    """options: of the estimator; with any, XLA computes its mask and its gradient."""
+    called = partial(estimator, **options) if options else estimator
+    got = value_and_vjp(partial(kernel, estimator=called), args, g)
+    bound = value_and_vjp(partial(sloped, estimator), args, g)
+    assert_as_exact(got, bound, exact(args, g, SLOPES[estimator]))
 
 
 # (batch, seq, d_in, d_out): across tiles, short of one, and multiples of none.
@@ -171,7 +177,29 @@ def test_masks_alone_are_trained():
 
 @pytest.mark.usefixtures("interpreted")
 def test_mask_of_an_estimator():
-    check_sloped(*make((2, 20, 40, 64), logits_dtype=F32))
+    args, g = make((2, 20, 40, 64), logits_dtype=F32)
+    check_sloped(args, g, reinmax, {"temperature": 1.0})
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("estimator", [seed_reinmax, reinmax])
+def test_slopes_in_the_kernel(estimator):
+    """As precise where little is left of them; with more samples than slots."""
+    args, g = make((3, 20, 40, 64), logits_dtype=F32)
+    x, w, logits = args
+    args = x, w, logits.at[1].multiply(20)
+    check_sloped(args, g, estimator)
+    check_masks_alone(args, g, estimator)
+
+
+def test_which_estimators_are_in_the_kernel():
+    def kind(estimator, key=None):
+        return _masked._kind(SMALL[2:], estimator, key)
+
+    assert kind(straight_through) == "straight_through"
+    assert [kind(f) for f in (seed_reinmax, reinmax)] == ["seed_reinmax", "reinmax"]
+    assert kind(straight_through, KEY) == kind(reinmax, KEY) == "mask"
+    assert kind(partial(straight_through, clip=1.0)) == kind(lambda x: x) == "mask"
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -305,10 +333,10 @@ def test_masks_alone_do_not_read_masks_for_their_gradient():
     def names(*argnums):
         gradient = jax.grad(lambda *a: hard(*a).astype(F32).sum(), argnums)
         text = str(jax.make_jaxpr(gradient)(*args))
-        wanted = "masked_gradients_mask_w", "masked_gradients_mask_logits"
+        wanted = "masked_gradients_mask_w", "masked_gradients_mask_straight"
         return [name for name in wanted if name in text]
 
-    assert names(2) == ["masked_gradients_mask_logits"]
+    assert names(2) == ["masked_gradients_mask_straight"]
     assert names(1, 2) == ["masked_gradients_mask_w"]
 
 
@@ -434,7 +462,7 @@ def test_config_refuses_nonsense():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["logits", "packed", "reinmax"])
+@pytest.mark.parametrize("kind", ["logits", "packed", "reinmax", "seed_reinmax"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "size", [(16, 256, 512, 2048), (5, 250, 2048, 500), (1, 256, 512, 2048)], ids=str
@@ -445,4 +473,4 @@ def test_on_gpu(size, dtype, kind):
         return check_packed(args, g)
     if kind == "logits":
         return check(args, g)
-    return check_sloped(args, g)
+    check_sloped(args, g, reinmax if kind == "reinmax" else seed_reinmax)

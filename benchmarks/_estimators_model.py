@@ -1,4 +1,4 @@
-"""What one H200 can do with the masked layer: predictions, nothing measured.
+"""What one H200 can do with the masked layer: predictions.
 
 Floors follow from the data sheet; `predicted_us` adds up what the kernels' own model
 says of their launches, and no elementwise work between them.

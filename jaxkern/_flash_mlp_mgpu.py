@@ -48,7 +48,7 @@ MAX_GATED_DIM = {1: 192, 2: 128}
 def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[Config, ...]:
     """The tiles to choose from, the largest first.
 
-    The largest that spill no register; predicted to be fast, not measured.
+    The largest that spill no register, which were the fastest on an H200.
     """
     match kernel, ups:
         case "forward", 1:

@@ -6,9 +6,9 @@ float32 logits, at batch 1 / 16 on an H200 (989 TFLOP/s, 4.8 TB/s). A product: 0
 us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1). Storing the
 masked weights for a batched product writes and reads 4.2 / 67 MB more.
 
-Between L2 and the blocks go 167 MB at batch 16, since 16 blocks read each x_b and each
-sample W: 18 us at 9.5 TB/s, less than the 23 us that memory takes at 80 % of its rate,
-which is the limit. See `predicted_us`, and `_mgpu_masks` for what the kernels do.
+Memory is the limit at batch 16: at 70 % of its rate 27 us, as long as a product takes.
+With bits it is shared memory: a step of 256 tokens writes and reads 150 KB of it, 1200
+clocks. See `predicted_us`, and `_mgpu_masks` for what the kernels do.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ the matmul before that one. Of an MLP (tokens, rank) -> hidden -> (tokens, rank)
 - gated: the forward keeps both products and the hidden features, as XLA does, and the
   backward makes both gradients in one epilogue.
 
-The other matmuls are XLA's, as long as ours is not measured to be as fast (`PLAIN`).
+The other matmuls are XLA's (`PLAIN`): on an H200 ours take up to a tenth more.
 
 Gated `flash_mlp` at rank 256, of 130M and 350M, is not worth having: its weight tiles
 would leave room for 32 columns, whose wgmmas read 3 KB of shared memory in 16 clocks,

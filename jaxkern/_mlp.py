@@ -238,7 +238,7 @@ def low_rank_swiglu(
     of `flash_mlp`, and hidden features never reach memory. Tokens that are no multiple
     of 8, and ranks and hidden sizes that are none of 64, are padded by copies. What
     `swiglu` says of silu, `jvp`, `grad` of `grad` and, but for `flash_mlp`'s, of `vmap`
-    holds too. None picks a kernel that is predicted to take a tenth less than XLA
+    holds too. None picks a kernel that is predicted to take a twentieth less than XLA
     forward and backward, and no more forward.
 
     Raises:
@@ -333,8 +333,7 @@ def low_rank_relu2(
     Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
     are padded by copies. What `swiglu` says of `jvp`, of `grad` of `grad` and, but for
     `flash_mlp`'s, of `vmap` holds too. None picks a kernel that is predicted to take a
-    tenth less than XLA forward and backward, and no more forward, and "xla" for "2:4"
-    and "2:4-soft".
+    twentieth less than XLA forward and backward, and no more forward.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the

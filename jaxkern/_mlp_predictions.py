@@ -110,8 +110,11 @@ def matmul_us(layer: Layer, backward: bool) -> float:
     layer = _whole(layer)
     t, w = layer.tokens, layer.hidden
     us += xla_matmul_us(t, w, layer.rank_out)
-    kept = 3.0 if layer.products == 2 and backward else 1.0
-    work = Work(t, layer.rank_in, w, layer.products, layer.lefts, moved=kept)
+    if layer.products == 1:
+        work = Work(t, layer.rank_in, w)
+    else:
+        outs = 3 if backward else 1
+        work = matmuls.gate_work(t, layer.rank_in, w, layer.lefts, outs)
     us += launch_us(work, _columns(layer))
     return us + (gradients_us(layer) if backward else 0.0)
 

@@ -17,6 +17,8 @@ from benchmarks._harness import (
     _device_peak,
     _summary,
     check_against,
+    error_on_device,
+    error_on_host,
     measure,
     relative_error,
     run,
@@ -297,6 +299,20 @@ def test_the_bound_is_twice_the_plain_error_and_one_rounding():
     tree = (exact, {"a": exact * 1.5})
     assert relative_error(tree, (exact, {"a": exact})) == pytest.approx(0.5)
     assert np.isnan(relative_error((exact * np.nan, exact), (exact, exact)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("shape", [(), (5,), (7, 33), (2, 3, 4)], ids=str)
+def test_errors_are_the_same_on_the_device(shape, dtype):
+    rng = np.random.default_rng(0)
+    exact = np.asarray(rng.standard_normal(shape))
+    last = (-1,) * len(shape)
+    exact[last] *= 1e-9
+    got = jnp.asarray(exact + 1e-2 * rng.standard_normal(shape), dtype)
+    on_device = error_on_device(got, exact)
+    assert on_device == pytest.approx(error_on_host(got, exact), rel=1e-12)
+    assert on_device > 1e-3
+    assert np.isnan(error_on_device(got.at[last].set(jnp.nan), exact))
 
 
 @pytest.mark.parametrize(

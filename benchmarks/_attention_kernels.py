@@ -7,13 +7,13 @@ model of the kernel from shapes and counts of blocks alone. It assumes:
   long as its matmuls (2 forward; 3 in the launch for the queries' gradient; 4 in the
   one for keys and values, above dim 128 3 + 2 in two launches) or its exp2, one a logit
   and launch, whichever is more: two warpgroups hide one under the other.
-- Both run at 0.7 of the chip's rate. That is to cover the rest of the softmax (maximum,
-  sum, scale, rounding), partial blocks' predicates and the barriers. It is most likely
-  too much at dim 64, where matmuls and exp2 take equally long, and at dim 256, whose
-  steps are short: the model tells neither from dim 128.
+- Both run at 0.7 of the chip's rate, and up to dim 64, where they take equally long, at
+  half of it. That covers the rest of the softmax (maximum, sum, scale, rounding),
+  partial blocks' predicates and the barriers. Launches of an H200 reached 0.67 to 0.73
+  at dims 128 and 256, and 0.46 to 0.54 at dim 64.
 - A launch takes as long as the multiprocessor to which the kernel's schedule gives the
   most blocks; at least as long as the tiles of all steps take from L2, or as each array
-  takes once to or from memory, at 0.8 of its rate; and 2 us. The backward also reads
+  takes once to or from memory, at 0.7 of its rate; and 2 us. The backward also reads
   three arrays for the sum of d_out * out.
 - The schedule takes no time: a row's mask is known where its program is traced, and its
   schedule then is constant. A mask that jit traces takes about 100 us more a launch.
@@ -60,6 +60,8 @@ SMALL_DENSITIES = (10,)
 XLA_ITERATIONS, XLA_MOST_BLOCKS = 3, 2**15
 DENSE_PEERS = ("jax.nn cudnn", "tokamax", "torch sdpa")
 
+# Of the chip's rate, and up to which dim it is the smaller one.
+RATE, NARROW_RATE, NARROW = 0.7, 0.5, 64
 # What dense attention is to reach on an H200, in TFLOP/s: full, and causal.
 AIMS = {
     (64, FORWARD): (510, 410),
@@ -217,7 +219,7 @@ def predict_launch(
     most = busiest(lengths)
     rows, steps = 2 * config.rows, BLOCK // config.columns
     logits = rows * config.columns
-    reached = h200.CLOCKS * h200.MATMUL_RATE
+    reached = h200.CLOCKS * (RATE if dim > NARROW else NARROW_RATE)
     loaded = config.columns * dim * 2 * 2
     times = {
         "tensor": most * steps * logits * products * dim / h200.MACS / reached,

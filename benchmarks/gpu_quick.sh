@@ -1,10 +1,10 @@
 #!/bin/sh
-# Of benchmarks/gpu.sh what fits into six minutes: a machine may be lent for a quarter of
-# an hour. Tests first, then the rows by which kernels are judged, each part with a limit.
+# Of benchmarks/gpu.sh what fits into seven minutes: a machine may be lent for a quarter
+# of an hour. Tests first, then the rows by which kernels are judged, each with a limit.
 #   sh benchmarks/gpu_quick.sh [FOLDER [PART ...]]
 #     FOLDER   default: benchmarks/results/nvidia_h200
 #     PART     of: tests estimators attention mlp flash_mlp; default: all
-# Rows are saved as they come; a part that is cut off keeps those it has.
+# Rows are saved as they come, in *_quick.json; a part that is cut off keeps its own.
 folder=${1:-benchmarks/results/nvidia_h200}
 [ $# -gt 0 ] && shift
 python=${PYTHON:-python3}
@@ -24,20 +24,20 @@ part() {
       -k "$tests"
     ;;
   estimators)
-    timeout 75 $python -m benchmarks.estimators --json "$folder/estimators.json" \
+    timeout 75 $python -m benchmarks.estimators --json "$folder/estimators_quick.json" \
       --only "layer (straight_through|seed_reinmax) 16 |model straight_through 16 "
     ;;
   attention)
     timeout 75 $python -m benchmarks.attention --kernels --backward \
-      --json "$folder/attention_kernels_backward.json" \
+      --json "$folder/attention_kernels_quick.json" \
       --only "\(4, 4096.* (causal|dense) (mosaic|jax)|(10%|window|documents) mosaic"
     ;;
   mlp)
-    timeout 60 $python -m benchmarks.mlp --json "$folder/mlp.json" --models 7B \
+    timeout 60 $python -m benchmarks.mlp --json "$folder/mlp_quick.json" --models 7B \
       --batches 32 --only "(mosaic_gpu|plain jnp) (low|packed)"
     ;;
   flash_mlp)
-    timeout 50 $python -m benchmarks.flash_mlp --json "$folder/flash_mlp.json" \
+    timeout 50 $python -m benchmarks.flash_mlp --json "$folder/flash_mlp_quick.json" \
       --no-peers --only " (mosaic_gpu|xla)$"
     ;;
   *)

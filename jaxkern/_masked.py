@@ -141,7 +141,7 @@ def select(
         NotImplementedError: the kernel was asked for and cannot; it says why.
     """
     kernel = _masked_mgpu
-    mask_bytes = bytes_of(kind, getattr(logits[0], "dtype", None))
+    mask_bytes = max(bytes_of(kind, getattr(one, "dtype", None)) for one in logits)
     reason = kernel.unsupported(x.dtype, mask_bytes, on_hopper=on_hopper())
     if method != "fused":
         reason = f"method must be 'fused' for mosaic_gpu, got {method!r}"

@@ -245,10 +245,10 @@ def _add_bias_fwd(y, bias):
 
 def _add_bias_bwd(bias, dy):
     # In two steps, of which XLA makes programs of their own: 5 us where one takes 20.
-    rows = dy.astype(jnp.float32).reshape(-1, dy.shape[-1])
-    group = math.gcd(len(rows), 16)
-    parts = rows.reshape(-1, group, rows.shape[1]).sum(1)
-    return dy, lax.optimization_barrier(parts).sum(0).astype(bias.dtype)
+    batch, seq, features = dy.shape
+    group = math.gcd(seq, 16)
+    parts = dy.astype(jnp.float32).reshape(batch, -1, group, features).sum(2)
+    return dy, lax.optimization_barrier(parts).sum((0, 1)).astype(bias.dtype)
 
 
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)

@@ -96,7 +96,8 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
     Tiles take turns on the multiprocessors. One takes as long as its matmuls, at the
     rate that they reach there, and then its epilogue, with what it moves beside one
     result; all together no less than the factors take to come from L2, and every array
-    to and from memory. Within a tenth of what launches took there.
+    to and from memory. Within a tenth of what single launches took there; programs that
+    keep the chip busy for long took up to a fifth more.
     """
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)

@@ -14,6 +14,9 @@ from ._checks import Implementation
 def runs_locally() -> bool:
     """Whether an op sees one device's arrays whole: XLA cannot split a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes:
+        # Of which a kernel's references would have to say where they lie.
+        return False
     return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 

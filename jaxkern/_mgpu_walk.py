@@ -267,7 +267,7 @@ def launch_blocks(
     name: str,
 ) -> Sequence[jax.Array]:
     """The kernel in so many blocks of warpgroups that compute and one that loads."""
-    results = plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=tuple(outs),
         scratch_types=scratch,
@@ -277,7 +277,10 @@ def launch_blocks(
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands)
+    )
+    # Its indices have 32 bits, whatever those of the program have.
+    with jax.enable_x64(False):
+        results = run(*operands)
     return vary_alike(*results, like=operands)
 
 

@@ -50,7 +50,9 @@ def choose(
     runs = settle(op, implementation, reason)
     if runs is None:
         layer = _layer(tokens, ranks, hidden)
-        runs = "mosaic_gpu" if _mlp_predictions.beats_xla(layer, kernel) else "xla"
+        which = sparsity == "2:4-soft", gradient == "straight_through"
+        faster = _mlp_predictions.beats_xla(layer, kernel, *which)
+        runs = "mosaic_gpu" if faster else "xla"
     return kernel if runs == "mosaic_gpu" else None
 
 

@@ -86,7 +86,7 @@ def test_predicted_time_by_hand():
     assert kernels.predicted_ms(DENSE, FORWARD) == pytest.approx(forward / 1e3)
     # 3 and 4 matmuls; then out, its rounding and d_out from memory.
     launches = (3 + 4) / 2 * clocks / 1830 / 0.7 + 2 * 2
-    delta = 3 * 2 * 4 * 4096 * 16 * 128 / (0.8 * 4.8e6) + 2
+    delta = 3 * 2 * 4 * 4096 * 16 * 128 / (0.7 * 4.8e6) + 2
     backward = (launches + delta) / 1e3
     assert kernels.predicted_ms(DENSE, BACKWARD) == pytest.approx(backward)
     said = kernels.prediction(DENSE, FORWARD)

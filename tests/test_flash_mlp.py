@@ -175,7 +175,10 @@ def test_what_runs_locally(monkeypatch):
     jax.jit(split)(jnp.ones(2))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     look(jnp.ones(2))
-    assert seen == [False, True, True]
+    explicit = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        look(jnp.ones(2))
+    assert seen == [False, True, True, False]
 
 
 def test_empty():

@@ -124,7 +124,7 @@ def test_a_kernel_that_fails_is_a_failed_row():
         "dx 64 64x64 split",
         "gated dgate dw1 64 64x64",
         "dw2 256",
-        "forward 128 bits",
+        "forward 128 split bits",
         "dmask dw 64 logits",
         "forward kept 128",
         "soft kept 128",

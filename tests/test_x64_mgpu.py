@@ -77,7 +77,7 @@ CALLS = {
         pack_2_4(x), UP, implementation="mosaic_gpu"
     ),
 }
-INPUTS = dict.fromkeys(("attention", "blocks"), QUERY)
+INPUTS: dict[str, Any] = dict.fromkeys(("attention", "blocks"), QUERY)
 INPUTS |= dict.fromkeys(("masked", "packed mask"), SAMPLES)
 INPUTS |= dict.fromkeys(("relu2", "2:4", "2:4-soft"), WIDE)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,11 +67,17 @@ def _revision() -> str | None:
     return done.stdout.strip() or None
 
 
+def command(benchmark: str, arguments: Sequence[str]) -> str:
+    """To be run again in a shell; of files elsewhere only their names are kept."""
+    names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *names])
+
+
 def metadata(benchmark: str, **settings: Any) -> dict[str, Any]:
     """What one must know to believe the rows, and to run them again."""
     return {
         "benchmark": benchmark,
-        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": command(benchmark, sys.argv[1:]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(),
         "platform": jax.default_backend(),

@@ -215,7 +215,7 @@ def _gradients(scale, mask, query, key, value, d_out, lse2, delta, dilation=None
     """
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
     lse2 = jnp.where(jnp.isneginf(lse2), jnp.inf, lse2)
-    # Whole tiles, since what is contiguous is copied to its end, whatever follows it.
+    # Whole tiles, whose rows past the end have no weights whatever a copy brings there.
     end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
     lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)
     numbers = jnp.stack([lse2, jnp.pad(delta, end)], 2)

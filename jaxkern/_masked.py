@@ -19,7 +19,7 @@ from ._checks import (
     raise_unknown,
 )
 from ._estimators import reinmax, seed_reinmax, straight_through
-from ._matmul import matmul, widen
+from ._matmul import add, matmul, widen
 from ._mesh import settle
 from ._mgpu import on_hopper
 from ._mgpu_masks import Kind, bytes_of
@@ -377,17 +377,13 @@ def masked_bilinear(
     wide = [widen(jnp.asarray(w)) for w in weights]
     wide_biases = None if biases is None else [widen(jnp.asarray(b)) for b in biases]
 
-    add = _masked_mgpu.add_bias if runs == "mosaic_gpu" else _add
+    add_bias = _masked_mgpu.add_bias if runs == "mosaic_gpu" else add
 
     def layer(h: jax.Array, masks: Arrays, product: Product) -> jax.Array:
         def affine(x: jax.Array, i: int) -> jax.Array:
             y = product(x, wide[i], masks[i])
-            return y if wide_biases is None else add(y, wide_biases[i])
+            return y if wide_biases is None else add_bias(y, wide_biases[i])
 
         return affine(affine(h, 0) * affine(h, 1), 2)
 
     return _run(layer, h, logits, estimator, method, key, runs)
-
-
-def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
-    return (widen(y) + bias).astype(y.dtype)

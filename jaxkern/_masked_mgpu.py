@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 
 from . import _mgpu_mask_gradients, _mgpu_masks
 from . import _mgpu_rates as h200
+from ._matmul import add
 from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
@@ -47,8 +48,6 @@ TILES, SPLITS = (256, 128, 64), (1, 2, 4, 8)
 # What an H200 took: clocks of a step, with logits and with bits, for each token more,
 # and for each of a tile. Steps wait for shared memory, not for the tensor cores.
 STEP_CLOCKS, BITS_CLOCKS, TOKEN_CLOCKS, TILE_CLOCKS = 1250.0, 950.0, 2.5, 8.0
-# Of the memory's rate.
-MEMORY_RATE = 0.7
 
 
 def choose(
@@ -66,10 +65,11 @@ def choose(
     return min(valid, key=lambda config: predicted_us(*sizes, config))
 
 
-def gradient_columns(want_mask: bool, want_w: bool) -> int:
-    """Of the tiles of gradients: measured on an H200.
+def gradient_columns(want_mask: bool) -> int:
+    """Of the tiles of gradients.
 
-    Both together spill registers at 128, and masks alone take 35 us for 43.
+    With 128 those of masks and W together spill registers, and those of masks alone
+    took 43 us on an H200 where with 64 they take 35.
     """
     return 64 if want_mask else 128
 
@@ -95,7 +95,7 @@ def predicted_us(
     clocks *= pl.cdiv(tiles, multiprocessors())
     weights = contracted * features * (2 + samples * mask_bytes)
     moved = 2 * samples * seq * (contracted + features) + weights
-    from_memory = moved / h200.MEMORY_BYTES / MEMORY_RATE
+    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
     us = h200.LAUNCH_US + max(clocks / h200.CLOCKS, from_memory)
     if splits == 1:
         return us
@@ -109,7 +109,7 @@ def predicted_gradients_us(
 ) -> float:
     """As `predicted_us`, of the launch that makes d_mask and maybe dW."""
     walks, rows = 1 if want_w else samples, COMPUTE * PIECE
-    columns = gradient_columns(True, want_w)
+    columns = gradient_columns(True)
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
     turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
@@ -230,13 +230,13 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd, symbolic_zeros=True)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y (batch, seq, features) + bias (features), added in float32, in y's dtype."""
+    """`add`, of y (batch, seq, features), with a gradient that a GPU makes faster."""
     return _add_bias(*vary_alike(y, bias))
 
 
 @jax.custom_vjp
 def _add_bias(y, bias):
-    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+    return add(y, bias)
 
 
 def _add_bias_fwd(y, bias):
@@ -278,7 +278,7 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int | None = N
 
     def run(x, dy, w, mask):
         wanted = want_mask, want_w
-        chosen = columns or gradient_columns(*wanted)
+        chosen = columns or gradient_columns(want_mask)
         return _mgpu_mask_gradients.gradients(kind, *wanted, chosen, x, dy, w, mask)
 
     return over_heads(run)

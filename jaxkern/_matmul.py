@@ -31,6 +31,13 @@ def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(x.dtype if x.dtype.itemsize > 4 else jnp.float32)
 
 
+def add(
+    y: Float[Array, "*rows n"], bias: Float[Array, " n"]
+) -> Float[Array, "*rows n"]:
+    """y + bias, added in float32 or wider and rounded to the dtype of `y`."""
+    return (widen(y) + bias).astype(y.dtype)
+
+
 def relu2(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """max(z, 0)^2, computed in float32 and rounded to the dtype of `z`."""
     return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)

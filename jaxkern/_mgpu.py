@@ -33,6 +33,11 @@ def tiles(dtype: jnp.dtype, swizzle: int):
     return tiling, plgpu.SwizzleTransform(swizzle)
 
 
+def buffer(dtype, *shape: int, swizzle: int = 128):
+    """Of shared memory, in tiles that TMA writes and wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
+
+
 def slot(i: jax.Array, slots: int) -> jax.Array:
     """Where step `i` lies in a ring of SMEM buffers."""
     return lax.rem(i, jnp.array(slots, i.dtype))

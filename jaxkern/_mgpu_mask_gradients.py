@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._mgpu import SMEM_BYTES, plgpu, slot, zeros
+from ._mgpu import SMEM_BYTES, buffer, plgpu, slot, zeros
 from ._mgpu_masks import (
     LAYOUT,
     PIECE,
     Kind,
-    buffer,
     bytes_of,
     cut,
     mask_buffer,

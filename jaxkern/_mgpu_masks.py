@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._mgpu import SMEM_BYTES, plgpu, tiles
+from ._mgpu import SMEM_BYTES, buffer, plgpu
 from ._mgpu_tiles import Ring, launch
 from ._mgpu_walk import COMPUTE
 
@@ -29,7 +29,7 @@ Kind = Literal["straight_through", "seed_reinmax", "reinmax", "mask", "bits"]
 WORD = 32
 # Tiles in shared memory are made of 8 rows of 128 bytes, and JAX cuts the whole arrays
 # into these.
-ROW_STEP, FEATURE_STEP, SWIZZLE = 8, 64, 128
+ROW_STEP, FEATURE_STEP = 8, 64
 # What a wgmma has of rows: the features that a warpgroup masks and multiplies.
 PIECE = 64
 # Of a tile of a product: features of both warpgroups, and what is contracted in a step.
@@ -82,10 +82,6 @@ def by_threshold(kind: Kind) -> bool:
 def bytes_of(kind: Kind, dtype: Any) -> float:
     """Of a mask, for each number of W."""
     return 4 / WORD if kind == "bits" else float(jnp.dtype(dtype).itemsize)
-
-
-def buffer(dtype, *shape: int):
-    return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), SWIZZLE))
 
 
 def mask_buffer(kind: Kind, dtype, slots: int, rows: int, columns: int):

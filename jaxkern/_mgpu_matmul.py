@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._mgpu import SMEM_BYTES, plgpu, slot, tiles
+from ._mgpu import SMEM_BYTES, buffer, plgpu, slot
 from ._mgpu_tiles import Ring, launch
 from ._mgpu_walk import COMPUTE
 
 # Rows of a warpgroup, the least that wgmma has; also what an epilogue takes at once.
 ROWS, PIECE = 64, 64
 # Of the contracted axis, in a step: rows of 128 bytes, the widest swizzle.
-DEPTH, SWIZZLE = 64, 128
+DEPTH = 64
 # Tiles of rows in a band.
 BAND = 16
 # Pieces of results that leave shared memory while the next ones are put there. All
@@ -101,10 +101,6 @@ class Operand:
     def view(self, smem):
         """Such a tile as a factor."""
         return smem.transpose((1, 0)) if self.transposed else smem
-
-
-def buffer(dtype, *shape: int, swizzle: int = SWIZZLE):
-    return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
 
 
 def row_of(row, warpgroup):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ._mgpu import plgpu, slot, zeros
+from ._mgpu import buffer, plgpu, slot, zeros
 from ._mgpu_matmul import (
     OUT_SLOTS,
     PIECE,
@@ -21,7 +21,6 @@ from ._mgpu_matmul import (
     ROWS,
     Config,
     Operand,
-    buffer,
     row_of,
 )
 from ._mgpu_sparse import COLUMNS, STORED, THREADS, select, sparse_dot

@@ -23,7 +23,7 @@ from benchmarks._harness import (
     relative_error,
     run,
 )
-from benchmarks._report import execute, number, published, ratio
+from benchmarks._report import command, execute, number, published, ratio
 
 X = jnp.arange(12.0).reshape(3, 4)
 
@@ -299,6 +299,21 @@ def test_the_bound_is_twice_the_plain_error_and_one_rounding():
     tree = (exact, {"a": exact * 1.5})
     assert relative_error(tree, (exact, {"a": exact})) == pytest.approx(0.5)
     assert np.isnan(relative_error((exact * np.nan, exact), (exact, exact)))
+
+
+def test_commands_can_be_run_again_and_do_not_tell_where():
+    arguments = [
+        "--only",
+        "a (b|c)$",
+        "--json",
+        "/secret/rows.json",
+        "--plot",
+        "p/q.png",
+    ]
+    expected = (
+        "python -m benchmarks.mlp --only 'a (b|c)$' --json rows.json --plot p/q.png"
+    )
+    assert command("mlp", arguments) == expected
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)

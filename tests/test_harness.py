@@ -321,7 +321,8 @@ def test_commands_can_be_run_again_and_do_not_tell_where():
 def test_errors_are_the_same_on_the_device(shape, dtype):
     rng = np.random.default_rng(0)
     exact = np.asarray(rng.standard_normal(shape))
-    last = (-1,) * len(shape)
+    # Of a row of almost nothing the error is not the noise over it.
+    last = -1 if shape else ()
     exact[last] *= 1e-9
     got = jnp.asarray(exact + 1e-2 * rng.standard_normal(shape), dtype)
     on_device = error_on_device(got, exact)

@@ -116,3 +116,11 @@ def test_small_results_take_small_tiles():
     choose = _matmul_mgpu.choose_columns
     assert choose(Work(16384, 1024, 16512)) == 256
     assert choose(Work(512, 1024, 1024)) < 256
+
+
+def test_what_is_kept_and_what_xla_selects_are_in_the_choice():
+    """Of 7B's widths: more is kept for straight-through, and S-STE costs XLA more."""
+    layer = Layer(1024, 768, 16512, 768)
+    pick = partial(_mlp_predictions.beats_xla, layer, "sparse")
+    assert [pick(), pick(keep=True), pick(soft=True)] == [True, False, True]
+    assert not _mlp_predictions.beats_xla(Layer(512, 768, 16512, 768), "sparse")

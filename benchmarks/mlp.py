@@ -168,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _refuse(parser, args)
     args.on_device = jax.default_backend() != "cpu"
     args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
-    if not args.predict and not make_cases(args):
+    if not _predicts(args) and not make_cases(args):
         parser.error(f"--only must be found in a row of --list, got {args.only!r}")
     return args
 
@@ -176,11 +176,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.stages and (args.backward or args.plot):
         parser.error("--stages is of the forward, and --break-even draws it")
-    if args.predict and (args.stages or args.backward or args.plot or args.list):
+    chosen = args.models or args.batches or args.only or args.list
+    other = args.stages or args.backward or args.plot
+    if _predicts(args) and (chosen or other):
         parser.error(
-            "--predict is of all rows, stages and passes: it goes with --json and "
-            "--break-even only"
+            "--predict is of all rows, stages and passes, as is --break-even without "
+            "--stages: these go with --json and each other only"
         )
+
+
+def _predicts(args: argparse.Namespace) -> bool:
+    """Whether nothing is measured."""
+    return args.predict or (args.break_even is not None and not args.stages)
 
 
 def describe(labels) -> str:
@@ -192,7 +199,7 @@ def describe(labels) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.predict or (args.break_even and not args.stages):
+    if _predicts(args):
         return predictions.main(args)
     return list_or_run(args, make_cases(args), describe, _run)
 

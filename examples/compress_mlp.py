@@ -6,6 +6,7 @@ The text is Python's own standard library; the model predicts a character from t
 before it: embeddings, one residual SwiGLU, a linear head. Half a minute on two cores.
 """
 
+import argparse
 import sysconfig
 import time
 from pathlib import Path
@@ -119,4 +120,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # There are no options; but --help says what this is, and others are errors.
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     main()

@@ -11,8 +11,10 @@ far the outputs then are from the model's, is printed for four estimators.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +121,7 @@ def learn(
     return points
 
 
-def plot(frontier: dict[str, list[tuple[float, float]]], path: str) -> None:
+def plot(frontier: dict[str, list[tuple[float, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,12 +140,29 @@ def plot(frontier: dict[str, list[tuple[float, float]]], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(argv: list[str] | None = None) -> dict[str, list[tuple[float, float]]]:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--plot", metavar="FILE", help="draw the frontier")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the model")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS)
     args = parser.parse_args(argv)
+    for name, least in (("steps", 2), ("mask_steps", 1)):
+        if (given := getattr(args, name)) < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least {least}, got {given}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(
+            f"--plot must be in a folder that is there, got {str(args.plot)!r}"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[tuple[float, float]]]:
+    args = parse(argv)
     base = train(args.steps)
     ids = sequences(jax.random.key(3), SAMPLES)
     print(f"{'':<18}{'price':>6}{'off':>12}{'KL':>10}", flush=True)

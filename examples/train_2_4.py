@@ -172,6 +172,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(
+            f"--plot must be in a folder that is there, got {str(args.plot)!r}"
+        )
     return args
 
 

@@ -298,7 +298,14 @@ def test_measured_gains_are_drawn(tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--stages", "--backward"], ["--predict", "--stages"], ["--predict", "--list"]],
+    [
+        ["--stages", "--backward"],
+        ["--predict", "--stages"],
+        ["--predict", "--list"],
+        ["--predict", "--only", "7B"],
+        ["--predict", "--models", "7B"],
+        ["--break-even", "gain.png", "--batches", "1"],
+    ],
 )
 def test_options_that_do_not_go_together(argv, capsys):
     with pytest.raises(SystemExit):

@@ -107,3 +107,20 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
     for (cheap, _), (dear, _) in frontier.values():
         assert 0 <= cheap < dear <= 1
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "example, arguments, message",
+    [
+        (learn_masks, ["--steps", "1"], "--steps must be at least 2, got 1"),
+        (learn_masks, ["--mask-steps", "0"], "--mask-steps must be at least 1, got 0"),
+        (learn_masks, ["--plot", "p.txt"], "--plot must end in .png, .svg or .pdf"),
+        (learn_masks, ["--plot", "no/p.png"], "--plot must be in a folder that is"),
+        (train_2_4, ["--plot", "no/p.png"], "--plot must be in a folder that is"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(example, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        example.main(arguments)
+    out, err = capsys.readouterr()
+    assert message in err and not out

@@ -11,7 +11,7 @@ from ._estimators_definitions import Sizes
 # Of an H200: dense bfloat16 matmuls and memory, a second.
 TENSOR_FLOPS, MEMORY_BYTES = 989e12, 4.8e12
 # Weights and activations have 16 bits, logits 32.
-ITEM, LOGIT = 2, 4.0
+ITEM, LOGIT, BIT = 2, 4.0, 1 / 8
 # "masks" is forward and backward where only masks learn, and the input is no result.
 PASSES = ("forward", "all gradients", "masks")
 
@@ -56,9 +56,11 @@ def predicted_us(sizes: Sizes, batch: int, which: str) -> float:
         total += kernels.predicted_us(batch, seq, d_in, d_out, LOGIT)
         if which == "forward":
             continue
+        # The backward reads bits for logits; those of masks alone need none.
         train_all = which == "all gradients"
         if train_all or i == 2:
-            total += kernels.predicted_us(batch, seq, d_out, d_in, LOGIT)
+            total += kernels.predicted_us(batch, seq, d_out, d_in, BIT)
         shape = batch, seq, d_in, d_out
-        total += kernels.predicted_gradients_us(*shape, LOGIT, train_all)
+        moved = LOGIT + BIT * train_all
+        total += kernels.predicted_gradients_us(*shape, moved, train_all)
     return total

@@ -173,18 +173,22 @@ def masked_cases() -> Cases:
                 cases[f"masked {label} {size} {name}"] = partial(
                     _masked, make, kind, dtype, (features,)
                 )
-        wanted = {"dw": (False, True)}
-        if kind != "bits":
-            wanted |= {"dmask": (True, False), "dmask dw": (True, True)}
+                if kind == "straight_through" and not transposed:
+                    make = kernels.product(kind, False, config, pack=True)
+                    cases[f"masked forward and bits {size}"] = partial(
+                        _masked, make, kind, dtype, (features,)
+                    )
+        wanted = {"dw": (False, True), "dmask": (True, False), "dmask dw": (True, True)}
+        made = jnp.float32 if kind == "bits" else dtype
         for label, which in wanted.items():
-            make = kernels.gradients(kind, *which)
+            make = kernels.gradients(kind, *which, made)
             columns = kernels.gradient_columns(which[0])
             cases[f"masked {label} {columns} {name}"] = partial(
                 _masked, make, kind, dtype, (512, 2048)
             )
     for kind in ("seed_reinmax", "reinmax"):
         for want_w in (False, True):
-            make = kernels.gradients(kind, True, want_w)
+            make = kernels.gradients(kind, True, want_w, jnp.float32)
             cases[f"masked dmask{' dw' * want_w} {kind}"] = partial(
                 _masked, make, kind, jnp.float32, (512, 2048)
             )

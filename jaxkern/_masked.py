@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _masked_mgpu
@@ -32,6 +33,10 @@ Estimator = Callable[..., jax.Array]
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Layer = Callable[[jax.Array, Arrays, Product], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
+
+
+# What "fused" keeps for the backward, but for the arguments.
+KEPT = "jaxkern.masked"
 
 
 # In the precision of w, which callers widen: the gradient of w is a sum over samples,
@@ -101,9 +106,10 @@ def _run(
         case "vmap":
             return jax.vmap(sample)(*each)
         case "fused":
-            # The backward starts again from the arguments: what one sample needs for it
-            # is as large as a weight, and cheaper to make than to keep for all.
-            one = jax.checkpoint(sample, prevent_cse=False)
+            # The backward makes masked weights again: what one sample needs of them is
+            # as large as a weight, and cheaper to make than to keep for all.
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+            one = jax.checkpoint(sample, prevent_cse=False, policy=policy)
             return lax.map(lambda part: one(*part), each)
 
 
@@ -236,16 +242,17 @@ def masked_matmul(
 
     Implementations:
 
-    - "xla": "fused" takes one sample after the other in a compiled loop. Its temporary
-      memory does not grow with the batch: masks and masked weights exist for one sample
-      at a time, in the backward too, which makes them again from the logits. The
+    - "xla": "fused" takes one sample after the other in a compiled loop. Masks and
+      masked weights exist for one sample at a time, in the backward too, which makes
+      them again from the logits, so they take no more memory for a larger batch. The
       samples of a batch that is sharded on an automatic mesh are gathered by it; inside
       `jax.shard_map` each device walks along its own.
     - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
       multiplied by their mask in registers, on the way to the tensor cores, for all
       samples at once. The kernel reads packed masks as bits, and logits themselves if
       the estimator is `straight_through`, `reinmax` or `seed_reinmax`, without options
-      or key. Of any other one the mask is computed by XLA, for all samples, and kept
+      or key; of these it keeps the mask's bits for the backward, in which a NaN is off.
+      Of any other one the mask is computed by XLA, for all samples, and kept
       for the backward, as is its gradient to which the estimator's is applied. Sizes
       that are no multiples of 8 tokens and 64 features are padded by copies. Gradients
       are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Gradients that
@@ -348,10 +355,9 @@ def masked_bilinear(
       (W_3 \odot m_{3b}) + b_3$$
 
     Masks, `method`, `key` and `implementation` are as in `masked_matmul`; the biases
-    are not masked. By "xla", "fused" keeps only the arguments for the backward, which
-    therefore computes the two products with `h` again: 11 products, where the other
-    methods have 9. The kernels, three products and their gradients one by one, keep
-    the two products, (batch, seq, hidden).
+    are not masked. For the backward "fused" keeps the two products with `h`, both
+    (batch, seq, hidden): memory of activations, not of weights. Under `jax.checkpoint`
+    these are computed again, for 11 products instead of 9.
 
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and
@@ -384,6 +390,7 @@ def masked_bilinear(
             y = product(x, wide[i], masks[i])
             return y if wide_biases is None else add_bias(y, wide_biases[i])
 
-        return affine(affine(h, 0) * affine(h, 1), 2)
+        left, right = (checkpoint_name(affine(h, i), KEPT) for i in range(2))
+        return affine(left * right, 2)
 
     return _run(layer, h, logits, estimator, method, key, runs)

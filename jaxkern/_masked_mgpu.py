@@ -38,6 +38,7 @@ from ._mgpu_masks import (
     WORD,
     Config,
     Kind,
+    by_threshold,
     bytes_of,
 )
 from ._mgpu_walk import COMPUTE
@@ -107,14 +108,17 @@ def predicted_us(
 def predicted_gradients_us(
     samples: int, seq: int, d_in: int, d_out: int, mask_bytes: float, want_w: bool
 ) -> float:
-    """As `predicted_us`, of the launch that makes d_mask and maybe dW."""
+    """As `predicted_us`, of the launch that makes d_mask and maybe dW.
+
+    mask_bytes: of the mask and of its gradient, for each number of W.
+    """
     walks, rows = 1 if want_w else samples, COMPUTE * PIECE
     columns = gradient_columns(True)
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
     turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
     computed = turns * tile * tokens / h200.MACS / h200.CLOCKS / h200.MATMUL_RATE
-    masks = samples * d_in * d_out * mask_bytes * (1 + want_w)
+    masks = samples * d_in * d_out * mask_bytes
     loaded = blocks * samples / walks * 2 * tokens * (rows + columns)
     from_l2 = (loaded + masks) / h200.L2_BYTES
     moved = 2 * samples * seq * (d_in + d_out) + masks + 2 * (1 + want_w) * d_in * d_out
@@ -202,26 +206,36 @@ class _Wanted:
     x: bool
     w: bool
     mask: bool
+    mask_dtype: Any
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _multiply(x, w, mask, kind):
-    return product(kind)(x, w, mask)
+    return product(kind)(x, w, mask)[0]
 
 
 def _multiply_fwd(x, w, mask, kind):
-    wanted = _Wanted(*(a.perturbed for a in (x, w, mask)))
-    args = x.value, w.value, mask.value
-    return product(kind)(*args), (args, wanted)
+    wanted = _Wanted(*(a.perturbed for a in (x, w, mask)), mask.value.dtype)
+    x, w, mask = x.value, w.value, mask.value
+    pack = by_threshold(kind) and (wanted.x or wanted.w)
+    y, *bits = product(kind, pack=pack)(x, w, mask)
+    # The slope is one of logits. Straight-through has none, and needs them no more.
+    logits = None if pack and kind == "straight_through" else mask
+    return y, ((x, w, logits, bits), wanted)
 
 
 def _multiply_bwd(kind, saved, dy):
-    (x, w, mask), wanted = saved
-    dx = product(kind, transposed=True)(dy, w, mask) if wanted.x else None
+    (x, w, mask, bits), wanted = saved
+    packed = ("bits", *bits) if bits else (kind, mask)
+    dx = None
+    if wanted.x:
+        dx = product(packed[0], transposed=True)(dy, w, packed[1])[0]
     want_mask = wanted.mask and kind != "bits"
     found = iter(())
     if want_mask or wanted.w:
-        found = iter(gradients(kind, want_mask, wanted.w)(x, dy, w, mask))
+        made_of, mask = packed if mask is None or not want_mask else (kind, mask)
+        run = gradients(made_of, want_mask, wanted.w, wanted.mask_dtype)
+        found = iter(run(x, dy, w, mask))
     d_mask = next(found) if want_mask else None
     return dx, next(found) if wanted.w else None, d_mask
 
@@ -254,8 +268,16 @@ def _add_bias_bwd(bias, dy):
 _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 
 
-def product(kind: Kind, transposed: bool = False, config: Config | None = None):
-    """The kernel of (x, w, mask), or of (dy, w, mask) if transposed."""
+def product(
+    kind: Kind,
+    transposed: bool = False,
+    config: Config | None = None,
+    pack: bool = False,
+):
+    """The kernel of (x, w, mask), or of (dy, w, mask) if transposed.
+
+    pack: its results are the product and the mask's bits, else the product alone.
+    """
 
     def run(x, w, mask):
         samples, seq, contracted = x.shape
@@ -265,20 +287,26 @@ def product(kind: Kind, transposed: bool = False, config: Config | None = None):
         )
         sizes = samples, seq, contracted, features, mask_bytes
         chosen = config or choose(*sizes)
-        y = _mgpu_masks.product(kind, transposed, chosen, x, w, mask)
-        if chosen.splits == 1:
-            return y
-        return y.reshape(samples, chosen.splits, seq, features).sum(1).astype(x.dtype)
+        y, *bits = _mgpu_masks.product(kind, transposed, chosen, pack, x, w, mask)
+        if chosen.splits > 1:
+            y = y.reshape(samples, chosen.splits, seq, features)
+            y = y.sum(1).astype(x.dtype)
+        return y, *bits
 
     return over_heads(run)
 
 
-def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int | None = None):
+def gradients(
+    kind: Kind,
+    want_mask: bool,
+    want_w: bool,
+    dtype: Any,
+    columns: int | None = None,
+):
     """The kernel of (x, dy, w, mask): gradients of the mask and of w, if wanted."""
 
     def run(x, dy, w, mask):
-        wanted = want_mask, want_w
-        chosen = columns or gradient_columns(want_mask)
-        return _mgpu_mask_gradients.gradients(kind, *wanted, chosen, x, dy, w, mask)
+        options = want_mask, want_w, dtype, columns or gradient_columns(want_mask)
+        return _mgpu_mask_gradients.gradients(kind, *options, x, dy, w, mask)
 
     return over_heads(run)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -48,19 +49,31 @@ SLOPES: dict[Kind, Callable[..., Any]] = {
 }
 
 
-def _token_steps(columns: int, mask_bytes: float) -> int:
-    """In flight, for gradients: as many as fit, but no more than `MAX_STEPS`."""
+def _slots(columns: int, mask_bytes: float, made_bytes: float) -> tuple[int, int]:
+    """Of what is stored, and steps of tokens: no more than `MAX_STEPS`, as many as fit.
+
+    mask_bytes: of what is loaded, for each number of W.
+    made_bytes: of what is stored from slots of its own.
+    """
     rows = COMPUTE * PIECE
-    free = SMEM_BYTES - 1024 - rows * columns * (2 + SLOTS * mask_bytes)
-    return min(MAX_STEPS, int(free // (2 * TOKENS * (rows + columns))))
+    for made in (SLOTS, 1):
+        held = 2 + SLOTS * mask_bytes + made * made_bytes
+        free = SMEM_BYTES - 1024 - rows * columns * held
+        steps = min(MAX_STEPS, int(free // (2 * TOKENS * (rows + columns))))
+        # With fewer, wgmma waits for loads.
+        if steps > 2:
+            break
+    return made, steps
 
 
-def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w, mask):
+def gradients(
+    kind: Kind, want_mask: bool, want_w: bool, dtype, columns: int, x, dy, w, mask
+):
     """What is wanted of W * G and, summed over the samples of a group, m * G.
 
     G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out). The
-    first result is like `mask`, and is the gradient of the logits it is made of; the
-    second one like `w`.
+    first result, in `dtype`, is the gradient of the mask, or of the logits that it is
+    made of; the second one is like `w`.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
     rows, each = COMPUTE * PIECE, samples // w.shape[0]
@@ -68,12 +81,19 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
     count = pl.cdiv(seq, TOKENS)
     slope = SLOPES.get(kind) if want_mask else None
     reads = want_w or slope is not None
+    # What is made of a mask is stored from where the mask was loaded to.
+    shares = want_mask and reads and kind != "bits"
+    mask_bytes = bytes_of(kind, mask.dtype) if reads else 0.0
+    made_bytes = bytes_of("mask", dtype) if want_mask and not shares else 0.0
+    made, steps = _slots(columns, mask_bytes, made_bytes)
 
     def body(x_gmem, dy_gmem, w_gmem, mask_gmem, *refs):
         d_mask_gmem = refs[0] if want_mask else None
         dw_gmem = refs[want_mask] if want_w else None
-        x_smem, dy_smem, w_smem, mask_smem, *rings = refs[want_mask + want_w :]
-        token_ring, w_ring, mask_ring = rings
+        x_smem, dy_smem, w_smem, mask_smem, *own, token_ring, w_ring, mask_ring = refs[
+            want_mask + want_w :
+        ]
+        out_smem = own[0] if own else mask_smem
         warpgroup = lax.axis_index("warpgroup")
 
         def store(value, smem, gmem, sample, info):
@@ -125,6 +145,9 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
                 if want_w:
                     numbers = read_mask(kind, mask_smem.at[here], first, 0, columns)
                     total = total + product * numbers
+                if reads and not shares:
+                    plgpu.commit_smem()
+                    mask_ring.release(at)
 
                 @pl.when(n == 0)
                 def _():
@@ -135,14 +158,15 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
                     weights = plgpu.load(weights, layout=LAYOUT)
                     product = product * weights.astype(jnp.float32)
                     product = product if factor is None else product * factor
-                    if not reads:
+                    if not shares:
                         # What was stored from this slot before has been read.
-                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                        plgpu.wait_smem_to_gmem(made - 1, wait_read_only=True)
                     sample = info.index[0] * walked + n
-                    store(product, mask_smem.at[here], d_mask_gmem, sample, info)
-                if reads:
+                    out = out_smem.at[here if shares else slot(at, made)]
+                    store(product, out, d_mask_gmem, sample, info)
+                if shares:
                     # What was stored from the slot before this one has been read.
-                    plgpu.wait_smem_to_gmem(want_mask, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     plgpu.commit_smem()
 
                     @pl.when(n > 0)
@@ -155,8 +179,9 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
             total = lax.fori_loop(0, walked, step, start)
             if want_w:
                 store(total, w_smem.at[0], dw_gmem, info.index[0], info)
-            if reads:
+            if want_w or shares:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if shares:
                 mask_ring.release((info.local_index + 1) * walked - 1)
             plgpu.commit_smem()
             w_ring.release(info.local_index)
@@ -198,15 +223,18 @@ def gradients(kind: Kind, want_mask: bool, want_w: bool, columns: int, x, dy, w,
 
         return compute, load, drain
 
-    steps = _token_steps(columns, bytes_of(kind, mask.dtype))
     buffers = [
         buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
         buffer(x.dtype, steps, TOKENS, columns),
         buffer(w.dtype, 1, rows, columns),
-        mask_buffer(kind, mask.dtype, SLOTS, rows, columns),
     ]
+    if reads:
+        buffers.append(mask_buffer(kind, mask.dtype, SLOTS, rows, columns))
+    if want_mask and not shares:
+        buffers.append(buffer(dtype, made, rows, columns))
     name = f"masked_gradients{'_mask' * want_mask}{'_w' * want_w}_{kind}"
     grid = samples // walked, pl.cdiv(d_in, rows), pl.cdiv(d_out, columns)
-    outs = [mask] * want_mask + [w] * want_w
+    d_mask = jax.ShapeDtypeStruct((samples, d_in, d_out), dtype)
+    outs = [d_mask] * want_mask + [w] * want_w
     rings = Ring(steps, COMPUTE + 1), Ring(1, 1), Ring(SLOTS, 1)
     return launch(name, body, grid, outs, buffers, rings, (x, dy, w, mask))

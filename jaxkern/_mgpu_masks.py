@@ -8,9 +8,13 @@ wait for each other; the next step's are made while that runs. A thread has 128 
 and 32 numbers each of W and of the mask. Of 210 KB, two steps of tokens and three of
 weights with float32 logits are in flight. Where there are fewer tiles than
 multiprocessors, the contracted axis is split among blocks, whose results XLA adds.
+
+For a backward the forward writes the masks it has made, as bits, where a block has the
+first tokens of a sample: a 32nd of the bytes of float32 logits for two reads of these.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -129,10 +133,23 @@ def read_mask(kind: Kind, smem, row, column, columns: int):
     return _unpack(words, plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=LAYOUT))
 
 
-def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
+def _pack(numbers):
+    """Words of 32 columns each, (rows,), in which a bit is on for a positive number."""
+    i = plgpu.broadcasted_iota(jnp.int32, numbers.shape, 1, layout=TRANSPOSED)
+    places = lax.shift_left(jnp.int32(1), lax.bitwise_and(i, WORD - 1))
+    bits = jnp.where(numbers > 0, places, 0)
+    # Each bit has its own place, so that the sum is the word.
+    return [
+        bits[:, n : n + WORD].sum(1, dtype=jnp.int32)
+        for n in range(0, numbers.shape[1], WORD)
+    ]
+
+
+def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first, use=None):
     """W * m of 64 features in registers, float32 (features, DEPTH).
 
     transposed: features are the rows of W, else the columns, from `first` on.
+    use: is given what W is multiplied by, (features, DEPTH), of columns.
     """
     if transposed:
         weights = plgpu.load(w_smem.at[pl.ds(first, PIECE)], layout=LAYOUT)
@@ -146,7 +163,10 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
 
     weights = load(w_smem)
     if kind != "bits":
-        return weights.astype(jnp.float32) * numbers_of(kind, load(mask_smem))
+        numbers = numbers_of(kind, load(mask_smem))
+        if use is not None:
+            use(numbers)
+        return weights.astype(jnp.float32) * numbers
     shape = PIECE, DEPTH
     words = [
         plgpu.load(mask_smem.at[n, features], layout=LAYOUT.reduce(1))
@@ -158,14 +178,17 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
     return weights * _unpack(words, i)
 
 
-def product(kind: Kind, transposed: bool, config: Config, x, w, mask):
+def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask):
     """x_b (W_b * m_b), or with W * m transposed.
+
+    pack: return the mask too, made of logits, as (samples, rows / 32, columns) words;
+        not if transposed.
 
     x: (samples, seq, contracted).
     w: (groups, rows, columns), each of as many samples.
     mask: (samples, rows, columns), or their bits.
 
-    Returns (samples * splits, seq, features).
+    Returns (samples * splits, seq, features), in a list.
     """
     samples, seq, contracted = x.shape
     features = w.shape[1 if transposed else 2]
@@ -175,18 +198,34 @@ def product(kind: Kind, transposed: bool, config: Config, x, w, mask):
     count = config.count(contracted)
     dtype = x.dtype if config.splits == 1 else jnp.float32
 
-    def body(
-        x_gmem, w_gmem, mask_gmem, y_gmem,
-        x_smem, w_smem, mask_smem, y_smem, x_ring, w_ring,
-    ):  # fmt: skip
+    def body(x_gmem, w_gmem, mask_gmem, y_gmem, *refs):
+        words_gmem = refs[0] if pack else None
+        x_smem, w_smem, mask_smem, y_smem, x_ring, w_ring = refs[pack:]
         warpgroup = lax.axis_index("warpgroup")
 
-        def mask_tile(at):
-            """The weights of this warpgroup's features, of step `at`."""
+        def keep(numbers, step, info):
+            """As bits, in the block of the first tokens."""
+            part, column, row = info.index
+            at = lax.rem(part, config.splits) * count + step
+            feature = (column * COMPUTE + warpgroup) * PIECE
+            exists = (at * DEPTH < contracted) & (feature < features)
+
+            @pl.when(exists & (row == 0))
+            def _():
+                sample = lax.div(part, config.splits)
+                for n, words in enumerate(_pack(numbers)):
+                    word = at * (DEPTH // WORD) + n
+                    words_gmem[sample, word, pl.ds(feature, PIECE)] = words
+
+        def mask_tile(i, info):
+            """The weights of this warpgroup's features, of step `i`."""
+            at = info.local_index * count + i
             s = w_ring.wait(at)
             # Or the addresses would be kept in registers.
             first = lax.optimization_barrier(warpgroup) * PIECE
-            tile = _masked(kind, transposed, w_smem.at[s], mask_smem.at[s], first)
+            use = partial(keep, step=i, info=info) if pack else None
+            smem = w_smem.at[s], mask_smem.at[s]
+            tile = _masked(kind, transposed, *smem, first, use)
             # TMA may write what has been read here.
             plgpu.commit_smem()
             w_ring.release(at)
@@ -209,10 +248,10 @@ def product(kind: Kind, transposed: bool, config: Config, x, w, mask):
                     return following
 
                 def step(i, weights):
-                    at = start + i
-                    return factor(multiply(at, weights, lambda: mask_tile(at + 1)))
+                    following = partial(mask_tile, i + 1, info)
+                    return factor(multiply(start + i, weights, following))
 
-                weights = factor(mask_tile(start))
+                weights = factor(mask_tile(jnp.int32(0), info))
                 weights = lax.fori_loop(0, count - 1, step, weights)
                 multiply(start + count - 1, weights)
                 return acc[...]
@@ -263,6 +302,10 @@ def product(kind: Kind, transposed: bool, config: Config, x, w, mask):
     name = f"masked_product{'_transposed' * transposed}_{made_of}"
     parts = samples * config.splits
     grid = parts, pl.cdiv(features, FEATURES), pl.cdiv(seq, tokens)
-    y = jax.ShapeDtypeStruct((parts, seq, features), dtype)
+    outs = [jax.ShapeDtypeStruct((parts, seq, features), dtype)]
+    if pack:
+        name += "_and_bits"
+        words = samples, contracted // WORD, features
+        outs.append(jax.ShapeDtypeStruct(words, jnp.int32))
     rings = Ring(x_slots, 1), Ring(w_slots, 2)
-    return launch(name, body, grid, [y], buffers, rings, (x, w, mask))[0]
+    return launch(name, body, grid, outs, buffers, rings, (x, w, mask))

@@ -315,19 +315,22 @@ def gradient_program(op, args, g, method, trained):
 
 @each_op
 @pytest.mark.parametrize("trained", ["all", "logits"])
-def test_temporary_memory_of_fused_does_not_grow_with_the_batch(op, make, trained):
+def test_temporary_memory_of_fused_grows_by_its_products_alone(op, make, trained):
     def temporary(method, batch):
         args, g = make((batch, 64, 128, 512, 128))
         which = range(len(args)) if trained == "all" else (2,)
         program: Any = gradient_program(op, args, g, method, which)
         return program.memory_analysis().temp_size_in_bytes
 
-    fused = temporary("fused", 16)
-    assert fused == temporary("fused", 2)
-    best = min(temporary(method, 16) for method in METHODS if method != "fused")
+    batch = 32
+    fused = temporary("fused", batch)
+    # The masked products of a bilinear MLP with its input: kept for the backward.
+    products = 2 * 64 * 512 * 4 * (op is apply_bilinear)
+    assert fused == temporary("fused", 2) + (batch - 2) * products
+    best = min(temporary(method, batch) for method in METHODS if method != "fused")
     # With nothing else to train the others compute in the logits' gradient's memory.
     few = op is apply_bilinear and trained == "logits"
-    assert fused <= best / (2 if few else 4)
+    assert fused <= best / (1 if few else 4)
 
 
 @pytest.mark.parametrize("estimator", SLOPES)

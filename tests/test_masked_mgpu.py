@@ -339,16 +339,30 @@ def test_under_remat():
 
         return launches(jax.grad(loss, argnums=(0, 1, 2)), *args)
 
-    # Nothing but the arguments is needed, so the product is not made again.
-    assert count(hard) == count(jax.checkpoint(hard)) == 3
+    # The masks' bits are made again, with the product.
+    assert count(hard) == 3 and count(jax.checkpoint(hard)) == 4
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_only_the_arguments_are_saved_for_the_backward():
-    args, _ = make((2, 24, 64, 128), logits_dtype=F32)
-    saved = jax.tree.leaves(jax.vjp(hard, *args)[1])
-    got = sum(a.nbytes for a in saved)
-    assert got == sum(a.nbytes for a in args)
+@pytest.mark.parametrize("estimator", [straight_through, reinmax])
+def test_what_is_saved_for_the_backward(estimator):
+    """x, w and bits; a slope is one of logits."""
+    (x, w, logits), _ = make((2, 24, 64, 128), logits_dtype=F32)
+    saved = jax.vjp(partial(kernel, estimator=estimator), x, w, logits)[1]
+    got = sum(a.nbytes for a in jax.tree.leaves(saved))
+    of_masks = logits.nbytes // 32 + logits.nbytes * (estimator is reinmax)
+    assert got == x.nbytes + w.nbytes + of_masks
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_forward_packs_the_masks(splits):
+    """Once for several tiles of tokens; where tiles and parts reach past the end."""
+    (x, w, logits), _ = make((2, 140, 320, 192), logits_dtype=F32)
+    logits = logits.at[1, 33, 5].set(jnp.nan)
+    run = _masked_mgpu.product("reinmax", config=Config(64, splits), pack=True)
+    _, words = jax.jit(run)(x, w[None], logits)
+    np.testing.assert_array_equal(words.view(jnp.uint32), pack_mask(logits).words)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["logits", "packed"])
@@ -364,7 +378,8 @@ def test_any_size_lowers_for_a_gpu(size, packed):
     def pull(x, w, g):
         return jax.vjp(lambda x, w: fn(x, w, masks), x, w)[1](g)
 
-    assert launches(pull, x, w, g) == 2
+    # The forward of logits too, for their bits.
+    assert launches(pull, x, w, g) == 3 - packed
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@
 #   make lint           check format, style and types
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels, without a GPU
-#   make test-oldest    test with the oldest packages that pyproject.toml allows
+#   make test-oldest    test with the oldest packages that pyproject.toml allows: the
+#                       first case of each test and the last; CASES=all for every one
 # PYTHON=python3.13 names another Python.
 
 VENV ?= .venv
@@ -53,7 +54,7 @@ kernels: $(READY) $(CUDA)/.installed
 # The other end of the range of versions that pyproject.toml promises.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
-	  ARGS='-m "not gpu and not newest" $(ARGS)'
+	  ARGS='-m "not gpu and not newest$(if $(filter all,$(CASES)),, and not middle)" $(ARGS)'
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(call is_new,$(PYTHON))" || { \

@@ -49,18 +49,23 @@ def floors_us(sizes: Sizes, batch: int, which: str) -> dict[str, float]:
     }
 
 
-def predicted_us(sizes: Sizes, batch: int, which: str) -> float:
-    """Of our kernels' launches."""
+def predicted_us(
+    sizes: Sizes, batch: int, which: str, estimator: str = "straight_through"
+) -> float:
+    """Of our kernels' launches.
+
+    A backward reads bits for logits, and logits where the estimator has a slope at
+    them. By straight-through the gradients of masks alone need neither.
+    """
     total = 0.0
+    train_all = which == "all gradients"
+    read = LOGIT if estimator != "straight_through" else BIT * train_all
     for i, (seq, d_in, d_out) in enumerate(products(sizes)):
         total += kernels.predicted_us(batch, seq, d_in, d_out, LOGIT)
         if which == "forward":
             continue
-        # The backward reads bits for logits; those of masks alone need none.
-        train_all = which == "all gradients"
         if train_all or i == 2:
             total += kernels.predicted_us(batch, seq, d_out, d_in, BIT)
         shape = batch, seq, d_in, d_out
-        moved = LOGIT + BIT * train_all
-        total += kernels.predicted_gradients_us(*shape, moved, train_all)
+        total += kernels.predicted_gradients_us(*shape, LOGIT + read, train_all)
     return total

@@ -146,7 +146,7 @@ def print_predictions(console: Console) -> None:
     """Of the published layer, whatever was measured."""
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     for which in model.PASSES:
-        title = f"Layer, {which}: us on an H200, predicted"
+        title = f"Layer, {which}, straight_through: us on an H200, predicted"
         floors = list(model.floors_us(sizes, 1, which))
         result = table(title, ["samples", *floors, "our kernels"])
         for batch in (1, 2, 8, 16):

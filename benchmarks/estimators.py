@@ -74,7 +74,7 @@ def build_layer(estimator: str, method, batch: int, args) -> Program:
     def floors() -> Row:
         """In the kernels' dtypes, of an H200, and what is predicted of the kernels."""
         which = args.layer_sizes, batch, "all gradients"
-        predicted = {"predicted_us": model.predicted_us(*which)}
+        predicted = {"predicted_us": model.predicted_us(*which, estimator)}
         return {"floors_us": model.floors_us(*which)} | (
             predicted if method == report.KERNEL else {}
         )

@@ -159,38 +159,37 @@ def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
     kernels, cases = _masked_mgpu, {}
     configs = [Config(n, k) for n in kernels.TILES for k in (1, 2)]
-    kinds = {
-        "logits": ("straight_through", jnp.float32, configs),
-        "mask": ("mask", jnp.bfloat16, configs[:1]),
-        "bits": ("bits", jnp.int32, configs),
+    of_logits = "logits", "straight_through", jnp.float32, configs
+    of_masks = "mask", "mask", jnp.bfloat16, configs[:1]
+    of_bits = "bits", "bits", jnp.int32, configs
+    # A backward reads bits for logits, which a forward then writes.
+    products = {
+        "forward": ({}, of_logits, of_masks, of_bits),
+        "packing": ({"pack": True}, of_logits),
+        "dx": ({"transposed": True}, of_masks, of_bits),
     }
-    for name, (kind, dtype, configs) in kinds.items():
-        for transposed, features in ((False, 512), (True, 2048)):
+    for label, (options, *kinds) in products.items():
+        features = 2048 if "transposed" in options else 512
+        for name, kind, dtype, configs in kinds:
             for config in configs:
-                make = kernels.product(kind, transposed, config)
-                label = "dx" if transposed else "forward"
+                make = kernels.product(kind, config=config, **options)
                 size = f"{config.tokens}{' split' * (config.splits > 1)}"
                 cases[f"masked {label} {size} {name}"] = partial(
                     _masked, make, kind, dtype, (features,)
                 )
-                if kind == "straight_through" and not transposed:
-                    make = kernels.product(kind, False, config, pack=True)
-                    cases[f"masked forward and bits {size}"] = partial(
-                        _masked, make, kind, dtype, (features,)
-                    )
-        wanted = {"dw": (False, True), "dmask": (True, False), "dmask dw": (True, True)}
+    all_three = {"dw": (False, True), "dmask": (True, False), "dmask dw": (True, True)}
+    # Straight-through's masks alone are not read, and the others are as bits.
+    gradients = {kind: (dtype, all_three) for _, kind, dtype, _ in (of_masks, of_bits)}
+    gradients["straight_through"] = jnp.float32, {"dmask": (True, False)}
+    sloped = {label: all_three[label] for label in ("dmask", "dmask dw")}
+    gradients |= {kind: (jnp.float32, sloped) for kind in ("seed_reinmax", "reinmax")}
+    for kind, (dtype, wanted) in gradients.items():
         made = jnp.float32 if kind == "bits" else dtype
-        for label, which in wanted.items():
-            make = kernels.gradients(kind, *which, made)
-            columns = kernels.gradient_columns(which[0])
-            cases[f"masked {label} {columns} {name}"] = partial(
+        for label, (mask, w) in wanted.items():
+            make = kernels.gradients(kind, kernels.Wanted(False, w, mask, made))
+            columns = kernels.gradient_columns(mask)
+            cases[f"masked {label} {columns} {kind}"] = partial(
                 _masked, make, kind, dtype, (512, 2048)
-            )
-    for kind in ("seed_reinmax", "reinmax"):
-        for want_w in (False, True):
-            make = kernels.gradients(kind, True, want_w, jnp.float32)
-            cases[f"masked dmask{' dw' * want_w} {kind}"] = partial(
-                _masked, make, kind, jnp.float32, (512, 2048)
             )
     return cases
 

@@ -251,9 +251,10 @@ def masked_matmul(
       multiplied by their mask in registers, on the way to the tensor cores, for all
       samples at once. The kernel reads packed masks as bits, and logits themselves if
       the estimator is `straight_through`, `reinmax` or `seed_reinmax`, without options
-      or key; of these it keeps the mask's bits for the backward, in which a NaN is off.
-      Of any other one the mask is computed by XLA, for all samples, and kept
-      for the backward, as is its gradient to which the estimator's is applied. Sizes
+      or key. A backward of `x` or `w` reads the bits of such a mask, which its forward
+      writes, and in which NaN is off; beside these the reinmaxes keep logits that are
+      trained. Of any other estimator the mask is computed by XLA, for all samples, and
+      kept, as is its gradient to which the estimator's is applied. Sizes
       that are no multiples of 8 tokens and 64 features are padded by copies. Gradients
       are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Gradients that
       are not asked for are not computed. Under `vmap` the new axis joins the samples;
@@ -356,8 +357,9 @@ def masked_bilinear(
 
     Masks, `method`, `key` and `implementation` are as in `masked_matmul`; the biases
     are not masked. For the backward "fused" keeps the two products with `h`, both
-    (batch, seq, hidden): memory of activations, not of weights. Under `jax.checkpoint`
-    these are computed again, for 11 products instead of 9.
+    (batch, seq, hidden), and by the kernels what these are multiplied to as well:
+    memory of activations, not of weights. Under `jax.checkpoint` it computes the two
+    again, 11 products instead of 9; the kernels all three, for their masks' bits.
 
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and

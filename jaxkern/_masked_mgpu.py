@@ -28,7 +28,7 @@ from ._matmul import add
 from ._mesh import vary_alike
 from ._mgpu import miscompiled, multiprocessors
 from ._mgpu_batch import over_heads
-from ._mgpu_mask_gradients import TOKENS
+from ._mgpu_mask_gradients import TOKENS, Wanted
 from ._mgpu_masks import (
     DEPTH,
     FEATURE_STEP,
@@ -198,45 +198,32 @@ def _pad(a, rows: int, columns: int):
     return jnp.pad(a, [(0, 0), (0, missing[0]), (0, missing[1])]) if any(missing) else a
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Which gradients are: training masks alone needs fewer bytes and products."""
-
-    x: bool
-    w: bool
-    mask: bool
-    mask_dtype: Any
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _multiply(x, w, mask, kind):
     return product(kind)(x, w, mask)[0]
 
 
 def _multiply_fwd(x, w, mask, kind):
-    wanted = _Wanted(*(a.perturbed for a in (x, w, mask)), mask.value.dtype)
+    wanted = Wanted(x.perturbed, w.perturbed, mask.perturbed, mask.value.dtype)
     x, w, mask = x.value, w.value, mask.value
     pack = by_threshold(kind) and (wanted.x or wanted.w)
     y, *bits = product(kind, pack=pack)(x, w, mask)
-    # The slope is one of logits. Straight-through has none, and needs them no more.
-    logits = None if pack and kind == "straight_through" else mask
-    return y, ((x, w, logits, bits), wanted)
+    # A slope is one of logits; straight-through has none.
+    sloped = wanted.mask and kind != "straight_through"
+    return y, ((x, w, mask if sloped or not pack else None, bits), wanted)
 
 
 def _multiply_bwd(kind, saved, dy):
     (x, w, mask, bits), wanted = saved
     packed = ("bits", *bits) if bits else (kind, mask)
-    dx = None
-    if wanted.x:
-        dx = product(packed[0], transposed=True)(dy, w, packed[1])[0]
-    want_mask = wanted.mask and kind != "bits"
+    of, masks = packed
+    dx = product(of, transposed=True)(dy, w, masks)[0] if wanted.x else None
+    wanted = dataclasses.replace(wanted, mask=wanted.mask and kind != "bits")
     found = iter(())
-    if want_mask or wanted.w:
-        made_of, mask = packed if mask is None or not want_mask else (kind, mask)
-        run = gradients(made_of, want_mask, wanted.w, wanted.mask_dtype)
-        found = iter(run(x, dy, w, mask))
-    d_mask = next(found) if want_mask else None
+    if wanted.mask or wanted.w:
+        of, masks = packed if mask is None else (kind, mask)
+        found = iter(gradients(of, wanted)(x, dy, w, masks))
+    d_mask = next(found) if wanted.mask else None
     return dx, next(found) if wanted.w else None, d_mask
 
 
@@ -276,7 +263,8 @@ def product(
 ):
     """The kernel of (x, w, mask), or of (dy, w, mask) if transposed.
 
-    pack: its results are the product and the mask's bits, else the product alone.
+    pack: its results are the product and the bits of the mask that is made of logits,
+        else the product alone.
     """
 
     def run(x, w, mask):
@@ -296,17 +284,11 @@ def product(
     return over_heads(run)
 
 
-def gradients(
-    kind: Kind,
-    want_mask: bool,
-    want_w: bool,
-    dtype: Any,
-    columns: int | None = None,
-):
+def gradients(kind: Kind, wanted: Wanted):
     """The kernel of (x, dy, w, mask): gradients of the mask and of w, if wanted."""
 
     def run(x, dy, w, mask):
-        options = want_mask, want_w, dtype, columns or gradient_columns(want_mask)
-        return _mgpu_mask_gradients.gradients(kind, *options, x, dy, w, mask)
+        columns = gradient_columns(wanted.mask)
+        return _mgpu_mask_gradients.gradients(kind, wanted, columns, x, dy, w, mask)
 
     return over_heads(run)

@@ -1,13 +1,15 @@
 """The kernel of gradients of products with masked weights.
 
 A block holds a tile of W, 128 rows of it, and walks the samples: G_b = x_b^T dy_b, then
-dm_b = W * G_b, times the estimator's slope at the logits, written from where these were
-loaded to, and dW += m_b * G_b in registers. With 64 columns a thread has 32 sums of G
-and of dW. One wgmma is always in flight, and W is awaited where it is used first.
-Without dW samples have no order, and straight-through needs no masks. Each result has
-one writer, so there are no atomics.
+dm_b = W * G_b, times the estimator's slope at the logits, and dW += m_b * G_b in
+registers. Straight-through needs masks for dW alone, as bits; what has been read to
+make dm is overwritten by it, to be stored, and else dm has slots of its own. With 64
+columns a thread has 32 sums of G and of dW. One wgmma is always in flight, and W is
+awaited where it is used first. Without dW samples have no order. Each result has one
+writer, so there are no atomics.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,7 @@ from ._mgpu import SMEM_BYTES, buffer, plgpu, slot, zeros
 from ._mgpu_masks import (
     LAYOUT,
     PIECE,
+    RESERVED_BYTES,
     Kind,
     bytes_of,
     cut,
@@ -30,7 +33,8 @@ from ._mgpu_masks import (
 from ._mgpu_tiles import Ring, launch
 from ._mgpu_walk import COMPUTE
 
-# Masks in flight, tokens of a step, and steps in flight at most.
+# Of a tile. Masks in flight, tokens of a step, and steps in flight at most.
+ROWS = COMPUTE * PIECE
 SLOTS, TOKENS, MAX_STEPS = 2, 64, 8
 LOG2_E = math.log2(math.e)
 
@@ -49,100 +53,140 @@ SLOPES: dict[Kind, Callable[..., Any]] = {
 }
 
 
-def _slots(columns: int, mask_bytes: float, made_bytes: float) -> tuple[int, int]:
-    """Of what is stored, and steps of tokens: no more than `MAX_STEPS`, as many as fit.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which gradients are: training masks alone needs fewer bytes and products.
 
-    mask_bytes: of what is loaded, for each number of W.
-    made_bytes: of what is stored from slots of its own.
+    dtype: of the mask's.
     """
-    rows = COMPUTE * PIECE
-    for made in (SLOTS, 1):
-        held = 2 + SLOTS * mask_bytes + made * made_bytes
-        free = SMEM_BYTES - 1024 - rows * columns * held
-        steps = min(MAX_STEPS, int(free // (2 * TOKENS * (rows + columns))))
-        # With fewer, wgmma waits for loads.
-        if steps > 2:
-            break
-    return made, steps
+
+    x: bool
+    w: bool
+    mask: bool
+    dtype: Any
 
 
-def gradients(
-    kind: Kind, want_mask: bool, want_w: bool, dtype, columns: int, x, dy, w, mask
-):
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a launch reads and keeps in shared memory."""
+
+    kind: Kind
+    wanted: Wanted
+    columns: int
+    mask_dtype: Any
+
+    @property
+    def slope(self) -> Callable[..., Any] | None:
+        return SLOPES.get(self.kind) if self.wanted.mask else None
+
+    @property
+    def reads(self) -> bool:
+        """Masks, which straight-through's own gradient does not need."""
+        return self.wanted.w or self.slope is not None
+
+    @property
+    def shares(self) -> bool:
+        """Whether dm is stored from where the mask was loaded to."""
+        return self.wanted.mask and self.reads and self.kind != "bits"
+
+    def held(self) -> list[Any]:
+        """Slots of masks that are read, and those of dm where it has its own."""
+        found = []
+        if self.reads:
+            size = SLOTS, ROWS, self.columns
+            found.append(mask_buffer(self.kind, self.mask_dtype, *size))
+        if self.wanted.mask and not self.shares:
+            found.append(buffer(self.wanted.dtype, SLOTS, ROWS, self.columns))
+        return found
+
+    def steps(self) -> int:
+        """Of tokens in flight: as many as fit, but no more than `MAX_STEPS`."""
+        held = 2.0
+        if self.reads:
+            held += SLOTS * bytes_of(self.kind, self.mask_dtype)
+        if self.wanted.mask and not self.shares:
+            held += SLOTS * jnp.dtype(self.wanted.dtype).itemsize
+        free = SMEM_BYTES - RESERVED_BYTES - ROWS * self.columns * held
+        steps = min(MAX_STEPS, int(free // (2 * TOKENS * (ROWS + self.columns))))
+        if steps < 2:
+            # A step is released when the next one's wgmma has started.
+            raise ValueError(f"no two steps fit with {self.columns} columns: {self}")
+        return steps
+
+
+def _product(ring, x_smem, dy_smem, first, count, columns: int):
+    """This warpgroup's rows of x^T dy, of the sample that starts at step `first`."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    def run(acc):
+        def step(i, carry):
+            s = ring.wait(first + i)
+            part = lax.optimization_barrier(warpgroup)
+            plgpu.wgmma(acc, x_smem.at[s, part].transpose((1, 0)), dy_smem.at[s])
+            plgpu.wgmma_wait(1)
+
+            @pl.when(i > 0)
+            def _():
+                ring.release(first + i - 1)
+
+            return carry
+
+        lax.fori_loop(0, count, step, jnp.int32(0))
+        product = acc[...]
+        ring.release(first + count - 1)
+        return product
+
+    return pl.run_scoped(run, plgpu.ACC((PIECE, columns), jnp.float32))
+
+
+def _store(value, smem, gmem, sample, row, column):
+    """This warpgroup's rows of a tile, by way of shared memory."""
+    first = lax.axis_index("warpgroup") * PIECE
+    mine = smem.at[pl.ds(first, PIECE)]
+    mine[...] = value.astype(smem.dtype)
+    plgpu.commit_smem()
+    columns = value.shape[1]
+    target = (row * ROWS + first, PIECE), (column * columns, columns)
+    plgpu.copy_smem_to_gmem(mine, cut(gmem, sample, *target))
+
+
+def gradients(kind: Kind, wanted: Wanted, columns: int, x, dy, w, mask):
     """What is wanted of W * G and, summed over the samples of a group, m * G.
 
     G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out). The
-    first result, in `dtype`, is the gradient of the mask, or of the logits that it is
-    made of; the second one is like `w`.
+    first result is the gradient of the mask, or of the logits that it is made of; the
+    second one is like `w`.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
-    rows, each = COMPUTE * PIECE, samples // w.shape[0]
-    walked = each if want_w else 1
+    each = samples // w.shape[0]
+    walked = each if wanted.w else 1
     count = pl.cdiv(seq, TOKENS)
-    slope = SLOPES.get(kind) if want_mask else None
-    reads = want_w or slope is not None
-    # What is made of a mask is stored from where the mask was loaded to.
-    shares = want_mask and reads and kind != "bits"
-    mask_bytes = bytes_of(kind, mask.dtype) if reads else 0.0
-    made_bytes = bytes_of("mask", dtype) if want_mask and not shares else 0.0
-    made, steps = _slots(columns, mask_bytes, made_bytes)
+    plan = _Plan(kind, wanted, columns, mask.dtype)
+    reads, shares, slope, steps = plan.reads, plan.shares, plan.slope, plan.steps()
 
     def body(x_gmem, dy_gmem, w_gmem, mask_gmem, *refs):
-        d_mask_gmem = refs[0] if want_mask else None
-        dw_gmem = refs[want_mask] if want_w else None
-        x_smem, dy_smem, w_smem, mask_smem, *own, token_ring, w_ring, mask_ring = refs[
-            want_mask + want_w :
-        ]
-        out_smem = own[0] if own else mask_smem
-        warpgroup = lax.axis_index("warpgroup")
-
-        def store(value, smem, gmem, sample, info):
-            """This warpgroup's rows, by way of where their like was loaded to."""
-            mine = smem.at[pl.ds(warpgroup * PIECE, PIECE)]
-            mine[...] = value.astype(smem.dtype)
-            plgpu.commit_smem()
-            row = info.index[1] * rows + warpgroup * PIECE
-            target = (row, PIECE), (info.index[2] * columns, columns)
-            plgpu.copy_smem_to_gmem(mine, cut(gmem, sample, *target))
-
-        def multiply(first):
-            """x^T dy of the sample that starts at step `first`."""
-
-            def run(acc):
-                def step(i, carry):
-                    s = token_ring.wait(first + i)
-                    part = lax.optimization_barrier(warpgroup)
-                    tokens = x_smem.at[s, part].transpose((1, 0))
-                    plgpu.wgmma(acc, tokens, dy_smem.at[s])
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(i > 0)
-                    def _():
-                        token_ring.release(first + i - 1)
-
-                    return carry
-
-                lax.fori_loop(0, count, step, jnp.int32(0))
-                product = acc[...]
-                token_ring.release(first + count - 1)
-                return product
-
-            return pl.run_scoped(run, plgpu.ACC((PIECE, columns), jnp.float32))
+        outs, refs = refs[: wanted.mask + wanted.w], refs[wanted.mask + wanted.w :]
+        x_smem, dy_smem, w_smem, *held, token_ring, w_ring, mask_ring = refs
+        mask_smem, out_smem = held[0], held[-1]
 
         def compute(info):
+            walk, row, column = info.index
+
             def step(n, total):
                 at = info.local_index * walked + n
-                product = multiply(at * count)
+                sizes = at * count, count, columns
+                product = _product(token_ring, x_smem, dy_smem, *sizes)
                 here = slot(at, SLOTS)
-                first = lax.optimization_barrier(warpgroup) * PIECE
-                factor = None
+                warpgroup = lax.optimization_barrier(lax.axis_index("warpgroup"))
+                first, factor = warpgroup * PIECE, None
                 if reads:
                     mask_ring.wait(at)
                 if slope:
                     logits = mask_smem.at[here, pl.ds(first, PIECE)]
                     logits = plgpu.load(logits, layout=LAYOUT).astype(jnp.float32)
                     factor = slope(_rarer(logits))
-                if want_w:
+                if wanted.w:
                     numbers = read_mask(kind, mask_smem.at[here], first, 0, columns)
                     total = total + product * numbers
                 if reads and not shares:
@@ -153,17 +197,16 @@ def gradients(
                 def _():
                     w_ring.wait(info.local_index)
 
-                if want_mask:
+                if wanted.mask:
                     weights = w_smem.at[0, pl.ds(first, PIECE)]
                     weights = plgpu.load(weights, layout=LAYOUT)
                     product = product * weights.astype(jnp.float32)
                     product = product if factor is None else product * factor
                     if not shares:
                         # What was stored from this slot before has been read.
-                        plgpu.wait_smem_to_gmem(made - 1, wait_read_only=True)
-                    sample = info.index[0] * walked + n
-                    out = out_smem.at[here if shares else slot(at, made)]
-                    store(product, out, d_mask_gmem, sample, info)
+                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                    tile = walk * walked + n, row, column
+                    _store(product, out_smem.at[here], outs[0], *tile)
                 if shares:
                     # What was stored from the slot before this one has been read.
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -175,11 +218,11 @@ def gradients(
 
                 return total
 
-            start = zeros(PIECE, columns) if want_w else jnp.int32(0)
+            start = zeros(PIECE, columns) if wanted.w else jnp.int32(0)
             total = lax.fori_loop(0, walked, step, start)
-            if want_w:
-                store(total, w_smem.at[0], dw_gmem, info.index[0], info)
-            if want_w or shares:
+            if wanted.w:
+                _store(total, w_smem.at[0], outs[-1], walk, row, column)
+            if wanted.w or shares:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if shares:
                 mask_ring.release((info.local_index + 1) * walked - 1)
@@ -188,7 +231,8 @@ def gradients(
 
         def load(info):
             walk, row, column = info.index
-            where = (row * rows, rows), (column * columns, columns)
+            where = (row * ROWS, ROWS), (column * columns, columns)
+            parts = [(row * ROWS + n * PIECE, PIECE) for n in range(COMPUTE)]
 
             @pl.loop(0, walked)
             def _(n):
@@ -197,14 +241,13 @@ def gradients(
                 # First, since the others wait for what is computed before.
                 @pl.loop(0, count)
                 def _(i):
-                    tokens = i * TOKENS, TOKENS
-                    parts = []
-                    for part in range(COMPUTE):
-                        features = row * rows + part * PIECE, PIECE
-                        source = cut(x_gmem, sample, tokens, features)
-                        parts.append((source, x_smem, part))
-                    right = cut(dy_gmem, sample, tokens, where[1]), dy_smem
-                    token_ring.fill(nth * count + i, right, *parts)
+                    tokens = sample, (i * TOKENS, TOKENS)
+                    left = [
+                        (cut(x_gmem, *tokens, features), x_smem, part)
+                        for part, features in enumerate(parts)
+                    ]
+                    right = cut(dy_gmem, *tokens, where[1]), dy_smem
+                    token_ring.fill(nth * count + i, right, *left)
 
                 if reads:
                     masks = cut(mask_gmem, sample, *where, kind)
@@ -226,15 +269,12 @@ def gradients(
     buffers = [
         buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
         buffer(x.dtype, steps, TOKENS, columns),
-        buffer(w.dtype, 1, rows, columns),
+        buffer(w.dtype, 1, ROWS, columns),
+        *plan.held(),
     ]
-    if reads:
-        buffers.append(mask_buffer(kind, mask.dtype, SLOTS, rows, columns))
-    if want_mask and not shares:
-        buffers.append(buffer(dtype, made, rows, columns))
-    name = f"masked_gradients{'_mask' * want_mask}{'_w' * want_w}_{kind}"
-    grid = samples // walked, pl.cdiv(d_in, rows), pl.cdiv(d_out, columns)
-    d_mask = jax.ShapeDtypeStruct((samples, d_in, d_out), dtype)
-    outs = [d_mask] * want_mask + [w] * want_w
+    name = f"masked_gradients{'_mask' * wanted.mask}{'_w' * wanted.w}_{kind}"
+    grid = samples // walked, pl.cdiv(d_in, ROWS), pl.cdiv(d_out, columns)
+    d_mask = jax.ShapeDtypeStruct((samples, d_in, d_out), wanted.dtype)
+    shapes = [d_mask] * wanted.mask + [w] * wanted.w
     rings = Ring(steps, COMPUTE + 1), Ring(1, 1), Ring(SLOTS, 1)
-    return launch(name, body, grid, outs, buffers, rings, (x, dy, w, mask))
+    return launch(name, body, grid, shapes, buffers, rings, (x, dy, w, mask))

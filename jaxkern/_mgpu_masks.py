@@ -38,6 +38,8 @@ ROW_STEP, FEATURE_STEP = 8, 64
 PIECE = 64
 # Of a tile of a product: features of both warpgroups, and what is contracted in a step.
 FEATURES, DEPTH = 128, 64
+# Of shared memory: of barriers; and what JAX adds where there are sums over lanes.
+RESERVED_BYTES, SUM_BYTES = 512, 2048
 LAYOUT, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
 
@@ -64,11 +66,10 @@ class Config:
         """Steps of a block."""
         return pl.cdiv(contracted, DEPTH * self.splits)
 
-    def slots(self, mask_bytes: float) -> tuple[int, int]:
+    def slots(self, mask_bytes: float, sums: bool) -> tuple[int, int]:
         """Steps in flight, of tokens and of weights: no more than 4, as many as fit."""
         out = COMPUTE * PIECE * PIECE * (2 if self.splits == 1 else 4)
-        # Some is for the barriers.
-        free = SMEM_BYTES - 1024 - out
+        free = SMEM_BYTES - RESERVED_BYTES - SUM_BYTES * sums - out
         tokens, weights = (
             2 * DEPTH * self.tokens,
             int(FEATURES * DEPTH * (2 + mask_bytes)),
@@ -134,7 +135,10 @@ def read_mask(kind: Kind, smem, row, column, columns: int):
 
 
 def _pack(numbers):
-    """Words of 32 columns each, (rows,), in which a bit is on for a positive number."""
+    """Words of 32 columns each, (rows,), in which a bit is on for a positive number.
+
+    numbers: of the layout `TRANSPOSED`.
+    """
     i = plgpu.broadcasted_iota(jnp.int32, numbers.shape, 1, layout=TRANSPOSED)
     places = lax.shift_left(jnp.int32(1), lax.bitwise_and(i, WORD - 1))
     bits = jnp.where(numbers > 0, places, 0)
@@ -145,16 +149,15 @@ def _pack(numbers):
     ]
 
 
-def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first, use=None):
-    """W * m of 64 features in registers, float32 (features, DEPTH).
+def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
+    """W * m of 64 features in registers, and m: float32 (features, DEPTH).
 
     transposed: features are the rows of W, else the columns, from `first` on.
-    use: is given what W is multiplied by, (features, DEPTH), of columns.
     """
     if transposed:
         weights = plgpu.load(w_smem.at[pl.ds(first, PIECE)], layout=LAYOUT)
         numbers = read_mask(kind, mask_smem, first, 0, DEPTH)
-        return weights.astype(jnp.float32) * numbers
+        return weights.astype(jnp.float32) * numbers, numbers
     features = pl.ds(first, PIECE)
 
     def load(smem):
@@ -164,9 +167,7 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first, use=None):
     weights = load(w_smem)
     if kind != "bits":
         numbers = numbers_of(kind, load(mask_smem))
-        if use is not None:
-            use(numbers)
-        return weights.astype(jnp.float32) * numbers
+        return weights.astype(jnp.float32) * numbers, numbers
     shape = PIECE, DEPTH
     words = [
         plgpu.load(mask_smem.at[n, features], layout=LAYOUT.reduce(1))
@@ -175,25 +176,47 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first, use=None):
     words = [lax.broadcast_in_dim(w, shape, [0]) for w in words]
     i = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
     weights = plgpu.layout_cast(weights, LAYOUT).astype(jnp.float32)
-    return weights * _unpack(words, i)
+    numbers = _unpack(words, i)
+    return weights * numbers, numbers
+
+
+def _keep(gmem, numbers, first, sample, row, column):
+    """As bits, if `first`: what 64 rows of W, in columns, are multiplied by."""
+    exists = (row < gmem.shape[1] * WORD) & (column < gmem.shape[2])
+
+    @pl.when(first & exists)
+    def _():
+        for n, words in enumerate(_pack(numbers)):
+            gmem[sample, lax.div(row, WORD) + n, pl.ds(column, PIECE)] = words
+
+
+def _store(acc, smem, gmem, part, token, feature):
+    """A warpgroup's features of a tile, transposed, 64 tokens after the others."""
+    for n in range(0, acc.shape[1], PIECE):
+        piece = acc[:, n : n + PIECE].astype(smem.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        smem.transpose((1, 0))[...] = plgpu.layout_cast(piece, TRANSPOSED)
+        plgpu.commit_smem()
+        target = (token + n, PIECE), (feature, PIECE)
+        plgpu.copy_smem_to_gmem(smem, cut(gmem, part, *target))
 
 
 def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask):
     """x_b (W_b * m_b), or with W * m transposed.
 
-    pack: return the mask too, made of logits, as (samples, rows / 32, columns) words;
-        not if transposed.
-
+    pack: return the mask too, as (samples, rows / 32, columns) words.
     x: (samples, seq, contracted).
     w: (groups, rows, columns), each of as many samples.
     mask: (samples, rows, columns), or their bits.
 
     Returns (samples * splits, seq, features), in a list.
     """
+    if pack and (transposed or not by_threshold(kind)):
+        raise ValueError(f"no bits of {kind}, transposed: {transposed}")
     samples, seq, contracted = x.shape
     features = w.shape[1 if transposed else 2]
     tokens, each = config.tokens, samples // w.shape[0]
-    x_slots, w_slots = config.slots(bytes_of(kind, mask.dtype))
+    x_slots, w_slots = config.slots(bytes_of(kind, mask.dtype), sums=pack)
     tile = (FEATURES, DEPTH) if transposed else (DEPTH, FEATURES)
     count = config.count(contracted)
     dtype = x.dtype if config.splits == 1 else jnp.float32
@@ -203,19 +226,12 @@ def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask
         x_smem, w_smem, mask_smem, y_smem, x_ring, w_ring = refs[pack:]
         warpgroup = lax.axis_index("warpgroup")
 
-        def keep(numbers, step, info):
-            """As bits, in the block of the first tokens."""
-            part, column, row = info.index
-            at = lax.rem(part, config.splits) * count + step
-            feature = (column * COMPUTE + warpgroup) * PIECE
-            exists = (at * DEPTH < contracted) & (feature < features)
-
-            @pl.when(exists & (row == 0))
-            def _():
-                sample = lax.div(part, config.splits)
-                for n, words in enumerate(_pack(numbers)):
-                    word = at * (DEPTH // WORD) + n
-                    words_gmem[sample, word, pl.ds(feature, PIECE)] = words
+        def where_of(i, info):
+            """The sample, and what this warpgroup masks in step `i` is from where."""
+            part, column, _ = info.index
+            row = (lax.rem(part, config.splits) * count + i) * DEPTH
+            sample = lax.div(part, config.splits)
+            return sample, row, (column * COMPUTE + warpgroup) * PIECE
 
         def mask_tile(i, info):
             """The weights of this warpgroup's features, of step `i`."""
@@ -223,9 +239,11 @@ def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask
             s = w_ring.wait(at)
             # Or the addresses would be kept in registers.
             first = lax.optimization_barrier(warpgroup) * PIECE
-            use = partial(keep, step=i, info=info) if pack else None
             smem = w_smem.at[s], mask_smem.at[s]
-            tile = _masked(kind, transposed, *smem, first, use)
+            tile, numbers = _masked(kind, transposed, *smem, first)
+            if pack:
+                # In the block of the first tokens.
+                _keep(words_gmem, numbers, info.index[2] == 0, *where_of(i, info))
             # TMA may write what has been read here.
             plgpu.commit_smem()
             w_ring.release(at)
@@ -258,15 +276,8 @@ def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask
 
             acc = pl.run_scoped(run, plgpu.ACC((PIECE, tokens), jnp.float32))
             part, column, row = info.index
-            out = y_smem.at[warpgroup]
-            for n in range(0, tokens, PIECE):
-                piece = acc[:, n : n + PIECE].astype(dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out.transpose((1, 0))[...] = plgpu.layout_cast(piece, TRANSPOSED)
-                plgpu.commit_smem()
-                first = (column * COMPUTE + warpgroup) * PIECE
-                target = (row * tokens + n, PIECE), (first, PIECE)
-                plgpu.copy_smem_to_gmem(out, cut(y_gmem, part, *target))
+            first = row * tokens, (column * COMPUTE + warpgroup) * PIECE
+            _store(acc, y_smem.at[warpgroup], y_gmem, part, *first)
 
         def load(info):
             part, column, row = info.index

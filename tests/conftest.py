@@ -38,7 +38,10 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def collect_garbage():
-    """Of one module: what is imported and cached before need not be looked at again."""
+    """Of one module: what is imported and cached before need not be looked at again.
+
+    Where programs have become too many they are dropped.
+    """
     if MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MANY:
         import jax
 
@@ -50,11 +53,19 @@ def collect_garbage():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a benchmark, the oldest packages are to run its command."""
+    """Mark what the oldest packages are not to run.
+
+    Of a benchmark they run the command, and of any test the first case and the last.
+    """
+    cases = {}
     for item in items:
-        is_command = "command" in item.name.split("[")[0]
-        if item.path.name.startswith("test_benchmark_") and not is_command:
+        name = item.name.split("[")[0]
+        cases.setdefault((item.path, item.cls, name), []).append(item)
+        if item.path.name.startswith("test_benchmark_") and "command" not in name:
             item.add_marker("newest")
+    for of_one_test in cases.values():
+        for item in of_one_test[1:-1]:
+            item.add_marker("middle")
 
 
 def pytest_runtest_setup(item):

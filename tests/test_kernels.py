@@ -1,5 +1,8 @@
 """Tier 3: kernels compile for sm_90a. `make kernels` does all of them."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,19 @@ import pytest
 from benchmarks import _kernel_compile as compiler
 from benchmarks import kernels
 from jaxkern import _flash_mlp_mgpu as flash_mlp
+from jaxkern import (
+    _masked,
+    masked_matmul,
+    pack_mask,
+    reinmax,
+    seed_reinmax,
+    straight_through,
+)
 from jaxkern import _masked_mgpu as masked
 from jaxkern import _matmul_mgpu as matmul
 from jaxkern import _sparsity_mgpu as sparsity
 
+BF16 = jnp.bfloat16
 PTXAS = """
   wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
 ptxas info    : Compiling entry function 'flash_mlp_forward' for 'sm_90a'
@@ -71,16 +83,49 @@ def test_every_configuration_that_can_be_chosen_is_compiled():
 
 def test_every_tile_of_masked_products_is_compiled():
     cases = kernels.masked_cases()
+    read = {"forward": "logits", "packing": "logits", "dx": "bits"}
     for samples in (1, 2, 3, 8, 16, 64):
         for seq in (1, 100, 256, 4096):
-            config = masked.choose(samples, seq, 512, 2048, 4.0)
-            split = " split" * (config.splits > 1)
-            for label in ("forward", "dx"):
-                assert f"masked {label} {config.tokens}{split} logits" in cases
-    for wanted, label in (((True, True), "dmask dw"), ((True, False), "dmask")):
-        columns = masked.gradient_columns(wanted[0])
-        assert f"masked {label} {columns} logits" in cases
-    assert f"masked dw {masked.gradient_columns(False)} bits" in cases
+            for label, name in read.items():
+                mask_bytes = 1 / 8 if name == "bits" else 4.0
+                config = masked.choose(samples, seq, 512, 2048, mask_bytes)
+                split = " split" * (config.splits > 1)
+                assert f"masked {label} {config.tokens}{split} {name}" in cases
+
+
+def launched(fn, *args):
+    """Names of masked kernels."""
+    program = str(jax.make_jaxpr(fn)(*args))
+    return set(re.findall(r"masked_(?:product|gradients)\w*", program))
+
+
+def test_every_launch_of_masked_products_is_compiled(monkeypatch):
+    """And none besides, whatever is trained."""
+    monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+    compiled = set()
+    for case in kernels.masked_cases().values():
+        run, args = case()
+        compiled |= launched(run, *args)
+    x, w = jnp.ones((2, 8, 64), BF16), jnp.ones((64, 64), BF16)
+    logits = jnp.ones((2, 64, 64))
+    packed = pack_mask(logits)
+    found = set()
+
+    def note(masks, estimator, trained):
+        def loss(x, w, masks):
+            options = {"estimator": estimator, "implementation": "mosaic_gpu"}
+            return masked_matmul(x, w, masks, **options).astype(jnp.float32).sum()
+
+        run = jax.grad(loss, trained) if trained else loss
+        found.update(launched(run, x, w, masks))
+
+    drawn = partial(reinmax, temperature=1.0)
+    for trained in ((), (0,), (1,), (2,), (0, 1, 2)):
+        for estimator in (straight_through, seed_reinmax, reinmax, drawn):
+            note(logits, estimator, trained)
+        if 2 not in trained:
+            note(packed, None, trained)
+    assert found == compiled
 
 
 def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):

@@ -141,11 +141,12 @@ def test_tiles(tokens, monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("columns", [128, 64])
-def test_tiles_of_gradients(columns, monkeypatch):
-    monkeypatch.setattr(_masked_mgpu, "gradient_columns", lambda *a: columns)
-    check(*make((3, 140, 200, 136), logits_dtype=F32))
-    check_masks_alone(*make((3, 140, 200, 136), logits_dtype=F32))
+def test_tiles_of_gradients():
+    """Several each, of 64 columns, and of 128 for W's gradient alone."""
+    args, g = make((3, 140, 200, 136), logits_dtype=F32)
+    check(args, g)
+    check_masks_alone(args, g)
+    check_packed(args, g)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -297,72 +298,6 @@ def test_under_other_transforms(transform):
 
 def launches(fn, *args):
     return len(lower(fn, args))
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda f: f, jax.jit, in_scan], ids=["plainly", "jit", "scan"]
-)
-def test_only_wanted_gradients_are_computed(wrap):
-    """Lowered for a GPU: the forward, and a launch for x and one for the others."""
-    args, _ = make((2, 20, 64, 64))
-
-    def count(*argnums):
-        def loss(*args):
-            return jnp.sin(wrap(hard)(*args).astype(F32)).sum()
-
-        return launches(jax.grad(loss, argnums), *args)
-
-    assert [count(0), count(1), count(2)] == [2, 2, 2]
-    assert count(1, 2) == 2 and count(0, 1, 2) == 3
-
-
-def test_masks_alone_do_not_read_masks_for_their_gradient():
-    args, _ = make((2, 20, 64, 64))
-
-    def names(*argnums):
-        gradient = jax.grad(lambda *a: hard(*a).astype(F32).sum(), argnums)
-        text = str(jax.make_jaxpr(gradient)(*args))
-        wanted = "masked_gradients_mask_w", "masked_gradients_mask_straight"
-        return [name for name in wanted if name in text]
-
-    assert names(2) == ["masked_gradients_mask_straight"]
-    assert names(1, 2) == ["masked_gradients_mask_w"]
-
-
-def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
-    args, _ = make((2, 20, 64, 64))
-
-    def count(fn):
-        def loss(*args):
-            return jnp.sin(fn(*args).astype(F32)).sum()
-
-        return launches(jax.grad(loss, argnums=(0, 1, 2)), *args)
-
-    # The masks' bits are made again, with the product.
-    assert count(hard) == 3 and count(jax.checkpoint(hard)) == 4
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("estimator", [straight_through, reinmax])
-def test_what_is_saved_for_the_backward(estimator):
-    """x, w and bits; a slope is one of logits."""
-    (x, w, logits), _ = make((2, 24, 64, 128), logits_dtype=F32)
-    saved = jax.vjp(partial(kernel, estimator=estimator), x, w, logits)[1]
-    got = sum(a.nbytes for a in jax.tree.leaves(saved))
-    of_masks = logits.nbytes // 32 + logits.nbytes * (estimator is reinmax)
-    assert got == x.nbytes + w.nbytes + of_masks
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("splits", [1, 3])
-def test_the_forward_packs_the_masks(splits):
-    """Once for several tiles of tokens; where tiles and parts reach past the end."""
-    (x, w, logits), _ = make((2, 140, 320, 192), logits_dtype=F32)
-    logits = logits.at[1, 33, 5].set(jnp.nan)
-    run = _masked_mgpu.product("reinmax", config=Config(64, splits), pack=True)
-    _, words = jax.jit(run)(x, w[None], logits)
-    np.testing.assert_array_equal(words.view(jnp.uint32), pack_mask(logits).words)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["logits", "packed"])

@@ -3,8 +3,9 @@
 Arithmetic for the published layer, 512 x 2048 and 256 tokens a sample, in bfloat16 with
 float32 logits, at batch 1 / 16 on an H200 (989 TFLOP/s, 4.8 TB/s). A product: 0.54 /
 8.6 GFLOP, 0.5 / 8.7 us of the tensor cores; arguments and result 7.6 / 90 MB, 1.6 / 19
-us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1). Storing the
-masked weights for a batched product writes and reads 4.2 / 67 MB more.
+us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1, which is all
+that a backward reads of them). Storing the masked weights for a batched product writes
+and reads 4.2 / 67 MB more.
 
 Memory is the limit at batch 16: at 70 % of its rate 27 us, as long as a product takes.
 With bits it is shared memory: a step of 256 tokens writes and reads 150 KB of it, 1200

@@ -170,7 +170,7 @@ def test_a_kernel_that_fails_is_a_failed_row():
         "gated dgate dw1 64 64x64",
         "dw2 256",
         "forward 128 split bits",
-        "dmask dw 64 logits",
+        "dmask dw 64 bits",
         "forward kept 128",
         "soft kept 128",
         "T relu2 64",

@@ -30,9 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxkern import BlockMask, _block_sparse_mgpu, _mgpu_schedule
-from jaxkern import _mgpu_rates as h200
-from jaxkern._mgpu import MULTIPROCESSORS
+from jaxkern import BlockMask
+from jaxkern._attention.hopper import attend as _block_sparse_mgpu
+from jaxkern._attention.hopper import schedule as _mgpu_schedule
+from jaxkern._core import h200 as h200
+from jaxkern._core.device import MULTIPROCESSORS
 
 from . import _attention_programs as programs
 from ._attention_model import BLOCK, PASSES, Dense, Masked, Shape, Task, known_mask

@@ -4,7 +4,7 @@ Floors follow from the data sheet; `predicted_us` adds up what the kernels' own 
 says of their launches, and no elementwise work between them.
 """
 
-from jaxkern import _masked_mgpu as kernels
+from jaxkern._masked.hopper import multiply as kernels
 
 from ._estimators_definitions import Sizes
 

@@ -6,7 +6,7 @@ adds up what the kernels' own model says.
 
 from dataclasses import dataclass
 
-from jaxkern import _flash_mlp_mgpu
+from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
 
 from ._report import published
 

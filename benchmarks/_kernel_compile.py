@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from jaxkern._mgpu import SMEM_BYTES
+from jaxkern._mosaic.base import SMEM_BYTES
 
 HERE = Path(__file__).parent
 TIMEOUT = 300

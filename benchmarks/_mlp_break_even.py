@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxkern._matmul_mgpu import choose_columns, limits_us
-from jaxkern._mlp_predictions import sparse_work
+from jaxkern._mlp.hopper.cost import sparse_work
+from jaxkern._mlp.hopper.fused import choose_columns, limits_us
 
 from . import _mlp_model as shapes
 from ._harness import Row

@@ -13,19 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern import _mlp_mgpu
-from jaxkern import _mlp_predictions as predictions_of
-from jaxkern._matmul_mgpu import FEATURE_STEP
-from jaxkern._mgpu_sparse_matmul import DEPTH
-from jaxkern._mgpu_walk import ROW_STEP
-from jaxkern._mlp_predictions import (
+from jaxkern._mlp.hopper import choose as _mlp_mgpu
+from jaxkern._mlp.hopper import cost as predictions_of
+from jaxkern._mlp.hopper.cost import (
     PACKED,
     Layer,
     elementwise_us,
     sparse_matmul_us,
     xla_matmul_us,
 )
-from jaxkern._packed_2_4 import GROUP, KEPT
+from jaxkern._mlp.hopper.fused import FEATURE_STEP
+from jaxkern._mosaic.launch import ROW_STEP
+from jaxkern._sparsity.hopper.matmul import DEPTH
+from jaxkern._sparsity.packed import GROUP, KEPT
 
 from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
 

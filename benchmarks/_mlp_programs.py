@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 import jaxkern
-from jaxkern import _matmul_mgpu
-from jaxkern._mgpu import on_hopper
+from jaxkern._core.device import on_hopper
+from jaxkern._mlp.hopper import fused as _matmul_mgpu
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern import _flash_mlp_mgpu, _matmul_mgpu, _sparsity_mgpu
-from jaxkern._matmul_mgpu import FEATURE_STEP, Work, pad
-from jaxkern._mgpu_walk import ROW_STEP
-from jaxkern._mlp_predictions import (
+from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
+from jaxkern._mlp.hopper import fused as _matmul_mgpu
+from jaxkern._mlp.hopper.cost import (
     PACKED,
     elementwise_us,
     flash_us,
@@ -23,6 +22,9 @@ from jaxkern._mlp_predictions import (
     sparse_matmul_us,
     xla_matmul_us,
 )
+from jaxkern._mlp.hopper.fused import FEATURE_STEP, Work, pad
+from jaxkern._mosaic.launch import ROW_STEP
+from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes

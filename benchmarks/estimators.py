@@ -20,9 +20,9 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkern import _masked_mgpu
-from jaxkern._masked import Method
-from jaxkern._mgpu import on_hopper
+from jaxkern._core.device import on_hopper
+from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._masked.masked import Method
 
 from . import _estimators_definitions as definitions
 from . import _estimators_model as model

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern import _flash_mlp_mgpu
-from jaxkern._mgpu import on_hopper
+from jaxkern._core.device import on_hopper
+from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
 
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model

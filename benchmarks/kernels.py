@@ -22,19 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkern import (
-    BlockMask,
-    _block_sparse_mgpu,
-    _flash_mlp_mgpu,
-    _masked_mgpu,
-    _matmul_mgpu,
-    _sparsity_mgpu,
-)
-from jaxkern._activations import ACTIVATIONS
-from jaxkern._block_mask import with_keys
-from jaxkern._dilated_patterns import Dilation
-from jaxkern._mgpu_masks import WORD, Config
-from jaxkern._mgpu_matmul import Operand
+from jaxkern import BlockMask
+from jaxkern._attention.block_mask.mask import with_keys
+from jaxkern._attention.dilation import Dilation
+from jaxkern._attention.hopper import attend as _block_sparse_mgpu
+from jaxkern._core.activations import ACTIVATIONS
+from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._masked.hopper.product import WORD, Config
+from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
+from jaxkern._mlp.hopper import fused as _matmul_mgpu
+from jaxkern._mosaic.matmul import Operand
+from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
 from ._cli import pattern, writable
 from ._harness import Row

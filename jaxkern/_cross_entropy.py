@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._checks import check_batched, check_floating, check_shape
-from ._matmul import widen
-from ._mesh import vary_alike
+from ._core.checks import check_batched, check_floating, check_shape
+from ._core.precision import widen
+from ._core.sharding import vary_alike
 
 
 def cross_entropy(

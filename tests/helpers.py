@@ -14,7 +14,7 @@ import jaxkern
 from benchmarks import _mlp_definitions as definitions
 from benchmarks._harness import relative_error as relative_error
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
-from jaxkern._activations import ACTIVATIONS
+from jaxkern._core.activations import ACTIVATIONS
 
 # For tests of what happens to arguments of the wrong type.
 untyped: Any = jaxkern

@@ -10,8 +10,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from .._attention import attention
-from .._checks import check_floating, check_shape, raise_unknown
+from .._attention.dense import attention
+from .._core.checks import check_floating, check_shape, raise_unknown
 from ._linear import check_arguments
 
 QKNorm = Literal["head", "embed"]

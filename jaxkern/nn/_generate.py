@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from .._checks import check_key
-from .._mesh import on_automatic_axes
+from .._core.checks import check_key
+from .._core.sharding import on_automatic_axes
 
 
 class Sampling(NamedTuple):

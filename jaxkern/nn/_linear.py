@@ -9,14 +9,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from .._checks import (
-    Implementation,
-    check_floating,
-    check_implementation,
-    check_shape,
-)
-from .._matmul import widen
-from .._mlp import low_rank_matmul
+from .._core.checks import check_floating, check_shape
+from .._core.dispatch import Implementation, check_implementation
+from .._core.precision import widen
+from .._mlp.mlp import low_rank_matmul
 
 # Of each factor's fan-in: the product of two factors then has the variance of a
 # full-rank kernel with the same initializer.

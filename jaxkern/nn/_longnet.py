@@ -10,7 +10,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from .._dilated import dilated_attention
+from .._attention.dilated import dilated_attention
 from ._attention import (
     MultiHeadAttention,
     axis_metadata,

@@ -11,9 +11,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import Implementation, check_floating
-from .._estimators import straight_through
-from .._masked import Estimator, Method, masked_bilinear, masked_matmul
+from .._core.checks import check_floating
+from .._core.dispatch import Implementation
+from .._masked.estimators import straight_through
+from .._masked.masked import Estimator, Method, masked_bilinear, masked_matmul
 from ._attention import axis_metadata
 from ._linear import check_arguments, default_kernel_init, make_kernel
 

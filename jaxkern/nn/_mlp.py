@@ -8,10 +8,10 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from .._activations import get_activation
-from .._checks import Implementation
-from .._flash_mlp import flash_mlp
-from .._mlp import (
+from .._core.activations import get_activation
+from .._core.dispatch import Implementation
+from .._mlp.flash_mlp import flash_mlp
+from .._mlp.mlp import (
     Gradient,
     Sparsity,
     check_gradient,
@@ -20,7 +20,7 @@ from .._mlp import (
     low_rank_swiglu,
     swiglu,
 )
-from .._sparsity import pack_2_4, unpack_2_4
+from .._sparsity.select import pack_2_4, unpack_2_4
 from ._linear import (
     LowRankLinear,
     check_arguments,

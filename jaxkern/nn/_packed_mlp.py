@@ -9,9 +9,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from .._checks import Implementation, check_implementation
-from .._packed_2_4 import Packed24
-from .._packed_mlp import packed_relu2
+from .._core.dispatch import Implementation, check_implementation
+from .._mlp.packed_mlp import packed_relu2
+from .._sparsity.packed import Packed24
 from ._linear import check_input
 
 FACTORS = "up_in", "up_out", "down_in", "down_out"

@@ -9,11 +9,12 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .._checks import Implementation, check_shape
-from .._estimators import straight_through
-from .._masked import Estimator, Method
-from .._quadratic import quadratic_attention
-from .._rotary import Pairs, rotary_embedding
+from .._attention.quadratic import quadratic_attention
+from .._attention.rotary import Pairs, rotary_embedding
+from .._core.checks import check_shape
+from .._core.dispatch import Implementation
+from .._masked.estimators import straight_through
+from .._masked.masked import Estimator, Method
 from ._attention import axis_metadata
 from ._linear import check_arguments
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity

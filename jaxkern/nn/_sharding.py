@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._attention import attention
-from .._ring import ring_attention
+from .._attention.dense import attention
+from .._attention.ring import ring_attention
 
 # From what needs a link least to what needs it most: neighbours are the last axis.
 AXES = ("data", "fsdp", "context", "tensor")

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from .._attention.ring import ring_permutation
+from .._attention.rotary import check_theta
+from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 from .._cross_entropy import cross_entropy
-from .._matmul import widen
-from .._mesh import on_automatic_axes
-from .._ring import ring_permutation
-from .._rotary import check_theta
 from ._generate import Sampling, check_sampling, generate
 from ._linear import check_arguments, make_kernel
 from ._mlp import SwiGLU

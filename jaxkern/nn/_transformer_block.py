@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from .._attention import attention
-from .._rotary import rotary_embedding
+from .._attention.dense import attention
+from .._attention.rotary import rotary_embedding
 from ._attention import MultiHeadAttention, axis_metadata
 from ._sharding import attend_on_mesh
 from ._transformer_checks import causal

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .._checks import check_shape
+from .._core.checks import check_shape
 
 
 def causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,97 @@
+"""What the makers of block masks ask of their arguments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .patterns import blocks_of
+
+
+def has_values(leaf: object) -> bool:
+    is_array = isinstance(leaf, jax.Array | np.ndarray)
+    return is_array and not isinstance(leaf, Tracer)
+
+
+def on_host(array: Any) -> Any:
+    """In NumPy where there are values: jit would trace what jnp makes of them."""
+    return np.asarray(array) if has_values(array) else array
+
+
+def check_sizes(op: str, least: int, **sizes: object) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < least:
+            raise ValueError(
+                f"{op}: {name} must be an integer of at least {least}, got {size!r}"
+            )
+
+
+def check_array(op: str, name: str, array: Any, kind: Any) -> None:
+    wanted = "boolean" if kind is jnp.bool_ else "of integers"
+    if not isinstance(array, jax.Array | np.ndarray):
+        got = type(array).__name__
+        raise TypeError(f"{op}: {name} must be an array, got {got}")
+    if not jnp.issubdtype(array.dtype, kind):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {array.dtype}")
+
+
+def check_concrete(op: str, **arrays: object) -> None:
+    for name, array in arrays.items():
+        if not has_values(array):
+            raise TypeError(
+                f"{op}: {name} must have values, got an array traced by jit; under jit "
+                "there are BlockMask.document and BlockMask.from_blocks"
+            )
+
+
+def four_axes(op: str, name: str, mask: Any) -> Any:
+    check_array(op, name, mask, jnp.bool_)
+    if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+        raise ValueError(
+            f"{op}: {name} must have shape (q, kv), (heads, q, kv) or (batch, heads, "
+            f"q, kv) and no empty axis, got {mask.shape}"
+        )
+    return on_host(mask).reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def check_segment_ids(op: str, ids: Any) -> None:
+    check_array(op, "segment_ids", ids, jnp.integer)
+    if ids.ndim not in (1, 2) or 0 in ids.shape:
+        raise ValueError(
+            f"{op}: segment_ids must have shape (seq,) or (batch, seq) and no empty "
+            f"axis, got {ids.shape}"
+        )
+
+
+def fitting_length(
+    op: str, name: str, length: int | None, blocks: int, block_size: int
+) -> int:
+    length = blocks * block_size if length is None else length
+    if blocks_of(length, block_size) != blocks:
+        raise ValueError(
+            f"{op}: {name} must fill {blocks} blocks of {block_size}, got {length}"
+        )
+    return length
+
+
+def check_alike(op: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    if first != second:
+        raise ValueError(
+            f"{op}: (q_len, kv_len, block_size) of both must be equal, "
+            f"got {first} and {second}"
+        )
+
+
+def check_broadcast(op: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+    if any(m != n and 1 not in (m, n) for m, n in zip(first, second, strict=True)):
+        raise ValueError(
+            f"{op}: batch and heads of both must be equal or 1, "
+            f"got {first} and {second}"
+        )
+
+
+def check_index(op: str, name: str, index: int, count: int) -> None:
+    if index not in range(count):
+        raise IndexError(f"{op}: {name} must be below {count}, got {index}")

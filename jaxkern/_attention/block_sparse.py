@@ -1,0 +1,315 @@
+"""Attention over the blocks of a BlockMask, in time and memory of those blocks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.precision import widen
+from .._core.sharding import vary_alike
+from .block_mask.mask import BlockMask
+from .block_mask.runs import BlockLists
+from .checks import check_query_key_value, check_scale
+from .tiles import add_tile, empty_carry, normalize, tile_gradients, tile_logits
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def block_sparse_attention(
+    query: Float[Array, "batch seq_q heads dim"],
+    key: Float[Array, "batch seq_kv kv_heads dim"],
+    value: Float[Array, "batch seq_kv kv_heads dim_v"],
+    *,
+    mask: BlockMask,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> (
+    Float[Array, "batch seq_q heads dim_v"]
+    | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
+):
+    r"""`attention(query, key, value, mask=mask.to_dense())`, of which only the blocks
+    that are not empty are computed.
+
+    $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
+    s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
+
+    The sums run over the keys $j$ that query $i$ sees, in all blocks of its row. A
+    query that sees none has $o_i = 0$, $L_i = -\infty$ and no gradient. Query head $h$
+    reads key head $\lfloor h\,$kv_heads / heads$\rfloor$.
+
+    Time, forward and backward, is that of the mask's blocks, and a row of blocks takes
+    as long as its own list. Saved for the backward are the arguments, $o$ and $L$. The
+    heads that share a row of the mask are computed together, others after each other.
+    Products, softmax and sums are as in `attention`; the gradient of $L$ is exact.
+    There is no forward-mode derivative.
+
+    Implementations:
+
+    - "xla": on every device.
+    - "mosaic_gpu": a fused kernel for bfloat16 and float16 on an H100 or H200, forward
+      and backward, for `dim` and `dim_v` up to 256 and blocks of a multiple of 64. What
+      the mask's `mask_fn` computes in partial blocks becomes a part of it: a user's may
+      only do arithmetic on its arguments. Weights are rounded to 16 bits before they
+      meet the values, logits are not. Arrays whose lengths are no multiples of 8, or
+      whose `dim` is none of 16 or is less than the other one, are padded by a copy.
+      Which multiprocessor computes what is decided once, on the host, if the mask has
+      values when traced; for a mask that is an argument of jit in every call, which
+      takes about 100 us a launch on an H200.
+
+    None picks the kernel where it can run.
+
+    Args:
+        mask: of the lengths of query and key, its batch and heads theirs or 1. May be
+            an argument of jit. On explicit mesh axes one that differs between batches
+            or heads needs `jax.shard_map`, with its `partition_specs`.
+        scale: a number known when traced; None stands for dim ** -0.5.
+
+    Raises:
+        TypeError: an argument is no floating-point array, the dtypes differ, or `mask`
+            is no `BlockMask`.
+        ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
+            unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        The tiles and their gradients: FlashAttention-2, algorithms 1 and 2,
+        https://arxiv.org/abs/2307.08691. The lists: FlexAttention,
+        https://arxiv.org/abs/2412.05496, section 4.
+    """
+    op = "block_sparse_attention"
+    check_implementation(op, implementation)
+    check_query_key_value(op, query, key, value)
+    _check_mask(op, mask, query, key)
+    scale = check_scale(op, scale, query.shape[-1])
+    unsupported = partial(_unsupported, query, value, mask)
+    match choose(op, implementation, (query, key, value), unsupported):
+        case "mosaic_gpu":
+            # Mosaic is imported on first use of a kernel.
+            from .hopper import attend
+
+            out, lse = attend.attend(query, key, value, mask, scale)
+        case "xla":
+            leaves, tree = jax.tree.flatten(mask)
+            query, key, value, *leaves = vary_alike(
+                query, key, value, *map(jnp.asarray, leaves)
+            )
+            mask = jax.tree.unflatten(tree, leaves)
+            out, lse = _attend(query, key, value, mask, scale)
+    return (out, lse) if return_lse else out
+
+
+def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | None:
+    from .hopper import attend
+
+    return attend.unsupported(query, value, mask)
+
+
+def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
+            f"or BlockMask.from_dense(mask), got {type(mask).__name__}"
+        )
+    batch, seq_q, heads, _ = query.shape
+    lengths = seq_q, key.shape[1]
+    if mask.shape[2:] != lengths:
+        raise ValueError(
+            f"{op}: mask must have the lengths of query and key, {lengths}, "
+            f"got {mask.shape[2:]}"
+        )
+    for name, got, want in [
+        ("batch", mask.shape[0], batch),
+        ("heads", mask.shape[1], heads),
+    ]:
+        if got not in (1, want):
+            raise ValueError(f"{op}: {name} of mask must be 1 or {want}, got {got}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, mask, scale):
+    return _forward(query, key, value, mask, scale)
+
+
+def _attend_forward(query, key, value, mask, scale):
+    out, lse = _forward(query, key, value, mask, scale)
+    return (out, lse), (query, key, value, mask, out, lse)
+
+
+def _attend_backward(scale, saved, cotangents):
+    return *_backward(*saved, *cotangents, scale), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@partial(jax.jit, static_argnames="scale")
+def _forward(query, key, value, mask, scale):
+    queries, keys, values = _cut_all(mask, query, key, value)
+
+    def row(b, h, i):
+        def add(j, carry, visible):
+            at = b, _key_head(h, queries, keys), j
+            logits = tile_logits(queries[b, h, i], keys[at], visible, scale)
+            return add_tile(carry, logits, values[at])
+
+        carry = empty_carry(queries[b, h, i], value.shape[-1])
+        return normalize(*_visit(mask, "kv", (b, h, i), add, carry))
+
+    out, lse = _map_rows(row, *queries.shape[:3])
+    return _join(out, query.shape[1]).astype(value.dtype), _join(lse, query.shape[1])
+
+
+@partial(jax.jit, static_argnames="scale")
+def _backward(query, key, value, mask, out, lse, d_out, d_lse, scale):
+    unseen = jnp.isneginf(lse)
+    delta = (widen(d_out) * widen(out)).sum(-1) - jnp.where(unseen, 0, d_lse)
+    queries, keys, values = _cut_all(mask, query, key, value)
+    d_outs, lses, deltas = (_cut(mask, x, key.shape[2]) for x in (d_out, lse, delta))
+
+    def gradients(b, h, i, j, visible):
+        at = b, _key_head(h, queries, keys), j
+        logits = tile_logits(queries[b, h, i], keys[at], visible, scale)
+        return tile_gradients(
+            *(logits, queries[b, h, i], keys[at], values[at]),
+            *(d_outs[b, h, i], lses[b, h, i], deltas[b, h, i], scale),
+        )
+
+    def row(b, h, i):
+        def add(j, d_query, visible):
+            return d_query + gradients(b, h, i, j, visible)[0]
+
+        zeros = jnp.zeros_like(widen(queries[b, h, i]))
+        return _visit(mask, "kv", (b, h, i), add, zeros)
+
+    def column(b, h, j):
+        def add(i, sums, visible):
+            return jax.tree.map(jnp.add, sums, gradients(b, h, i, j, visible)[1:])
+
+        at = b, _key_head(h, queries, keys), j
+        zeros = tuple(jnp.zeros_like(widen(x[at])) for x in (keys, values))
+        return _visit(mask, "q", (b, h, j), add, zeros)
+
+    d_query = _join(_map_rows(row, *queries.shape[:3]), query.shape[1])
+    batch, heads = mask.shape[:2]
+    d_key, d_value = (
+        _sum_groups(_join(x[:, :, :, :, :, None], key.shape[1]), key.shape[2])
+        for x in _map_rows(column, batch, heads, keys.shape[2])
+    )
+    return tuple(x.astype(query.dtype) for x in (d_query, d_key, d_value))
+
+
+def _map_rows(fn: Callable[..., Any], batch: int, heads: int, rows: int) -> Any:
+    """`fn(b, h, i)` for all of them, one after the other."""
+
+    def at(n):
+        return fn(n // (heads * rows), n // rows % heads, n % rows)
+
+    results = lax.map(at, jnp.arange(batch * heads * rows))
+    return jax.tree.map(lambda x: x.reshape(batch, heads, rows, *x.shape[1:]), results)
+
+
+def _visit(
+    mask: BlockMask, side: str, row: tuple[Any, Any, Any], add: Any, carry: Any
+) -> Any:
+    """Add every block of a row (side "kv") or of a column (side "q") to the carry."""
+    b, h, i = row
+
+    def visit(lists: BlockLists, carry, is_partial):
+        start = lists.starts[row]
+
+        def step(n, carry):
+            j = lists.indices[b, h, start + n]
+            if not is_partial:
+                return add(j, carry, None)
+            blocks = (i, j) if side == "kv" else (j, i)
+            return add(j, carry, _visible(mask, b, h, *blocks))
+
+        return lax.fori_loop(0, lists.num_blocks[row], step, carry)
+
+    carry = visit(getattr(mask, f"full_{side}"), carry, False)
+    return visit(getattr(mask, side), carry, True)
+
+
+def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..."]:
+    """Of a partial block, which pairs attend."""
+    size = mask.block_size
+    q = i * size + jnp.arange(size)[:, None]
+    k = j * size + jnp.arange(size)
+    return mask.mask_fn(b, h, q, k) & (k < mask.kv_len)
+
+
+def _key_head(h: Any, queries: jax.Array, keys: jax.Array) -> Any:
+    return h * keys.shape[1] // queries.shape[1]
+
+
+def _cut_all(mask, query, key, value):
+    kv_heads = key.shape[2]
+    keys, values = (_cut(mask, x, kv_heads)[:, :, :, :, :, 0] for x in (key, value))
+    return _cut(mask, query, kv_heads), keys, values
+
+
+def _cut(
+    mask: BlockMask, x: Float[Array, "batch seq heads *rest"], kv_heads: int
+) -> Float[Array, "mask_batch mask_heads blocks batch_2 heads_2 groups size *rest"]:
+    """In front what the mask tells apart, behind it what one tile has together."""
+    batch, seq, heads, *rest = x.shape
+    mask_batch, mask_heads = mask.shape[:2]
+    if mask_heads > 1:
+        mask_heads, together = heads, (1, 1)
+    else:
+        together = kv_heads, heads // kv_heads
+    missing = -seq % mask.block_size
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(
+        *(mask_batch, batch // mask_batch, (seq + missing) // mask.block_size),
+        *(mask.block_size, mask_heads, *together, *rest),
+    )
+    return x.transpose(0, 4, 2, 1, 5, 6, 3, *range(7, x.ndim))
+
+
+def _join(
+    x: Float[Array, "mask_batch mask_heads blocks batch_2 heads_2 groups size *rest"],
+    seq: int,
+) -> Float[Array, "batch seq heads *rest"]:
+    """The inverse of `_cut`."""
+    mask_batch, mask_heads, blocks, batch, kv_heads, groups, size, *rest = x.shape
+    x = x.transpose(0, 3, 2, 6, 1, 4, 5, *range(7, x.ndim))
+    heads = mask_heads * kv_heads * groups
+    return x.reshape(mask_batch * batch, blocks * size, heads, *rest)[:, :seq]
+
+
+def _sum_groups(
+    x: Float[Array, "batch seq heads dim"], kv_heads: int
+) -> Float[Array, "batch seq kv_heads dim"]:
+    batch, seq, _, dim = x.shape
+    return x.reshape(batch, seq, kv_heads, -1, dim).sum(3)

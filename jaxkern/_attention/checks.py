@@ -1,0 +1,91 @@
+"""Checks of attention's arguments, and what cuDNN cannot do."""
+
+import math
+
+import jax
+import numpy as np
+
+from .._core.checks import check_floating, check_shape
+
+
+def check_query_key_value(
+    op: str, query: jax.Array, key: jax.Array, value: jax.Array
+) -> None:
+    """Shapes and dtypes fit, and the heads of key and value divide the query's."""
+    check_floating(op, query=query, key=key, value=value)
+    check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
+    batch, _, heads, dim = query.shape
+    given = f" for query of shape {query.shape}"
+    check_shape(op, "key", key, (batch, "seq_kv", "kv_heads", dim), given)
+    given = f" for key of shape {key.shape}"
+    check_shape(op, "value", value, (*key.shape[:3], "dim_v"), given)
+    if heads % key.shape[2]:
+        raise ValueError(
+            f"{op}: heads of query must be a multiple of those of key and value, "
+            f"got {heads} and {key.shape[2]}"
+        )
+
+
+def check_scale(op: str, scale: object, dim: int) -> float:
+    """The factor of the logits, dim ** -0.5 where None is given."""
+    if scale is None:
+        return dim**-0.5
+    number = isinstance(scale, int | float | np.floating | np.integer)
+    if not number or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
+    if not isinstance(mask, jax.Array | np.ndarray):
+        raise TypeError(f"{op}: mask must be an array, got {type(mask).__name__}")
+    if mask.dtype != bool:
+        raise TypeError(
+            f"{op}: mask must be boolean, True where a query sees a key, "
+            f"got {mask.dtype}"
+        )
+    full = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
+    fits = mask.ndim == 4 and all(
+        got in (1, want) for got, want in zip(mask.shape, full, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: mask must be broadcastable to (batch, heads, seq_q, seq_kv) = "
+            f"{full}, got {mask.shape}"
+        )
+
+
+def unsupported_by_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    is_causal: bool,
+    return_lse: bool,
+) -> str | None:
+    """Why `jax.nn`'s cuDNN form is not this function here, or None."""
+    if return_lse:
+        return "return_lse must be False for cudnn, got True"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    if device.platform != "gpu" or float(capability or 0) < 8:
+        return (
+            "cudnn needs an NVIDIA GPU of compute capability 8.0 or more, "
+            f"got {device.device_kind}"
+        )
+    if query.dtype.itemsize != 2:
+        return f"dtype must be bfloat16 or float16 for cudnn, got {query.dtype}"
+    if mask is not None:
+        return f"mask must be None for cudnn, got one of shape {mask.shape}"
+    dim, limit = query.shape[-1], 256 if float(capability) >= 9 else 128
+    if value.shape[-1] != dim or dim % 8 or dim > limit:
+        return (
+            f"dim and dim_v must be equal for cudnn, a multiple of 8 and at most "
+            f"{limit}, got {dim} and {value.shape[-1]}"
+        )
+    if is_causal and query.shape[1] != key.shape[1]:
+        return (
+            "seq_q and seq_kv must be equal for cudnn with is_causal, "
+            f"got {query.shape[1]} and {key.shape[1]}"
+        )
+    return None

@@ -1,0 +1,306 @@
+"""Dilated attention: sparse patterns of segments, mixed as one softmax."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Literal, get_args, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .._core.checks import check_shape, raise_unknown
+from .._core.dispatch import Implementation, check_implementation
+from .._core.precision import widen
+from .checks import check_query_key_value, check_scale
+from .dense import attend_in_kernel, attention, choose_for_keys
+from .dilation import HeadOffsets, Pattern, check_covered, group_heads, make_patterns
+
+Uncovered = Literal["zero", "error"]
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    head_offsets: HeadOffsets = ...,
+    head_groups: bool = ...,
+    stop_gradient_mix: bool = ...,
+    uncovered: Uncovered = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+def dilated_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Bool[Array, "batch seq"] | None = None,
+    head_offsets: HeadOffsets = "paper",
+    head_groups: bool = False,
+    stop_gradient_mix: bool = False,
+    uncovered: Uncovered = "zero",
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+) -> (
+    Float[Array, "batch seq heads dim_v"]
+    | tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]
+):
+    r"""LongNet's attention: near tokens densely, far ones at growing strides.
+
+    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each, head $j$ takes
+    the rows $o, o + r_i, o + 2 r_i, ...$ with offset $o = j \bmod r_i$, and attends
+    among them alone, which gives $O_i$ and the log-sum-exp $L_i$ (0 and $-\infty$ in
+    the rows it did not take). Then per token and head
+
+    $$O = \sum_i \alpha_i O_i, \qquad
+      \alpha_i = \frac{\exp L_i}{\sum_j \exp L_j}$$
+
+    which is one softmax over all keys, with $\log c$ added to the logit of a key that
+    $c$ patterns share with the query. The gradient is exact, through $\alpha$ too. A
+    pattern costs $4\,\mathrm{batch}\,\mathrm{heads}\,\mathrm{seq}\,w\,\mathrm{dim}/r^2$
+    FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
+    where `w` exceeds the sequence, the sequence is the segment.
+
+    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`. It
+    loads the rows of a head in strides: they are not copied, unless a length does not
+    divide. None picks it for each pattern as `attention` does.
+
+    Heads are counted in the array given: to split heads by `shard_map`, give each
+    device a multiple of every rate, and let "paper" choose the offsets.
+
+    Args:
+        segment_lengths: $w_i$, in tokens.
+        dilation_rates: $r_i$, as many.
+        scale: of the logits; None is $1/\sqrt{\mathrm{dim}}$.
+        key_mask: False for padding, which no query attends to.
+        head_offsets: "paper" as above; "blocks" for $\lfloor j / \lceil H/r_i \rceil
+            \rfloor$, consecutive heads alike, as torchscale has it; "pattern" for
+            $i \bmod r_i$, all heads alike.
+        head_groups: instead of running every pattern in every head, split the heads
+            into consecutive groups, one for each pattern, the first ones larger by one
+            head where they do not divide; with "pattern" this is the variant of
+            dilated-attention-pytorch, but for its final division by the number of
+            patterns.
+        stop_gradient_mix: treat $\alpha$ as constant in the backward, as torchscale.
+        uncovered: what to do about a row that its head takes in no pattern: "zero"
+            gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
+        return_lse: also return $\log \sum_i \exp L_i$, float32.
+
+    Raises:
+        TypeError: an argument has the wrong type, or the dtypes differ.
+        ValueError: the shapes do not fit, the patterns are not two equally long
+            sequences of positive integers, each rate exceeds its segment, heads are
+            fewer than the patterns to split them among, rows are uncovered though that
+            is an "error", or a name is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
+    """
+    op = "dilated_attention"
+    check_implementation(op, implementation)
+    check_query_key_value(op, query, key, value)
+    scale = check_scale(op, scale, query.shape[-1])
+    batch, seq, heads, _ = query.shape
+    given = f" for query of shape {query.shape}"
+    check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
+    _check_key_mask(op, key_mask, (batch, seq))
+    if not isinstance(head_groups, bool):
+        raise_unknown(op, "head_groups", head_groups, (False, True))
+    if uncovered not in get_args(Uncovered):
+        raise_unknown(op, "uncovered", uncovered, get_args(Uncovered))
+    patterns = make_patterns(
+        op, segment_lengths, dilation_rates, seq, heads, head_offsets
+    )
+    groups = group_heads(op, patterns, heads, head_groups)
+    if uncovered == "error":
+        check_covered(op, groups, seq)
+    parts = [
+        _attend(
+            op,
+            query[:, :, start:stop],
+            *_key_value_heads(key, value, start, stop, heads),
+            key_mask,
+            [pattern.of_heads(start, stop) for pattern in members],
+            stop_gradient_mix,
+            is_causal,
+            scale,
+            implementation,
+        )
+        for (start, stop), members in groups
+    ]
+    out, lse = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+    return (out, lse) if return_lse else out
+
+
+def _attend(op, query, key, value, key_mask, patterns, stop_gradient_mix, *given):
+    """All heads through all patterns, and the mixture."""
+    parts = [
+        attend_pattern(op, query, key, value, key_mask, pattern, *given)
+        for pattern in patterns
+    ]
+    return mix(patterns, parts, query.shape[1], value.dtype, stop_gradient_mix)
+
+
+def mix(
+    patterns: Sequence[Pattern],
+    parts: Sequence[tuple[Float[Array, "..."], Float[Array, "..."]]],
+    seq: int,
+    dtype: jnp.dtype,
+    stop_gradient_mix: bool = False,
+) -> tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]:
+    """The results of all patterns, over the rows each selects, as one softmax."""
+    stacked = jnp.stack(
+        [
+            pattern.spread(lse, seq, fill=-jnp.inf)
+            for pattern, (_, lse) in zip(patterns, parts, strict=True)
+        ]
+    )
+    reached = ~jnp.isneginf(stacked).all(0)
+    # Without the inner guard its gradient is 0/0 where no pattern reaches.
+    total = jax.nn.logsumexp(jnp.where(reached, stacked, 0), axis=0)
+    shares = jnp.exp(stacked - total)
+    if stop_gradient_mix:
+        shares = jax.lax.stop_gradient(shares)
+    # Weighted before they are spread, so that no pattern keeps rows that it left out.
+    weighted = [
+        pattern.spread(pattern.select(share)[..., None] * widen(out), seq, fill=0.0)
+        for pattern, share, (out, _) in zip(patterns, shares, parts, strict=True)
+    ]
+    mixed = reduce(jnp.add, weighted)
+    return mixed.astype(dtype), jnp.where(reached, total, -jnp.inf)
+
+
+def attend_pattern(
+    op: str,
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    key_mask: Bool[Array, "batch seq"] | None,
+    pattern: Pattern,
+    is_causal: bool,
+    scale: float,
+    implementation: Implementation | None,
+) -> tuple[
+    Float[Array, "batch segments rows heads dim_v"],
+    Float[Array, "batch segments rows heads"],
+]:
+    """Attention within every segment, and its log-sum-exp, of the selected rows."""
+    mask = None
+    if key_mask is not None or not pattern.divides(query.shape[1]):
+        # Padded rows select False, like the masked ones.
+        valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
+        mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
+    arrays = query, key, value
+    chosen = choose_for_keys(op, implementation, *arrays, rows=pattern.rows)
+    if chosen == "mosaic_gpu":
+        return _attend_in_strides(*arrays, mask, pattern, is_causal, scale)
+
+    # Not merged with the batch, which may be sharded on a mesh.
+    @partial(jax.vmap, in_axes=1, out_axes=1)
+    def attend_segment(query, key, value, mask):
+        return attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            return_lse=True,
+            implementation=chosen,
+        )
+
+    return attend_segment(*select_rows(query, key, value, pattern), mask)
+
+
+def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
+    """The segments as a batch, of which the kernel reads the rows that heads take."""
+    batch = query.shape[0]
+    query, key, value = (
+        x.reshape(-1, pattern.rows, x.shape[3] * x.shape[4], x.shape[5])
+        for x in map(pattern.split, (query, key, value))
+    )
+    if mask is not None:
+        mask = mask.reshape(-1, *mask.shape[2:])
+    given = mask, is_causal, scale, pattern.dilation
+    out, lse = attend_in_kernel(query, key, value, *given)
+    split = batch, -1
+    return out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
+
+
+def select_rows(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    pattern: Pattern,
+) -> tuple[
+    Float[Array, "batch segments rows heads dim"],
+    Float[Array, "batch segments rows heads_kv dim"],
+    Float[Array, "batch segments rows heads_kv dim_v"],
+]:
+    """The rows that attend to each other; heads of keys are repeated if they must."""
+    of_keys = pattern.dilation.of_keys(key.shape[2])
+    if of_keys.group > 1:
+        key, value = _repeat(key, of_keys.group), _repeat(value, of_keys.group)
+        of_keys = pattern.dilation
+    keys = replace(pattern, dilation=of_keys)
+    return pattern.select(query), keys.select(key), keys.select(value)
+
+
+def _key_value_heads(key, value, start, stop, heads):
+    """The key and value heads of query heads from `start` up to `stop`."""
+    group = heads // key.shape[2]
+    if start % group or stop % group:
+        key, value, group = _repeat(key, group), _repeat(value, group), 1
+    kept = slice(start // group, stop // group)
+    return key[:, :, kept], value[:, :, kept]
+
+
+def _repeat(x, group):
+    # On explicit mesh axes it asks for the sharding, elsewhere it takes none.
+    sharding = jax.typeof(x).sharding
+    kept = sharding if sharding.mesh.explicit_axes else None
+    return jnp.repeat(x, group, axis=2, out_sharding=kept)
+
+
+def _check_key_mask(op, key_mask, shape) -> None:
+    if key_mask is None:
+        return
+    got = getattr(key_mask, "dtype", type(key_mask).__name__)
+    if got != jnp.dtype(bool):
+        raise TypeError(f"{op}: key_mask must be an array of bool, got {got}")
+    check_shape(op, "key_mask", key_mask, shape)

@@ -1,0 +1,214 @@
+"""Which rows the heads of dilated attention take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Shaped
+
+from .._core.checks import raise_unknown
+
+HeadOffsets = Literal["paper", "blocks", "pattern"]
+
+
+@dataclass(frozen=True)
+class Dilation:
+    """Of each `rate` rows head j takes one, at (first + step * j) // run % rate.
+
+    group: heads that take theirs from the same vectors.
+    """
+
+    rate: int
+    heads: int
+    first: int = 0
+    step: int = 1
+    run: int = 1
+    group: int = 1
+
+    def of_heads(self, start: int, stop: int, every: int = 1) -> "Dilation":
+        """As seen by those heads alone."""
+        return replace(
+            self,
+            heads=len(range(start, stop, every)),
+            first=self.first + self.step * start,
+            step=self.step * every,
+        )
+
+    def of_keys(self, kv_heads: int) -> "Dilation":
+        """What those take, or their groups of query heads if they differ in it."""
+        group = self.heads // kv_heads
+        of_first = np.repeat(self.offsets[::group], group)
+        if (self.offsets == of_first).all():
+            return self.of_heads(0, self.heads, group)
+        return replace(self, group=group)
+
+    def index(self, head: Any) -> Any:
+        """Of a head's vector among all (rate, vectors) of a row, in a kernel."""
+        offset = lax.rem(lax.div(self.first + self.step * head, self.run), self.rate)
+        return offset * (self.heads // self.group) + lax.div(head, self.group)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return (self.first + self.step * np.arange(self.heads)) // self.run % self.rate
+
+    def take(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """(..., rate, heads, ...) to (..., heads, ...): the row of each head."""
+        # A sum over one-hot rows, not a gather: it fuses, and heads stay where they
+        # are on a mesh. Its transpose is `spread`.
+        x = jnp.where(self._chosen(x, axis), x, jnp.zeros((), x.dtype))
+        return x.any(axis) if x.dtype == bool else x.sum(axis, dtype=x.dtype)
+
+    def spread(
+        self, x: Float[Array, "..."], axis: int, fill: float
+    ) -> Float[Array, "..."]:
+        """The inverse of `take`; the rows that it left out are `fill`."""
+        x = jnp.expand_dims(x, axis)
+        return jnp.where(self._chosen(x, axis), x, jnp.asarray(fill, x.dtype))
+
+    def _chosen(self, x: jax.Array, axis: int) -> Bool[np.ndarray, "rate heads *ones"]:
+        chosen = np.arange(self.rate)[:, None] == self.offsets
+        return chosen.reshape(*chosen.shape, *[1] * (x.ndim - axis - 2))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Each head attends to the rows that it takes of a segment."""
+
+    segment: int
+    dilation: Dilation
+
+    @property
+    def rows(self) -> int:
+        """Of a segment, that a head takes, some of them beyond its end."""
+        return -(-self.segment // self.dilation.rate)
+
+    def of_heads(self, start: int, stop: int, every: int = 1) -> "Pattern":
+        return replace(self, dilation=self.dilation.of_heads(start, stop, every))
+
+    def divides(self, seq: int) -> bool:
+        return seq % self.segment == 0 and self.segment % self.dilation.rate == 0
+
+    def split(
+        self, x: Shaped[Array, "batch seq heads *features"]
+    ) -> Shaped[Array, "batch segments rows rate heads *features"]:
+        """The rows of each segment, with zeros for those beyond its end."""
+        w, r = self.segment, self.dilation.rate
+        batch, seq, *rest = x.shape
+        x = _pad(x, 1, -seq % w).reshape(batch, -(-seq // w), w, *rest)
+        return _pad(x, 2, -w % r).reshape(*x.shape[:2], self.rows, r, *rest)
+
+    def select(
+        self, x: Shaped[Array, "batch seq #heads *features"]
+    ) -> Shaped[Array, "batch segments rows heads *features"]:
+        """Each head's rows of each segment, zeros for those beyond its end."""
+        return self.dilation.take(self.split(x), axis=3)
+
+    def spread(
+        self,
+        x: Float[Array, "batch segments rows heads *features"],
+        seq: int,
+        fill: float,
+    ) -> Float[Array, "batch seq heads *features"]:
+        """The inverse of `select`; the rows that it left out are `fill`."""
+        batch, segments, rows, *rest = x.shape
+        x = self.dilation.spread(x, axis=3, fill=fill)
+        x = x.reshape(batch, segments, rows * self.dilation.rate, *rest)
+        x = x[:, :, : self.segment].reshape(batch, segments * self.segment, *rest)
+        return x[:, :seq]
+
+
+def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
+    return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
+
+
+def make_patterns(
+    op: str,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    seq: int,
+    heads: int,
+    head_offsets: HeadOffsets,
+) -> list[Pattern]:
+    """The patterns of all heads, no segment longer than the sequence."""
+    if head_offsets not in get_args(HeadOffsets):
+        raise_unknown(op, "head_offsets", head_offsets, get_args(HeadOffsets))
+    lengths = _positive_integers(op, "segment_lengths", segment_lengths)
+    rates = _positive_integers(op, "dilation_rates", dilation_rates)
+    if len(lengths) != len(rates):
+        raise ValueError(
+            f"{op}: dilation_rates must be as many as the {len(lengths)} "
+            f"segment_lengths, got {len(rates)}"
+        )
+    if all(r > w for w, r in zip(lengths, rates, strict=True)):
+        raise ValueError(
+            f"{op}: dilation_rates must not all exceed their segment_lengths "
+            f"{lengths}, got {rates}"
+        )
+    patterns = []
+    for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        match head_offsets:
+            case "paper":
+                dilation = Dilation(r, heads)
+            case "blocks":
+                dilation = Dilation(r, heads, run=-(-heads // r))
+            case _:
+                dilation = Dilation(r, heads, first=i % r, step=0)
+        patterns.append(Pattern(min(w, seq), dilation))
+    return patterns
+
+
+def _positive_integers(op, name, values) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise TypeError(f"{op}: {name} must be a sequence of integers, got {values!r}")
+    for x in values:
+        if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
+            raise ValueError(
+                f"{op}: {name} must hold integers of at least 1, got {x!r}"
+            )
+    return tuple(int(x) for x in values)
+
+
+def group_heads(
+    op: str, patterns: list[Pattern], heads: int, head_groups: bool
+) -> list[tuple[tuple[int, int], list[Pattern]]]:
+    """Ranges of heads, each with the patterns that it runs."""
+    if not head_groups:
+        return [((0, heads), patterns)]
+    count = len(patterns)
+    if heads < count:
+        raise ValueError(
+            f"{op}: heads of query must be at least the {count} patterns for "
+            f"head_groups, got {heads}"
+        )
+    size, larger = divmod(heads, count)
+    starts = [i * size + min(i, larger) for i in range(count + 1)]
+    ranges = zip(starts, starts[1:], strict=False)
+    return [(heads_of, [p]) for heads_of, p in zip(ranges, patterns, strict=True)]
+
+
+def check_covered(
+    op: str, groups: Sequence[tuple[tuple[int, int], list[Pattern]]], seq: int
+) -> None:
+    """
+    Raises:
+        ValueError: a head takes some row in no pattern.
+    """
+    for (start, stop), patterns in groups:
+        if any(pattern.dilation.rate == 1 for pattern in patterns):
+            continue
+        covered = np.zeros((seq, stop - start), bool)
+        for pattern in patterns:
+            in_segment = np.arange(seq) % pattern.segment
+            dilation = pattern.dilation.of_heads(start, stop)
+            covered |= in_segment[:, None] % dilation.rate == dilation.offsets
+        if not covered.all():
+            row, head = np.argwhere(~covered)[0]
+            raise ValueError(
+                f"{op}: patterns must cover every row of every head for "
+                f"uncovered='error', got row {row} of head {start + head} in none"
+            )

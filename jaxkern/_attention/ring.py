@@ -1,0 +1,280 @@
+"""Attention over a sequence that is split among devices: keys and values go round."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from .._core.checks import check_shape, raise_unknown
+from .._core.dispatch import Implementation, check_implementation
+from .checks import check_query_key_value, check_scale
+from .dense import choose_for_keys
+from .dilation import HeadOffsets
+from .ring_dilated import attend_dilated_around
+from .ring_steps import Layout, Ring, attend_around
+
+
+def ring_attention(
+    query: Float[Array, "batch seq_q heads dim"],
+    key: Float[Array, "batch seq_kv kv_heads dim"],
+    value: Float[Array, "batch seq_kv kv_heads dim_v"],
+    *,
+    axis_name: str,
+    is_causal: bool = False,
+    layout: Layout = "contiguous",
+    scale: float | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "paper",
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch seq_q heads dim_v"]:
+    r"""`attention` over a sequence split among the devices of a mesh axis.
+
+    Call it inside `jax.shard_map`, each device with its part of the tokens. In as many
+    steps as there are devices every one attends to the keys and values it holds, while
+    it sends them on to its neighbour. The results are merged by their log-sum-exps, in
+    float32. In the backward the gradients of key and value, in float32, go round with
+    them and end where they belong. A device holds its own tokens, those that it works
+    on and those that arrive, and no more logits than a tile has: its memory is linear
+    in its share of the sequence. Saved for the backward are its arguments, and in
+    float32 its output and log-sum-exp. There is no forward-mode derivative.
+
+    `layout` says which tokens device $r$ of $p$ holds, in ascending order, and so what
+    a causal query sees; without `is_causal` it makes no difference:
+
+    - "contiguous": the $r$-th of $p$ equal parts. The first device computes in one step
+      only and the last in all of them, so a causal pass takes about twice as long as
+      with the others.
+    - "striped": the tokens $r, r + p, r + 2p, ...$; balanced but for the diagonal.
+    - "zigzag": the $r$-th and the $r$-th last of $2p$ equal parts. Balanced: of parts
+      of $c$ tokens every device computes $2 c^2$ logits in every step, all of them
+      seen; in the first step they form its triangle.
+
+    `ring_permutation` gives the order of the tokens, `context_parallel_attention` does
+    it all for arrays that are whole.
+
+    With `segment_lengths` and `dilation_rates` it is `dilated_attention` of the whole
+    sequence, in whose tokens the lengths are, in the layout "contiguous". A segment
+    within a device needs nothing of the others. The $m$ devices that share one of $w$
+    tokens are a ring of their own, and only tokens that a head takes go round: each
+    device sends $(w - w/m)/r$ keys and values for every head of the query; in the
+    backward these again, and $w/r$ gradients of each. Where all query heads of a key
+    take the same rows, these are sent once.
+
+    With `implementation` "mosaic_gpu" each step runs the kernel of `attention`, which
+    None picks as it does there.
+
+    Raises:
+        TypeError: an argument is no floating-point array, or the dtypes differ.
+        ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
+            `scale` is not finite, or the patterns are none of `dilated_attention`; a
+            segment is neither a divisor of a device's tokens nor all of those of one of
+            several equal groups of devices, or the rate of one across devices does not
+            divide a device's tokens.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        Ring Attention, https://arxiv.org/abs/2310.01889; striped:
+        https://arxiv.org/abs/2311.09431; zigzag: Llama 3, section 3.3.2,
+        https://arxiv.org/abs/2407.21783; dilated: LongNet, section 3, which gathers
+        what here goes round, https://arxiv.org/abs/2307.02486.
+    """
+    op = "ring_attention"
+    check_implementation(op, implementation)
+    _check_layout(op, layout)
+    check_query_key_value(op, query, key, value)
+    scale = check_scale(op, scale, query.shape[-1])
+    seq_q, seq_kv = query.shape[1], key.shape[1]
+    if is_causal and seq_q != seq_kv:
+        raise ValueError(
+            f"{op}: seq_q and seq_kv must be equal with is_causal, "
+            f"got {seq_q} and {seq_kv}"
+        )
+    if is_causal and layout == "zigzag" and seq_q % 2:
+        raise ValueError(
+            f"{op}: seq_q must be even for layout 'zigzag', two parts a device, "
+            f"got {seq_q}"
+        )
+    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
+    try:
+        ring = Ring(axis_name, lax.axis_size(axis_name))
+    except NameError:
+        raise ValueError(
+            f"{op}: axis_name must be an axis of the jax.shard_map around the call, "
+            f"got {axis_name!r}"
+        ) from None
+    if segment_lengths is not None and dilation_rates is not None:
+        given = f" for query of shape {query.shape}"
+        check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), given)
+        patterns = segment_lengths, dilation_rates, head_offsets
+        return attend_dilated_around(
+            op, query, key, value, ring, is_causal, scale, *patterns, implementation
+        )
+    seen = layout if is_causal else None
+    chosen = choose_for_keys(op, implementation, query, key, value)
+    return attend_around(query, key, value, ring, scale, seen, chosen)[0]
+
+
+def ring_permutation(
+    seq: int, devices: int, layout: Layout
+) -> tuple[Int[np.ndarray, " seq"], Int[np.ndarray, " seq"]]:
+    """The order of the tokens in a layout, and the way back: (indices, inverse).
+
+    `x[:, indices]`, split into `devices` equal parts, gives each device its tokens, and
+    `y[:, inverse]` undoes it. `indices` are also the tokens' positions, as a rotary
+    embedding or a loss mask needs them.
+
+    Raises:
+        ValueError: the layout is unknown, or `seq` cannot be divided so.
+    """
+    op = "ring_permutation"
+    _check_layout(op, layout)
+    _check_divisible(op, seq, devices, layout)
+    tokens = np.arange(seq)
+    match layout:
+        case "contiguous":
+            indices = tokens
+        case "striped":
+            indices = tokens.reshape(-1, devices).T.ravel()
+        case "zigzag":
+            parts = tokens.reshape(2 * devices, -1)
+            indices = np.stack([parts[:devices], parts[: devices - 1 : -1]], 1).ravel()
+    return indices, np.argsort(indices)
+
+
+def context_parallel_attention(
+    query: Float[Array, "batch seq_q heads dim"],
+    key: Float[Array, "batch seq_kv kv_heads dim"],
+    value: Float[Array, "batch seq_kv kv_heads dim_v"],
+    *,
+    mesh: Mesh,
+    axis_name: str,
+    is_causal: bool = False,
+    layout: Layout | None = None,
+    scale: float | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    head_offsets: HeadOffsets = "paper",
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch seq_q heads dim_v"]:
+    """`attention` of whole arrays, its sequence split over one axis of a mesh.
+
+    With `segment_lengths` and `dilation_rates` it is `dilated_attention`.
+
+    Permutes the tokens into `layout`, runs `ring_attention` in `jax.shard_map`, and
+    permutes back. Other mesh axes, automatic or explicit, keep what they split. The
+    permutation moves every token in every call, and may gather the sequence for it: a
+    training loop permutes its tokens and positions once, by `ring_permutation`, when
+    it loads a batch, and then calls `ring_attention`. A `layout` of None is "zigzag",
+    and with dilation "contiguous". Without `is_causal`, nothing is permuted. There is
+    no mask, so tokens that pad the sequence at its end are seen by all without
+    `is_causal`, and with it by each other only.
+
+    Raises:
+        TypeError: an argument is no floating-point array, or the dtypes differ.
+        ValueError: as `ring_attention`; the mesh has no such axis, or it does not
+            divide the sequence.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+    """
+    op = "context_parallel_attention"
+    check_implementation(op, implementation)
+    if layout is None:
+        layout = "zigzag" if segment_lengths is None else "contiguous"
+    _check_layout(op, layout)
+    check_query_key_value(op, query, key, value)
+    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
+    if axis_name not in mesh.axis_names:
+        raise_unknown(op, "axis_name", axis_name, mesh.axis_names)
+    devices = mesh.shape[axis_name]
+    layout = layout if is_causal else "contiguous"
+    for seq in (query.shape[1], key.shape[1]):
+        _check_divisible(op, seq, devices, layout)
+    indices, inverse = ring_permutation(query.shape[1], devices, layout)
+    whole, split = (partial(_place, mesh=mesh, axis_name=x) for x in (None, axis_name))
+
+    def reorder(x, order, back):
+        return x if layout == "contiguous" else _permute(whole(x), order, back)
+
+    spec = P(None, axis_name)
+    ring = jax.shard_map(
+        partial(
+            ring_attention,
+            axis_name=axis_name,
+            is_causal=is_causal,
+            layout=layout,
+            scale=scale,
+            segment_lengths=segment_lengths,
+            dilation_rates=dilation_rates,
+            head_offsets=head_offsets,
+            implementation=implementation,
+        ),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        axis_names={axis_name},
+    )
+    out = ring(*(split(reorder(x, indices, inverse)) for x in (query, key, value)))
+    return split(reorder(out, inverse, indices))
+
+
+@jax.custom_vjp
+def _permute(x, order, back):
+    """Tokens in another order; its gradient gathers too, where JAX would scatter."""
+    del back
+    return jnp.take(x, order, axis=1)
+
+
+_permute.defvjp(
+    lambda x, order, back: (jnp.take(x, order, axis=1), back),
+    lambda back, d_y: (jnp.take(d_y, back, axis=1), None, None),
+)
+
+
+def _place(x, mesh, axis_name):
+    """On explicit axes, with the sequence split over `axis_name`."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    spec = [*jax.typeof(x).sharding.spec]
+    spec[1] = axis_name
+    return jax.reshard(x, NamedSharding(mesh, P(*spec)))
+
+
+def _check_layout(op: str, layout: object) -> None:
+    if layout not in get_args(Layout):
+        raise_unknown(op, "layout", layout, get_args(Layout))
+
+
+def _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout) -> None:
+    dilated = segment_lengths is not None
+    if dilated != (dilation_rates is not None):
+        alone = "segment_lengths" if dilated else "dilation_rates"
+        raise ValueError(
+            f"{op}: segment_lengths and dilation_rates must be given together, "
+            f"got {alone} alone"
+        )
+    if not dilated and head_offsets != "paper":
+        raise ValueError(
+            f"{op}: head_offsets must be left out without segment_lengths, "
+            f"got {head_offsets!r}"
+        )
+    if dilated and layout != "contiguous":
+        raise ValueError(
+            f"{op}: layout must be 'contiguous' with segment_lengths, got {layout!r}"
+        )
+
+
+def _check_divisible(op: str, seq: int, devices: int, layout: Layout) -> None:
+    parts = 2 * devices if layout == "zigzag" else devices
+    if seq % parts:
+        raise ValueError(
+            f"{op}: seq must be a multiple of {parts} for layout {layout!r} over "
+            f"{devices} devices, got {seq}: pad it by {-seq % parts} at the end, "
+            "which causal queries do not see"
+        )

@@ -1,0 +1,211 @@
+"""The ring that keys and values go round: its steps, forward and backward."""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._core.dispatch import Implementation
+from .._core.sharding import vary_alike
+from .block_mask.mask import BlockMask, band_mask
+from .dense import merge_attention
+from .tiles import Tiling, attend, attend_gradients, make_tiling
+
+Layout = Literal["contiguous", "striped", "zigzag"]
+
+
+class Ring(NamedTuple):
+    """Neighbours on a mesh axis: each group of so many devices is a ring of its own."""
+
+    axis_name: str
+    devices: int
+
+    def rank(self) -> jax.Array:
+        return lax.axis_index(self.axis_name) % self.devices
+
+    def send_on(self, tree: Any) -> Any:
+        """Every device's arrays to the next in its ring."""
+        ranks = range(lax.axis_size(self.axis_name))
+        return lax.ppermute(
+            tree,
+            self.axis_name,
+            [(i, i - i % self.devices + (i + 1) % self.devices) for i in ranks],
+        )
+
+
+def attend_around(
+    query: Float[Array, "batch seq_q heads dim"],
+    key: Float[Array, "batch seq_kv kv_heads dim"],
+    value: Float[Array, "batch seq_kv kv_heads dim_v"],
+    ring: Ring,
+    scale: float,
+    layout: Layout | None,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
+    """Attention to all keys of a ring; a layout makes it causal, None does not."""
+    arrays = vary_alike(query, key, value, ring.rank())
+    return _around(*arrays, ring, scale, layout, implementation)
+
+
+class _Part(NamedTuple):
+    """Queries from `first_query` on see keys before `end_key`, up to a diagonal."""
+
+    first_query: int
+    end_key: int
+    diagonal: int | None
+
+    def tiling(self, seq_q: int) -> Tiling:
+        return make_tiling(seq_q - self.first_query, self.end_key, self.diagonal)
+
+    def mask(self, seq_q: int) -> BlockMask:
+        rows = seq_q - self.first_query
+        return band_mask(None, self.diagonal, rows, self.end_key)
+
+
+def _parts(
+    layout: Layout | None, seq_q: int, seq_kv: int
+) -> tuple[_Part, _Part, _Part | None]:
+    """What is seen of one's own keys, an earlier device's and a later device's."""
+    everything = _Part(0, seq_kv, None)
+    triangle = _Part(0, seq_kv, 0)
+    match layout:
+        case None:
+            return everything, everything, everything
+        case "contiguous":
+            return triangle, everything, None
+        case "striped":
+            return triangle, triangle, _Part(0, seq_kv, -1)
+        case "zigzag":
+            return (
+                triangle,
+                _Part(0, seq_kv // 2, None),
+                _Part(seq_q // 2, seq_kv, None),
+            )
+
+
+def _pick(parts, step, rank, run):
+    """`run` on what is seen at a step after the first: then nothing is one's own."""
+    _, earlier, later = parts
+    if earlier == later:
+        return run(earlier)
+    return lax.cond(step <= rank, partial(run, earlier), partial(run, later))
+
+
+def _pad(x, before, after, fill=0.0):
+    widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def _attend(query, keys_values, scale, part, implementation):
+    first, end, _ = part
+    key, value = (x[:, :end] for x in keys_values)
+    if implementation == "mosaic_gpu":
+        from .hopper import attend as kernel
+
+        mask = part.mask(query.shape[1])
+        out, lse = kernel.attend_part(query[:, first:], key, value, mask, scale)
+    else:
+        tiling = part.tiling(query.shape[1])
+        out, lse = attend(query[:, first:], key, value, None, scale, tiling)
+    return _pad(out, first, 0), _pad(lse, first, 0, -jnp.inf)
+
+
+def _gradients(query, keys_values, d_out, lse, delta, scale, part, implementation):
+    first, end, _ = part
+    key, value = (x[:, :end] for x in keys_values)
+    rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))
+    if implementation == "mosaic_gpu":
+        from .hopper import attend as kernel
+
+        mask = part.mask(query.shape[1])
+        d_query, d_key, d_value = kernel.part_gradients(
+            rows, key, value, mask, scale, d_out, lse, delta
+        )
+    else:
+        tiling = part.tiling(query.shape[1])
+        d_query, d_key, d_value = attend_gradients(
+            rows, key, value, None, d_out, lse, delta, scale, tiling
+        )
+    missing = keys_values[0].shape[1] - end
+    return _pad(d_query, first, 0), (_pad(d_key, 0, missing), _pad(d_value, 0, missing))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _around(*args):
+    return _around_forward(*args)[0]
+
+
+def _around_forward(query, key, value, rank, ring, scale, layout, implementation):
+    devices = ring.devices
+    parts = _parts(layout, query.shape[1], key.shape[1])
+
+    def attend(keys_values, part):
+        return _attend(query, keys_values, scale, part, implementation)
+
+    def add(out, lse, held, step):
+        def run(part):
+            if part is None:
+                return out, lse
+            return merge_attention(out, lse, *attend(held, part))
+
+        return _pick(parts, step, rank, run)
+
+    def turn(carry, step):
+        out, lse, held = carry
+        # Before the tiles, which need nothing of it, so that both can go on at once.
+        arriving = ring.send_on(held)
+        return (*add(out, lse, held, step), arriving), None
+
+    keys_values = key, value
+    arriving = ring.send_on(keys_values) if devices > 1 else None
+    out, lse = attend(keys_values, parts[0])
+    if devices > 1:
+        carry = out, lse, arriving
+        (out, lse, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
+        out, lse = add(out, lse, held, devices - 1)
+    return (out.astype(value.dtype), lse), (query, key, value, rank, out, lse)
+
+
+def _around_backward(ring, scale, layout, implementation, saved, cotangents):
+    query, key, value, rank, out, lse = saved
+    d_out, d_lse = cotangents
+    devices = ring.devices
+    parts = _parts(layout, query.shape[1], key.shape[1])
+    # Or XLA would sum inside of what transposes and stacks it for the kernels.
+    delta = lax.optimization_barrier((d_out * out).sum(-1)) - d_lse
+
+    def gradients(keys_values, part):
+        given = query, keys_values, d_out, lse, delta, scale, part
+        return _gradients(*given, implementation)
+
+    def add(d_query, d_held, held, step):
+        # The sums so far come from the neighbour while this device's share is computed.
+        sums = d_query, ring.send_on(d_held)
+
+        def run(part):
+            if part is None:
+                return sums
+            return jax.tree.map(jnp.add, sums, gradients(held, part))
+
+        return _pick(parts, step, rank, run)
+
+    def turn(carry, step):
+        d_query, d_held, held = carry
+        arriving = ring.send_on(held)
+        return (*add(d_query, d_held, held, step), arriving), None
+
+    keys_values = key, value
+    arriving = ring.send_on(keys_values) if devices > 1 else None
+    d_query, d_held = gradients(keys_values, parts[0])
+    if devices > 1:
+        carry = d_query, d_held, arriving
+        (d_query, d_held, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
+        d_query, d_held = add(d_query, d_held, held, devices - 1)
+        d_held = ring.send_on(d_held)
+    return *(x.astype(query.dtype) for x in (d_query, *d_held)), None
+
+
+_around.defvjp(_around_forward, _around_backward)

@@ -1,0 +1,46 @@
+"""The default device: the only place that tests replace to stand for a Hopper GPU."""
+
+from typing import Any
+
+import jax
+from jax._src.lib import cuda_versions
+
+# Of an H100 with SXM and of an H200; for devices that do not say.
+MULTIPROCESSORS = 132
+
+
+def multiprocessors() -> int:
+    """How many blocks run at once, one on each."""
+    return getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)
+
+
+def on_hopper() -> bool:
+    """Whether the default device is an H100, an H200 or one like them."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    return device.platform == "gpu" and capability.startswith("9.")
+
+
+def miscompiled() -> str | None:
+    """Why this CUDA must not compile a kernel with masks, or None.
+
+    The ptxas of 12.8.0 to 12.9.0 gets comparisons of positions wrong.
+    """
+    # jax's own kernels ask here; without a GPU there is nothing to ask.
+    versions: Any = cuda_versions
+    version = versions.cuda_runtime_get_version() if versions else 0
+    if 12080 <= version < 12091:
+        number = f"{version // 1000}.{version % 1000 // 10}.{version % 10}"
+        return (
+            "mosaic_gpu needs a CUDA before 12.8.0 or from 12.9.1 on, whose ptxas "
+            f"compiles masks right, got {number}"
+        )
+    return None
+
+
+def unsupported() -> str | None:
+    """Why the default device cannot run a Hopper kernel, or None if it can."""
+    if on_hopper():
+        return None
+    kind = jax.devices()[0].device_kind
+    return f"mosaic_gpu needs an H100 or H200, but the default device is {kind}"

@@ -1,0 +1,350 @@
+"""Hard masks with gradients: estimators for what a threshold or a draw has none of.
+
+Each returns entries of 0 and 1 in the dtype of the logits, and computes in float32, or
+float64 if the logits have it. A NaN stays one.
+"""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._core.checks import check_batched, check_floating, check_key, raise_unknown
+from .._core.gradients import with_derivative_of
+from .._core.precision import widen
+
+Derivative = Literal["identity", "sigmoid"]
+Number = Float[Array, ""] | float
+
+
+def _attach(mask: Array, soft: Array, logits: Array) -> Array:
+    """`mask` with the derivative of `soft`, in the dtype of `logits`."""
+    return with_derivative_of(mask.astype(logits.dtype), soft.astype(logits.dtype))
+
+
+def _threshold(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # No `where` of two numbers: each is an array in the jaxpr, which differentiation
+    # takes out of a loop over samples, so that every step reads it from memory.
+    return lax.stop_gradient(jnp.where(jnp.isnan(x), x, (x > 0).astype(x.dtype)))
+
+
+def _logistic(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Noise with P(x + noise > 0) = sigmoid(x)."""
+    bits = jax.random.bits(key, x.shape, jnp.uint32)
+    # A bit for the side and 31 for how far out: both tails reach to 23, where those of
+    # one uniform number end at 16 and hold 2^-23 too much.
+    tail = ((bits >> 1).astype(x.dtype) + 0.5) * 2.0**-31
+    distance = jnp.log((2 - tail) / tail)
+    return jnp.where(bits % 2 == 0, distance, -distance)
+
+
+def _draw(x: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Array:
+    return _threshold(x if key is None else x + _logistic(key, x))
+
+
+def _sigmoid_slope(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # Not 1 - sigmoid(x), which is 0 from 17 on.
+    return jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
+
+
+def _check_number(op: str, name: str, value: Any, least: float = 0.0) -> None:
+    """`value` is one positive number, and not below `least`."""
+    numeric = isinstance(value, int | float | jax.Array) or hasattr(value, "dtype")
+    if not numeric or jnp.shape(value) != ():
+        raise TypeError(f"{op}: {name} must be one number, got {value!r}")
+    if isinstance(value, Tracer):
+        return
+    if not (value > 0 and value >= least):
+        wanted = f"at least {least:g}" if least else "positive"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def straight_through(
+    logits: Float[Array, "*shape"],
+    *,
+    derivative: Derivative = "identity",
+    clip: Number | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*shape"]:
+    r"""A hard mask whose gradient is that of something soft.
+
+    $$b = 1[\ell > 0], \qquad
+      \frac{dL}{d\ell} = \frac{dL}{db} \cdot
+      \begin{cases} 1 & \text{"identity"} \\
+      \sigma(\ell)(1 - \sigma(\ell)) & \text{"sigmoid"} \end{cases}$$
+
+    With `clip` the gradient is 0 where $|\ell|$ is above it. With a `key`, $b$ is drawn
+    instead, 1 with probability $\sigma(\ell)$.
+
+    Bias: with a key and "sigmoid", unclipped, the gradient's mean is exactly
+    $d\,E[L]/d\ell$ if $L$ is linear in each entry of $b$ with the others fixed; for any
+    other $L$, and in every other form, it is biased. Without a key nothing is exact:
+    the threshold's own derivative is 0.
+
+    Raises:
+        TypeError: `logits` is no floating-point array, `clip` no number, `key` no key.
+        ValueError: `derivative` is unknown, or `clip` is not positive.
+
+    References:
+        https://arxiv.org/abs/1308.3432; `clip`: BinaryNet, eq. 4,
+        https://arxiv.org/abs/1602.02830.
+    """
+    op = "straight_through"
+    check_floating(op, logits=logits)
+    if derivative not in get_args(Derivative):
+        raise_unknown(op, "derivative", derivative, get_args(Derivative))
+    if clip is not None:
+        _check_number(op, "clip", clip)
+    if key is not None:
+        check_key(op, key)
+    return _straight_through(logits, derivative, clip, key)
+
+
+@partial(jax.jit, static_argnames="derivative")
+def _straight_through(
+    logits: Array, derivative: Derivative, clip: Number | None, key: PRNGKeyArray | None
+) -> Array:
+    wide = widen(logits)
+    soft = wide
+    if derivative == "sigmoid":
+        soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide
+    if clip is not None:
+        soft = jnp.where(jnp.abs(wide) > clip, 0, soft)
+    return _attach(_draw(wide, key), soft, logits)
+
+
+def seed_reinmax(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""The rule that a published benchmark of masks calls ReinMax, for comparison.
+
+    $$b = 1[\ell > 0], \qquad
+      \frac{dL}{d\ell} = \frac{dL}{db} (1 + \sigma(\ell)(1 - \sigma(\ell)))$$
+
+    Bias: that of `straight_through`, times 1 to 1.25. It is not ReinMax: it does not
+    vanish where $|\ell|$ is large, and is exact for no $L$.
+
+    Raises:
+        TypeError: `logits` is no floating-point array.
+    """
+    check_floating("seed_reinmax", logits=logits)
+    return _seed_reinmax(logits)
+
+
+@jax.jit
+def _seed_reinmax(logits: Array) -> Array:
+    wide = widen(logits)
+    slope = lax.stop_gradient(1 + _sigmoid_slope(wide))
+    return _attach(_threshold(wide), slope * wide, logits)
+
+
+def reinmax(
+    logits: Float[Array, "*shape"],
+    *,
+    key: PRNGKeyArray | None = None,
+    temperature: Number = 1.0,
+) -> Float[Array, "*shape"]:
+    r"""Bernoulli masks with ReinMax's second-order gradient.
+
+    $b$ is 1 with probability $p = \sigma(\ell)$; with $q = (b + \sigma(\ell/\tau))/2$
+
+    $$\frac{dL}{d\ell} = \frac{dL}{db} (2 q (1 - q) - \tfrac12 p (1 - p)),$$
+
+    which for $\tau = 1$ is $(1 - p)/2$ where $b = 1$ and $p/2$ where $b = 0$.
+
+    Bias: at $\tau = 1$ the gradient's mean is exactly $d\,E[L]/d\ell$ if $L$ is at most
+    quadratic in each entry of $b$ with the others fixed; the mean is the trapezoidal
+    rule for $L(1) - L(0)$. At other temperatures, or for other $L$, it is biased.
+    Without a key $b = 1[\ell > 0]$, and the factor $\sigma(-|\ell|)/2$ at $\tau = 1$
+    is a choice, with no mean that it would be exact for.
+
+    Raises:
+        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
+            number.
+        ValueError: `temperature` is below 1, where the factor can change its sign.
+
+    References:
+        ReinMax, algorithm 2, for two classes with the logits 0 and l:
+        https://arxiv.org/abs/2304.08612.
+    """
+    op = "reinmax"
+    check_floating(op, logits=logits)
+    if key is not None:
+        check_key(op, key)
+    _check_number(op, "temperature", temperature, least=1.0)
+    return _reinmax(logits, key, temperature)
+
+
+@jax.jit
+def _reinmax(logits: Array, key: PRNGKeyArray | None, temperature: Number) -> Array:
+    wide = widen(logits)
+    mask = _draw(wide, key)
+    q = (mask + jax.nn.sigmoid(wide / temperature)) / 2
+    not_q = (1 - mask + jax.nn.sigmoid(-wide / temperature)) / 2
+    slope = lax.stop_gradient(2 * q * not_q - _sigmoid_slope(wide) / 2)
+    return _attach(mask, slope * wide, logits)
+
+
+def binary_concrete(
+    logits: Float[Array, "*shape"],
+    *,
+    key: PRNGKeyArray,
+    temperature: Number = 1.0,
+    hard: bool = True,
+) -> Float[Array, "*shape"]:
+    r"""Bernoulli masks with the gradient of their relaxation.
+
+    With $u$ uniform and $y = \sigma((\ell + \ln\frac{u}{1 - u})/\tau)$ the result is
+    $b = 1[y > 1/2]$, 1 with probability $\sigma(\ell)$, or $y$ if not `hard`, and
+
+    $$\frac{dL}{d\ell} = \frac{dL}{db}\,\frac{y (1 - y)}{\tau}.$$
+
+    Bias: if not `hard`, none, for the mean of $L(y)$, which is not that of $L(b)$. If
+    `hard`, biased at every $\tau > 0$, for linear $L$ too: its gradient's mean is that
+    of the mean of $y$, a third short at $\ell = 0$, $\tau = 1$. For linear $L$ the bias
+    vanishes as $\tau \to 0$, while the variance grows.
+
+    Raises:
+        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
+            number.
+        ValueError: `temperature` is not positive.
+
+    References:
+        The Concrete Distribution, appendix B: https://arxiv.org/abs/1611.00712.
+    """
+    op = "binary_concrete"
+    check_floating(op, logits=logits)
+    check_key(op, key)
+    _check_number(op, "temperature", temperature)
+    return _binary_concrete(logits, key, temperature, hard)
+
+
+@partial(jax.jit, static_argnames="hard")
+def _binary_concrete(
+    logits: Array, key: PRNGKeyArray, temperature: Number, hard: bool
+) -> Array:
+    wide = widen(logits)
+    noisy = wide + _logistic(key, wide)
+    soft = jax.nn.sigmoid(noisy / temperature)
+    return _attach(_threshold(noisy) if hard else soft, soft, logits)
+
+
+def _check_categorical(op: str, logits: Any, axis: Any) -> None:
+    check_floating(op, logits=logits)
+    check_batched(op, "logits", logits)
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(
+            f"{op}: axis must be in [{-logits.ndim}, {logits.ndim}), got {axis}"
+        )
+    if logits.shape[axis] < 1:
+        raise ValueError(
+            f"{op}: logits must have a class on axis {axis}, got {logits.shape}"
+        )
+
+
+def _gumbel(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    # The mode is for classes whose chance lies in the noise's far tail.
+    return jax.random.gumbel(key, x.shape, x.dtype, mode="high")
+
+
+def _one_hot_of_largest(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*shape"]:
+    index = jnp.argmax(x, axis)
+    one_hot = jax.nn.one_hot(index, x.shape[axis], axis=axis, dtype=x.dtype)
+    # argmax would take a NaN for a class.
+    return jnp.where(jnp.isnan(x).any(axis, keepdims=True), jnp.nan, one_hot)
+
+
+def gumbel_softmax(
+    logits: Float[Array, "*shape"],
+    *,
+    key: PRNGKeyArray,
+    temperature: Number = 1.0,
+    axis: int = -1,
+    hard: bool = True,
+) -> Float[Array, "*shape"]:
+    r"""Draw a class on `axis`, one-hot, with the gradient of its relaxation.
+
+    With $G$ Gumbel noise and $y = \mathrm{softmax}((\theta + G)/\tau)$ the result is
+    the one-hot $D$ of the largest $\theta + G$, so drawn from
+    $\mathrm{softmax}(\theta)$, or $y$ if not `hard`, and with $g = dL/dD$
+
+    $$\frac{dL}{d\theta} = (y \odot g - y \langle y, g\rangle)/\tau.$$
+
+    Bias: if not `hard`, none, for the mean of $L(y)$, which is not that of $L(D)$. If
+    `hard`, biased at every $\tau > 0$, for linear $L$ too, where the bias vanishes as
+    $\tau \to 0$, while the variance grows.
+
+    Raises:
+        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
+            number.
+        ValueError: `temperature` is not positive, or `logits` have no such axis.
+
+    References:
+        Gumbel-Softmax, eq. 2 and section 2.2: https://arxiv.org/abs/1611.01144.
+    """
+    op = "gumbel_softmax"
+    _check_categorical(op, logits, axis)
+    check_key(op, key)
+    _check_number(op, "temperature", temperature)
+    return _gumbel_softmax(logits, key, temperature, axis, hard)
+
+
+@partial(jax.jit, static_argnames=("axis", "hard"))
+def _gumbel_softmax(
+    logits: Array, key: PRNGKeyArray, temperature: Number, axis: int, hard: bool
+) -> Array:
+    wide = widen(logits)
+    noisy = wide + _gumbel(key, wide)
+    soft = jax.nn.softmax(noisy / temperature, axis)
+    return _attach(_one_hot_of_largest(noisy, axis) if hard else soft, soft, logits)
+
+
+def reinmax_categorical(
+    logits: Float[Array, "*shape"],
+    *,
+    key: PRNGKeyArray,
+    temperature: Number = 1.0,
+    axis: int = -1,
+) -> Float[Array, "*shape"]:
+    r"""Draw a class on `axis`, one-hot, with ReinMax's second-order gradient.
+
+    $D$ is drawn from $\pi = \mathrm{softmax}(\theta)$. With $g = dL/dD$,
+    $J(p) g = p \odot g - p \langle p, g\rangle$ and
+    $q = (D + \mathrm{softmax}(\theta/\tau))/2$
+
+    $$\frac{dL}{d\theta} = 2 J(q) g - \tfrac12 J(\pi) g.$$
+
+    Bias: at $\tau = 1$ the gradient's mean is exactly $d\,E[L]/d\theta$ if $L$ is at
+    most quadratic in each $D$ with the others fixed; else it is biased.
+
+    Raises:
+        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
+            number.
+        ValueError: `temperature` is below 1, or `logits` have no such axis.
+
+    References:
+        ReinMax, algorithm 2: https://arxiv.org/abs/2304.08612.
+    """
+    op = "reinmax_categorical"
+    _check_categorical(op, logits, axis)
+    check_key(op, key)
+    _check_number(op, "temperature", temperature, least=1.0)
+    return _reinmax_categorical(logits, key, temperature, axis)
+
+
+@partial(jax.jit, static_argnames="axis")
+def _reinmax_categorical(
+    logits: Array, key: PRNGKeyArray, temperature: Number, axis: int
+) -> Array:
+    wide = widen(logits)
+
+    def jacobian(p):
+        p = lax.stop_gradient(p)
+        return p * wide - p * (p * wide).sum(axis, keepdims=True)
+
+    drawn = _one_hot_of_largest(wide + _gumbel(key, wide), axis)
+    q = (drawn + jax.nn.softmax(wide / temperature, axis)) / 2
+    soft = 2 * jacobian(q) - jacobian(jax.nn.softmax(wide, axis)) / 2
+    return _attach(drawn, soft, logits)

@@ -1,0 +1,98 @@
+"""Weight masks as bits, 32 to a word: for inference with masks that no longer learn."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from .._core.checks import check_floating, check_shape
+
+WORD = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedMask:
+    """A mask over weights (d_in, d_out), or one for each sample, in bits.
+
+    `jax.tree.map(lambda words: words[:batch], packed)` are the first samples' masks.
+
+    words: uint32 (..., ceil(d_in / 32), d_out). Bit i of word j is for input feature
+        32 j + i; the bits past the last one are 0.
+    d_in: the number of input features.
+    """
+
+    words: jax.Array
+    d_in: int = field(metadata={"static": True})
+
+    @property
+    def ndim(self) -> int:
+        return self.words.ndim
+
+
+def pack_mask(
+    mask: Bool[Array, "*batch d_in d_out"] | Float[Array, "*batch d_in d_out"],
+) -> PackedMask:
+    """Store a mask in a 32nd of float32's bytes.
+
+    A weight is on where the mask is True or above 0, so the logits of a mask, their
+    `straight_through` and its comparison with 0 pack alike. Has no gradient.
+
+    Raises:
+        TypeError: `mask` is neither a boolean nor a floating-point array.
+        ValueError: it has fewer than two axes.
+    """
+    op = "pack_mask"
+    boolean = isinstance(mask, jax.Array | np.ndarray) and mask.dtype == bool
+    if not boolean:
+        check_floating(op, mask=mask)
+    if mask.ndim < 2:
+        raise ValueError(
+            f"{op}: mask must have shape (..., d_in, d_out), got {mask.shape}"
+        )
+    *batch, d_in, d_out = mask.shape
+    count = -(-d_in // WORD)
+    missing = [(0, 0)] * len(batch) + [(0, count * WORD - d_in), (0, 0)]
+    bits = jnp.pad(jnp.asarray(mask) > 0, missing)
+    bits = bits.reshape(*batch, count, WORD, d_out).astype(jnp.uint32)
+    # Each bit has its own place, so that the sum is the word.
+    return PackedMask((bits << _places()).sum(-2, dtype=jnp.uint32), d_in)
+
+
+def _places() -> jax.Array:
+    return jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+
+
+def unpack_mask(packed: PackedMask) -> Bool[Array, "*batch d_in d_out"]:
+    """The mask that was packed, True where a weight is on.
+
+    Raises:
+        TypeError: `packed` is no PackedMask, or its words are not uint32.
+        ValueError: the words do not fit `d_in`.
+    """
+    check_packed("unpack_mask", "packed", packed)
+    *batch, count, d_out = packed.words.shape
+    bits = (packed.words[..., None, :] >> _places()) & 1
+    return bits.reshape(*batch, count * WORD, d_out)[..., : packed.d_in, :] > 0
+
+
+def check_packed(op: str, name: str, packed: Any) -> None:
+    if not isinstance(packed, PackedMask):
+        kind = type(packed).__name__
+        raise TypeError(f"{op}: {name} must be a PackedMask, got {kind}")
+    words = packed.words
+    if not isinstance(words, jax.Array | np.ndarray) or words.dtype != np.uint32:
+        got = getattr(words, "dtype", type(words).__name__)
+        raise TypeError(f"{op}: words of {name} must be uint32, got {got}")
+    if words.ndim < 2:
+        raise ValueError(
+            f"{op}: words of {name} must have shape (..., words, d_out), "
+            f"got {words.shape}"
+        )
+    count = -(-packed.d_in // WORD)
+    because = f" for d_in = {packed.d_in}"
+    expected = *words.shape[:-2], count, words.shape[-1]
+    check_shape(op, f"words of {name}", words, expected, because)

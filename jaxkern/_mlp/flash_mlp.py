@@ -1,0 +1,117 @@
+"""The multi-head MLP: one small MLP for each head."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._core.activations import Activation, get_activation
+from .._core.checks import check_floating, check_shape
+from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.precision import widen
+from .hopper import cost, flash
+from .hopper.cost import Layer
+
+
+def flash_mlp(
+    x: Float[Array, "heads batch dim"],
+    w1: Float[Array, "heads dim hidden"],
+    w2: Float[Array, "heads hidden dim"],
+    *,
+    w_gate: Float[Array, "heads dim hidden"] | None = None,
+    activation: str = "silu",
+    implementation: Implementation | None = None,
+) -> Float[Array, "heads batch dim"]:
+    r"""An MLP without biases for each head, gated if there is a `w_gate`.
+
+    $$y_h = \mathrm{act}(x_h W_{1h}) W_{2h}$$
+    $$y_h = (\mathrm{act}(x_h W_{\mathrm{gate},h}) \odot x_h W_{1h}) W_{2h}$$
+
+    Matmuls accumulate in float32, the activation and the product with it are computed
+    in float32, their result is rounded to the dtype of `x`, and so is `y`.
+
+    Implementations:
+
+    - "xla": batched matmuls; the hidden layer goes through memory. Any size and dtype.
+    - "mosaic_gpu": the hidden layer stays on the chip in both passes, so only the
+      arguments are saved for the backward. On an H100 or H200, in bfloat16 and float16,
+      with `dim` up to 256 (192 if gated). Where `batch` is no multiple of 8, `dim` of
+      16 or `hidden` of 64, the arrays concerned are copied to pad them, in every call.
+      Silu and sigmoid use the hardware's approximate tanh; a token that holds an
+      infinity becomes NaN. Gradients are deterministic, and of reverse mode only:
+      `jax.jvp` needs "xla". Under `vmap` the new axis joins the heads; an argument that
+      lacks it is copied.
+
+    None picks the kernel where it can run and is predicted to take a twentieth less
+    than XLA forward and backward, and no more forward, on one device or inside
+    `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel over devices.
+    Predicted, from what launches have taken on an H200.
+
+    Args:
+        activation: "silu", "gelu" (tanh form), "relu", "relu2", "leaky_relu" (slope
+            0.01), "sigmoid" or "identity".
+
+    Raises:
+        TypeError: an argument is no floating-point array, or the dtypes differ.
+        ValueError: the shapes do not fit, or a name is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        MH-MoE, https://arxiv.org/abs/2404.15045, whose inner feed-forward this is.
+    """
+    op = "flash_mlp"
+    check_implementation(op, implementation)
+    act = get_activation(op, activation)
+    gate = {} if w_gate is None else {"w_gate": w_gate}
+    check_floating(op, x=x, w1=w1, w2=w2, **gate)
+    if x.ndim != 3:
+        raise ValueError(f"{op}: x must have shape (heads, batch, dim), got {x.shape}")
+    heads, _, dim = x.shape
+    given = f" for x of shape {x.shape}"
+    hidden = w1.shape[-1] if w1.ndim == 3 else 0
+    check_shape(op, "w1", w1, (heads, dim, hidden if w1.ndim == 3 else "hidden"), given)
+    check_shape(op, "w2", w2, (heads, hidden, dim), given)
+    if w_gate is not None:
+        check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
+    ups = (w1,) if w_gate is None else (w_gate, w1)
+    match choose_kernel(op, x, ups, implementation):
+        case "mosaic_gpu":
+            return flash.mlp(x, ups, w2, activation)
+        case "xla":
+            return _reference(x, ups, w2, act)
+
+
+def choose_kernel(
+    op: str,
+    x: jax.Array | jax.ShapeDtypeStruct,
+    ups: Sequence[jax.Array | jax.ShapeDtypeStruct],
+    implementation: Implementation | None,
+) -> Implementation:
+    """What runs an MLP of these shapes: a pure function of them and of the devices.
+
+    Raises:
+        NotImplementedError: the kernel was asked for and cannot; it says why.
+    """
+    (heads, batch, width), (dim, hidden) = x.shape, ups[0].shape[1:]
+    unsupported = partial(flash.unsupported, x, ups)
+
+    def faster() -> bool:
+        layer = Layer(batch, dim, hidden, dim, len(ups), width // dim, heads)
+        return cost.beats_xla(layer, "flash_mlp")
+
+    wins = implementation is None and not unsupported() and faster()
+    return choose(op, implementation, (x, *ups), unsupported, wins)
+
+
+def _reference(
+    x: jax.Array, ups: tuple[jax.Array, ...], w2: jax.Array, act: Activation
+) -> jax.Array:
+    def activate(z, *up):
+        return math.prod(map(widen, up), start=act.value(widen(z))).astype(z.dtype)
+
+    # The backward computes the activation again, from its input in the dtype of x.
+    hidden = jax.checkpoint(activate, prevent_cse=False)
+    return jnp.matmul(hidden(*(jnp.matmul(x, w) for w in ups)), w2)

@@ -1,0 +1,123 @@
+"""The low-rank ReLU² MLP around a 2:4 selection, on sparse tensor cores."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..._mosaic.base import IN_KERNEL
+from ..._mosaic.matmul import (
+    Factor,
+    Products,
+    Work,
+    choose_columns,
+    padded,
+    run,
+)
+from ..._sparsity.hopper.matmul import SUMS, Selection
+from ..._sparsity.hopper.product import sparse_matmul
+from ..._sparsity.hopper.wgmma import indices_of
+from ..._sparsity.packed import GROUP, KEPT, Packed24, unpack
+from .fused import relu2_gradients
+
+# Clocks of a multiprocessor for one number: 12 instructions on 128 lanes, with the
+# activation, or 16 where they shrink too; of `benchmarks.kernels`, select less matmul.
+SELECT_CLOCKS, SHRINK_CLOCKS = 12 / 128, 16 / 128
+
+
+SELECT_COLUMNS = 256, 128
+
+
+class Chosen(NamedTuple):
+    """Hidden features, two of each four; as the kernels store them."""
+
+    values: jax.Array
+    words: jax.Array
+
+
+def dense(chosen: Chosen, features: int) -> jax.Array:
+    """With the zeros put back; what is stored past the features are zeros too."""
+    values, words = chosen
+    indices = indices_of(words)[: len(values)]
+    stored = values.shape[1] * GROUP // KEPT
+    return unpack(Packed24(values, indices, stored))[:, :features]
+
+
+def select_forward(shrink: bool, keep: bool, columns: int | None = None):
+    """The kernel of max(core up, 0)^2, selected; and, to be kept, not selected.
+
+    Its results are values, words, the hidden features if kept, and S-STE's sums.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def kernel(core, up):
+        clocks = SHRINK_CLOCKS if shrink else SELECT_CLOCKS
+        work = Work(
+            core.shape[0],
+            core.shape[1],
+            up.shape[1],
+            moved=0.5625 + keep,
+            clocks=clocks,
+        )
+        chosen = columns or choose_columns(work, SELECT_COLUMNS)
+        selection = Selection(
+            lambda sums: IN_KERNEL["relu2"].value(sums[0]), shrink, keep
+        )
+        products = Products([Factor(core)], [Factor(up)])
+        return tuple(run("relu2_select", products, selection, chosen))
+
+    return kernel
+
+
+def relu2_mlp(
+    core: jax.Array, up: jax.Array, down: jax.Array, shrink: bool, exact: bool
+) -> jax.Array:
+    """S(max(core up, 0)^2) down, of (tokens, rank), (rank, hidden), (hidden, rank).
+
+    shrink: S is S-STE's, with a scale for each token, and not the two largest.
+        The product with `down` is rounded before it is scaled and after.
+    exact: the gradient is that of what was kept; else the hidden features get all.
+    """
+    args = padded(core, up, down)
+    return _relu2(*args, shrink, exact)[: core.shape[0], : down.shape[1]]
+
+
+def _scale(sums: jax.Array) -> jax.Array:
+    """S-STE's beta of each token, float32 (tokens, 1)."""
+    both = sums.reshape(len(sums), -1, SUMS // 2, 2).sum((1, 2))
+    overlap, energy = both[:, :1], both[:, 1:]
+    return jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
+
+
+def _forward(core, up, down, shrink: bool, keep: bool):
+    """The result, what was selected, its scale, and the hidden features if kept."""
+    values, words, *more = select_forward(shrink, keep)(core, up)
+    y = sparse_matmul()(values, words, down)
+    hidden = more[0] if keep else None
+    if not shrink:
+        return y, Chosen(values, words), None, hidden
+    scale = _scale(more[-1])
+    return (y * scale).astype(y.dtype), Chosen(values, words), scale, hidden
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _relu2(core, up, down, shrink, exact):
+    return _forward(core, up, down, shrink, keep=False)[0]
+
+
+def _relu2_fwd(core, up, down, shrink, exact):
+    y, chosen, scale, hidden = _forward(core, up, down, shrink, keep=not exact)
+    return y, (core, up, down, chosen, scale, hidden)
+
+
+def _relu2_bwd(shrink, exact, saved, dy) -> Any:
+    core, up, down, chosen, scale, hidden = saved
+    kept = dense(chosen, down.shape[0])
+    if scale is not None:
+        kept = (kept * scale).astype(kept.dtype)
+    # Where nothing was kept, the square root of nothing is the exact gradient's mask.
+    return relu2_gradients(core, up, down, kept if exact else hidden, kept, dy)
+
+
+_relu2.defvjp(_relu2_fwd, _relu2_bwd)

@@ -1,0 +1,376 @@
+"""Gated and low-rank MLPs."""
+
+import warnings
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from .._core.activations import ACTIVATIONS
+from .._core.checks import (
+    check_batched,
+    check_floating,
+    check_pair,
+    check_shape,
+    raise_unknown,
+)
+from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.precision import matmul, relu2, widen
+from .._mlp import feature_wise as _feature_wise
+from .._sparsity.packed import GROUP, KEPT
+from .._sparsity.select import sparsify_2_4
+from .hopper import choose as _mlp_mgpu
+
+Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
+Gradient = Literal["exact", "straight_through", "feature_wise"]
+Pair = tuple[jax.Array, jax.Array]
+
+# The backward computes the activations again from the matmuls' results: that is cheap,
+# and keeping their float32 intermediates costs up to 16 bytes an element.
+_recompute = partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recompute
+def _silu_gate(
+    gate: Float[Array, "*batch hidden"], up: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    silu = ACTIVATIONS["silu"].value(widen(gate))
+    return (silu * widen(up)).astype(gate.dtype)
+
+
+@partial(_recompute, static_argnums=(1, 2))
+def _sparse_relu2(
+    z: Float[Array, "*batch hidden"],
+    sparsity: Sparsity | None,
+    gradient: Literal["exact", "straight_through"] | None,
+) -> Float[Array, "*batch hidden"]:
+    hidden = relu2(z)
+    match sparsity:
+        case "2:4":
+            return sparsify_2_4(hidden, method="top2", gradient=gradient)
+        case "2:4-soft":
+            return sparsify_2_4(hidden, method="soft", gradient=gradient)
+        case _:
+            return hidden
+
+
+def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
+    """The factors without the features at positions 2 and 3 of each group."""
+
+    # The order of the features does not matter, so strided slices do: no gather.
+    def kept(w: jax.Array, axis: int) -> jax.Array:
+        parts = [
+            lax.slice_in_dim(w, min(i, w.shape[axis]), None, GROUP, axis)
+            for i in range(KEPT)
+        ]
+        return jnp.concatenate(parts, axis)
+
+    return (up[0], kept(up[1], axis=1)), (kept(down[0], axis=0), down[1])
+
+
+def _check_pairs(op: str, x: object, **pairs: Pair) -> None:
+    arrays = {"x": x}
+    for name, pair in pairs.items():
+        check_pair(op, name, pair)
+        arrays |= {f"{name}[{i}]": factor for i, factor in enumerate(pair)}
+    check_floating(op, **arrays)
+
+
+def _check_low_rank(
+    op: str,
+    name: str,
+    pair: Pair,
+    d_in: int | str,
+    d_out: int | str,
+    because: str = "",
+) -> None:
+    check_shape(op, f"{name}[0]", pair[0], (d_in, "rank"), because)
+    rank = pair[0].shape[1]
+    check_shape(op, f"{name}[1]", pair[1], (rank, d_out))
+    n_in, n_out = pair[0].shape[0], pair[1].shape[1]
+    if rank * (n_in + n_out) >= n_in * n_out:
+        warnings.warn(
+            f"{op}: rank of {name} should be below d_in d_out / (d_in + d_out) = "
+            f"{n_in * n_out / (n_in + n_out):.1f}, from which on the full-rank weight "
+            f"is no larger, got {rank}",
+            stacklevel=4,
+        )
+
+
+def _given(x: jax.Array) -> str:
+    return f" for x of shape {x.shape}"
+
+
+def check_sparsity(op: str, sparsity: object) -> None:
+    valid = (None, *get_args(Sparsity))
+    if sparsity not in valid:
+        raise_unknown(op, "sparsity", sparsity, valid)
+
+
+# What `gradient` may be, and why no more.
+GRADIENTS = {
+    None: ((None,), ", which drops nothing"),
+    "2:4": ((None, *get_args(Gradient)), ""),
+    "2:4-soft": ((None, "exact", "straight_through"), ""),
+    "2:4-static": ((None, "exact"), ", which never computes what it drops"),
+}
+
+
+def check_gradient(op: str, sparsity: Sparsity | None, gradient: object) -> None:
+    valid, reason = GRADIENTS[sparsity]
+    if gradient not in (None, *get_args(Gradient)):
+        raise_unknown(op, "gradient", gradient, (None, *get_args(Gradient)))
+    if gradient not in valid:
+        raise ValueError(
+            f"{op}: gradient must be {' or '.join(map(repr, valid))} for "
+            f"sparsity={sparsity!r}{reason}, got {gradient!r}"
+        )
+
+
+def swiglu(
+    x: Float[Array, "*batch d_in"],
+    w_gate: Float[Array, "d_in hidden"],
+    w_up: Float[Array, "d_in hidden"],
+    w_down: Float[Array, "hidden d_out"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""The gated MLP of LLaMA, without biases.
+
+    $$y = (\mathrm{silu}(x W_{gate}) \odot (x W_{up})) W_{down}$$
+
+    Matmuls accumulate in float32, the activation is computed in float32, and each
+    result is rounded once to the dtype of `x`. Saved for the backward: the arguments,
+    the two products with `x` and the input of the last matmul, in the dtype of `x`.
+
+    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16: the gate is the epilogue
+    of both matmuls before it, which go to memory for the backward alone, and its
+    derivative that of the matmul with $W_{down}^T$. Tokens that are no multiple of 8
+    and sizes that are none of 64 are padded by copies. Its silu uses the hardware's
+    approximate tanh. Gradients are of reverse mode and first order only: `jvp` and
+    `grad` of `grad` need "xla". Under `vmap` samples run one by one, and gradients of
+    weights that they share are made for each and then added: put samples in leading
+    axes of `x` instead. None picks what is predicted to be faster.
+
+    Raises:
+        TypeError: an argument is no floating-point array, or the dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    References:
+        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
+    """
+    op = "swiglu"
+    check_implementation(op, implementation)
+    check_floating(op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    check_batched(op, "x", x)
+    check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"), _given(x))
+    check_shape(op, "w_up", w_up, w_gate.shape)
+    check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
+    runs = _mlp_mgpu.choose_swiglu(op, x, w_gate, w_down, implementation)
+    if runs == "mosaic_gpu":
+        return _mlp_mgpu.run_swiglu(x, w_gate, w_up, w_down)
+    hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
+    return matmul(hidden, w_down)
+
+
+def low_rank_matmul(
+    x: Float[Array, "*batch d_in"],
+    weight: tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""Multiply by a weight that is kept as two thin factors.
+
+    $$y = (x W_{in}) W_{out}$$
+
+    The product $W_{in} W_{out}$ is never formed: a row costs
+    2 rank (d_in + d_out) FLOPs instead of 2 d_in d_out.
+
+    Raises:
+        TypeError: an argument is no floating-point array, `weight` is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+
+    Warns:
+        UserWarning: the rank saves nothing over a full-rank weight.
+
+    References:
+        LoRA, section 4.1, without the frozen weight: https://arxiv.org/abs/2106.09685.
+    """
+    op = "low_rank_matmul"
+    check_implementation(op, implementation)
+    _check_pairs(op, x, weight=weight)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", _given(x))
+    choose(op, implementation, (x, *weight), _no_kernel, faster=False)
+    return _low_rank_matmul(x, weight)
+
+
+def _no_kernel() -> str:
+    return (
+        "implementation must be None or 'xla', got 'mosaic_gpu', of which it has none"
+    )
+
+
+def _low_rank_matmul(x: jax.Array, weight: Pair) -> jax.Array:
+    return matmul(matmul(x, weight[0]), weight[1])
+
+
+def low_rank_swiglu(
+    x: Float[Array, "*batch d_in"],
+    gate: tuple[Float[Array, "d_in rank_gate"], Float[Array, "rank_gate hidden"]],
+    up: tuple[Float[Array, "d_in rank_up"], Float[Array, "rank_up hidden"]],
+    down: tuple[Float[Array, "hidden rank_down"], Float[Array, "rank_down d_out"]],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""`swiglu` with three low-rank weights, each a pair (w_in, w_out).
+
+    $$y = (\mathrm{silu}(x G_{in} G_{out}) \odot (x U_{in} U_{out})) D_{in} D_{out}$$
+
+    Precision and what is saved for the backward are those of `swiglu`.
+
+    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
+    same rank: one matmul for $G_{in}$ and $U_{in}$, which every call joins by a copy
+    (of 7B, 16 MB), a kernel or two, and the last matmul. The gate is the epilogue of
+    both matmuls before it, which go to memory for the backward alone, and its
+    derivative that of the matmul with $D_{in}^T$. Or, with equal ranks up to 128, where
+    forward and backward are predicted to be faster by it, the kernel is the gated one
+    of `flash_mlp`, and hidden features never reach memory. Tokens that are no multiple
+    of 8, and ranks and hidden sizes that are none of 64, are padded by copies. What
+    `swiglu` says of silu, `jvp`, `grad` of `grad` and, but for `flash_mlp`'s, of `vmap`
+    holds too. None picks a kernel that is predicted to take a twentieth less than XLA
+    forward and backward, and no more forward.
+
+    Raises:
+        TypeError: an argument is no floating-point array, a weight is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    Warns:
+        UserWarning: a rank saves nothing over a full-rank weight.
+    """
+    op = "low_rank_swiglu"
+    check_implementation(op, implementation)
+    _check_pairs(op, x, gate=gate, up=up, down=down)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", _given(x))
+    hidden_size = gate[1].shape[1]
+    _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
+    _check_low_rank(op, "down", down, hidden_size, "d_out")
+    kernel = _mlp_mgpu.choose(op, x, (gate, up), down, None, None, implementation)
+    if kernel is not None:
+        return _mlp_mgpu.run(kernel, x, (gate, up), down)
+    hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
+    return _low_rank_matmul(hidden, down)
+
+
+def low_rank_relu2(
+    x: Float[Array, "*batch d_in"],
+    up: tuple[Float[Array, "d_in rank_up"], Float[Array, "rank_up hidden"]],
+    down: tuple[Float[Array, "hidden rank_down"], Float[Array, "rank_down d_out"]],
+    *,
+    sparsity: Sparsity | None = None,
+    gradient: Gradient | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*batch d_out"]:
+    r"""The ungated ReLU² MLP with two low-rank weights, each a pair (w_in, w_out).
+
+    $$y = \mathcal{S}(\max(x U_{in} U_{out}, 0)^2) D_{in} D_{out}$$
+
+    $\mathcal{S}$, by `sparsity`, acts on the hidden features of each token:
+
+    - None: the identity;
+    - "2:4": `sparsify_2_4` with "top2". In XLA the matmul that follows stays dense;
+    - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token;
+    - "2:4-static": the features 2 and 3 of each 4 are never computed, and have zero
+      gradients. The kept halves of `up[1]` and `down[0]` are copied in every call, and
+      saved for the backward.
+
+    `gradient` says how the backward passes $\mathcal{S}$. None is "straight_through"
+    for "2:4-soft" and else "exact". With $z = x U_{in} U_{out}$, $a = \max(z, 0)^2$ and
+    the mask $M$ of what is kept:
+
+    - "exact": the derivative, for "2:4" $da = M \odot da'$;
+    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. Its bias in $dz = 2\,da
+      \odot \max(z, 0)$ is, for "2:4", $2 (1 - M) \odot da' \odot \max(z, 0)$: none in
+      groups of at most two positive entries;
+    - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
+      through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
+
+      $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+
+      so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
+      the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest of
+      each four tokens, and all tokens of the 5 % of the features (rounded up) of which
+      $a$ has the fewest zeros. In place of the paper's fixed permutation, the tokens of
+      a group are a quarter of all tokens apart, counted over the batch axes in order.
+      The result is that of "2:4". Emulated by dense matmuls, it saves no time. It has
+      no `jvp`, and under `shard_map` and `vmap` each part chooses among its own tokens
+      and features.
+
+    Where the hidden features are sharded by hand, each shard begins a group anew: give
+    it a multiple of four, and "2:4-soft" whole tokens.
+
+    Precision is that of `swiglu`; in float16, $a$ overflows from $z = 256$ on. Saved
+    for the backward: the arguments, and in the dtype of `x` the results of all matmuls
+    but the last and, except for "feature_wise", the input of the third.
+
+    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, is a kernel or two
+    between the first and the last matmul:
+
+    - the activation is the epilogue of the matmul before it, and its derivative that of
+      the matmul with $D_{in}^T$: $2 \sqrt a$ of the $a$ that is saved. In float16 both
+      are 0 for $z$ below $2^{-12}$, where $a$ underflows;
+    - or `flash_mlp`'s, with equal ranks up to 256, where forward and backward are
+      predicted to be faster by it: the hidden features never reach memory;
+    - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
+      memory packed, in 9/16 of the bytes, and on to sparse tensor cores, whose order of
+      positions is verified on an H200. For an exact gradient nothing else is kept;
+      "2:4-soft" has the straight-through one only. Its $\beta$, of float32 sums, scales
+      the third product, which is rounded before and after.
+
+    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
+    are padded by copies. What `swiglu` says of `jvp`, of `grad` of `grad` and, but for
+    `flash_mlp`'s, of `vmap` holds too. None picks a kernel that is predicted to take a
+    twentieth less than XLA forward and backward, and no more forward.
+
+    Raises:
+        TypeError: an argument is no floating-point array, a weight is no pair, or the
+            dtypes differ.
+        ValueError: the shapes do not fit, `sparsity`, `gradient` or `implementation` is
+            unknown, or `gradient` does not go with `sparsity`.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+
+    Warns:
+        UserWarning: a rank saves nothing over a full-rank weight.
+
+    References:
+        ReLU²: Primer, https://arxiv.org/abs/2109.08668; 2:4 on it:
+        https://arxiv.org/abs/2503.16672.
+    """
+    op = "low_rank_relu2"
+    check_implementation(op, implementation)
+    check_sparsity(op, sparsity)
+    check_gradient(op, sparsity, gradient)
+    _check_pairs(op, x, up=up, down=down)
+    check_batched(op, "x", x)
+    _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
+    _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
+    if sparsity == "2:4-static":
+        up, down = _drop_static(up, down)
+    options = sparsity, gradient
+    kernel = _mlp_mgpu.choose(op, x, (up,), down, *options, implementation)
+    if kernel is not None:
+        return _mlp_mgpu.run(kernel, x, (up,), down, *options)
+    if gradient == "feature_wise":
+        core = _feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
+        return matmul(core, down[1])
+    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
+    return _low_rank_matmul(hidden, down)

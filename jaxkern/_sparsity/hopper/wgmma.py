@@ -1,0 +1,397 @@
+"""2:4 in registers: the selection, and the product on sparse tensor cores.
+
+Neither is in Pallas, so both go through `inline_mgpu`. Of each four neighbours in a
+row, two values are stored, and two bits for the position of either (`pack_2_4`).
+The sparse wgmma takes, of 64 rows and 64 columns, one word of positions from each of
+128 threads: in the quad of threads for rows r and r + 8, thread t has those of columns
+16 t to 16 t + 15 of row r in its lower half, and of row r + 8 in its upper half. The
+first two threads serve the instruction for columns 0 to 31, the last two, by its
+selector, that for columns 32 to 63. Sources: PTX ISA, "Matrix fragments for sparse
+wgmma.mma_async.m64nNk32"; CUTLASS, `ELayout_64x32`. Verified on an H200.
+
+After a quad has transposed what its threads hold, each has just those 16 columns of the
+two rows: it selects, packs and stores them without asking another one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.mosaic.gpu.wgmma import wgmma_fence
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
+
+from ..._mosaic.base import emulated, plgpu
+from ..packed import GROUP, KEPT, Packed24, pack_bits, unpack, unpack_bits
+
+# Of one word a thread: rows, and columns before and after two of four are dropped.
+ROWS, COLUMNS, THREADS = 64, 64, 128
+STORED = COLUMNS * KEPT // GROUP
+# Columns of one thread, and of one sparse instruction.
+CHUNK, SPARSE_DEPTH = 16, 32
+# Positions 0 and 1, in every group of a word: for what lies past the end.
+FIRST_TWO = 0x44444444
+LAYOUT = plgpu.Layout.WGMMA
+
+
+def words_of(indices: jax.Array, columns: int) -> jax.Array:
+    """Packed24's indices as the tensor cores take them.
+
+    indices: uint8 (rows, bytes), four positions each.
+    columns: a multiple of 128, to which they are filled up, as the rows are to 128.
+
+    Returns int32 (row blocks of 64, column blocks of 64, 128 threads).
+    """
+    rows, size = indices.shape
+    missing = -rows % (2 * ROWS), columns // 8 - size
+    fill = np.uint8(FIRST_TWO & 0xFF)
+    padded = jnp.pad(indices, [(0, n) for n in missing], constant_values=fill)
+    halves = padded.reshape(-1, 4, 2, 8, columns // COLUMNS, 4, 2)
+    # To (row block, column block, warp, row, thread of the quad, half, byte).
+    ordered = halves.transpose(0, 4, 1, 3, 5, 2, 6).reshape(-1, 4)
+    words = lax.bitcast_convert_type(ordered, jnp.int32)
+    return words.reshape(padded.shape[0] // ROWS, columns // COLUMNS, THREADS)
+
+
+def indices_of(words: jax.Array) -> jax.Array:
+    """The inverse of `words_of`: uint8 (rows, bytes)."""
+    blocks, columns = words.shape[:2]
+    ordered = lax.bitcast_convert_type(words, jnp.uint8)
+    halves = ordered.reshape(blocks, columns, 4, 8, 4, 2, 2)
+    return halves.transpose(0, 2, 5, 3, 1, 4, 6).reshape(blocks * ROWS, columns * 8)
+
+
+def _selected(x, shrink: bool) -> Any:
+    """What `select` does to (64, 64) numbers, in jnp."""
+    groups = x.reshape(ROWS, COLUMNS // GROUP, GROUP)
+    # By their bits, as threads do: a NaN is the largest.
+    bits = lax.bitcast_convert_type(groups, jnp.uint16).astype(jnp.int32)
+    order = jnp.argsort(-bits, axis=-1, stable=True)
+    kept = jnp.sort(order[..., :KEPT], axis=-1)
+    values = jnp.take_along_axis(groups, kept, axis=-1).astype(jnp.float32)
+    indices = pack_bits(kept.reshape(ROWS, STORED).astype(jnp.uint8))
+    padded = jnp.pad(indices, [(0, ROWS), (0, 8)])
+    words = words_of(padded, 2 * COLUMNS)[0, 0]
+    if not shrink:
+        return values.astype(x.dtype).reshape(ROWS, STORED), words
+    third = jnp.take_along_axis(groups, order[..., 2:3], axis=-1).astype(jnp.float32)
+    shrunk = (values - third).astype(x.dtype)
+    wide = shrunk.astype(jnp.float32)
+    per_chunk = ROWS, COLUMNS // CHUNK, -1
+    sums = [(values * wide).reshape(per_chunk), (wide * wide).reshape(per_chunk)]
+    sums = jnp.stack([one.sum(-1) for one in sums], axis=-1).reshape(ROWS, 8)
+    return shrunk.reshape(ROWS, STORED), words, sums
+
+
+def select(x, shrink: bool = False):
+    """Two of each four of x, (64, 64) numbers >= 0 in 16 bits.
+
+    Returns the values (64, 32); a word of positions for each thread, int32 (128,); and
+    where they shrink by the group's second smallest, S-STE's sums of x S and S S over
+    the 16 columns of a thread, float32 (64, 8). Of equal ones the first are kept.
+    """
+    returns = [
+        plgpu.ShapeDtypeStruct(
+            (ROWS, STORED), x.dtype, layout=plgpu.Layout.WGMMA_UPCAST_4X
+        ),
+        plgpu.ShapeDtypeStruct(
+            (THREADS,),
+            jnp.int32,
+            layout=plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1),
+        ),
+    ]
+    if shrink:
+        returns.append(plgpu.ShapeDtypeStruct((ROWS, 8), jnp.float32, layout=LAYOUT))
+
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=tuple(returns))
+    @emulated(lambda x: _selected(x, shrink))
+    def select_two_of_four(ctx, x):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        pairs = [mgpu.bitcast(r, i32) for r in x.registers.flat]
+        # By block of 8 columns, and by row r or r + 8.
+        mine = _transpose_in_quad([pairs[i::2] for i in range(2)])
+        element = x.mlir_dtype
+        stored, halves, sums = [], [], []
+        for row in mine:
+            values, positions, of_row = _select_chunk(row, element, shrink)
+            eight = ir.VectorType.get((8,), element)
+            four = ir.VectorType.get((4,), i32)
+            stored.append(mgpu.bitcast(vector.from_elements(four, values), eight))
+            halves.append(positions)
+            if shrink:
+                two = ir.VectorType.get((2,), ir.F32Type.get())
+                sums.append(vector.from_elements(two, of_row))
+        word = arith.ori(halves[0], arith.shli(halves[1], _i32(16)))
+        one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+        results = [(stored, None), ([one], True), (sums, None)]
+        return tuple(
+            _array(registers, of, is_signed)
+            for (registers, is_signed), of in zip(results, returns, strict=False)
+        )
+
+    return select_two_of_four(x)
+
+
+def _array(registers, like, is_signed):
+    layout = like.layout.to_mgpu()
+    shape = layout.registers_shape(like.shape)
+    return fragmented_array.FragmentedArray(
+        _registers=np.array(registers, dtype=object).reshape(shape),
+        _layout=layout,
+        _is_signed=is_signed,
+    )
+
+
+def _i32(x: int):
+    return arith.constant(ir.IntegerType.get_signless(32), x)
+
+
+def _thread():
+    return arith.remui(mgpu.thread_idx(), _i32(THREADS))
+
+
+def _transpose_in_quad(rows):
+    """From pairs of neighbours by block of 8 columns, to those of one thread's 16.
+
+    rows: of each row, a register for each block, which holds columns 2 t and 2 t + 1 of
+        it. Results: columns 16 t + 2 i and 16 t + 2 i + 1, for i from 0 to 7.
+    """
+    chunks = [[row[2 * c], row[2 * c + 1]] for row in rows for c in range(4)]
+    chunks = [[chunks[c][n], chunks[4 + c][n]] for c in range(4) for n in range(2)]
+    # Of each chunk: both blocks' registers of both rows.
+    items = [chunks[2 * c] + chunks[2 * c + 1] for c in range(4)]
+    for bit in (1, 2):
+        odd = arith.cmpi(
+            arith.CmpIPredicate.ne, arith.andi(_thread(), _i32(bit)), _i32(0)
+        )
+        for c in range(4):
+            if c & bit:
+                continue
+            for n, (low, high) in enumerate(zip(items[c], items[c | bit], strict=True)):
+                got = mgpu.shfl_bfly(arith.select(odd, low, high), bit)
+                items[c][n] = arith.select(odd, got, low)
+                items[c | bit][n] = arith.select(odd, high, got)
+    # Items now go by thread: first its block 2 t in rows r and r + 8, then 2 t + 1.
+    return [
+        [item[2 * block + row] for block in range(2) for item in items]
+        for row in range(2)
+    ]
+
+
+def _select_chunk(pairs, element, shrink: bool) -> Any:
+    """Of 16 columns in 8 pairs: 4 registers of values, 16 bits of positions, sums."""
+    values, positions = [], _i32(0)
+    zero = arith.constant(ir.F32Type.get(), 0.0)
+    overlap = energy = zero
+    for group in range(4):
+        first, second, third = _largest_three(*pairs[2 * group : 2 * group + 2])
+        # The lower position, which has the higher mark, comes first.
+        mark = _i32(3)
+        swap = arith.cmpi(
+            arith.CmpIPredicate.ult, arith.andi(first, mark), arith.andi(second, mark)
+        )
+        low = arith.select(swap, second, first)
+        high = arith.select(swap, first, second)
+        marks = arith.ori(
+            arith.andi(low, mark), arith.shli(arith.andi(high, mark), _i32(2))
+        )
+        here = arith.shli(arith.xori(marks, _i32(15)), _i32(4 * group))
+        positions = arith.ori(positions, here)
+        if shrink:
+            smallest = _to_float(third, element)
+            wide = [_to_float(key, element) for key in (low, high)]
+            shrunk = [arith.subf(x, smallest) for x in wide]
+            values.append(_pack(shrunk, element))
+            for x, s in zip(wide, _unpack(values[-1], element), strict=True):
+                overlap = arith.addf(overlap, arith.mulf(x, s))
+                energy = arith.addf(energy, arith.mulf(s, s))
+        else:
+            upper = arith.andi(arith.shli(high, _i32(14)), _i32(-0x10000))
+            values.append(arith.ori(arith.shrui(low, _i32(2)), upper))
+    return values, positions, (overlap, energy)
+
+
+def _largest_three(first_pair, second_pair):
+    """Keys in order: the bits of a number, then its mark, 3 less its position."""
+    keys = []
+    for n, pair in enumerate((first_pair, second_pair)):
+        bits = _i32(0x3FFFC)
+        lower = arith.andi(arith.shli(pair, _i32(2)), bits)
+        upper = arith.andi(arith.shrui(pair, _i32(14)), bits)
+        keys.append(arith.ori(lower, _i32(3 - 2 * n)))
+        keys.append(arith.ori(upper, _i32(2 - 2 * n)))
+    a, b, c, d = keys
+    higher = arith.maxui(a, b), arith.maxui(c, d)
+    lower = arith.minui(a, b), arith.minui(c, d)
+    first, of_higher = arith.maxui(*higher), arith.minui(*higher)
+    of_lower = arith.maxui(*lower)
+    return first, arith.maxui(of_higher, of_lower), arith.minui(of_higher, of_lower)
+
+
+def _to_float(key, element):
+    """The number of a key, in float32."""
+    i16 = ir.IntegerType.get_signless(16)
+    bits = arith.trunci(i16, arith.shrui(key, _i32(2)))
+    return arith.extf(ir.F32Type.get(), arith.bitcast(element, bits))
+
+
+def _pack(pair, element):
+    """Two float32, rounded to 16 bits, in one register."""
+    narrow = [arith.truncf(element, x) for x in pair]
+    two = ir.VectorType.get((2,), element)
+    i32 = ir.IntegerType.get_signless(32)
+    return mgpu.bitcast(vector.from_elements(two, narrow), i32)
+
+
+def _unpack(register, element):
+    two = mgpu.bitcast(register, ir.VectorType.get((2,), element))
+    return [
+        arith.extf(
+            ir.F32Type.get(),
+            vector.extract(two, dynamic_position=[], static_position=[i]),
+        )
+        for i in range(2)
+    ]
+
+
+def _dense(values, words):
+    """(64, columns) of values (64, columns / 2) and words (columns / 64, 128).
+
+    NaN where the two positions of a group do not rise: hardware does not define that.
+    """
+    columns, indices = values.shape[1] * GROUP // KEPT, indices_of(words[None])
+    positions = unpack_bits(indices, values.shape[1]).reshape(ROWS, -1, KEPT)
+    rise = jnp.repeat(positions[..., 0] < positions[..., 1], GROUP, axis=1)
+    return jnp.where(rise, unpack(Packed24(values, indices, columns)), jnp.nan)
+
+
+def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
+    """acc + S right for 64 rows, awaited, on the sparse tensor cores.
+
+    acc: float32 (64, n) in registers.
+    values: of S, (64, 64), tiled in shared memory; words: int32 (2, 128) there.
+    right: (128, n), or (n, 128) if transposed, tiled in shared memory.
+    """
+    n, dtype = acc.shape[1], values.dtype
+    transforms = (
+        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+    def meaning(acc, values, words, right):
+        right = right.T if transposed else right
+        sparse = _dense(values, words).astype(jnp.float32)
+        return acc + jnp.dot(sparse, right.astype(jnp.float32), precision="highest")
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            LAYOUT,
+            plgpu.RefType(transforms),
+            plgpu.RefType(),
+            plgpu.RefType(transforms),
+        ),
+        return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=LAYOUT),
+    )
+    @emulated(meaning)
+    def sparse_wgmma(ctx, acc, values, words, right):
+        del ctx
+        if transposed:
+            right = mgpu.memref_transpose(right, (1, 0, 3, 2))
+        a = _descriptor(values, (ROWS, COLUMNS), False, swizzle)
+        b = _descriptor(right, (COLUMNS, n), True, swizzle)
+        word = ir.MemRefType(words.type).shape[0]
+        index = ir.IndexType.get()
+        at = arith.index_cast(index, _thread())
+        loaded = [
+            memref.load(words, [arith.constant(index, i), at]) for i in range(word)
+        ]
+        # Through the fence, so that nothing is loaded between the instructions.
+        i32 = ir.IntegerType.get_signless(32)
+        loaded = [
+            llvm.inline_asm(
+                i32,
+                [w],
+                "mov.b32 $0, $1;",
+                "=r,r",
+                asm_dialect=0,
+                has_side_effects=True,
+            )
+            for w in loaded
+        ]
+        wide = acc.to_layout(fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
+        wide = wgmma_fence(wide)
+        registers = list(wide.registers.flat)
+        for step in range(2 * word):
+            # 16 stored columns of one tile of 64, and 32 rows of two tiles of 64.
+            a_at = _advance(a, step // 4, step % 4)
+            b_at = _advance(b, step // 2, 2 * (step % 2))
+            registers = _issue(
+                registers, a_at, b_at, loaded[step // 2], step % 2, n, dtype, b[3]
+            )
+        for text in ("wgmma.commit_group", "wgmma.wait_group"):
+            count = " 0" * text.endswith("wait_group")
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [],
+                f"{text}.sync.aligned{count};",
+                "",
+                has_side_effects=True,
+            )
+        done = fragmented_array.FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(wide.registers.shape),
+            _layout=wide.layout,
+            _is_signed=None,
+        )
+        done = fragmented_array.optimization_barrier(done)
+        return done.to_layout(fragmented_array.WGMMA_LAYOUT)
+
+    return sparse_wgmma(acc, values, words, right)
+
+
+def _descriptor(ref, group, is_right: bool, swizzle: int):
+    """Of shared memory: base, strides of an instruction and of a tile, transposed."""
+    (base, strides), (_, tile), fastest = mma_utils.create_descriptor(
+        ref,
+        swizzle=swizzle,
+        large_tile=(COLUMNS, COLUMNS),
+        group_size=group,
+        logical_k_major=is_right,
+    )
+    return base, strides[1][0], tile, fastest != mma_utils.Dim.K
+
+
+def _advance(descriptor, tiles: int, instructions: int):
+    base, step, tile, _ = descriptor
+    i64 = ir.IntegerType.get_signless(64)
+    offset = mma_utils.encode_addr(tiles * tile + instructions * step)
+    more = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, offset)).result
+    return llvm.add(base, more, overflow_flags=llvm.IntegerOverflowFlags.none)
+
+
+def _issue(registers, a, b, word, selector: int, n: int, dtype, b_transposed: bool):
+    """One wgmma.sp: sums += 64 x 32 of the sparse matrix by 32 x n."""
+    count, kind = len(registers), {"bfloat16": "bf16", "float16": "f16"}[str(dtype)]
+    sums = ", ".join(f"${i}" for i in range(count))
+    a_at, b_at, word_at = (f"${2 * count + i}" for i in range(3))
+    # Scale of the sums, signs of both operands, and whether either is transposed.
+    text = (
+        f"wgmma.mma_async.sp.sync.aligned.m64n{n}k{SPARSE_DEPTH}.f32.{kind}.{kind} "
+        f"{{{sums}}}, {a_at}, {b_at}, {word_at}, {selector}, 1, 1, 1, 0, "
+        f"{int(b_transposed)};"
+    )
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r"]
+    one = registers[0].type
+    struct = llvm.inline_asm(
+        llvm.StructType.get_literal([one] * count),
+        [*registers, a, b, word],
+        text,
+        ",".join(constraints),
+        asm_dialect=0,
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(one, struct, [i]) for i in range(count)]

@@ -1,0 +1,301 @@
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxkern._ring_steps
+import numpy as np
+import pytest
+from attention_definitions import (
+    assert_attention,
+    assert_close,
+    attention_args,
+    attention_float64,
+    plain_attention,
+    see,
+)
+from helpers import free_port, run_together, untyped, value_and_vjp
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import (
+    attention,
+    context_parallel_attention,
+    ring_attention,
+    ring_permutation,
+)
+from jaxkern._attention.ring_steps import _parts
+from jaxkern._attention.tiles import make_tiling
+
+LAYOUTS = ("contiguous", "striped", "zigzag")
+# (batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v)
+SIZE = (2, 48, 48, 4, 2, 8, 4)
+RING = P(None, "ring")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def make_ring(devices, layout, is_causal, **options):
+    """The whole function of permuted tokens, a device a part."""
+    mesh = jax.make_mesh(
+        (devices,),
+        ("ring",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:devices],
+    )
+    ring = partial(ring_attention, axis_name="ring", is_causal=is_causal, layout=layout)
+    return jax.shard_map(ring, mesh=mesh, in_specs=RING, out_specs=RING, **options)
+
+
+def in_order(run, devices, layout):
+    """`run` on tokens in the order of the layout."""
+
+    def reordered(*args):
+        indices, inverse = ring_permutation(args[0].shape[1], devices, layout)
+        return run(*(x[:, indices] for x in args))[:, inverse]
+
+    return reordered
+
+
+def check(run, size, is_causal, dtype=jnp.float32):
+    args, (d_out, d_lse) = attention_args(size, dtype)
+    batch, seq_q, seq_kv, heads, *_, dim, _ = size
+    visible = see(None, is_causal, (batch, heads, seq_q, seq_kv))
+    cotangents = d_out, jnp.zeros_like(d_lse)
+    exact = attention_float64(args, cotangents, visible, dim**-0.5)
+    out, gradients = value_and_vjp(run, args, d_out)
+    plain = None
+    if dtype != jnp.float32:
+        plain = partial(plain_attention, visible=visible, scale=dim**-0.5)
+        plain = value_and_vjp(plain, args, cotangents)
+    lse = jnp.asarray(exact[0][1], jnp.float32)
+    assert_attention(((out, lse), gradients), exact, plain)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@layouts
+def test_causal_equals_dense(layout, devices):
+    run = in_order(make_ring(devices, layout, True), devices, layout)
+    check(run, SIZE, True)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_full_equals_dense(devices):
+    check(make_ring(devices, "contiguous", False), SIZE, False)
+    if devices == 4:
+        check(make_ring(4, "striped", False), (1, 8, 20, 3, 1, 5, 5), False)
+
+
+@layouts
+def test_one_device(layout):
+    check(make_ring(1, layout, True), SIZE, True)
+
+
+@layouts
+def test_several_tiles_a_part(layout, monkeypatch):
+    steps = jaxkern._ring_steps
+    monkeypatch.setattr(steps, "make_tiling", partial(make_tiling, limit=8))
+    run = in_order(make_ring(4, layout, True), 4, layout)
+    check(run, (1, 88, 88, 2, 1, 8, 8), True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+def test_error_in_16_bits_is_that_of_the_plain_form(dtype):
+    run = in_order(make_ring(8, "zigzag", True), 8, "zigzag")
+    check(run, (1, 128, 128, 2, 1, 32, 32), True, dtype)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@layouts
+def test_context_parallel_attention(layout, kind):
+    """The batch stays split over the other axis of the mesh."""
+    axis_types = (jax.sharding.AxisType[kind],) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "ring"), axis_types=axis_types)
+    run = partial(
+        context_parallel_attention, mesh=mesh, axis_name="ring", layout=layout
+    )
+    args, (d_out, d_lse) = attention_args(SIZE)
+    cotangents = d_out, jnp.zeros_like(d_lse)
+    args = jax.device_put(args, NamedSharding(mesh, P("data")))
+    d_out = jax.device_put(d_out, NamedSharding(mesh, P("data", "ring")))
+    for is_causal in (False, True) if layout == "zigzag" else (True,):
+        visible = see(None, is_causal, (2, 4, 48, 48))
+        exact = attention_float64(args, cotangents, visible, 8**-0.5)
+        got = value_and_vjp(partial(run, is_causal=is_causal), args, d_out)
+        assert_close(got, (exact[0][0], exact[1]))
+        assert got[0].sharding.spec[0] == "data"
+
+
+def test_keys_shared_along_another_axis():
+    """Their gradients are summed over it; explicit axes and checked types."""
+    mesh = jax.make_mesh((2, 4), ("data", "ring"))
+    args, (d_out, _) = attention_args((1, 16, 16, 4, 2, 8, 8))
+    query = jnp.concatenate([args[0], 2 * args[0]], 2)
+    specs = P(None, "ring", "data"), RING, RING
+    ring = jax.shard_map(
+        partial(ring_attention, axis_name="ring", is_causal=True, layout="zigzag"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=specs[0],
+    )
+    d_out = jnp.concatenate([d_out, d_out], 2)
+
+    def dense(query, key, value):
+        first, last = jnp.split(query, 2, axis=2)
+        run: Any = partial(attention, is_causal=True)
+        return jnp.concatenate([run(first, key, value), run(last, key, value)], 2)
+
+    expected = value_and_vjp(dense, (query, *args[1:]), d_out)
+    indices, inverse = ring_permutation(16, 4, "zigzag")
+    placed = [
+        jax.device_put(x[:, indices], NamedSharding(mesh, spec))
+        for x, spec in zip((query, *args[1:], d_out), (*specs, specs[0]), strict=True)
+    ]
+    got = value_and_vjp(ring, placed[:3], placed[3])
+    assert_close(jax.tree.map(lambda x: jax.device_get(x)[:, inverse], got), expected)
+
+
+def test_remat_and_scan():
+    args, (d_out, _) = attention_args((1, 16, 16, 2, 2, 8, 8))
+
+    def layers(attend, query, key, value):
+        def layer(x, _):
+            return x + attend(x, key, value), None
+
+        return jax.lax.scan(jax.checkpoint(layer), query, None, length=2)[0]
+
+    forms = make_ring(2, "contiguous", True), partial(attention, is_causal=True)
+    got, expected = (value_and_vjp(partial(layers, f), args, d_out) for f in forms)
+    assert_close(got, expected)
+
+
+def test_vmap_and_unchecked_types():
+    args, (d_out, _) = attention_args((1, 16, 16, 2, 2, 8, 8))
+    expected = value_and_vjp(partial(attention, is_causal=True), args, d_out)
+    mapped = jax.vmap(make_ring(2, "contiguous", True), in_axes=-1, out_axes=-1)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3, -1), (args, d_out))
+    got = value_and_vjp(mapped, *stacked)
+    for i in range(3):
+        assert_close(jax.tree.map(lambda x, i=i: x[..., i], got), expected)
+    unchecked = make_ring(2, "contiguous", True, check_vma=False)
+    assert_close(value_and_vjp(unchecked, args, d_out), expected)
+
+
+def compiled(devices, seq, layout="zigzag"):
+    ring = make_ring(devices, layout, True)
+
+    def both_passes(d_out, *args):
+        out, vjp = jax.vjp(ring, *args)
+        return out, vjp(d_out)
+
+    arrays = [jax.ShapeDtypeStruct((1, seq, 2, 32), jnp.float32)] * 4
+    return jax.jit(both_passes).lower(*arrays).compile()
+
+
+def test_only_neighbours_talk():
+    program = compiled(8, 64).as_text()
+    assert program is not None and "collective-permute" in program
+    assert not any(f"all-{x}" in program for x in ("gather", "reduce", "to-all"))
+
+
+def test_memory_is_linear_in_the_sequence_over_the_devices():
+    used = {}
+    for devices, share in [(4, 2048), (8, 2048), (8, 4096)]:
+        memory = compiled(devices, devices * share).memory_analysis()
+        assert memory is not None
+        used[devices, share] = memory.temp_size_in_bytes
+    assert used[8, 2048] < 1.1 * used[4, 2048]
+    assert used[8, 4096] < 2.1 * used[8, 2048]
+
+
+def scores(part, seq):
+    """How many logits a part has, counted by tiles of one."""
+    if part is None:
+        return 0
+    tiling = make_tiling(seq - part.first_query, part.end_key, part.diagonal, 1)
+    return len(tiling.visited())
+
+
+@given(devices=st.integers(1, 6), half=st.integers(1, 6))
+def test_zigzag_gives_every_device_the_same_work_in_every_step(devices, half):
+    seq = 2 * half
+    work = {}
+    for layout in LAYOUTS:
+        own, earlier, later = _parts(layout, seq, seq)
+        work[layout] = np.array(
+            [
+                [scores(own, seq)]
+                + [scores(earlier if t <= r else later, seq) for t in range(1, devices)]
+                for r in range(devices)
+            ]
+        )
+        tokens = devices * seq
+        assert work[layout].sum() == tokens * (tokens + 1) // 2
+    assert (work["zigzag"][:, 1:] == 2 * half**2).all()
+    assert (work["zigzag"][:, 0] == 2 * half**2 + half).all()
+    # Every step waits for the slowest device, so it is the sum of these that counts.
+    slowest = {layout: each.max(0).sum() for layout, each in work.items()}
+    assert slowest["zigzag"] <= slowest["striped"] <= slowest["contiguous"]
+
+
+@given(
+    devices=st.integers(1, 9), half=st.integers(1, 9), layout=st.sampled_from(LAYOUTS)
+)
+def test_permutation(devices, half, layout):
+    seq = 2 * half * devices
+    indices, inverse = ring_permutation(seq, devices, layout)
+    tokens = np.arange(seq)
+    np.testing.assert_array_equal(indices[inverse], tokens)
+    np.testing.assert_array_equal(inverse[indices], tokens)
+    for rank, held in enumerate(np.split(indices, devices)):
+        match layout:
+            case "contiguous":
+                expected = tokens // (2 * half) == rank
+            case "striped":
+                expected = tokens % devices == rank
+            case _:
+                part = tokens // half
+                expected = (part == rank) | (part == 2 * devices - 1 - rank)
+        np.testing.assert_array_equal(held, tokens[expected])
+
+
+def test_two_processes():
+    program, port = Path(__file__).with_name("ring_process.py"), str(free_port())
+    outputs = run_together([[sys.executable, program, str(i), port] for i in range(2)])
+    for i, output in enumerate(outputs):
+        assert f"equal on process {i}" in output, output
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_refusals():
+    x = jnp.zeros((1, 12, 2, 4))
+    with pytest.raises(ValueError, match="axis of the jax.shard_map around .* 'ring'"):
+        ring_attention(x, x, x, axis_name="ring")
+    with pytest.raises(ValueError, match="layout must be one of 'contiguous', 'strip"):
+        untyped.ring_attention(x, x, x, axis_name="ring", layout="brick")
+    with pytest.raises(ValueError, match="heads of query must be a multiple"):
+        ring_attention(x, *[jnp.zeros((1, 12, 3, 4))] * 2, axis_name="ring")
+    with pytest.raises(ValueError, match="scale must be None or a finite"):
+        ring_attention(x, x, x, axis_name="ring", scale=float("inf"))
+    with pytest.raises(ValueError, match="seq_q and seq_kv must be equal with is_cau"):
+        make_ring(2, "striped", True)(x, x[:, :8], x[:, :8])
+    with pytest.raises(ValueError, match="seq_q must be even for layout 'zigzag'.*3"):
+        make_ring(4, "zigzag", True)(x, x, x)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_context_parallel_refusals():
+    x = jnp.zeros((1, 100, 2, 4))
+    mesh = jax.make_mesh((8,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = partial(context_parallel_attention, x, x, x, mesh=mesh)
+    with pytest.raises(ValueError, match="axis_name must be one of 'ring', got 'seq'"):
+        run(axis_name="seq")
+    with pytest.raises(ValueError, match="multiple of 16 .* got 100: pad it by 12"):
+        run(axis_name="ring", is_causal=True)
+    with pytest.raises(ValueError, match="multiple of 8 .* got 100: pad it by 4"):
+        run(axis_name="ring", is_causal=True, layout="striped")
+    with pytest.raises(ValueError, match="ring_permutation: layout must be one of"):
+        untyped.ring_permutation(8, 2, "brick")

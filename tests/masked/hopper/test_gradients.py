@@ -1,0 +1,125 @@
+"""What the backward of masked kernels computes, and what the forward keeps for it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_masked import apply_bilinear, bilinear_args
+from test_masked_mgpu import BF16, F32, hard, in_scan, kernel, launches, make
+
+from jaxkern import pack_mask, reinmax, straight_through
+from jaxkern._masked import masked as _masked
+from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._masked.hopper.product import Config
+from jaxkern._mosaic import launch as _mgpu_tiles
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """As if the default device were one, whose blocks take several tiles each."""
+    monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+    monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, in_scan], ids=["plainly", "jit", "scan"]
+)
+def test_only_wanted_gradients_are_computed(wrap):
+    """Lowered for a GPU: the forward, and a launch for x and one for the others."""
+    args, _ = make((2, 20, 64, 64))
+
+    def count(*argnums):
+        def loss(*args):
+            return jnp.sin(wrap(hard)(*args).astype(F32)).sum()
+
+        return launches(jax.grad(loss, argnums), *args)
+
+    assert [count(0), count(1), count(2)] == [2, 2, 2]
+    assert count(1, 2) == 2 and count(0, 1, 2) == 3
+
+
+def test_masks_alone_do_not_read_masks_for_their_gradient():
+    args, _ = make((2, 20, 64, 64))
+
+    def names(*argnums):
+        gradient = jax.grad(lambda *a: hard(*a).astype(F32).sum(), argnums)
+        text = str(jax.make_jaxpr(gradient)(*args))
+        wanted = "masked_gradients_mask_w", "masked_gradients_mask_straight"
+        return [name for name in wanted if name in text]
+
+    assert names(2) == ["masked_gradients_mask_straight"]
+    assert names(1, 2) == ["masked_gradients_mask_w"]
+
+
+def test_under_remat():
+    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    args, _ = make((2, 20, 64, 64))
+
+    def count(fn, args):
+        def loss(*args):
+            return jnp.sin(fn(*args).astype(F32)).sum()
+
+        return launches(jax.grad(loss, argnums=tuple(range(len(args)))), *args)
+
+    # The mask's bits are made again, with the product.
+    assert count(hard, args) == 3 and count(jax.checkpoint(hard), args) == 4
+    (h, weights, biases, masks), _ = bilinear_args((2, 16, 64, 64, 64), BF16)
+    given = h, weights, biases, masks
+    layer = partial(
+        apply_bilinear, estimator=straight_through, implementation="mosaic_gpu"
+    )
+    assert count(layer, given) == 9 and count(jax.checkpoint(layer), given) == 12
+
+
+@pytest.mark.parametrize(
+    "estimator, trained, saves_logits",
+    [
+        (straight_through, (0, 1, 2), False),
+        (reinmax, (0, 1, 2), True),
+        (reinmax, (0, 1), False),
+    ],
+)
+def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
+    """x, w and bits; logits only where a slope is one of them."""
+    args, _ = make((2, 24, 64, 128), logits_dtype=F32)
+
+    def pull(*args):
+        def fn(*some):
+            given = dict(zip(trained, some, strict=True))
+            all_args = [given.get(i, a) for i, a in enumerate(args)]
+            return kernel(*all_args, estimator=estimator)
+
+        return jax.vjp(fn, *(args[i] for i in trained))[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(pull, *args))
+    x, w, logits = args
+    of_masks = logits.nbytes // 32 + logits.nbytes * saves_logits
+    got = sum(a.size * a.dtype.itemsize for a in saved)
+    assert got == x.nbytes + w.nbytes + of_masks
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        _masked_mgpu.product("mask", pack=True),
+        _masked_mgpu.product("reinmax", transposed=True, pack=True),
+    ],
+    ids=["mask", "transposed"],
+)
+def test_bits_are_of_logits_and_not_transposed(run):
+    (x, w, logits), _ = make((1, 8, 64, 64))
+    with pytest.raises(ValueError, match="no bits of (mask|reinmax), transposed"):
+        run(x, w[None], logits)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_forward_packs_the_masks(splits):
+    """Once for several tiles of tokens; where tiles and parts reach past the end."""
+    (x, w, logits), _ = make((2, 140, 320, 192), logits_dtype=F32)
+    logits = logits.at[1, 33, 5].set(jnp.nan)
+    run = _masked_mgpu.product("reinmax", config=Config(64, splits), pack=True)
+    _, words = jax.jit(run)(x, w[None], logits)
+    np.testing.assert_array_equal(words.view(jnp.uint32), pack_mask(logits).words)

@@ -1,0 +1,332 @@
+"""The Hopper kernels of masked products, in an emulator that detects races."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_as_exact, to_float64, value_and_vjp
+from test_masked import (
+    SLOPES,
+    apply_bilinear,
+    bilinear_args,
+    bilinear_float64,
+    matmul_args,
+    matmul_float64,
+    plain_bilinear,
+    plain_matmul,
+)
+
+from benchmarks._kernel_compile import lower
+from jaxkern import (
+    PackedMask,
+    masked_matmul,
+    pack_mask,
+    reinmax,
+    seed_reinmax,
+    straight_through,
+)
+from jaxkern._core import precision as _matmul
+from jaxkern._masked import masked as _masked
+from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._masked.hopper.product import Config
+from jaxkern._mosaic import launch as _mgpu_tiles
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+KEY = jax.random.key(3)
+kernel = partial(masked_matmul, implementation="mosaic_gpu")
+hard = partial(kernel, estimator=straight_through)
+
+
+@pytest.fixture(autouse=True)
+def hopper(request, monkeypatch):
+    """As if the default device were one, whose blocks take several tiles each."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+        monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+
+
+def make(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:
+    """(x, w, logits) and a cotangent."""
+    (x, w, logits), g = matmul_args((*size, 0), dtype, shared)
+    return (x, w, logits.astype(logits_dtype or dtype)), g
+
+
+def plain(x, w, logits):
+    """As one writes it, every result rounded once."""
+    mask = straight_through(logits).astype(w.dtype)
+    each = mask if mask.ndim == 3 else jnp.stack([mask] * len(x))
+    return plain_matmul(x, w, each)
+
+
+def exact(args, g, slope=np.ones_like) -> Any:
+    x, w, logits, g = to_float64((*args, g))
+    if logits.ndim == 3:
+        return matmul_float64(x, w, logits, g, slope)
+    each = np.stack([logits] * len(x))
+    y, (d_x, d_w, d_logits) = matmul_float64(x, w, each, g, slope)
+    return y, (d_x, d_w, d_logits.sum(0))
+
+
+def check(args, g, fn=hard):
+    bound = value_and_vjp(plain, args, g)
+    assert_as_exact(value_and_vjp(fn, args, g), bound, exact(args, g))
+
+
+def check_masks_alone(args, g, estimator=straight_through):
+    x, w, logits = args
+
+    def of_logits(fn):
+        return value_and_vjp(lambda logits: fn(x, w, logits), (logits,), g)
+
+    got = of_logits(partial(kernel, estimator=estimator))
+    bound = of_logits(partial(sloped, estimator))
+    y, (_, _, d_logits) = exact(args, g, SLOPES[estimator])
+    assert_as_exact(got, bound, (y, (d_logits,)))
+
+
+def check_packed(args, g):
+    """Gradients of x and w; of bits there is none."""
+    x, w, logits = args
+    packed = pack_mask(logits)
+    assert isinstance(packed, PackedMask)
+    got = value_and_vjp(lambda x, w: kernel(x, w, packed), (x, w), g)
+    bound = value_and_vjp(lambda x, w: plain(x, w, logits), (x, w), g)
+    y, gradients = exact(args, g)
+    assert_as_exact(got, bound, (y, gradients[:2]))
+
+
+def sloped(estimator, x, w, logits):
+    return plain_matmul(x, w, estimator(logits).astype(w.dtype))
+
+
+def check_sloped(args, g, estimator, options=None):
+    """options: of the estimator; with any, XLA computes its mask and its gradient."""
+    called = partial(estimator, **options) if options else estimator
+    got = value_and_vjp(partial(kernel, estimator=called), args, g)
+    bound = value_and_vjp(partial(sloped, estimator), args, g)
+    assert_as_exact(got, bound, exact(args, g, SLOPES[estimator]))
+
+
+# (batch, seq, d_in, d_out): across tiles, short of one, and multiples of none.
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "size, dtype, logits_dtype, shared",
+    [
+        ((2, 140, 70, 72), BF16, F32, False),
+        ((2, 20, 130, 64), F16, F16, False),
+        ((1, 1, 1, 1), BF16, BF16, False),
+        ((3, 30, 72, 64), BF16, F32, True),
+    ],
+    ids=["float32 logits", "float16", "one of each", "shared"],
+)
+def test_values_and_gradients(size, dtype, logits_dtype, shared):
+    check(*make(size, dtype, logits_dtype, shared))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_packed_masks(shared):
+    check_packed(*make((2, 20, 70, 40), shared=shared))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("tokens", _masked_mgpu.TILES)
+def test_tiles(tokens, monkeypatch):
+    """Whatever the size; with steps that go round the rings."""
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(tokens))
+    check(*make((1, 140, 330, 136), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_tiles_of_gradients():
+    """Several each, of 64 columns, and of 128 for W's gradient alone."""
+    args, g = make((3, 140, 200, 136), logits_dtype=F32)
+    check(args, g)
+    check_masks_alone(args, g)
+    check_packed(args, g)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [2, 3, 6])
+def test_parts_of_the_contracted_axis(splits, monkeypatch):
+    """As many steps each, more, and fewer: some then have nothing to add."""
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(128, splits))
+    check(*make((2, 140, 264, 200), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("splits", [1, 2])
+def test_packed_masks_in_large_tiles(splits, monkeypatch):
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(256, splits))
+    check_packed(*make((1, 140, 264, 136)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_block_takes_more_samples_than_it_has_slots():
+    check(*make((5, 8, 64, 64), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_masks_alone_are_trained():
+    """Without their sum over samples these are in no order."""
+    check_masks_alone(*make((5, 8, 64, 200), logits_dtype=F32))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_mask_of_an_estimator():
+    args, g = make((2, 20, 40, 64), logits_dtype=F32)
+    check_sloped(args, g, reinmax, {"temperature": 1.0})
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("estimator", [seed_reinmax, reinmax])
+def test_slopes_in_the_kernel(estimator):
+    """As precise where little is left of them; with more samples than slots."""
+    args, g = make((3, 20, 40, 64), logits_dtype=F32)
+    x, w, logits = args
+    args = x, w, logits.at[1].multiply(20)
+    check_sloped(args, g, estimator)
+    check_masks_alone(args, g, estimator)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_drawn_masks_are_those_of_xla(shared, monkeypatch):
+    # Its products then have one row axis; XLA's CPU backend sums over two in 16 bits.
+    monkeypatch.setattr(_matmul, "runs_locally", lambda: True)
+    args, g = make((2, 10, 30, 40), logits_dtype=F32, shared=shared)
+    fn = partial(masked_matmul, estimator=reinmax, key=KEY)
+    ours, theirs = (
+        value_and_vjp(partial(fn, implementation=name), args, g)
+        for name in ("mosaic_gpu", "xla")
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = to_float64((a, b))
+        assert np.abs(a - b).max() < float(jnp.finfo(BF16).eps) * np.abs(b).max()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bilinear():
+    args, g = bilinear_args((1, 20, 40, 36, 12), BF16)
+    fn = partial(
+        apply_bilinear, estimator=straight_through, implementation="mosaic_gpu"
+    )
+    bound = value_and_vjp(plain_bilinear, args, g)
+    expected = bilinear_float64(*to_float64((*args, g)), slope=np.ones_like)
+    assert_as_exact(value_and_vjp(fn, args, g), bound, expected)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_logits_at_the_threshold_and_beyond():
+    """What is off contributes nothing; what is NaN stays so, in its own sample."""
+    (x, w, logits), g = make((3, 8, 64, 64), logits_dtype=F32)
+    values = jnp.array([0.0, -0.0, -jnp.inf, jnp.inf, 1e-45])
+    logits = logits.at[0, :5].set(values[:, None]).at[1].set(-1.0)
+    check((x, w, logits), g)
+    run = jax.jit(hard)
+    y = run(x, w, logits)
+    assert (y[1] == 0).all()
+    spoiled = run(x, w, logits.at[2, 3, 7].set(jnp.nan))
+    assert np.isnan(to_float64(spoiled[2, :, 7])).all()
+    kept = spoiled.at[2, :, 7].set(y[2, :, 7])
+    np.testing.assert_array_equal(*to_float64((kept, y)))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_sample_does_not_see_another_ones_infinity():
+    (x, w, logits), g = make((2, 20, 64, 64))
+    pull = jax.jit(lambda x: value_and_vjp(hard, (x, w, logits), g))
+    y, (d_x, _, d_logits) = pull(x)
+    again = pull(x.at[1, 2, 3].set(jnp.inf))
+    for a, b in ((y, again[0]), (d_x, again[1][0]), (d_logits, again[1][2])):
+        np.testing.assert_array_equal(*to_float64((a[0], b[0])))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_deterministic():
+    args, g = make((2, 70, 40, 64))
+    pull = jax.jit(lambda args, g: value_and_vjp(hard, args, g))
+    first, again = (pull(args, g) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(*to_float64((a, b)))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("own_weights", [False, True], ids=["one w", "a w each"])
+def test_under_vmap(own_weights):
+    (x, w, logits), g = make((2, 20, 40, 64))
+    xs = jnp.stack([x, 2 * x])
+    ws = jnp.stack([w, -w]) if own_weights else w
+
+    def pull(x, w):
+        return value_and_vjp(hard, (x, w, logits), g)
+
+    got = jax.vmap(pull, in_axes=(0, 0 if own_weights else None))(xs, ws)
+    for i in range(2):
+        args = xs[i], ws[i] if own_weights else w, logits
+        one = jax.tree.map(lambda a, i=i: a[i], got)
+        assert_as_exact(one, value_and_vjp(plain, args, g), exact(args, g))
+
+
+def in_scan(fn):
+    """Sample by sample."""
+
+    def by_samples(x, w, logits):
+        def step(carry, one):
+            return carry, fn(one[0][None], w, one[1][None])[0]
+
+        return jax.lax.scan(step, None, (x, logits))[1]
+
+    return by_samples
+
+
+def in_shard_map(fn):
+    # The emulator has one device at a time.
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("i")
+    return jax.shard_map(fn, mesh=mesh, in_specs=(rows, jax.P(), rows), out_specs=rows)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("transform", [in_scan, in_shard_map])
+def test_under_other_transforms(transform):
+    check(*make((2, 20, 40, 64)), fn=transform(hard))
+
+
+def launches(fn, *args):
+    return len(lower(fn, args))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["logits", "packed"])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (3, 2047, 40, 1001), (2, 20, 190, 264)], ids=str
+)
+def test_any_size_lowers_for_a_gpu(size, packed):
+    """Which asks for more than the emulator."""
+    (x, w, logits), g = make(size, logits_dtype=F32)
+    masks = pack_mask(logits) if packed else logits
+    fn = partial(kernel, estimator=None if packed else straight_through)
+
+    def pull(x, w, g):
+        return jax.vjp(lambda x, w: fn(x, w, masks), x, w)[1](g)
+
+    # The forward of logits too, for their bits.
+    assert launches(pull, x, w, g) == 3 - packed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["logits", "packed", "reinmax", "seed_reinmax"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "size", [(16, 256, 512, 2048), (5, 250, 2048, 500), (1, 256, 512, 2048)], ids=str
+)
+def test_on_gpu(size, dtype, kind):
+    args, g = make(size, dtype, F32)
+    if kind == "packed":
+        return check_packed(args, g)
+    if kind == "logits":
+        return check(args, g)
+    check_sloped(args, g, reinmax if kind == "reinmax" else seed_reinmax)

@@ -1,0 +1,384 @@
+from functools import cache, partial
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    assert_near,
+    normal,
+    sigmoid,
+    to_float64,
+    value_and_vjp,
+)
+from jax.sharding import PartitionSpec as P
+
+from jaxkern import (
+    gumbel_softmax,
+    masked_bilinear,
+    masked_matmul,
+    reinmax,
+    seed_reinmax,
+    straight_through,
+)
+from jaxkern._masked.masked import Method
+
+METHODS = get_args(Method)
+each_method = pytest.mark.parametrize("method", METHODS)
+KEY = jax.random.key(7)
+# (batch, seq, d_in, d_out or hidden, d_out)
+SIZES = [(3, 5, 7, 11, 4), (1, 1, 1, 1, 1), (5, 2, 8, 3, 6)]
+each_size = pytest.mark.parametrize(
+    "size, estimator",
+    list(zip(SIZES, (reinmax, straight_through, seed_reinmax), strict=True)),
+    ids=["b{}-s{}-d{}-h{}-o{}".format(*size) for size in SIZES],
+)
+SLOPES = {
+    straight_through: np.ones_like,
+    seed_reinmax: lambda x: 1 + sigmoid(x) * sigmoid(-x),
+    reinmax: lambda x: sigmoid(-abs(x)) / 2,
+}
+
+
+def matmul_args(size, dtype=jnp.float32, shared=False) -> tuple[Any, Any]:
+    batch, seq, d_in, d_out, _ = size
+    x = normal(0, (batch, seq, d_in), dtype)
+    w = normal(1, (d_in, d_out), dtype, d_in**-0.5)
+    logits = normal(2, w.shape if shared else (batch, *w.shape), dtype)
+    return (x, w, logits), normal(3, (batch, seq, d_out), dtype)
+
+
+def bilinear_args(size, dtype=jnp.float32, shared=False) -> tuple[Any, Any]:
+    """(h, weights, mask_logits, biases) and the result's cotangent."""
+    batch, seq, d_in, hidden, d_out = size
+    shapes = [(d_in, hidden), (d_in, hidden), (hidden, d_out)]
+    weights = tuple(
+        normal(i, s, dtype, s[0] ** -0.5) for i, s in enumerate(shapes, start=1)
+    )
+    lead = () if shared else (batch,)
+    logits = tuple(normal(i, (*lead, *s), dtype) for i, s in enumerate(shapes, 4))
+    biases = tuple(normal(i, s[1:], dtype) for i, s in enumerate(shapes, start=7))
+    args = normal(0, (batch, seq, d_in), dtype), weights, logits, biases
+    return args, normal(10, (batch, seq, d_out), dtype)
+
+
+def apply_matmul(x, w, logits, **options):
+    return masked_matmul(x, w, logits, **options)
+
+
+def apply_bilinear(h, weights, logits, biases, **options):
+    return masked_bilinear(h, weights, logits, biases=biases, **options)
+
+
+OPS: dict[str, Any] = {
+    "matmul": (apply_matmul, matmul_args),
+    "bilinear": (apply_bilinear, bilinear_args),
+}
+each_op = pytest.mark.parametrize("op, make", OPS.values(), ids=OPS)
+
+
+# Bilinear is made of the same products.
+each_method_once = pytest.mark.parametrize(
+    "op, make, method",
+    [(*OPS["matmul"], method) for method in METHODS] + [(*OPS["bilinear"], "fused")],
+    ids=[*METHODS, "bilinear"],
+)
+
+
+def matmul_float64(x, w, logits, g, slope) -> Any:
+    """By hand, one sample at a time; logits (batch, d_in, d_out)."""
+    y, d_x, d_logits = np.zeros(g.shape), np.zeros(x.shape), np.zeros(logits.shape)
+    d_w = np.zeros(w.shape)
+    for b in range(len(x)):
+        mask = logits[b] > 0
+        y[b] = x[b] @ (w * mask)
+        d_x[b] = g[b] @ (w * mask).T
+        d_masked = x[b].T @ g[b]
+        d_w += d_masked * mask
+        d_logits[b] = d_masked * w * slope(logits[b])
+    return y, (d_x, d_w, d_logits)
+
+
+def bilinear_float64(h, weights, logits, biases, g, slope) -> Any:
+    none = np.zeros((len(h), h.shape[1], weights[0].shape[1]))
+    z1, z2 = (
+        matmul_float64(h, weights[i], logits[i], none, slope)[0] + biases[i]
+        for i in (0, 1)
+    )
+    y, (d_p, d_w3, d_l3) = matmul_float64(z1 * z2, weights[2], logits[2], g, slope)
+    d_z = d_p * z2, d_p * z1
+    (d_h1, d_w1, d_l1), (d_h2, d_w2, d_l2) = (
+        matmul_float64(h, weights[i], logits[i], d_z[i], slope)[1] for i in (0, 1)
+    )
+    d_biases = tuple(d.sum((0, 1)) for d in (*d_z, g))
+    gradients = d_h1 + d_h2, (d_w1, d_w2, d_w3), (d_l1, d_l2, d_l3), d_biases
+    return y + biases[2], gradients
+
+
+FLOAT64 = {apply_matmul: matmul_float64, apply_bilinear: bilinear_float64}
+
+
+@each_op
+@each_method
+@each_size
+def test_values_and_gradients(op, make, method, size, estimator):
+    args, g = make(size)
+    got = value_and_vjp(partial(op, estimator=estimator, method=method), args, g)
+    exact = FLOAT64[op](*to_float64(args), to_float64(g), SLOPES[estimator])
+    assert_near(got, exact)
+
+
+def plain_matmul(x, w, mask):
+    return jnp.stack([a @ (w * m) for a, m in zip(x, mask, strict=True)])
+
+
+def plain_bilinear(h, weights, logits, biases):
+    masks = [straight_through(one) for one in logits]
+    z1, z2 = (plain_matmul(h, weights[i], masks[i]) + biases[i] for i in (0, 1))
+    return plain_matmul(z1 * z2, weights[2], masks[2]) + biases[2]
+
+
+def plain(x, w, logits, *biases):
+    if biases:
+        return plain_bilinear(x, w, logits, *biases)
+    return plain_matmul(x, w, straight_through(logits))
+
+
+@cache
+def run_plain(make, dtype):
+    args, g = make((4, 6, 16, 12, 5), dtype)
+    return value_and_vjp(plain, args, g)
+
+
+@each_op
+@each_method
+@pytest.mark.parametrize("dtype", DTYPES[1:2])
+def test_16_bit_is_as_exact_as_the_plain_form(op, make, method, dtype):
+    args, g = make((4, 6, 16, 12, 5), dtype)
+    exact = FLOAT64[op](*to_float64(args), to_float64(g), np.ones_like)
+    fn = partial(op, estimator=straight_through, method=method)
+    assert_as_exact(value_and_vjp(fn, args, g), run_plain(make, dtype), exact)
+
+
+def test_logits_may_have_another_dtype():
+    (x, w, logits), g = matmul_args(SIZES[0], jnp.bfloat16)
+    logits = logits.astype(jnp.float32)
+    fn = partial(masked_matmul, estimator=reinmax)
+    y, (_, _, d_logits) = value_and_vjp(fn, (x, w, logits), g)
+    assert y.dtype == jnp.bfloat16 and d_logits.dtype == jnp.float32
+
+
+DRAWN: Any = {"estimator": partial(reinmax, temperature=1.5), "key": KEY}
+
+
+@cache
+def run_drawn(op, make, method):
+    """Four samples that are equal."""
+    args, g = make((4, 3, 6, 5, 2))
+    x, logits = jax.tree.map(
+        lambda a: jnp.broadcast_to(a[:1], a.shape), (args[0], args[2])
+    )
+    fn = partial(op, method=method, **DRAWN)
+    return value_and_vjp(fn, (x, args[1], logits, *args[3:]), g)
+
+
+@each_op
+@each_method
+def test_draws_are_the_same_by_every_method_and_of_each_samples_own(op, make, method):
+    got = run_drawn(op, make, method)
+    assert_near(got, run_drawn(op, make, "loop"))
+    assert len(np.unique(np.asarray(got[0]), axis=0)) == 4
+
+
+@each_method
+def test_an_estimator_that_holds_a_key_draws_one_noise_for_all(method):
+    (x, w, logits), _ = matmul_args((4, 3, 6, 5, 2))
+    equal = jnp.broadcast_to(logits[:1], logits.shape)
+    estimator = partial(reinmax, key=KEY)
+    got = masked_matmul(x, w, equal, estimator=estimator, method=method)
+    assert_near(got, x @ (w * estimator(logits[0])))
+
+
+@each_method
+def test_estimator_sees_one_sample(method):
+    """So one that is not elementwise means the same by every method."""
+    (x, w, logits), g = matmul_args(SIZES[0])
+    options: Any = {"estimator": partial(gumbel_softmax, axis=0), "key": KEY}
+    got = value_and_vjp(
+        partial(masked_matmul, method=method, **options), (x, w, logits), g
+    )
+    expected = partial(masked_matmul, method="loop", **options)
+    assert_near(got, value_and_vjp(expected, (x, w, logits), g))
+
+
+@each_method_once
+def test_one_sample_equals_shared_logits(op, make, method):
+    size = 1, 5, 7, 6, 4
+    args, g = make(size)
+    unbatched, _ = make(size, shared=True)
+    fn = partial(op, method=method, **DRAWN)
+    got = value_and_vjp(fn, args, g)
+    y, gradients = value_and_vjp(fn, unbatched, g)
+    batched = jax.tree.map(lambda a, b: b.reshape(a.shape), got[1], gradients)
+    assert_near(got, (y, batched))
+
+
+@each_op
+@pytest.mark.parametrize("method", ["bmm", "fused"])
+def test_shared_logits_are_one_mask_for_all(op, make, method):
+    args, g = make(SIZES[0], shared=True)
+    fn = partial(op, estimator=reinmax, method=method)
+    y, (d_x, d_w, d_logits, *rest) = value_and_vjp(fn, args, g)
+    batch = len(args[0])
+    each = jax.tree.map(lambda a: jnp.broadcast_to(a, (batch, *a.shape)), args[2])
+    exact = FLOAT64[op](
+        *to_float64((*args[:2], each, *args[3:])), to_float64(g), SLOPES[reinmax]
+    )
+    summed = jax.tree.map(lambda a: a.sum(0), exact[1][2])
+    assert_near(
+        (y, d_x, d_w, d_logits, rest),
+        (exact[0], *exact[1][:2], summed, list(exact[1][3:])),
+    )
+
+
+def jitted_pull(fn):
+    """`value_and_vjp` of `fn`, compiled once."""
+
+    @jax.jit
+    def pull(args, g):
+        value, vjp = jax.vjp(fn, *args)
+        return value, vjp(g)
+
+    return pull
+
+
+@each_method_once
+def test_permuting_samples_permutes_results(op, make, method):
+    args, g = make(SIZES[2])
+    order = jnp.array([3, 0, 4, 2, 1])
+    pull = jitted_pull(partial(op, estimator=reinmax, method=method))
+    y, gradients = pull(args, g)
+    x, logits = jax.tree.map(lambda a: a[order], (args[0], args[2]))
+    got, moved = pull((x, args[1], logits, *args[3:]), g[order])
+    assert_near(got, y[order])
+    for i in (0, 2):
+        assert_near(moved[i], jax.tree.map(lambda a: a[order], gradients[i]))
+    assert_near(moved[1], gradients[1])
+
+
+@each_method
+def test_unused_logits_get_zero_gradients(method):
+    (x, w, logits), g = matmul_args(SIZES[2])
+
+    def fn(logits):
+        y = masked_matmul(
+            x[:2], w, logits[:2], estimator=straight_through, method=method
+        )
+        return (y * g[:2]).sum()
+
+    gradient = jax.grad(fn)(logits)
+    assert (gradient[:2] != 0).all() and (gradient[2:] == 0).all()
+
+
+@each_method
+def test_dead_masks(method):
+    args, g = bilinear_args(SIZES[0])
+    pull = jitted_pull(
+        partial(apply_bilinear, estimator=straight_through, method=method)
+    )
+    for value in (0.0, -1.0, -jnp.inf):
+        logits = jax.tree.map(lambda a, v=value: jnp.full_like(a, v), args[2])
+        y, gradients = pull((*args[:2], logits, args[3]), g)
+        np.testing.assert_array_equal(y, jnp.broadcast_to(args[3][2], y.shape))
+        for leaf in jax.tree.leaves(gradients):
+            assert np.isfinite(leaf).all()
+        first, second, third = gradients[2]
+        assert (first == 0).all() and (second == 0).all() and (third != 0).all()
+
+
+def gradient_program(op, args, g, method, trained):
+    def run(args, g):
+        def fn(*chosen):
+            full = list(args)
+            for i, value in zip(trained, chosen, strict=True):
+                full[i] = value
+            return op(*full, estimator=reinmax, method=method)
+
+        value, vjp = jax.vjp(fn, *(args[i] for i in trained))
+        return value, vjp(g)
+
+    return jax.jit(run).lower(args, g).compile()
+
+
+@each_op
+@pytest.mark.parametrize("trained", ["all", "logits"])
+def test_temporary_memory_of_fused_grows_by_its_products_alone(op, make, trained):
+    def temporary(method, batch):
+        args, g = make((batch, 64, 128, 512, 128))
+        which = range(len(args)) if trained == "all" else (2,)
+        program: Any = gradient_program(op, args, g, method, which)
+        return program.memory_analysis().temp_size_in_bytes
+
+    batch = 32
+    fused = temporary("fused", batch)
+    # The masked products of a bilinear MLP with its input: kept for the backward.
+    products = 2 * 64 * 512 * 4 * (op is apply_bilinear)
+    assert fused == temporary("fused", 2) + (batch - 2) * products
+    best = min(temporary(method, batch) for method in METHODS if method != "fused")
+    # With nothing else to train the others compute in the logits' gradient's memory.
+    few = op is apply_bilinear and trained == "logits"
+    assert fused <= best / (1 if few else 4)
+
+
+@pytest.mark.parametrize("estimator", SLOPES)
+def test_fused_keeps_no_array_but_the_arguments(estimator):
+    """Not even one of constants, which the loop would read for every sample."""
+    (x, w, logits), _ = matmul_args((4, 8, 16, 32, 0))
+    fn = partial(masked_matmul, estimator=estimator)
+    _, pull = jax.vjp(lambda *args: fn(*args), x, w, logits)
+    kept = {leaf.shape for leaf in jax.tree.leaves(pull)}
+    assert kept <= {x.shape, w.shape, logits.shape}
+    forward: Any = jax.jit(lambda *args: jax.vjp(fn, *args)).lower(x, w, logits)
+    masked, sample, y = w.nbytes, x[0].nbytes, 4 * 8 * 32
+    temporary = forward.compile().memory_analysis().temp_size_in_bytes
+    # And a few counters.
+    assert temporary <= masked + sample + y + 1024
+
+
+@each_method_once
+def test_transforms(op, make, method):
+    args, g = make((2, 3, 4, 5, 6))
+    fn = partial(op, estimator=reinmax, method=method, key=KEY)
+    pull: Any = jitted_pull(fn)
+    y, gradients = pull(args, g)
+    assert_near(jitted_pull(jax.checkpoint(fn))(args, g), (y, gradients))
+    two = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (args, g))
+    _, expected = jax.lax.scan(lambda _, part: (None, pull(*part)), None, two)
+    assert_near(jax.tree.map(lambda a: a[0], expected), (y, gradients))
+    assert_near(jax.jit(jax.vmap(pull))(*two), expected)
+    # Forward mode: <g, J t> = <J' g, t>.
+    tangents = jax.tree.map(lambda a: jnp.cos(3 * a), args)
+    pushed = jax.jit(lambda a, t: jax.jvp(fn, a, t)[1])(args, tangents)
+    pulled = jax.tree.map(lambda a, b: (a * b).sum(), gradients, tangents)
+    total = sum(jax.tree.leaves(pulled))
+    np.testing.assert_allclose((pushed * g).sum(), total, rtol=1e-4, atol=1e-4)
+
+
+@each_method
+@pytest.mark.parametrize("manual", [True, False], ids=["shard_map", "automatic"])
+def test_sharded_batch(method, manual):
+    (x, w, logits), g = matmul_args((8, 3, 4, 5, 0))
+    fn = partial(masked_matmul, estimator=reinmax, method=method)
+    exact = to_float64((x, w, logits, g))
+    expected = matmul_float64(*exact, slope=SLOPES[reinmax])
+    mesh: Any = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (jax.NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    x, logits, g = (jax.device_put(a, rows) for a in (x, logits, g))
+    w = jax.device_put(w, whole)
+    if manual:
+        specs = P("data"), P(), P("data")
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    assert_near(value_and_vjp(fn, (x, w, logits), g), expected)

@@ -1,0 +1,246 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DTYPES,
+    assert_as_exact,
+    assert_near,
+    flash_mlp_args,
+    flash_mlp_float64,
+    flash_mlp_plain,
+    to_float64,
+    untyped,
+    value_and_vjp,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxkern import flash_mlp
+from jaxkern._core.activations import ACTIVATIONS
+from jaxkern._core.device import on_hopper
+from jaxkern._core.dispatch import runs_locally
+
+activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+gates = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+def op(activation="silu", **options):
+    """`flash_mlp` with w_gate, if there is one, as the last argument."""
+
+    def mlp(x, w1, w2, w_gate=None):
+        return flash_mlp(x, w1, w2, w_gate=w_gate, activation=activation, **options)
+
+    return mlp
+
+
+def check(args: Any, g, activation):
+    got = value_and_vjp(op(activation), args, g)
+    bound = value_and_vjp(flash_mlp_plain(activation), args, g)
+    assert_as_exact(got, bound, flash_mlp_float64(args, g, activation))
+
+
+@activations
+@dtypes
+def test_values_and_gradients(activation, dtype):
+    check(*flash_mlp_args((3, 17, 65, 130), dtype), activation)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "identity"])
+@dtypes
+def test_gated(activation, dtype):
+    check(*flash_mlp_args((3, 17, 65, 130), dtype, gated=True), activation)
+
+
+sizes = st.sampled_from([1, 17, 63, 64, 65, 130])
+
+
+@settings(max_examples=15)
+@given(batch=sizes, dim=sizes, hidden=sizes, gated=st.booleans())
+def test_any_size(batch, dim, hidden, gated):
+    check(*flash_mlp_args((2, batch, dim, hidden), jnp.float32, gated), "silu")
+
+
+@gates
+def test_heads_are_sharded_without_collectives(gated):
+    mesh = jax.make_mesh((4,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    args, g = flash_mlp_args((4, 20, 16, 40), jnp.float32, gated)
+    spec = jax.P("heads")
+    sharded = jax.shard_map(op(), mesh=mesh, in_specs=spec, out_specs=spec)
+    got, expected = (value_and_vjp(fn, args, g) for fn in (sharded, op()))
+    assert_near(got, expected)
+    program = jax.jit(sharded).lower(*args).compile().as_text()
+    assert program is not None
+    assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", program)
+
+
+def test_batch_is_sharded_and_only_the_weights_gradients_are_summed():
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    args, g = flash_mlp_args((2, 20, 16, 40), jnp.float32)
+    specs = jax.P(None, "batch"), jax.P(), jax.P()
+    sharded = jax.shard_map(op(), mesh=mesh, in_specs=specs, out_specs=specs[0])
+    assert_near(*(value_and_vjp(fn, args, g) for fn in (sharded, op())))
+
+    def gradients(args, g):
+        return jax.vjp(sharded, *args)[1](g)
+
+    forward = jax.jit(sharded).lower(*args).compile().as_text()
+    backward = jax.jit(gradients).lower(args, g).compile().as_text()
+    assert forward and backward
+    assert not re.search("all-gather|all-reduce|collective-permute|all-to-all", forward)
+    assert re.search("all-reduce", backward)
+    assert not re.search("all-gather|collective-permute|all-to-all", backward)
+
+
+@gates
+@activations
+def test_transforms(activation, gated):
+    args, g = flash_mlp_args((2, 6, 8, 12), jnp.float32, gated)
+    mlp = op(activation)
+    expected = value_and_vjp(mlp, args, g)
+    assert_near(value_and_vjp(jax.checkpoint(mlp), args, g), expected)
+
+    def by_heads(*args):
+        def step(carry, one):
+            return carry, mlp(*(a[None] for a in one))[0]
+
+        return jax.lax.scan(step, None, args)[1]
+
+    assert_near(value_and_vjp(by_heads, args, g), expected)
+    stacked = jax.vmap(mlp)(*(jnp.stack([a, -a]) for a in args))
+    assert_near(stacked[0], expected[0])
+
+
+def test_gate_of_ones_is_no_gate():
+    (x, w1, w2), _ = flash_mlp_args((2, 6, 8, 12), jnp.float32)
+    # The last feature of x is 1, and the gate takes it alone.
+    x = x.at[..., -1].set(1)
+    gate = jnp.zeros_like(w1).at[:, -1].set(1)
+    y = flash_mlp(x, w1, w2, w_gate=gate, activation="identity")
+    assert_near(y, flash_mlp(x, w1, w2, activation="identity"))
+
+
+EXTREMES = [1e4, -1e4, jnp.inf, -jnp.inf, jnp.nan]
+
+
+@activations
+def test_extreme_values_stay_in_their_token(activation):
+    (x, w1, w2), g = flash_mlp_args((2, 7, 8, 12), jnp.float32)
+    spoiled = x.at[1, :5, 0].set(jnp.array(EXTREMES)), w1, w2
+    y, gradients = value_and_vjp(op(activation), spoiled, g)
+    plain, _ = value_and_vjp(flash_mlp_plain(activation), spoiled, g)
+    np.testing.assert_allclose(*to_float64((y, plain)), rtol=1e-5, atol=1e-5)
+    clean_y, clean = value_and_vjp(op(activation), (x, w1, w2), g)
+    assert_near([y[1, 5:], gradients[0][1, 5:]], [clean_y[1, 5:], clean[0][1, 5:]])
+    assert_near(
+        [y[0], *(d[0] for d in gradients)], [clean_y[0], *(d[0] for d in clean)]
+    )
+    # Large but finite stays finite.
+    assert np.isfinite(to_float64(gradients[0][1, :2])).all()
+
+
+def shapes(heads=2, batch=8, dim=64, hidden=128, dtype=jnp.bfloat16):
+    return flash_mlp_args((heads, batch, dim, hidden), dtype)[0]
+
+
+@pytest.mark.parametrize(
+    "args, reason",
+    [
+        (shapes(dtype=jnp.float32), "dtype must be bfloat16 or float16 for mosaic_gpu"),
+        (shapes(dim=320), "dim must be at most 256 for mosaic_gpu, got 320"),
+        (shapes(batch=0), r"no axis may be empty for mosaic_gpu, got \(2, 0, 64\)"),
+        (shapes(), "mosaic_gpu needs an H100 or H200, and the default device is none"),
+    ],
+)
+def test_unsupported(args, reason):
+    assert not on_hopper()
+    with pytest.raises(NotImplementedError, match=f"flash_mlp: {reason}"):
+        flash_mlp(*args, implementation="mosaic_gpu")
+
+
+def test_what_runs_locally(monkeypatch):
+    seen = []
+
+    def look(x):
+        seen.append(runs_locally())
+        return x
+
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(look, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
+    look(jnp.ones(2))
+    jax.jit(split)(jnp.ones(2))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    look(jnp.ones(2))
+    explicit = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        look(jnp.ones(2))
+    assert seen == [False, True, True, False]
+
+
+def test_empty():
+    assert flash_mlp(*shapes(batch=0)).shape == (2, 0, 64)
+    np.testing.assert_array_equal(flash_mlp(*shapes(hidden=0)), 0)
+
+
+X, W1, W2 = jnp.ones((2, 3, 8)), jnp.ones((2, 8, 5)), jnp.ones((2, 5, 8))
+mlp = untyped.flash_mlp
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: mlp(X[0], W1, W2),
+            ValueError,
+            r"flash_mlp: x must have shape \(heads, batch, dim\), got \(3, 8\)",
+        ),
+        (
+            lambda: mlp(X, W1[:1], W2),
+            ValueError,
+            r"w1 must have shape \(2, 8, 5\) for x of shape .*, got \(1, 8, 5\)",
+        ),
+        (
+            lambda: mlp(X, W1, W2.mT),
+            ValueError,
+            r"w2 must have shape \(2, 5, 8\) for x of shape .*, got \(2, 8, 5\)",
+        ),
+        (
+            lambda: mlp(X, W1[0], W2),
+            ValueError,
+            r"w1 must have shape \(2, 8, hidden\) .*, got \(8, 5\)",
+        ),
+        (
+            lambda: mlp(X, W1, W2, w_gate=W1[..., 1:]),
+            ValueError,
+            r"w_gate must have shape \(2, 8, 5\), that of w1, got \(2, 8, 4\)",
+        ),
+        (
+            lambda: mlp(X, W1, W2, w_gate=W1.astype(jnp.bfloat16)),
+            TypeError,
+            "w_gate must have the dtype of x, float32, got bfloat16",
+        ),
+        (
+            lambda: mlp(X, W1, W2, activation=""),
+            ValueError,
+            "flash_mlp: activation must be one of 'silu', .*, got ''",
+        ),
+        (
+            lambda: mlp(X, W1, W2, implementation="triton"),
+            ValueError,
+            "implementation must be one of None, 'xla', 'mosaic_gpu', got 'triton'",
+        ),
+        (
+            lambda: mlp(X, W1.astype(int), W2),
+            TypeError,
+            "w1 must have a floating-point dtype",
+        ),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

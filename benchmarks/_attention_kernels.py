@@ -156,11 +156,11 @@ def floors_ms(task: Task, which: str) -> dict[str, float]:
     pairs = s.batch * s.heads * task.pattern.pairs(s.seq, s.heads)
     arrays = {FORWARD: (2, 2), BACKWARD: (4, 4), BOTH: (4, 4)}[which]
     exps = 2 if which == BOTH else 1
-    clocks = MULTIPROCESSORS * h200.CLOCKS
+    clocks = MULTIPROCESSORS * h200.CLOCKS_PER_US
     us = {
-        "tensor": flops(task, which) / (2 * h200.MACS * clocks),
-        "mufu": exps * pairs / (h200.MUFU_OPS * clocks),
-        "bytes": _tokens_bytes(s, *arrays) / h200.MEMORY_BYTES,
+        "tensor": flops(task, which) / (2 * h200.MACS_PER_CLOCK * clocks),
+        "mufu": exps * pairs / (h200.MUFU_PER_CLOCK * clocks),
+        "bytes": _tokens_bytes(s, *arrays) / h200.MEMORY_BYTES_PER_US,
     }
     return {name: time / 1e3 for name, time in us.items()}
 
@@ -221,14 +221,20 @@ def predict_launch(
     most = busiest(lengths)
     rows, steps = 2 * config.rows, BLOCK // config.columns
     logits = rows * config.columns
-    reached = h200.CLOCKS * (RATE if dim > NARROW else NARROW_RATE)
+    reached = h200.CLOCKS_PER_US * (RATE if dim > NARROW else NARROW_RATE)
     loaded = config.columns * dim * 2 * 2
     times = {
-        "tensor": most * steps * logits * products * dim / h200.MACS / reached,
-        "mufu": most * steps * logits / h200.MUFU_OPS / reached,
-        "L2": int(lengths.sum()) * steps * loaded / h200.L2_BYTES,
+        "tensor": most
+        * steps
+        * logits
+        * products
+        * dim
+        / h200.MACS_PER_CLOCK
+        / reached,
+        "mufu": most * steps * logits / h200.MUFU_PER_CLOCK / reached,
+        "L2": int(lengths.sum()) * steps * loaded / h200.L2_BYTES_PER_US,
         "memory": _tokens_bytes(task.shape, *arrays)
-        / (h200.MEMORY_BYTES * h200.MEMORY_RATE),
+        / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE),
     }
     limit = max(times, key=times.__getitem__)
     sizes: dict[str, Any] = {
@@ -246,7 +252,9 @@ def predicted_ms(task: Task, which: str) -> float:
     us = sum(predict_launch(task, *x)["us"] for x in launches(task.shape.dim, which))
     if which != FORWARD:
         us += h200.LAUNCH_US
-        us += _tokens_bytes(task.shape, 3, 0) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+        us += _tokens_bytes(task.shape, 3, 0) / (
+            h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE
+        )
     return us / 1e3
 
 

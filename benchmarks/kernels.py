@@ -28,10 +28,10 @@ from jaxkern._attention.dilation import Dilation
 from jaxkern._attention.hopper import attend as _block_sparse_mgpu
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import WORD, Config
+from jaxkern._masked.hopper.product import WORD, MaskedTiles
 from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
 from jaxkern._mlp.hopper import fused as _matmul_mgpu
-from jaxkern._mosaic.matmul import Operand
+from jaxkern._mosaic.matmul import Factor
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
 from ._cli import pattern, writable
@@ -156,7 +156,7 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
 def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
     kernels, cases = _masked_mgpu, {}
-    configs = [Config(n, k) for n in kernels.TILES for k in (1, 2)]
+    configs = [MaskedTiles(n, k) for n in kernels.TILES for k in (1, 2)]
     of_logits = "logits", "straight_through", jnp.float32, configs
     of_masks = "mask", "mask", jnp.bfloat16, configs[:1]
     of_bits = "bits", "bits", jnp.int32, configs
@@ -246,7 +246,7 @@ def _low_rank(make: Callable[..., Any], *shapes: tuple[int, ...], words: bool = 
 
 def _matmul(left: bool, right: bool, columns: int):
     def run(a, b):
-        return _matmul_mgpu.matmul(Operand(a, left), Operand(b, right), columns)
+        return _matmul_mgpu.matmul(Factor(a, left), Factor(b, right), columns)
 
     return run
 

@@ -102,3 +102,26 @@ def interpreted():
 
     with interpret():
         yield
+
+
+@pytest.fixture
+def chooses_hopper(monkeypatch):
+    """Ops choose as on an H200, of which nothing runs."""
+    from jaxkern._core import device
+
+    monkeypatch.setattr(device, "on_hopper", lambda: True)
+
+
+@pytest.fixture
+def hopper(request, monkeypatch):
+    """A Hopper GPU: the real one in tests marked `gpu`, else an emulated one.
+
+    The emulated one has two multiprocessors, so that blocks take several tiles.
+    """
+    from jaxkern._core import device
+
+    if request.node.get_closest_marker("gpu"):
+        return
+    request.getfixturevalue("interpreted")
+    request.getfixturevalue("chooses_hopper")
+    monkeypatch.setattr(device, "multiprocessors", lambda: 2)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 import jaxkern
 from benchmarks import _mlp_definitions as definitions
@@ -51,6 +52,13 @@ def assert_as_exact(got, plain, exact):
         bound = 2 * relative_error(b, c) + float(jnp.finfo(a.dtype).eps) / 2
         error = relative_error(a, c)
         assert error <= bound, f"leaf {i}: error {error:.3g} above {bound:.3g}"
+
+
+def mesh(kind="auto", **axes: int):
+    """A mesh of the forced CPU devices: `mesh(data=2, ring=4)`; kind "explicit" too."""
+    axis_type = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[kind]
+    names, sizes = tuple(axes), tuple(axes.values())
+    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(axes))
 
 
 def with_vjp(fn):

@@ -1,11 +1,14 @@
 """Argument checks in one voice: `op: thing must ..., got ...`."""
 
+import math
 from collections.abc import Sequence
-from typing import NoReturn
+from numbers import Integral
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -33,6 +36,61 @@ def check_floating(op: str, **arrays: object) -> None:
             raise TypeError(
                 f"{op}: {name} must have the dtype of {first}, {dtype}, got {got}"
             )
+
+
+def check_array(
+    op: str, name: str, array: object, kind: Literal["boolean", "integer"]
+) -> None:
+    """`array` is an array of this kind."""
+    if not isinstance(array, jax.Array | np.ndarray):
+        got = type(array).__name__
+        raise TypeError(f"{op}: {name} must be an array, got {got}")
+    if not jnp.issubdtype(array.dtype, np.bool_ if kind == "boolean" else np.integer):
+        article = "a" if kind == "boolean" else "an"
+        raise TypeError(
+            f"{op}: {name} must be {article} {kind} array, got {array.dtype}"
+        )
+
+
+def check_integer(op: str, name: str, value: object, least: int = 1) -> int:
+    """`value` is an integer of at least `least`, and no bool."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"{op}: {name} must be an integer of at least {least}, got {value!r}"
+        )
+    return int(value)
+
+
+def check_number(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    positive: bool = False,
+    least: float = -math.inf,
+    finite: bool = True,
+    traced: bool = False,
+) -> None:
+    """`value` is one number, and no bool.
+
+    traced: it may also be an array of one number, whose value may not be known yet.
+    """
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if traced and isinstance(value, jax.Array | np.ndarray):
+        number = value.shape == () and jnp.issubdtype(value.dtype, np.number)
+    if not number or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be one number, got {value!r}")
+    if isinstance(value, Tracer):
+        return
+    wanted = []
+    if finite and not math.isfinite(value):
+        wanted.append("finite")
+    if positive and not value > 0:
+        wanted.append("positive")
+    if not value >= least:
+        wanted.append(f"at least {least:g}")
+    if wanted:
+        raise ValueError(f"{op}: {name} must be {' and '.join(wanted)}, got {value}")
 
 
 def check_pair(op: str, name: str, pair: object) -> None:

@@ -1,15 +1,22 @@
 """What an H200 can do, and how much of it was reached on one.
 
-Rates of the chip are from its data sheet. What is reached was measured on an H200 at
-700 W on 2026-11-26: of the tensor cores by our matmul kernels and by XLA's (cuBLAS) at
-16384 x 1024 x 16512 and back; of the memory by XLA's elementwise programs over 541 MB;
-L2 by kernels whose tiles wait for it.
+The chip's own rates are from its data sheet, but for L2's, which kernels showed whose
+tiles wait for it. What is reached was measured on an H200 at 700 W on 2026-11-26
+(`benchmarks/results/nvidia_h200`).
 """
 
-# Multiply-adds of 16-bit numbers and special function operations a clock of one
-# multiprocessor; memory and L2 bytes, and clocks, a microsecond.
-MACS, MUFU_OPS = 2048, 16
-MEMORY_BYTES, L2_BYTES, CLOCKS = 4.8e6, 11e6, 1830.0
-# Of the tensor cores' rate by our kernels and by XLA's, of the memory's; microseconds
-# of a launch until its first loads are there and its last stores done.
-MATMUL_RATE, XLA_RATE, MEMORY_RATE, LAUNCH_US = 0.74, 0.79, 0.7, 2.0
+# Multiply-adds of 16-bit numbers on the tensor cores of one multiprocessor.
+MACS_PER_CLOCK = 2048
+# Special function operations (exp2, tanh, reciprocal) of one multiprocessor.
+MUFU_PER_CLOCK = 16
+CLOCKS_PER_US = 1830.0
+MEMORY_BYTES_PER_US = 4.8e6
+L2_BYTES_PER_US = 11e6
+# Share of the tensor cores' rate that our matmul kernels reach at 16384 x 1024 x 16512.
+MATMUL_SHARE = 0.74
+# The same for XLA's matmuls (cuBLAS).
+XLA_MATMUL_SHARE = 0.79
+# Share of the memory's rate that XLA's elementwise programs reach over 541 MB.
+MEMORY_SHARE = 0.7
+# From a launch until its first loads are there, and from its last stores to its end.
+LAUNCH_US = 2.0

@@ -7,14 +7,14 @@ multiprocessors, and the loads of the next tile run while this one is computed.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._core.device import multiprocessors
+from .._core import device
 from .._core.sharding import vary_alike
 from .base import plgpu, slot
 
@@ -23,19 +23,23 @@ COMPUTE = 2
 
 
 # With 168 registers a thread at launch, 2 x 240 and 24 are what three warpgroups have.
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
+COMPUTE_REGISTERS = 240
+MEMORY_REGISTERS = 24
 
 
-# Tiles in shared memory are made of 8 rows of up to 128 bytes, and JAX cuts the whole
-# arrays into these; wgmma contracts 16 elements at once.
-ROW_STEP, COLUMN_STEP, CONTRACTED_STEP = 8, 64, 16
+# Tiles in shared memory are made of 8 rows of up to 128 bytes, which are 64 columns of
+# 16 bits, and JAX cuts whole arrays into these.
+ROW_STEP = 8
+COLUMN_STEP = 64
+# wgmma contracts 16 numbers of 16 bits at once.
+CONTRACTED_STEP = 16
 
 
 BARRIER_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class WalkTiles:
     """Tile sizes.
 
     rows: of a held tile, for one warpgroup.
@@ -56,16 +60,16 @@ class Config:
         for name, size, step in [("rows", self.rows, 64), ("columns", self.columns, 8)]:
             if size < step or size % step:
                 raise ValueError(
-                    f"Config: {name} must be a multiple of {step}, got {size}"
+                    f"WalkTiles: {name} must be a multiple of {step}, got {size}"
                 )
         if self.columns > 256 or self.steps < 1 or self.held < 1:
             raise ValueError(
-                "Config: columns must be at most 256, steps and held at least 1, "
+                "WalkTiles: columns must be at most 256, steps and held at least 1, "
                 f"got {self.columns}, {self.steps} and {self.held}"
             )
         if self.split and self.steps % COMPUTE:
             raise ValueError(
-                f"Config: steps must be a multiple of {COMPUTE} to split, "
+                f"WalkTiles: steps must be a multiple of {COMPUTE} to split, "
                 f"got {self.steps}"
             )
 
@@ -111,76 +115,100 @@ def wait_for_last(done, slots: int, barriers, first=0) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Slots that `copies` TMA loads fill, and that both warpgroups empty.
+class Slots:
+    """A ring of slots in shared memory, as the host plans it.
 
-    Steps are counted from a block's first one.
+    `copies` TMA loads fill a slot, and both computing warpgroups empty it.
     """
 
     slots: int
     copies: int
-    barriers: Any = None
 
-    def scratch(self):
+    def scratch(self) -> list[Any]:
         return [
-            plgpu.Barrier(num_arrivals=n, num_barriers=self.slots)
-            for n in (self.copies, COMPUTE)
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.slots)
+            for arrivals in (self.copies, COMPUTE)
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots inside the kernel, with their barriers; steps count from a block's first.
+
+    filled, emptied: a barrier for each slot.
+    """
+
+    slots: int
+    filled: Any
+    emptied: Any
 
     def wait(self, at):
         """The slot of step `at`, once it is filled."""
         s = slot(at, self.slots)
-        plgpu.barrier_wait(self.barriers[0].at[s])
+        plgpu.barrier_wait(self.filled.at[s])
         return s
 
     def release(self, at) -> None:
-        plgpu.barrier_arrive(self.barriers[1].at[slot(at, self.slots)])
+        """Let the slot of step `at` be filled again."""
+        plgpu.barrier_arrive(self.emptied.at[slot(at, self.slots)])
 
     def fill(self, at, *copies) -> None:
         """From each (source, buffer, index in a slot) to the slot, once it is empty."""
         s = slot(at, self.slots)
 
         @pl.when(at >= self.slots)
-        def _():
-            plgpu.barrier_wait(self.barriers[1].at[s])
+        def wait_until_empty():
+            plgpu.barrier_wait(self.emptied.at[s])
 
         for source, smem, *index in copies:
             target = smem.at[(s, *index)]
-            plgpu.copy_gmem_to_smem(source, target, self.barriers[0].at[s])
+            plgpu.copy_gmem_to_smem(source, target, self.filled.at[s])
 
     def drain(self, count) -> None:
-        """A barrier must be seen to the end of its last phase."""
-        wait_for_last(count, self.slots, [self.barriers[1]])
+        """See the barriers of `count` steps to the end of their last phase."""
+        wait_for_last(count, self.slots, [self.emptied])
+
+
+class Roles(NamedTuple):
+    """What the warpgroups of a block do.
+
+    compute, load: from a tile's `info`; two warpgroups compute, a third one loads.
+    drain: from the number of tiles that this block took.
+    """
+
+    compute: Callable[[Any], None]
+    load: Callable[[Any], None]
+    drain: Callable[[Any], None]
 
 
 def launch(
     name: str,
-    body: Callable[..., tuple[Callable[..., Any], ...]],
+    bind: Callable[..., Roles],
     grid: tuple[int, ...],
     outs: Sequence[jax.Array | jax.ShapeDtypeStruct],
     buffers: Sequence[Any],
-    rings: Sequence[Ring],
+    rings: Sequence[Slots],
     operands: Sequence[jax.Array],
 ):
     """Blocks that each take one tile of the grid after the other.
 
-    body: from references to arrays, results and buffers, and from bound rings, to
-        `compute` and `load`, of a tile's `info`, and `drain`, of the number of tiles.
+    bind: from references to arrays, results and buffers, and from rings, to the roles
+        of the warpgroups; called inside the kernel.
     """
     n_refs = len(operands) + len(outs) + len(buffers)
 
     def kernel(*refs):
         bound = [
-            dataclasses.replace(ring, barriers=barriers)
+            Ring(ring.slots, *barriers)
             for ring, barriers in zip(rings, refs[n_refs:], strict=True)
         ]
-        compute, load, drain = body(*refs[:n_refs], *bound)
+        roles = bind(*refs[:n_refs], *bound)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < COMPUTE)
         def run():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            plgpu.nd_loop(grid, collective_axes="block")(compute)
+            plgpu.nd_loop(grid, collective_axes="block")(roles.compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE)
@@ -188,13 +216,13 @@ def launch(
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
             def count(info, carry):
-                load(info)
+                roles.load(info)
                 return carry + 1
 
             loop = plgpu.nd_loop(grid, collective_axes="block", init_carry=jnp.int32(0))
-            drain(loop(count))
+            roles.drain(loop(count))
 
     scratch = [*buffers, *(ring.scratch() for ring in rings)]
-    blocks = min(multiprocessors(), math.prod(grid))
+    blocks = min(device.multiprocessors(), math.prod(grid))
     shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
     return launch_blocks(kernel, operands, shapes, scratch, blocks, name)

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._core import h200
-from .._core.device import multiprocessors
+from .._core import device, h200
 from .._core.sharding import vary_alike
 from .base import SMEM_BYTES, buffer, plgpu, slot
-from .launch import COMPUTE, ROW_STEP, Ring, launch
+from .launch import COMPUTE, ROW_STEP, Ring, Roles, Slots, launch
 
 # Rows of a warpgroup, the least that wgmma has; also what an epilogue takes at once.
 ROWS, PIECE = 64, 64
@@ -228,9 +227,9 @@ class Epilogue:
             return [buffer(dtype, OUT_SLOTS, *shape)]
         return [buffer(dtype, config.pieces, *shape) for _ in range(self.outs)]
 
-    def ring(self, config: MatmulTiles) -> Ring:
+    def ring(self, config: MatmulTiles) -> Slots:
         slots = config.pieces if self.aux else OUT_SLOTS
-        return Ring(slots, max(1, len(self.aux) * COMPUTE))
+        return Slots(slots, max(1, len(self.aux) * COMPUTE))
 
     def store(
         self, config: MatmulTiles, sums, gmem, smem, ring: Ring, tile, row, column
@@ -321,9 +320,9 @@ def multiply(
             ring.drain(tiles_done * steps)
             epilogue.drain(config, epilogue_ring, tiles_done)
 
-        return compute, load, drain
+        return Roles(compute, load, drain)
 
-    rings = Ring(config.steps, products.copies), epilogue.ring(config)
+    rings = Slots(config.steps, products.copies), epilogue.ring(config)
     operands = *products.arrays, *epilogue.aux
     buffers = [*buffers, *epilogue.buffers(config, dtype)]
     grid = (counts[0] * counts[1],)
@@ -395,16 +394,21 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
     macs = rows * columns * work.depth * work.products * work.density
-    clocks = macs / h200.MACS / RATE + TILE_CLOCKS + rows * columns * work.clocks
+    clocks = (
+        macs / h200.MACS_PER_CLOCK / RATE + TILE_CLOCKS + rows * columns * work.clocks
+    )
     factors = rows * work.density * work.lefts + columns * work.products
     loaded = 2 * work.depth * factors
     factors = work.m * work.density * work.lefts + work.n * work.products
     numbers = work.depth * factors + work.moved * work.m * work.n
-    more = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES
+    more = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES_PER_US
     return {
-        "arithmetic": pl.cdiv(tiles, multiprocessors()) * clocks / h200.CLOCKS + more,
-        "L2": tiles * loaded / h200.L2_BYTES + more,
-        "memory": 2 * numbers / h200.MEMORY_BYTES / h200.MEMORY_RATE,
+        "arithmetic": pl.cdiv(tiles, device.multiprocessors())
+        * clocks
+        / h200.CLOCKS_PER_US
+        + more,
+        "L2": tiles * loaded / h200.L2_BYTES_PER_US + more,
+        "memory": 2 * numbers / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE,
     }
 
 

@@ -221,7 +221,7 @@ def test_compile_one(tools):
         jax.ShapeDtypeStruct(s, jnp.bfloat16)
         for s in ((2, 256, 64), (2, 64, 512), (2, 512, 64))
     ]
-    config = flash_mlp.Config(64, 128)
+    config = flash_mlp.WalkTiles(64, 128)
     (module,) = compiler.lower(flash_mlp.forward("silu", config), tuple(args))
     row = compiler.compile_module(module, plugin, disassembler, folder)
     assert compiler.problems(row) is None

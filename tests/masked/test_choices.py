@@ -11,7 +11,7 @@ from jaxkern import masked_matmul, reinmax, seed_reinmax, straight_through
 from jaxkern._core import sharding as _mesh
 from jaxkern._masked import masked as _masked
 from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import Config
+from jaxkern._masked.hopper.product import MaskedTiles
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +102,18 @@ def test_predictions(shape, faster):
 def test_few_samples_are_split_and_many_take_large_tiles():
     sizes = [(16, 512, 2048), (16, 2048, 512), (1, 512, 2048), (1, 2048, 512)]
     chosen = [_masked_mgpu.choose(n, 256, c, f, 4.0) for n, c, f in sizes]
-    assert chosen == [Config(256), Config(128), Config(128, 4), Config(64, 8)]
+    assert chosen == [
+        MaskedTiles(256),
+        MaskedTiles(128),
+        MaskedTiles(128, 4),
+        MaskedTiles(64, 8),
+    ]
     # Parts of whole steps alone.
     assert _masked_mgpu.choose(1, 256, 7 * 64, 64, 4.0).splits == 1
 
 
 def test_config_refuses_nonsense():
-    with pytest.raises(ValueError, match="Config: .* 64, 128 or 256 .* got 96 and 1"):
-        Config(96)
+    with pytest.raises(
+        ValueError, match="MaskedTiles: .* 64, 128 or 256 .* got 96 and 1"
+    ):
+        MaskedTiles(96)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from ..._core import device
 from ..._mosaic.base import SMEM_BYTES, add_dots, dots, plgpu, zeros
-from ..._mosaic.launch import COMPUTE, ROW_STEP, Config
+from ..._mosaic.launch import COMPUTE, ROW_STEP, WalkTiles
 from ..block_mask.mask import BlockMask
 from ..dilation import Dilation
 from .batching import over_batch
@@ -48,7 +48,7 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 
 
-def config_of(kernel: str, dim: int, block_size: int) -> Config:
+def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
     """The largest tiles that fit, or nearly.
 
     On an H200 twice the columns took 3 to 10 % less for the gradients of keys and
@@ -74,7 +74,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> Config:
         for columns in (128, 64, 32, 16)
         for slots in (2, 1)
         if columns <= most and block_size % columns == 0
-        for config in [Config(ROWS, columns, held=slots)]
+        for config in [WalkTiles(ROWS, columns, held=slots)]
         if smem_bytes(config, held, walked, rings_of(config, block_size)) <= MOST_BYTES
     )
 
@@ -231,7 +231,7 @@ def forward(
     query,
     key,
     value,
-    config: Config | None = None,
+    config: WalkTiles | None = None,
     dilation: Dilation | None = None,
 ):
     """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
@@ -300,7 +300,7 @@ def backward_q(
     value,
     d_out,
     numbers,
-    config: Config | None = None,
+    config: WalkTiles | None = None,
     dilation: Dilation | None = None,
 ):
     """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
@@ -347,7 +347,7 @@ def backward_kv(
     value,
     d_out,
     numbers,
-    config: Config | None = None,
+    config: WalkTiles | None = None,
     dilation: Dilation | None = None,
 ):
     """The wanted gradients, of "key", "value" or both.

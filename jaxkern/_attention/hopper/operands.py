@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from ..._core.sharding import vary_alike
-from ..._mosaic.launch import CONTRACTED_STEP, ROW_STEP, Config
+from ..._mosaic.launch import CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
@@ -53,7 +53,7 @@ def tokens_of(dilation: Dilation | None, query, key, value) -> list[Tokens]:
 
 
 def walk_of(
-    mask: BlockMask, side: str, query: Tokens, key: Tokens, config: Config
+    mask: BlockMask, side: str, query: Tokens, key: Tokens, config: WalkTiles
 ) -> Walk:
     groups, q_axis = query.heads // key.heads, ("kv", "q").index(side)
     predicate = make_predicate(mask, q_axis)

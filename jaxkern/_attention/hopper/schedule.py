@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from ..._core.device import multiprocessors
+from ..._core import device
 from ..block_mask.runs import AnyArray, BlockLists, module_of
 
 # Keys and values, or queries, that heads walk at the same time are to stay in L2, of
@@ -66,7 +66,7 @@ def make_schedule(
     rows = rows.reshape(batch, held_heads, heads, tiles, lanes, 4)
     rows = rows.transpose(0, 1, 3, 4, 2, 5).reshape(-1, lanes, heads, 4)
     length = STEPS_OF_A_TILE + rows[..., 0::2].sum((-1, -2)).max(-1)
-    count = min(multiprocessors(), len(rows))
+    count = min(device.multiprocessors(), len(rows))
     falling = xp.lexsort((-length,))
     block = assign(length[falling], count)
     together = max(1, int(L2_BYTES // head_bytes)) * tiles

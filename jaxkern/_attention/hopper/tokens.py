@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from ..._core.precision import widen
 from ..._mosaic.base import SMEM_BYTES, plgpu, swizzle_of, tiles
-from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, Config
+from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
 from ..dilation import Dilation
 
 
@@ -73,13 +73,13 @@ class Tokens:
 Groups = Sequence[Sequence[Tokens]]
 
 
-def rings_of(config: Config, block_size: int) -> int:
+def rings_of(config: WalkTiles, block_size: int) -> int:
     """One if both warpgroups walk together, else one for each."""
     return 1 if block_size % (COMPUTE * config.rows) == 0 else COMPUTE
 
 
 def smem_bytes(
-    config: Config, held: Sequence[Tokens], walked: Groups, rings: int
+    config: WalkTiles, held: Sequence[Tokens], walked: Groups, rings: int
 ) -> int:
     """Shared memory of a block, but for some alignment."""
     total = config.held * COMPUTE * sum(o.tile_bytes(config.rows) for o in held)
@@ -91,7 +91,7 @@ def smem_bytes(
 
 
 def scratch(
-    config: Config,
+    config: WalkTiles,
     held: Sequence[Tokens],
     walked: Groups,
     rings: int,
@@ -133,7 +133,7 @@ def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
 
 def check_fits(
     name: str,
-    config: Config,
+    config: WalkTiles,
     held: Sequence[Tokens],
     walked: Groups,
     rings: int,

@@ -28,7 +28,7 @@ from ..._mosaic.launch import (
     COMPUTE,
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
-    Config,
+    WalkTiles,
     launch_blocks,
     wait_for_last,
 )
@@ -111,7 +111,7 @@ class _Frame:
     """A launch: what it computes, and inside the kernel its arrays."""
 
     body: Body
-    config: Config
+    config: WalkTiles
     held: Sequence[Tokens]
     walked: Groups
     walk: Walk
@@ -295,7 +295,7 @@ class _Frame:
 
 def walk_lists(
     body: Body,
-    config: Config,
+    config: WalkTiles,
     held: Sequence[Tokens],
     walked: Groups,
     walk: Walk,

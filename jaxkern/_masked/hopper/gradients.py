@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._mosaic.base import SMEM_BYTES, buffer, plgpu, slot, zeros
-from ..._mosaic.launch import COMPUTE, Ring, launch
+from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 from .product import (
     LAYOUT,
     PIECE,
@@ -263,7 +263,7 @@ def gradients(kind: Kind, wanted: Wanted, columns: int, x, dy, w, mask):
             if reads:
                 mask_ring.drain(tiles * walked)
 
-        return compute, load, drain
+        return Roles(compute, load, drain)
 
     buffers = [
         buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
@@ -275,5 +275,5 @@ def gradients(kind: Kind, wanted: Wanted, columns: int, x, dy, w, mask):
     grid = samples // walked, pl.cdiv(d_in, ROWS), pl.cdiv(d_out, columns)
     d_mask = jax.ShapeDtypeStruct((samples, d_in, d_out), wanted.dtype)
     shapes = [d_mask] * wanted.mask + [w] * wanted.w
-    rings = Ring(steps, COMPUTE + 1), Ring(1, 1), Ring(SLOTS, 1)
+    rings = Slots(steps, COMPUTE + 1), Slots(1, 1), Slots(SLOTS, 1)
     return launch(name, body, grid, shapes, buffers, rings, (x, dy, w, mask))

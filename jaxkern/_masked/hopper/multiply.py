@@ -23,9 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..._core import device
-from ..._core import h200 as h200
-from ..._core.device import multiprocessors
+from ..._core import device, h200
 from ..._core.precision import add
 from ..._core.sharding import vary_alike
 from ..._mosaic.batching import over_heads
@@ -40,8 +38,8 @@ from .product import (
     PIECE,
     ROW_STEP,
     WORD,
-    Config,
     Kind,
+    MaskedTiles,
     by_threshold,
     bytes_of,
 )
@@ -56,11 +54,11 @@ STEP_CLOCKS, BITS_CLOCKS, TOKEN_CLOCKS, TILE_CLOCKS = 1250.0, 950.0, 2.5, 8.0
 
 def choose(
     samples: int, seq: int, contracted: int, features: int, mask_bytes: float
-) -> Config:
+) -> MaskedTiles:
     """The tiles, and parts of the contracted axis, that are predicted to be fastest."""
     steps = pl.cdiv(contracted, DEPTH)
     valid = [
-        Config(tokens, splits)
+        MaskedTiles(tokens, splits)
         for splits in SPLITS
         if steps % splits == 0
         for tokens in TILES
@@ -84,7 +82,7 @@ def predicted_us(
     contracted: int,
     features: int,
     mask_bytes: float,
-    config: Config | None = None,
+    config: MaskedTiles | None = None,
 ) -> float:
     """Time of a product on an H200, by what its steps have taken there.
 
@@ -96,16 +94,16 @@ def predicted_us(
     tiles = splits * samples * pl.cdiv(seq, tokens) * pl.cdiv(features, FEATURES)
     step = (STEP_CLOCKS if mask_bytes >= 1 else BITS_CLOCKS) + TOKEN_CLOCKS * tokens
     clocks = config.count(contracted) * step + TILE_CLOCKS * tokens
-    clocks *= pl.cdiv(tiles, multiprocessors())
+    clocks *= pl.cdiv(tiles, device.multiprocessors())
     weights = contracted * features * (2 + samples * mask_bytes)
     moved = 2 * samples * seq * (contracted + features) + weights
-    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
-    us = h200.LAUNCH_US + max(clocks / h200.CLOCKS, from_memory)
+    from_memory = moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
+    us = h200.LAUNCH_US + max(clocks / h200.CLOCKS_PER_US, from_memory)
     if splits == 1:
         return us
     # Parts in float32 are written and read, and are in L2 then.
     parts = 8 * splits * samples * seq * features
-    return us + h200.LAUNCH_US + parts / h200.L2_BYTES
+    return us + h200.LAUNCH_US + parts / h200.L2_BYTES_PER_US
 
 
 def predicted_gradients_us(
@@ -119,14 +117,21 @@ def predicted_gradients_us(
     columns = gradient_columns(True)
     blocks = walks * pl.cdiv(d_in, rows) * pl.cdiv(d_out, columns)
     tile, tokens = rows * columns, pl.cdiv(seq, TOKENS) * TOKENS
-    turns = pl.cdiv(blocks, multiprocessors()) * samples / walks
-    computed = turns * tile * tokens / h200.MACS / h200.CLOCKS / h200.MATMUL_RATE
+    turns = pl.cdiv(blocks, device.multiprocessors()) * samples / walks
+    computed = (
+        turns
+        * tile
+        * tokens
+        / h200.MACS_PER_CLOCK
+        / h200.CLOCKS_PER_US
+        / h200.MATMUL_SHARE
+    )
     masks = samples * d_in * d_out * mask_bytes
     loaded = blocks * samples / walks * 2 * tokens * (rows + columns)
-    from_l2 = (loaded + masks) / h200.L2_BYTES
+    from_l2 = (loaded + masks) / h200.L2_BYTES_PER_US
     moved = 2 * samples * seq * (d_in + d_out) + masks + 2 * (1 + want_w) * d_in * d_out
     return h200.LAUNCH_US + max(
-        computed, from_l2, moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
+        computed, from_l2, moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
     )
 
 
@@ -138,13 +143,18 @@ def predicted_faster(
     XLA masks the weights of one sample, and multiplies, before the next one.
     """
     ours = theirs = 0.0
-    rate = h200.MEMORY_BYTES * h200.MEMORY_RATE
+    rate = h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE
     for samples, seq, d_in, d_out in shapes:
         tokens, weights = 2 * seq * (d_in + d_out), d_in * d_out
         flops_us = (
             seq
             * weights
-            / (h200.MACS * multiprocessors() * h200.CLOCKS * h200.MATMUL_RATE)
+            / (
+                h200.MACS_PER_CLOCK
+                * device.multiprocessors()
+                * h200.CLOCKS_PER_US
+                * h200.MATMUL_SHARE
+            )
         )
         matmul = max(flops_us, (tokens + 2 * weights) / rate)
         theirs += samples * (
@@ -259,7 +269,7 @@ _add_bias.defvjp(_add_bias_fwd, _add_bias_bwd)
 def product(
     kind: Kind,
     transposed: bool = False,
-    config: Config | None = None,
+    config: MaskedTiles | None = None,
     pack: bool = False,
 ):
     """The kernel of (x, w, mask), or of (dy, w, mask) if transposed.

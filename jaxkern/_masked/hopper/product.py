@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._mosaic.base import SMEM_BYTES, buffer, plgpu
-from ..._mosaic.launch import COMPUTE, Ring, launch
+from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 
 # What a mask is made of: logits, on where they are positive, by the estimators of which
 # the gradients' kernel knows the slope; numbers, by which W is multiplied; or bits, 32
@@ -43,7 +43,7 @@ LAYOUT, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class MaskedTiles:
     """Tile sizes of a product.
 
     tokens: of a tile, which has 128 features.
@@ -57,7 +57,7 @@ class Config:
     def __post_init__(self):
         if self.tokens not in (64, 128, 256) or self.splits < 1:
             raise ValueError(
-                "Config: tokens must be 64, 128 or 256 and splits at least 1, "
+                "MaskedTiles: tokens must be 64, 128 or 256 and splits at least 1, "
                 f"got {self.tokens} and {self.splits}"
             )
 
@@ -200,7 +200,7 @@ def _store(acc, smem, gmem, part, token, feature):
         plgpu.copy_smem_to_gmem(smem, cut(gmem, part, *target))
 
 
-def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask):
+def product(kind: Kind, transposed: bool, config: MaskedTiles, pack: bool, x, w, mask):
     """x_b (W_b * m_b), or with W * m transposed.
 
     pack: return the mask too, as (samples, rows / 32, columns) words.
@@ -300,7 +300,7 @@ def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask
             x_ring.drain(tiles * count)
             w_ring.drain(tiles * count)
 
-        return compute, load, drain
+        return Roles(compute, load, drain)
 
     buffers = [
         buffer(x.dtype, x_slots, tokens, DEPTH),
@@ -317,5 +317,5 @@ def product(kind: Kind, transposed: bool, config: Config, pack: bool, x, w, mask
         name += "_and_bits"
         words = samples, contracted // WORD, features
         outs.append(jax.ShapeDtypeStruct(words, jnp.int32))
-    rings = Ring(x_slots, 1), Ring(w_slots, 2)
+    rings = Slots(x_slots, 1), Slots(w_slots, 2)
     return launch(name, body, grid, outs, buffers, rings, (x, w, mask))

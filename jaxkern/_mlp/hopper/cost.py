@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..._core import h200 as h200
-from ..._core.device import multiprocessors
+from ..._core import device, h200
 from ..._mosaic import matmul as matmuls
 from ..._mosaic.launch import ROW_STEP
 from ..._mosaic.matmul import FEATURE_STEP, Work
@@ -53,14 +52,23 @@ class Layer:
 
 def xla_matmul_us(m: int, depth: int, n: int, heads: int = 1) -> float:
     """Of a matmul of 16-bit numbers by XLA, or of one for each head."""
-    rate = h200.MACS * multiprocessors() * h200.CLOCKS * h200.XLA_RATE
-    moved = 2 * (m * depth + depth * n + m * n) / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    rate = (
+        h200.MACS_PER_CLOCK
+        * device.multiprocessors()
+        * h200.CLOCKS_PER_US
+        * h200.XLA_MATMUL_SHARE
+    )
+    moved = (
+        2
+        * (m * depth + depth * n + m * n)
+        / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE)
+    )
     return h200.LAUNCH_US + heads * max(m * depth * n / rate, moved)
 
 
 def elementwise_us(numbers: int | float, launches: int = 1) -> float:
     """Of launches that read and write so many 16-bit numbers."""
-    moved = 2 * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    moved = 2 * numbers / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE)
     return moved + launches * h200.LAUNCH_US
 
 

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..._core import h200 as h200
-from ..._core.device import multiprocessors
+from ..._core import device, h200
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import IN_KERNEL, SMEM_BYTES, add_dots, dots, plgpu, zeros
 from ..._mosaic.batching import over_heads
-from ..._mosaic.launch import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, Config
+from ..._mosaic.launch import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from .walk import Operand, walk
 
 DTYPES = ("bfloat16", "float16")
@@ -39,7 +38,7 @@ MAX_DIM = 256
 MAX_GATED_DIM = {1: 192, 2: 128}
 
 
-def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[Config, ...]:
+def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[WalkTiles, ...]:
     """The tiles to choose from, the largest first.
 
     The largest that spill no register, which were the fastest on an H200.
@@ -60,11 +59,13 @@ def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[Config, .
         "backward_w": (ups + 1, inputs + 1),
     }[kernel]
     needed = 2 * 2 * held * tile_bytes + 2 * walked * columns * tile_bytes // 64
-    normal = Config(64, columns, held=2 if needed <= SMEM_BYTES - 2048 else 1)
+    normal = WalkTiles(64, columns, held=2 if needed <= SMEM_BYTES - 2048 else 1)
     # The addresses of one more ring take registers too.
     most = 32 if (inputs, kernel != "forward") == (2, True) else 64
-    half = Config(64, min(columns, most), steps=4, split=True, held=1)
-    wide = (Config(128, 64),) if (kernel, ups) == ("forward", 1) and dim <= 96 else ()
+    half = WalkTiles(64, min(columns, most), steps=4, split=True, held=1)
+    wide = (
+        (WalkTiles(128, 64),) if (kernel, ups) == ("forward", 1) and dim <= 96 else ()
+    )
     splits = dim <= (96 if kernel == "backward_w" else 128)
     return (*wide, normal, half) if splits else (*wide, normal)
 
@@ -87,11 +88,11 @@ def input_passes(dim: int, inputs: int) -> tuple[tuple[int, ...], ...]:
 
 def choose(
     kernel: str, heads: int, size: int, dim: int, ups: int, inputs: int = 1
-) -> Config:
+) -> WalkTiles:
     """The tiles of which a multiprocessor has the fewest rows to compute."""
-    sms = multiprocessors()
+    sms = device.multiprocessors()
 
-    def rows_in_turn(config: Config) -> int:
+    def rows_in_turn(config: WalkTiles) -> int:
         rows = config.rows * config.parts
         return pl.cdiv(heads * pl.cdiv(size, rows), sms) * rows
 
@@ -121,18 +122,18 @@ def predicted_us(
     config = choose(kernel, heads, size, dim, ups, inputs)
     rows = config.rows * config.parts
     blocks = heads * pl.cdiv(size, rows)
-    turns = pl.cdiv(blocks, multiprocessors())
+    turns = pl.cdiv(blocks, device.multiprocessors())
     products, tiles, held = {
         "forward": (ups + 1, ups + 1, inputs + 1),
         "backward_x": (2 * ups + 1, ups + 1, 2 * inputs + 1),
         "backward_w": (ups + 1 + sums, inputs + 1, ups + 1 + sums),
     }[kernel]
-    matmuls = products * dim / h200.MACS / h200.MATMUL_RATE
-    clocks = rows * walked * (matmuls + 1 / h200.MUFU_OPS)
-    from_l2 = blocks * tiles * walked * dim * 2 / h200.L2_BYTES
+    matmuls = products * dim / h200.MACS_PER_CLOCK / h200.MATMUL_SHARE
+    clocks = rows * walked * (matmuls + 1 / h200.MUFU_PER_CLOCK)
+    from_l2 = blocks * tiles * walked * dim * 2 / h200.L2_BYTES_PER_US
     moved = heads * dim * 2 * (held * size + tiles * walked)
-    from_memory = moved / h200.MEMORY_BYTES / h200.MEMORY_RATE
-    computed = turns * clocks / h200.CLOCKS
+    from_memory = moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
+    computed = turns * clocks / h200.CLOCKS_PER_US
     return h200.LAUNCH_US + max(computed, from_l2, from_memory)
 
 
@@ -146,7 +147,7 @@ def padding_us(
         numbers, copies = (inputs + 1) * rows * columns, 2
     if (columns, features) != (dim, hidden):
         numbers, copies = numbers + (ups + 1) * columns * features, copies + ups + 1
-    moved = 2 * 2 * heads * numbers / (h200.MEMORY_BYTES * h200.MEMORY_RATE)
+    moved = 2 * 2 * heads * numbers / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE)
     return moved + copies * h200.LAUNCH_US
 
 
@@ -219,19 +220,21 @@ def _mlp_bwd(activation, saved, dy):
 _mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
-def forward(activation: str, config: Config | None = None):
+def forward(activation: str, config: WalkTiles | None = None):
     """The forward's kernel, of x, one matrix or two, and w2."""
     return over_heads(partial(_forward, activation, config))
 
 
 def backward_x(
-    activation: str, wanted: tuple[int, ...] = (0,), config: Config | None = None
+    activation: str, wanted: tuple[int, ...] = (0,), config: WalkTiles | None = None
 ):
     """The kernel of those inputs' gradients, of the forward's arguments and dy."""
     return over_heads(partial(_backward_x, activation, wanted, config))
 
 
-def backward_w(activation: str, wanted: tuple[int, ...], config: Config | None = None):
+def backward_w(
+    activation: str, wanted: tuple[int, ...], config: WalkTiles | None = None
+):
     """The kernel of those weights' gradients, transposed but for w2's."""
     return over_heads(partial(_backward_w, activation, wanted, config))
 

@@ -32,7 +32,7 @@ more: 0.28 ms at 80 % of the memory's rate.
 import jax
 import jax.numpy as jnp
 
-from ..._core import h200 as h200
+from ..._core import h200
 from ..._mosaic.base import IN_KERNEL
 from ..._mosaic.launch import ROW_STEP
 from ..._mosaic.matmul import (

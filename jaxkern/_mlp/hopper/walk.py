@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..._core.device import multiprocessors
+from ..._core import device
 from ..._mosaic.base import SMEM_BYTES, plgpu, slot, swizzle_of, tiles
 from ..._mosaic.launch import (
     BARRIER_BYTES,
@@ -26,7 +26,7 @@ from ..._mosaic.launch import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
     ROW_STEP,
-    Config,
+    WalkTiles,
     launch_blocks,
     wait_for_last,
 )
@@ -87,7 +87,7 @@ class Ring:
 
 
 def smem_bytes(
-    config: Config, held: Sequence[Operand], walked: Sequence[Operand], outs: int
+    config: WalkTiles, held: Sequence[Operand], walked: Sequence[Operand], outs: int
 ) -> int:
     """Shared memory of a block, but for some alignment."""
     itemsize = held[0].array.dtype.itemsize
@@ -102,7 +102,7 @@ def smem_bytes(
 
 def walk(
     body: Callable[[Sequence[Any], Ring], Sequence[Any]],
-    config: Config,
+    config: WalkTiles,
     held: Sequence[Operand],
     walked: Sequence[Operand],
     outs: int,
@@ -206,7 +206,7 @@ def walk(
 
     operands = [o.array for o in (*held, *walked)]
     out = jax.ShapeDtypeStruct((grid[0], result.size, result.across), dtype)
-    blocks = min(multiprocessors(), math.prod(grid))
+    blocks = min(device.multiprocessors(), math.prod(grid))
     scratch = _scratch(config, held, walked, outs)
     return launch_blocks(kernel, operands, [out] * outs, scratch, blocks, name)
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._mosaic.base import buffer, plgpu, slot, zeros
-from ..._mosaic.launch import COMPUTE, Ring
+from ..._mosaic.launch import COMPUTE, Ring, Slots
 from ..._mosaic.matmul import (
     OUT_SLOTS,
     PIECE,
@@ -160,8 +160,8 @@ class Selection:
             buffers.append(plgpu.SMEM((COMPUTE, ROWS, SUMS), jnp.float32))
         return buffers
 
-    def ring(self, config: MatmulTiles) -> Ring:
-        return Ring(1, 1)
+    def ring(self, config: MatmulTiles) -> Slots:
+        return Slots(1, 1)
 
     def store(
         self, config: MatmulTiles, sums, gmem, smem, ring: Ring, tile, row, column

@@ -23,7 +23,7 @@ from jaxkern._attention import block_sparse as _block_sparse
 from jaxkern._attention.hopper import attend as _block_sparse_mgpu
 from jaxkern._attention.hopper import schedule as _mgpu_schedule
 from jaxkern._mosaic import base as _mgpu
-from jaxkern._mosaic.launch import Config
+from jaxkern._mosaic.launch import WalkTiles
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -332,7 +332,7 @@ def test_config_that_does_not_fit_says_what_it_needs():
     args, _ = attention_args((1, 128, 128, 1, 1, 256, 256), BF16)
     mask = BlockMask.causal(128, 128)
     with pytest.raises(ValueError, match="attention_forward: .* must fit 232448 bytes"):
-        _block_sparse_mgpu.forward(0.1, False, mask, *args, config=Config(64, 128))
+        _block_sparse_mgpu.forward(0.1, False, mask, *args, config=WalkTiles(64, 128))
 
 
 def test_configs_fit_for_every_dim():

@@ -12,7 +12,7 @@ from test_masked_mgpu import BF16, F32, hard, in_scan, kernel, launches, make
 from jaxkern import pack_mask, reinmax, straight_through
 from jaxkern._masked import masked as _masked
 from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import Config
+from jaxkern._masked.hopper.product import MaskedTiles
 from jaxkern._mosaic import launch as _mgpu_tiles
 
 
@@ -120,6 +120,6 @@ def test_the_forward_packs_the_masks(splits):
     """Once for several tiles of tokens; where tiles and parts reach past the end."""
     (x, w, logits), _ = make((2, 140, 320, 192), logits_dtype=F32)
     logits = logits.at[1, 33, 5].set(jnp.nan)
-    run = _masked_mgpu.product("reinmax", config=Config(64, splits), pack=True)
+    run = _masked_mgpu.product("reinmax", config=MaskedTiles(64, splits), pack=True)
     _, words = jax.jit(run)(x, w[None], logits)
     np.testing.assert_array_equal(words.view(jnp.uint32), pack_mask(logits).words)

@@ -31,7 +31,7 @@ from jaxkern import (
 from jaxkern._core import precision as _matmul
 from jaxkern._masked import masked as _masked
 from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import Config
+from jaxkern._masked.hopper.product import MaskedTiles
 from jaxkern._mosaic import launch as _mgpu_tiles
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -136,7 +136,7 @@ def test_packed_masks(shared):
 @pytest.mark.parametrize("tokens", _masked_mgpu.TILES)
 def test_tiles(tokens, monkeypatch):
     """Whatever the size; with steps that go round the rings."""
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(tokens))
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(tokens))
     check(*make((1, 140, 330, 136), logits_dtype=F32))
 
 
@@ -153,14 +153,14 @@ def test_tiles_of_gradients():
 @pytest.mark.parametrize("splits", [2, 3, 6])
 def test_parts_of_the_contracted_axis(splits, monkeypatch):
     """As many steps each, more, and fewer: some then have nothing to add."""
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(128, splits))
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(128, splits))
     check(*make((2, 140, 264, 200), logits_dtype=F32))
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("splits", [1, 2])
 def test_packed_masks_in_large_tiles(splits, monkeypatch):
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: Config(256, splits))
+    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(256, splits))
     check_packed(*make((1, 140, 264, 136)))
 
 

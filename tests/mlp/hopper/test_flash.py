@@ -27,7 +27,7 @@ from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
 from jaxkern._mlp.hopper import walk as _mgpu_walk
 from jaxkern._mlp.hopper.cost import Layer
 from jaxkern._mosaic.base import IN_KERNEL
-from jaxkern._mosaic.launch import Config
+from jaxkern._mosaic.launch import WalkTiles
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 configs = _flash_mlp_mgpu.configs
@@ -329,15 +329,15 @@ def test_small_problems_are_split_and_large_ones_take_large_tiles():
     ],
 )
 def test_config_refuses_nonsense(options, message):
-    with pytest.raises(ValueError, match=f"Config: {message}"):
-        Config(**({"rows": 64, "columns": 64} | options))
+    with pytest.raises(ValueError, match=f"WalkTiles: {message}"):
+        WalkTiles(**({"rows": 64, "columns": 64} | options))
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
         (
-            Config(64, 256, steps=4),
+            WalkTiles(64, 256, steps=4),
             "must fit 232448 bytes of shared memory, got 884912",
         ),
     ],

@@ -29,7 +29,7 @@ from jaxkern._mlp import flash_mlp as _flash_mlp
 from jaxkern._mlp.hopper import choose as _mlp_mgpu
 from jaxkern._mlp.hopper import fused as _matmul_mgpu
 from jaxkern._mosaic import launch as _mgpu_tiles
-from jaxkern._mosaic.matmul import Config, Operand
+from jaxkern._mosaic.matmul import Factor, MatmulTiles
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -360,8 +360,8 @@ def test_matmul(left, right):
     a = normal(0, (depth, m + 56) if left else (m, depth + 64), BF16)
     b = normal(1, (n, depth + 64) if right else (depth, n + 56), BF16)
     operands = (
-        Operand(a, left, 0 if left else 64, m if left else depth),
-        Operand(b, right, 64 if right else 0, depth if right else n),
+        Factor(a, left, 0 if left else 64, m if left else depth),
+        Factor(b, right, 64 if right else 0, depth if right else n),
     )
     got = _matmul_mgpu.matmul(*operands)
     a, b = to_float64((a, b))
@@ -389,14 +389,14 @@ def test_any_size_lowers_for_a_gpu(size):
 def test_arrays_that_would_not_lower_are_refused():
     a, b = jnp.zeros((20, 64), BF16), jnp.zeros((64, 64), BF16)
     with pytest.raises(ValueError, match="multiples of 8 rows and 64 columns, got"):
-        _matmul_mgpu.matmul(Operand(a), Operand(b))
+        _matmul_mgpu.matmul(Factor(a), Factor(b))
 
 
 @pytest.mark.parametrize("columns, steps", [(96, 4), (512, 4), (128, 1)])
 def test_config_refuses_nonsense(columns, steps):
     message = f"columns must be 64, 128 or 256 .* got {columns} and {steps}"
-    with pytest.raises(ValueError, match=f"Config: {message}"):
-        Config(columns, steps)
+    with pytest.raises(ValueError, match=f"MatmulTiles: {message}"):
+        MatmulTiles(columns, steps)
 
 
 def test_gate_and_up_must_have_the_same_rank():

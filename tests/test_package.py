@@ -1,0 +1,35 @@
+"""What a user gets by `import jaxkern`."""
+
+import pydoc
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import jaxkern
+
+
+@pytest.mark.parametrize("module", [jaxkern, jaxkern.nn], ids=lambda m: m.__name__)
+def test_all_is_every_public_name(module):
+    public = {
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and (name == "nn" or not isinstance(value, ModuleType))
+    }
+    assert sorted(public) == module.__all__
+    shown = pydoc.plain(pydoc.render_doc(module))
+    assert [name for name in module.__all__ if name not in shown] == []
+
+
+def test_mosaic_is_imported_on_first_use_of_a_kernel():
+    code = "import sys, jaxkern; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = run.stdout.split()
+    assert "jaxkern.nn" in loaded
+    # JAX itself loads parts of Mosaic, but neither this one nor our kernels.
+    assert "jax.experimental.pallas.mosaic_gpu" not in loaded
+    ours = [name for name in loaded if name.startswith("jaxkern.")]
+    assert [name for name in ours if "hopper" in name or "_mosaic" in name] == []

@@ -1,6 +1,7 @@
 """What a user gets by `import jaxkern`."""
 
 import pydoc
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -33,3 +34,19 @@ def test_mosaic_is_imported_on_first_use_of_a_kernel():
     assert "jax.experimental.pallas.mosaic_gpu" not in loaded
     ours = [name for name in loaded if name.startswith("jaxkern.")]
     assert [name for name in ours if "hopper" in name or "_mosaic" in name] == []
+
+
+def test_make_leaves_an_environment_that_it_did_not_make(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(name, tmp_path)
+    precious = tmp_path / ".venv" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    run = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", "test"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode and ".venv exists, and make did not make it." in run.stderr
+    assert precious.read_text() == "mine"

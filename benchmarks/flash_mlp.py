@@ -12,7 +12,6 @@ allocate over that of weights and input. Floors are for one H200, from its data 
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +29,7 @@ from . import _flash_mlp_model as model
 from . import _flash_mlp_plot as plots
 from . import _flash_mlp_report as report
 from . import _torch
-from ._cli import add_only, make_parser
+from ._cli import add_only, make_parser, run_program
 from ._flash_mlp_model import PASSES, Shape
 from ._harness import Case, Options, Program, Skip, matmul_peak_tflops, with_gradients
 from ._report import execute, list_or_run, make_console, metadata, print_header
@@ -188,4 +187,4 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

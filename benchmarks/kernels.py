@@ -34,7 +34,7 @@ from jaxkern._mlp.hopper import fused as _matmul_mgpu
 from jaxkern._mosaic.matmul import Factor
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
-from ._cli import pattern, writable
+from ._cli import pattern, run_program, writable
 from ._harness import Row
 from ._kernel_compile import (
     Missing,
@@ -368,4 +368,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

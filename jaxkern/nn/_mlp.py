@@ -21,13 +21,13 @@ from .._mlp.mlp import (
     swiglu,
 )
 from .._sparsity.select import pack_2_4, unpack_2_4
-from ._linear import (
-    LowRankLinear,
+from ._common import (
     check_arguments,
     check_input,
     default_kernel_init,
     make_kernel,
 )
+from ._linear import LowRankLinear
 from ._packed_mlp import FACTORS, PackedReLU2
 
 # The heads are no part of the fan-in.

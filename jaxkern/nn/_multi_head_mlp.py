@@ -6,8 +6,12 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from .._core.dispatch import Implementation
-from ._attention import axis_metadata
-from ._linear import check_arguments, check_input, default_kernel_init
+from ._common import (
+    axis_metadata,
+    check_arguments,
+    check_input,
+    default_kernel_init,
+)
 from ._mlp import FlashMLP, per_head_kernel_init
 
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +50,6 @@ ROWS = 64
 MOST_BYTES = SMEM_BYTES - 4096
 # Below every logit, and finite: its difference to itself is 0.
 LOWEST = -1e30
-
-# Which gradient a launch that walks queries makes.
-Wanted = Literal["key", "value"]
 
 
 def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
@@ -86,7 +83,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
     )
 
 
-def kv_launches(dim: int) -> Sequence[tuple[Wanted, ...]]:
+def kv_launches(dim: int) -> Sequence[tuple[str, ...]]:
     """What gradients the launches that walk queries make."""
     if dim <= MAX_DIM_TOGETHER:
         return [("key", "value")]
@@ -247,7 +244,10 @@ def part_gradients(
     lse2, delta = (
         jnp.pad(x.mT, [(0, 0), (0, 0), (0, missing)]) for x in (lse * LOG2_E, delta)
     )
-    gradients = _gradients(*arrays, lse2, delta, mask=mask, scale=factor)
+    scaled, keys, values, d_out = arrays
+    gradients = _gradients(
+        scaled, keys, values, d_out, lse2, delta, mask=mask, scale=factor
+    )
     d_query, d_key, d_value = (
         gradient[:, : x.shape[1], :, : x.shape[3]].astype(jnp.float32)
         for x, gradient in zip((query, key, value), gradients, strict=True)
@@ -438,13 +438,13 @@ def backward_kv(
     d_out: jax.Array,
     numbers: jax.Array,
     *,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[str],
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
     dilation: Dilation | None = None,
 ) -> Sequence[jax.Array]:
-    """The wanted gradients, in that order."""
+    """The wanted gradients, out of "key" and "value", in that order."""
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
     walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
@@ -465,7 +465,7 @@ class BackwardKV:
     config: WalkTiles
     scale: float
     dtype: Any
-    wanted: Sequence[Wanted]
+    wanted: Sequence[str]
     takes_turns = False
 
     @property
@@ -475,7 +475,7 @@ class BackwardKV:
     def start(self, held):
         return {name: zeros(self.config.rows, held[0].shape[1]) for name in self.wanted}
 
-    def step(self, sums, held, tiles: WalkedTiles, visible):
+    def step(self, carry, held, tiles: WalkedTiles, visible):
         queries, d_outs, numbers = tiles.wait(0)
         (logits,) = dots((held[0], queries.transpose((1, 0))))
         factor = self.scale * LOG2_E
@@ -485,11 +485,13 @@ class BackwardKV:
         added = {}
         if "value" in self.wanted:
             rounded = weights.astype(self.dtype)
-            added["value"] = add_dots(sums["value"], (rounded, d_outs))
+            added["value"] = add_dots(carry["value"], (rounded, d_outs))
         if "key" in self.wanted:
             (d_weights,) = dots((held[1], d_outs.transpose((1, 0))))
             d_logits = weights * (d_weights - self._of_columns(numbers, 1))
-            added["key"] = add_dots(sums["key"], (d_logits.astype(self.dtype), queries))
+            added["key"] = add_dots(
+                carry["key"], (d_logits.astype(self.dtype), queries)
+            )
         # Read before TMA may write there again.
         plgpu.commit_smem()
         tiles.release(0)
@@ -500,6 +502,6 @@ class BackwardKV:
         column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
         return lax.broadcast_in_dim(column, _shape(self.config), [1])
 
-    def finish(self, sums):
+    def finish(self, carry):
         factors = {"key": self.scale, "value": 1.0}
-        return [sums[name] * factors[name] for name in self.wanted]
+        return [carry[name] * factors[name] for name in self.wanted]

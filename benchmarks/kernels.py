@@ -91,13 +91,13 @@ def _attention(
     scale = dim**-0.5
     match kernel:
         case "forward":
-            run = partial(kernels.forward, scale, True, mask())
+            run = partial(kernels.forward, exact=True)
         case "backward_q":
-            run = partial(kernels.backward_q, scale, mask())
+            run = kernels.backward_q
         case _:
-            run = partial(kernels.backward_kv, scale, wanted, mask())
+            run = partial(kernels.backward_kv, wanted=wanted or ())
     dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
-    run = partial(run, dilation=dilation)
+    run = partial(run, mask=mask(), scale=scale, dilation=dilation)
     return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
 
 

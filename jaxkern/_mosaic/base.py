@@ -1,5 +1,6 @@
 """What the Mosaic GPU kernels share."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ plgpu: Any = mosaic_gpu
 
 # Of one block on Hopper.
 SMEM_BYTES = 232448
+# exp(x) = exp2(LOG2_E x): the chip has an instruction for exp2.
+LOG2_E = math.log2(math.e)
 
 
 def swizzle_of(features: int, itemsize: int) -> int:

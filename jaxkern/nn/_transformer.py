@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._attention.rotary import check_theta
-from .._core.checks import check_array, check_shape
+from .._core.checks import check_array, check_number, check_shape
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .._cross_entropy import cross_entropy
@@ -130,7 +129,7 @@ class TransformerLM(nnx.Module):
         sizes |= {"d_model": d_model, "num_layers": num_layers, "d_ff": d_ff}
         check_arguments(op, None, **sizes, num_heads=num_heads, num_kv_heads=kv_heads)
         _check_heads(d_model, num_heads, kv_heads)
-        check_theta(op, "rope_theta", rope_theta)
+        check_number(op, "rope_theta", rope_theta, positive=True)
         mesh = None if mesh is None or mesh.size == 1 else mesh
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)

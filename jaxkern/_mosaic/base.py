@@ -38,6 +38,13 @@ def buffer(dtype, *shape: int, swizzle: int = 128):
     return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
 
 
+def pad_to(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    """`a` with zeros at the end of its last two axes, up to these sizes."""
+    missing = rows - a.shape[-2], columns - a.shape[-1]
+    before = [(0, 0)] * (a.ndim - 2)
+    return jnp.pad(a, [*before, *((0, n) for n in missing)]) if any(missing) else a
+
+
 def slot(i: jax.Array, slots: int) -> jax.Array:
     """Where step `i` lies in a ring of SMEM buffers."""
     return lax.rem(i, jnp.array(slots, i.dtype))

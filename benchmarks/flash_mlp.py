@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern._core.device import on_hopper
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
+from jaxkern._core import device
+from jaxkern._mlp.hopper import flash
 
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model
@@ -55,7 +55,7 @@ def build(implementation: str, shape: Shape, which: str, args) -> Program:
     check = partial(definitions.check, key, inputs)
     if implementation == "mosaic_gpu":
         x, w1, _ = inputs[-3:]
-        reason = _flash_mlp_mgpu.unsupported(x, [w1], on_hopper=on_hopper())
+        reason = flash.unsupported(x, w1) or device.unsupported()
         if reason:
             raise Skip(reason)
     if implementation == "naive jnp":

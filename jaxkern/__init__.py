@@ -30,9 +30,9 @@ from ._mlp.mlp import swiglu as swiglu
 from ._mlp.packed_mlp import packed_relu2 as packed_relu2
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24
-from ._sparsity.select import pack_2_4 as pack_2_4
+from ._sparsity.packed import pack_2_4 as pack_2_4
+from ._sparsity.packed import unpack_2_4 as unpack_2_4
 from ._sparsity.select import sparsify_2_4 as sparsify_2_4
-from ._sparsity.select import unpack_2_4 as unpack_2_4
 
 __all__ = [
     "BlockMask",

@@ -246,7 +246,7 @@ def test_in_linen():
     x = normal(0, (2, SEQ, EMBED))
     key_mask = jnp.arange(SEQ) < jnp.array([[SEQ], [3]])
     variables = layer.init(jax.random.key(0), x)
-    apply = jax.jit(layer.apply)
+    apply = jax.jit(lambda *args, **options: layer.apply(*args, **options))
     y = apply(variables, x, key_mask=key_mask)
     assert y.shape == x.shape and not np.array_equal(y, apply(variables, x))
 

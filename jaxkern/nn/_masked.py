@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_floating
 from .._core.dispatch import Implementation
-from .._masked.estimators import straight_through
-from .._masked.masked import Estimator, Method, masked_bilinear, masked_matmul
+from .._masked.estimators import Estimator, straight_through
+from .._masked.masked import Method, masked_bilinear, masked_matmul
 from ._common import (
     axis_metadata,
     check_arguments,
@@ -133,7 +133,7 @@ class MaskedLinear(nnx.Module):
         *,
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
-        method: Method = "fused",
+        method: Method | None = None,
         initial_logit: float = 1.0,
         use_bias: bool = True,
         dtype: Dtype | None = None,
@@ -159,7 +159,7 @@ class MaskedLinear(nnx.Module):
         self.dtype = dtype
         self.num_masks = num_masks
         self.estimator = estimator
-        self.method: Method = method
+        self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
     def __call__(
@@ -289,7 +289,7 @@ class MaskedBilinear(Bilinear):
         *,
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
-        method: Method = "fused",
+        method: Method | None = None,
         initial_logit: float = 1.0,
         implementation: Implementation | None = None,
         **options: Any,
@@ -302,7 +302,7 @@ class MaskedBilinear(Bilinear):
         self.down_logits = _make_logits(self.down.kernel, *masks)
         self.num_masks = num_masks
         self.estimator = estimator
-        self.method: Method = method
+        self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
     def __call__(

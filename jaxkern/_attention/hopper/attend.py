@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
+from ..._core.precision import widen
 from ..._mosaic.base import SMEM_BYTES, add_dots, dots, plgpu, zeros
 from ..._mosaic.launch import COMPUTE, ROW_STEP, WalkTiles
 from ..block_mask.mask import BlockMask
@@ -157,7 +158,7 @@ def _attend_backward(scale, dilation, saved, cotangents):
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
     # Or XLA sums inside of what transposes and stacks: 451 us on an H200 at
     # (4, 4096, 16, 128), where to read the arrays takes about 60.
-    summed = lax.optimization_barrier((d_out * _sum(outs)).sum(-1))
+    summed = lax.optimization_barrier((widen(d_out) * _sum(outs)).sum(-1))
     args = mask, query, key, value, d_out, lse2, summed.mT - d_lse
     gradients = _gradients(scale, *args, dilation=dilation)
     tokens = tokens_of(dilation, query, key, value)

@@ -53,7 +53,7 @@ def collect_garbage():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what the oldest packages are not to run: of a benchmark, all but commands."""
+    """Mark what the oldest packages do not run: of a benchmark, all but commands."""
     for item in items:
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")

@@ -95,7 +95,7 @@ def lose(hidden, head):
     return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5)
 
 
-# Each name of `jaxkern`, a function that uses it, and its arguments, all differentiated.
+# Each name of `jaxkern`, a function that uses it, and its differentiated arguments.
 OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attention": (attend, (QUERY,)),
     "BlockMask": (attend_blocks, (QUERY,)),

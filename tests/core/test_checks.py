@@ -35,7 +35,7 @@ NUMBERS = [2, 2.5, np.float32(2.5), np.float64(2.5), np.int8(2)]
 
 @pytest.mark.parametrize("value", NUMBERS, ids=repr)
 def test_numbers(value):
-    check_number("op", "scale", value, positive=True, least=2)
+    check_number("op", "scale", value, positive=True, least=2.0)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_what_is_no_number(value):
         (0.0, {"positive": True}, "positive, got 0.0"),
         (-2, {"positive": True, "least": -1.5}, "positive and at least -1.5, got -2"),
         (math.nan, {"positive": True}, "finite and positive, got nan"),
-        (math.nan, {"finite": False, "least": 0}, "at least 0, got nan"),
-        (np.float32(-1), {"least": 0}, "at least 0, got -1.0"),
+        (math.nan, {"finite": False, "least": 0.0}, "at least 0, got nan"),
+        (np.float32(-1), {"least": 0.0}, "at least 0, got -1.0"),
     ],
 )
 def test_numbers_out_of_bounds(value, options, wanted):

@@ -49,8 +49,9 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
     if not logits:
         return {}
     fractions = {name: (x <= 0).mean((-2, -1)) for name, x in logits.items()}
-    sizes = jnp.array([x.shape[-2] * x.shape[-1] for x in logits.values()])
-    total = jnp.average(jnp.stack(list(fractions.values())), 0, weights=sizes)
+    parts = jnp.stack(list(fractions.values()))
+    sizes = [x.shape[-2] * x.shape[-1] for x in logits.values()]
+    total = jnp.average(parts, 0, weights=jnp.array(sizes, parts.dtype))
     return fractions | {"total": total}
 
 
@@ -185,7 +186,9 @@ class MaskedLinear(nnx.Module):
             key=key,
             implementation=self.implementation,
         ).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
     def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
         """As `mask_sparsity`."""

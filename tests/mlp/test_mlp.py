@@ -27,9 +27,9 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import _mlp_definitions as definitions
 from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core import precision as _matmul
+from jaxkern.testing import plain as definitions
 
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
 SIZES = [

@@ -9,7 +9,6 @@ import pytest
 from helpers import normal
 
 import jaxkern
-from benchmarks._kernel_compile import lower
 from jaxkern import BlockMask, pack_2_4, pack_mask, straight_through
 from jaxkern._attention import block_sparse as _block_sparse
 from jaxkern._attention import dense as _attention
@@ -18,6 +17,7 @@ from jaxkern._mlp import flash_mlp as _flash_mlp
 from jaxkern._mlp import packed_mlp as _packed_mlp
 from jaxkern._mlp.hopper import choose as _mlp_mgpu
 from jaxkern._sparsity import select as _sparsity
+from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 MODULES = _attention, _block_sparse, _flash_mlp, _masked, _mlp_mgpu, _packed_mlp

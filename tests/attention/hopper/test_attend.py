@@ -17,13 +17,13 @@ from attention_definitions import (
 )
 from helpers import assert_as_exact, value_and_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import BlockMask, block_sparse_attention
 from jaxkern._attention import block_sparse as _block_sparse
 from jaxkern._attention.hopper import attend as _block_sparse_mgpu
 from jaxkern._attention.hopper import schedule as _mgpu_schedule
 from jaxkern._mosaic import base as _mgpu
 from jaxkern._mosaic.launch import WalkTiles
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 

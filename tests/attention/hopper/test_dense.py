@@ -15,7 +15,6 @@ from attention_definitions import (
 )
 from helpers import assert_as_exact, value_and_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import (
     BlockMask,
     attention,
@@ -26,6 +25,7 @@ from jaxkern import (
 from jaxkern._attention import block_sparse as _block_sparse
 from jaxkern._attention import dense as _attention
 from jaxkern._attention import ring_steps as _ring_steps
+from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 KERNEL: Any = {"implementation": "mosaic_gpu"}

@@ -19,7 +19,6 @@ from test_masked import (
     plain_matmul,
 )
 
-from benchmarks._kernel_compile import lower
 from jaxkern import (
     PackedMask,
     masked_matmul,
@@ -33,6 +32,7 @@ from jaxkern._masked import masked as _masked
 from jaxkern._masked.hopper import multiply as _masked_mgpu
 from jaxkern._masked.hopper.product import MaskedTiles
 from jaxkern._mosaic import launch as _mgpu_tiles
+from jaxkern.testing.compiler import lower
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 KEY = jax.random.key(3)

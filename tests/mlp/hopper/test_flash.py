@@ -17,7 +17,6 @@ from helpers import (
     with_vjp,
 )
 
-from benchmarks._kernel_compile import lower
 from jaxkern import flash_mlp
 from jaxkern._core import sharding as _mesh
 from jaxkern._core.activations import ACTIVATIONS
@@ -28,6 +27,7 @@ from jaxkern._mlp.hopper import walk as _mgpu_walk
 from jaxkern._mlp.hopper.cost import Layer
 from jaxkern._mosaic.base import IN_KERNEL
 from jaxkern._mosaic.launch import WalkTiles
+from jaxkern.testing.compiler import lower
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 configs = _flash_mlp_mgpu.configs

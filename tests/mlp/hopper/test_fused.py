@@ -22,8 +22,6 @@ from helpers import (
 )
 from test_mlp import low_rank_swiglu_float64
 
-from benchmarks import _mlp_definitions as definitions
-from benchmarks._kernel_compile import lower
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._mlp import flash_mlp as _flash_mlp
 from jaxkern._mlp.hopper import choose as _mlp_mgpu
@@ -31,6 +29,8 @@ from jaxkern._mlp.hopper import fused as _matmul_mgpu
 from jaxkern._mosaic import launch as _mgpu_tiles
 from jaxkern._mosaic.matmul import Factor, MatmulTiles
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
+from jaxkern.testing import plain as definitions
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 relu2 = partial(low_rank_relu2, implementation="mosaic_gpu")

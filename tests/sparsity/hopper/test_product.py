@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from helpers import DTYPES, assert_as_exact, normal, to_float64, value_and_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import Packed24, matmul_2_4, pack_2_4, unpack_2_4
 from jaxkern._mlp.hopper import fused as _matmul_mgpu
 from jaxkern._mosaic import launch as _mgpu_tiles
 from jaxkern._sparsity import select as _sparsity
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
+from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 kernel = partial(matmul_2_4, implementation="mosaic_gpu")

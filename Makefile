@@ -26,6 +26,8 @@ BIN := $(VENV)/bin
 # Apart from the environment, where CPU programs would find a CUDA plugin too.
 CUDA := .cuda
 READY := $(VENV)/.installed
+# Without either file in it, the folder is the user's, and stays as it is.
+OURS := $(VENV)/.made-by-make
 
 .PHONY: help bench test lint test-oldest format kernels
 .DELETE_ON_ERROR:
@@ -42,6 +44,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
 
 format: $(READY)
@@ -62,7 +65,12 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	  echo "Looked for: $(if $(PYTHON),$(PYTHON),$(CANDIDATES))." >&2; \
 	  echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
 	  exit 1; }
+	@test ! -e $(VENV) || test -e $(OURS) || test -e $(READY) || { \
+	  echo "$(VENV) exists, and make did not make it." >&2; \
+	  echo "Move it away, or name another folder: make VENV=.venv-make ..." >&2; \
+	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
+	@touch $(OURS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -2,12 +2,38 @@
 
 import argparse
 import importlib.util
+import io
 import os
 import re
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The status of a program that SIGPIPE, signal 13, has ended.
+BROKEN_PIPE = 128 + 13
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as a program and exit with its status, whatever reads the output.
+
+    A character that the output's encoding lacks is printed as "?". Where nobody reads
+    on, as after `| head`, the program ends without a traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Without this, Python fails once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
+    sys.exit(status)
 
 
 def positive(text: str) -> int:

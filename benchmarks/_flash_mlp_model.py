@@ -6,8 +6,7 @@ adds up what the kernels' own model says.
 
 from dataclasses import dataclass
 
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
-
+from . import _mlp_cost as cost
 from ._report import published
 
 # Of an H200: dense bfloat16 matmuls, memory, and special function operations a second.
@@ -69,15 +68,7 @@ def floors_ms(shape: Shape, which: str) -> dict[str, float]:
 
 def predicted_us(shape: Shape, which: str) -> float:
     """The time of our kernels' launches on an idle H200: predicted, not measured."""
-
-    def launch(kernel: str, held: int, walked: int, sums: int = 1) -> float:
-        sizes = shape.heads, held, walked, shape.dim
-        return _flash_mlp_mgpu.predicted_us(kernel, *sizes, ups=1, sums=sums)
-
-    forward = launch("forward", shape.batch, shape.hidden)
-    if which == "forward":
-        return forward
-    backward = launch("backward_x", shape.batch, shape.hidden)
-    for wanted in _flash_mlp_mgpu.weight_passes(shape.dim, 1):
-        backward += launch("backward_w", shape.hidden, shape.batch, len(wanted))
-    return forward + backward
+    layer = cost.Layer(
+        shape.batch, shape.dim, shape.hidden, shape.dim, heads=shape.heads
+    )
+    return cost.flash_us(layer, backward=which == "forward+backward")

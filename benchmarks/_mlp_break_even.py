@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from jaxkern._mlp.hopper.cost import sparse_work
-from jaxkern._mlp.hopper.fused import choose_columns, limits_us
+from jaxkern._mlp.thresholds import FEATURE_STEP
+from jaxkern._mosaic.matmul import choose_columns, limits_us, round_up
 
 from . import _mlp_model as shapes
 from ._harness import Row
+from ._mlp_cost import sparse_work
 from ._mlp_model import MODELS, Model
 from ._mlp_report import by_model
 from ._mlp_stages import (
@@ -58,7 +59,7 @@ def _gain_percent(
     model: Model, tokens: int, sum_of: Callable[[Sequence[str]], float | None]
 ) -> float | None:
     """Over the fastest dense way of those that have a sum."""
-    dense = [sum_of(way) for way in dense_ways(model, tokens)]
+    dense = [sum_of(way) for way in dense_ways(model)]
     fastest = min((us for us in dense if us is not None), default=None)
     sparse = sum_of(WAYS["sparse"])
     if fastest is None or sparse is None:
@@ -144,7 +145,7 @@ def _from_which(line: Sequence[Point]) -> str:
 def _limits(label: str, tokens: int) -> str:
     """What 2:4 costs and saves there, in words."""
     model = MODELS[label]
-    us, w = predicted_us(model, tokens), shapes.padded(model.relu2)
+    us, w = predicted_us(model, tokens), round_up(model.relu2, FEATURE_STEP)
     work = sparse_work(tokens, w, model.rank)
     parts = limits_us(work, choose_columns(work))
     cause = max(parts, key=lambda name: parts[name])

@@ -1,33 +1,31 @@
 """Shapes of `benchmarks.mlp`, and what one H200 can do with them: predictions.
 
 Nothing here is measured on a GPU. Floors follow from the data sheet. `kernels_us` adds
-up what the kernels' own model says of their launches; XLA's are as the library takes
-them where it chooses (`jaxkern/_mlp_predictions.py`). It is also assumed of XLA that it
-selects 2:4 in the program of the activation, and that S-STE's sums read that once more.
+up what `_mlp_cost` says of their launches, and of XLA's. It is also assumed of XLA that
+it selects 2:4 in the program of the activation, and that S-STE's sums read that once
+more.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jaxkern._mlp.thresholds import FEATURE_STEP, dense_kernel
+from jaxkern._mosaic.launch import ROW_STEP
+from jaxkern._mosaic.matmul import round_up
+from jaxkern._sparsity.hopper.matmul import DEPTH
+from jaxkern._sparsity.select import GROUP, KEPT
 
-from jaxkern._mlp.hopper import choose as _mlp_mgpu
-from jaxkern._mlp.hopper import cost as predictions_of
-from jaxkern._mlp.hopper.cost import (
+from . import _mlp_cost as cost
+from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
+from ._mlp_cost import (
     PACKED,
+    Kernel,
     Layer,
     elementwise_us,
     sparse_matmul_us,
     xla_matmul_us,
 )
-from jaxkern._mlp.hopper.fused import FEATURE_STEP
-from jaxkern._mosaic.launch import ROW_STEP
-from jaxkern._sparsity.hopper.matmul import DEPTH
-from jaxkern._sparsity.packed import GROUP, KEPT
-
-from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
 
 SEQ = 512
 BATCHES = (1, 4, 8, 16, 32)
@@ -134,31 +132,20 @@ def percent_of_floor(floors: dict[str, float], microseconds: float) -> float:
     return 100 * max(floors.values()) / microseconds
 
 
-def kernel_of(model: Model, tokens: int, name: str) -> _mlp_mgpu.Kernel:
+def kernel_of(model: Model, name: str) -> Kernel:
     """Which kernel an unpacked row takes where there are any."""
-    ups, r, w = 1 + (name == SWIGLU), model.rank, width(model, name)
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
-
-    sparsity = {TOP2: "2:4", SOFT: "2:4-soft"}.get(name)
-    shapes = array(tokens, ups * r), [array(r, w)] * ups
-    return _mlp_mgpu.kernel_of(*shapes, [r] * (ups + 1), sparsity)
-
-
-def padded(size: int, step: int = FEATURE_STEP) -> int:
-    return -(-size // step) * step
+    return "sparse" if name in (TOP2, SOFT) else dense_kernel((model.rank, model.rank))
 
 
 def _between_us(model: Model, tokens: int, name: str, which: str) -> float:
     """Of our kernels: all between the first and the last factor."""
     layer, both = layer_of(model, tokens, name), which == BOTH
-    match kernel_of(model, tokens, name):
+    match kernel_of(model, name):
         case "flash_mlp":
-            return predictions_of.flash_us(layer, both)
+            return cost.flash_us(layer, both)
         case "matmul":
-            return predictions_of.matmul_us(layer, both)
-    return predictions_of.sparse_us(layer, both, soft=name == SOFT)
+            return cost.matmul_us(layer, both)
+    return cost.sparse_us(layer, both, soft=name == SOFT)
 
 
 def layer_of(model: Model, tokens: int, name: str) -> Layer:
@@ -205,11 +192,11 @@ def _factors(model: Model) -> list[tuple[int, int]]:
 
 def _pruned_us(model: Model, tokens: int) -> float:
     """Four sparse products, transposed, of weights packed along what they sum over."""
-    t, us = padded(tokens), 0.0
+    t, us = round_up(tokens, FEATURE_STEP), 0.0
     for i, (d_in, d_out) in enumerate(_factors(model)):
         # x is padded as the transposed factor that it is.
-        depth = padded(d_in, ROW_STEP if i else FEATURE_STEP)
-        us += sparse_matmul_us(padded(d_out, ROW_STEP), depth, t)
+        depth = round_up(d_in, ROW_STEP if i else FEATURE_STEP)
+        us += sparse_matmul_us(round_up(d_out, ROW_STEP), depth, t)
         # Positions are put in the kernels' order in every call, of a 16th of the bytes.
         us += elementwise_us(d_in * d_out / 8)
         if d_in % DEPTH or d_out % ROW_STEP:
@@ -225,7 +212,7 @@ def xla_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
         us += xla_matmul_us(t, model.hidden, r)
         if both:
             us += xla_matmul_us(t, r, model.hidden) + xla_matmul_us(model.hidden, t, r)
-    us += predictions_of.xla_us(layer_of(model, tokens, name), both)
+    us += cost.xla_us(layer_of(model, tokens, name), both)
     if name == SOFT:
         us += elementwise_us(t * width(model, name))
     if name == PRUNED:
@@ -236,7 +223,7 @@ def xla_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
 def prediction(label: str, batch: int, name: str, which: str) -> dict[str, Any]:
     """One row: floors, our kernels, XLA."""
     model, tokens = MODELS[label], batch * SEQ
-    kernel = "packed" if name == PRUNED else kernel_of(model, tokens, name)
+    kernel = "packed" if name == PRUNED else kernel_of(model, name)
     floors = floors_us(model, tokens, name, which)
     ours = kernels_us(model, tokens, name, which)
     return {

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 import jaxkern
-from jaxkern._core.device import on_hopper
-from jaxkern._mlp.hopper import fused as _matmul_mgpu
+from jaxkern._core import device
+from jaxkern._mosaic.matmul import unsupported
 from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
@@ -103,12 +103,13 @@ def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> 
     return x, *jax.tree.unflatten(tree, weights)
 
 
-def skip_without_kernels(*sizes: int, dtype: Any) -> None:
+def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
     """
     Raises:
         Skip: the row is of the kernels, and they cannot run here.
     """
-    reason = _matmul_mgpu.unsupported(sizes, dtype, on_hopper=on_hopper())
+    x = jax.ShapeDtypeStruct((tokens, features), dtype)
+    reason = unsupported("x", x) or device.unsupported()
     if reason:
         raise Skip(reason)
 
@@ -118,7 +119,7 @@ def build(
 ) -> Program:
     impl = IMPLEMENTATIONS[name]
     if framework == KERNEL:
-        skip_without_kernels(tokens, model.rank, dtype=args.dtype)
+        skip_without_kernels(tokens, model.hidden, args.dtype)
     inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
     fn: Any = impl.ours
     if framework == PLAIN:

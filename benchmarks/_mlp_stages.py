@@ -10,9 +10,16 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
-from jaxkern._mlp.hopper import fused as _matmul_mgpu
-from jaxkern._mlp.hopper.cost import (
+from jaxkern._mlp.hopper import flash, fused, sparse
+from jaxkern._mlp.thresholds import FEATURE_STEP
+from jaxkern._mosaic.matmul import Work, pad_rows, pad_weight, round_up
+from jaxkern._sparsity.hopper.product import sparse_matmul
+from jaxkern.testing import plain
+
+from . import _mlp_definitions as definitions
+from . import _mlp_model as shapes
+from ._harness import Check, Program, Row
+from ._mlp_cost import (
     PACKED,
     elementwise_us,
     flash_us,
@@ -22,14 +29,6 @@ from jaxkern._mlp.hopper.cost import (
     sparse_matmul_us,
     xla_matmul_us,
 )
-from jaxkern._mlp.hopper.fused import FEATURE_STEP, Work, pad
-from jaxkern._mosaic.launch import ROW_STEP
-from jaxkern._sparsity.hopper import product as _sparsity_mgpu
-from jaxkern.testing import plain
-
-from . import _mlp_definitions as definitions
-from . import _mlp_model as shapes
-from ._harness import Check, Program, Row
 from ._mlp_model import ITEM, MEMORY_BYTES, RELU2, TENSOR_FLOPS, TOP2, Model
 from ._mlp_programs import KERNEL, OURS, make_inputs, skip_without_kernels
 
@@ -57,31 +56,31 @@ WHOLE = {
 }
 
 
-def _is_flash(model: Model, tokens: int) -> bool:
-    return shapes.kernel_of(model, tokens, RELU2) == "flash_mlp"
+def _is_flash(model: Model) -> bool:
+    return shapes.kernel_of(model, RELU2) == "flash_mlp"
 
 
-def ways(model: Model, tokens: int) -> dict[str, tuple[str, ...]]:
+def ways(model: Model) -> dict[str, tuple[str, ...]]:
     """By the kernel that takes the dense MLP."""
-    flash = {"kernel": (FIRST, UP_DOWN, LAST)} if _is_flash(model, tokens) else {}
+    flash = {"kernel": (FIRST, UP_DOWN, LAST)} if _is_flash(model) else {}
     return WAYS | flash
 
 
-def dense_ways(model: Model, tokens: int) -> list[tuple[str, ...]]:
+def dense_ways(model: Model) -> list[tuple[str, ...]]:
     """All there are, of which a gain is to be taken over the fastest."""
-    return [WAYS["dense"], WAYS["kernel"], ways(model, tokens)["kernel"]]
+    return [WAYS["dense"], WAYS["kernel"], ways(model)["kernel"]]
 
 
-def by_framework(model: Model, tokens: int) -> dict[str, tuple[str, ...]]:
+def by_framework(model: Model) -> dict[str, tuple[str, ...]]:
     """The stages there are; both matmuls are in one kernel up to some rank only."""
-    kernels = KERNEL_STAGES if _is_flash(model, tokens) else KERNEL_STAGES[1:]
+    kernels = KERNEL_STAGES if _is_flash(model) else KERNEL_STAGES[1:]
     return {OURS: XLA_STAGES, KERNEL: kernels}
 
 
 def predicted_us(model: Model, tokens: int) -> dict[str, float]:
     """Of each stage on one H200: predicted, not measured."""
     t, h, r, w = tokens, model.hidden, model.rank, model.relu2
-    padded, pads = shapes.padded(w), padding_us(t, (r, r), w, 1) / 2
+    padded, pads = round_up(w, FEATURE_STEP), padding_us(t, (r, r), w, 1) / 2
     packing = elementwise_us((1 + PACKED) * t * w)
     down = xla_matmul_us(t, w, r)
     us = {
@@ -98,7 +97,7 @@ def predicted_us(model: Model, tokens: int) -> dict[str, float]:
         UP_SELECT: pads + select_us(t, r, padded),
         DOWN_SPARSE: pads + sparse_matmul_us(t, padded, r),
     }
-    if _is_flash(model, tokens):
+    if _is_flash(model):
         us[UP_DOWN] = flash_us(shapes.layer_of(model, t, RELU2), backward=False)
     return us
 
@@ -199,36 +198,27 @@ BY_XLA = {
 }
 
 
-def _tiled(w):
-    """As the op pads the factors of its kernels, in every call."""
-    return pad(w, FEATURE_STEP, FEATURE_STEP)
-
-
-def _core(core):
-    return pad(core, ROW_STEP, FEATURE_STEP)
-
-
 def _flash(core, up, down):
-    weights = (up[None],), down[None]
-    return _flash_mlp_mgpu.mlp(core[None], *weights, "relu2")[0]
+    return flash.mlp(core[None], (up[None],), down[None], "relu2")[0]
 
 
 def _relu2_kernel(core, up):
-    return _matmul_mgpu.relu2_forward()(_core(core), _tiled(up))
+    """As the op pads the factors of its kernels, in every call."""
+    return fused.relu2_forward()(pad_rows(core), pad_weight(up))
 
 
 def _select_kernel(core, up):
     """Values, and words of positions."""
-    kernel = _sparsity_mgpu.select_forward(shrink=False, keep=False)
-    return kernel(_core(core), _tiled(up))[:2]
+    kernel = sparse.select_forward(shrink=False, keep=False)
+    return kernel(pad_rows(core), pad_weight(up))[:2]
 
 
 def _sparse_kernel(values, words, down):
-    return _sparsity_mgpu.sparse_matmul()(values, words, _tiled(down))
+    return sparse_matmul()(values, words, pad_weight(down))
 
 
 def _dense(chosen: Any, tokens: int, hidden: int) -> jax.Array:
-    return _sparsity_mgpu.dense(_sparsity_mgpu.Chosen(*chosen), hidden)[:tokens]
+    return sparse.dense(sparse.Chosen(*chosen), hidden)[:tokens]
 
 
 def _by_kernels(tokens: int, rank: int, hidden: int) -> dict[str, Stage]:
@@ -285,7 +275,7 @@ def _check(stage: Stage, found: dict[str, Any], inputs: Any, run: Any) -> Check:
 def build(name: str, model: Model, tokens: int, args: argparse.Namespace) -> Program:
     by_kernel = name in KERNEL_STAGES
     if by_kernel:
-        skip_without_kernels(tokens, model.rank, dtype=args.dtype)
+        skip_without_kernels(tokens, model.rank, args.dtype)
     found = arrays(model, tokens, args.dtype, args.seed)
     stages = BY_XLA | _by_kernels(tokens, model.rank, model.relu2)
     stage = stages[name]

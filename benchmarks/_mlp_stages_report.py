@@ -48,7 +48,7 @@ def print_all(console: Console, rows: Sequence[Row], describe: Callable) -> None
 
 def _print_stages(console: Console, size: str, rows: Sequence[Row]) -> None:
     model = shapes.MODELS[rows[0]["model"]]
-    columns, found = ways(model, rows[0]["tokens"]), times(rows)
+    columns, found = ways(model), times(rows)
     on_device = any(row.get("device_ms") for row in rows)
     more = ["% floor"] if on_device else []
     device = " of the device" if on_device else ""

@@ -15,7 +15,6 @@ per-call. Ours on a CPU has 1 warm-up, and fewer calls where they take long.
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -39,7 +38,7 @@ from ._attention_model import (
     Task,
 )
 from ._attention_programs import FLEX, Entry
-from ._cli import add_only, make_parser, positive
+from ._cli import add_only, make_parser, positive, run_program
 from ._harness import Case, Options, Row, matmul_peak_tflops
 from ._report import Results, execute, list_or_run, make_console, metadata, print_header
 
@@ -310,4 +309,4 @@ def _add_figures(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

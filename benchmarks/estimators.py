@@ -12,7 +12,6 @@ backward (of the masks) apart: --warmup 3 --iterations 10 --timing per-call.
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
@@ -29,7 +28,7 @@ from . import _estimators_model as model
 from . import _estimators_plot as plots
 from . import _estimators_report as report
 from . import _estimators_study as study
-from ._cli import add_only, make_parser
+from ._cli import add_only, make_parser, run_program
 from ._estimators_report import PASSES, TITLES
 from ._harness import (
     Case,
@@ -203,4 +202,4 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -12,7 +12,6 @@ allocate over that of weights and input. Floors are for one H200, from its data 
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern._core.device import on_hopper
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
+from jaxkern._core import device
+from jaxkern._mlp.hopper import flash
 from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
@@ -31,7 +30,7 @@ from . import _flash_mlp_model as model
 from . import _flash_mlp_plot as plots
 from . import _flash_mlp_report as report
 from . import _torch
-from ._cli import add_only, make_parser
+from ._cli import add_only, make_parser, run_program
 from ._flash_mlp_model import PASSES, Shape
 from ._harness import Case, Options, Program, Skip, matmul_peak_tflops, with_gradients
 from ._report import execute, list_or_run, make_console, metadata, print_header
@@ -57,7 +56,7 @@ def build(implementation: str, shape: Shape, which: str, args) -> Program:
     check = partial(definitions.check, key, inputs)
     if implementation == "mosaic_gpu":
         x, w1, _ = inputs[-3:]
-        reason = _flash_mlp_mgpu.unsupported(x, [w1], on_hopper=on_hopper())
+        reason = flash.unsupported(x, w1) or device.unsupported()
         if reason:
             raise Skip(reason)
     if implementation == "naive jnp":
@@ -189,4 +188,4 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,9 +10,10 @@ status=0
 # without timing XLA's candidates for every matmul.
 workers=
 $python -c "import xdist" 2>/dev/null && workers="-n auto --maxprocesses 16"
-# Without the options that need the packages of the extra "dev".
+# Without the options that need the packages of the extra "dev". Two test files may
+# have one name, in two folders.
 XLA_FLAGS="$XLA_FLAGS --xla_gpu_autotune_level=0" XLA_PYTHON_CLIENT_PREALLOCATE=false \
-  $python -m pytest -q $workers -o addopts= -W default -m gpu tests || status=1
+  $python -m pytest -q $workers -o addopts=--import-mode=importlib -W default -m gpu tests || status=1
 # Kernels first, since a machine may be lent for half an hour only.
 $python -m benchmarks.attention --kernels --backward \
   --json "$folder/attention_kernels_backward.json" || status=1

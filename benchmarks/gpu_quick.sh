@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 mkdir -p "$folder" || exit 1
 status=0
 
-tests="positions or masked or sparsity or test_mlp_mgpu or attention_on_gpu or long"
+tests="positions or masked or sparsity or test_fused or attention_on_gpu or long"
 tests="$tests or blocks_on_gpu or (flash and silu and bfloat16)"
 
 part() {
@@ -20,7 +20,7 @@ part() {
     workers=$($python -c "import xdist; print('-n auto --maxprocesses 14')" 2>/dev/null)
     XLA_FLAGS="$XLA_FLAGS --xla_gpu_autotune_level=0" \
       XLA_PYTHON_CLIENT_PREALLOCATE=false \
-      timeout 110 $python -m pytest -q -o addopts= -W default -m gpu tests $workers \
+      timeout 110 $python -m pytest -q -o addopts=--import-mode=importlib -W default -m gpu tests $workers \
       -k "$tests"
     ;;
   estimators)

@@ -27,14 +27,15 @@ from jaxkern._attention.block_mask.mask import with_keys
 from jaxkern._attention.dilation import Dilation
 from jaxkern._attention.hopper import attend as _block_sparse_mgpu
 from jaxkern._core.activations import ACTIVATIONS
-from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import WORD, MaskedTiles
+from jaxkern._masked.hopper import gradients as _masked_gradients
+from jaxkern._masked.hopper import product as _masked_product
+from jaxkern._masked.packed import WORD
 from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
 from jaxkern._mlp.hopper import fused as _matmul_mgpu
 from jaxkern._mosaic.matmul import Factor
 from jaxkern._sparsity.hopper import product as _sparsity_mgpu
 
-from ._cli import pattern, writable
+from ._cli import pattern, run_program, writable
 from ._harness import Row
 from ._kernel_compile import (
     Missing,
@@ -91,13 +92,13 @@ def _attention(
     scale = dim**-0.5
     match kernel:
         case "forward":
-            run = partial(kernels.forward, scale, True, mask())
+            run = partial(kernels.forward, exact=True)
         case "backward_q":
-            run = partial(kernels.backward_q, scale, mask())
+            run = kernels.backward_q
         case _:
-            run = partial(kernels.backward_kv, scale, wanted, mask())
+            run = partial(kernels.backward_kv, wanted=wanted or ())
     dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
-    run = partial(run, dilation=dilation)
+    run = partial(run, mask=mask(), scale=scale, dilation=dilation)
     return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
 
 
@@ -155,8 +156,8 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
 
 def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
-    kernels, cases = _masked_mgpu, {}
-    configs = [MaskedTiles(n, k) for n in kernels.TILES for k in (1, 2)]
+    kernels, cases = _masked_product, {}
+    configs = [kernels.MaskedTiles(n, k) for n in kernels.TOKENS for k in (1, 2)]
     of_logits = "logits", "straight_through", jnp.float32, configs
     of_masks = "mask", "mask", jnp.bfloat16, configs[:1]
     of_bits = "bits", "bits", jnp.int32, configs
@@ -170,7 +171,7 @@ def masked_cases() -> Cases:
         features = 2048 if "transposed" in options else 512
         for name, kind, dtype, configs in kinds:
             for config in configs:
-                make = kernels.product(kind, config=config, **options)
+                make = kernels.product_kernel(kind, tiles=config, **options)
                 size = f"{config.tokens}{' split' * (config.splits > 1)}"
                 cases[f"masked {label} {size} {name}"] = partial(
                     _masked, make, kind, dtype, (features,)
@@ -184,9 +185,9 @@ def masked_cases() -> Cases:
     for kind, (dtype, wanted) in gradients.items():
         made = jnp.float32 if kind == "bits" else dtype
         for label, (mask, w) in wanted.items():
-            make = kernels.gradients(kind, kernels.Wanted(False, w, mask, made))
-            columns = kernels.gradient_columns(mask)
-            cases[f"masked {label} {columns} {kind}"] = partial(
+            of = _masked_gradients.Wanted(False, w, mask, made)
+            make = _masked_gradients.gradients_kernel(kind, of)
+            cases[f"masked {label} {of.columns} {kind}"] = partial(
                 _masked, make, kind, dtype, (512, 2048)
             )
     return cases
@@ -368,4 +369,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

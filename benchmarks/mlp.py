@@ -13,7 +13,6 @@ selection alone. Predicted is never measured: it follows from shapes and a data 
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +29,7 @@ from . import _mlp_report as report
 from . import _mlp_stages as stages
 from . import _mlp_stages_report as stages_report
 from . import _torch
-from ._cli import add_only, make_parser, names, plot_file
+from ._cli import add_only, make_parser, names, plot_file, run_program
 from ._harness import Case, Options, matmul_peak_tflops
 from ._mlp_model import BATCHES, BOTH, FORWARD, MODELS, Model
 from ._mlp_peers import PLAIN, TOKAMAX, TORCH_SPARSE
@@ -115,7 +114,7 @@ def _make_stages(label, batch, figures, args) -> list[Case]:
             iterations=model.iterations if args.on_device else CPU_ITERATIONS,
             needed_bytes=_needed_bytes(model, tokens, "relu2", args),
         )
-        for framework, group in stages.by_framework(model, tokens).items()
+        for framework, group in stages.by_framework(model).items()
         for name in group
     ]
     whole = [
@@ -235,4 +234,4 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

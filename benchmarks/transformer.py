@@ -16,7 +16,6 @@ plain jnp, a full AdamW step, and other attention and MLPs.
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,7 +29,7 @@ from jaxkern.nn import make_mesh
 
 from . import _transformer_memory as memory
 from . import _transformer_report as report
-from ._cli import DTYPES, add_only, make_parser, names, positive
+from ._cli import DTYPES, add_only, make_parser, names, positive, run_program
 from ._harness import Case, Options, matmul_peak_tflops
 from ._report import (
     execute,
@@ -258,4 +257,4 @@ def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _program import run_program
 from flax import nnx
 
 from jaxkern.nn import LowRankSwiGLU, SwiGLU
@@ -123,4 +124,4 @@ if __name__ == "__main__":
     # There are no options; but --help says what this is, and others are errors.
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
-    main()
+    run_program(main)

@@ -11,7 +11,6 @@ far the outputs then are from the model's, is printed for four estimators.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from _program import check_plot, run_program
 from flax import nnx
 
 import jaxkern
@@ -150,14 +150,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if (given := getattr(args, name)) < least:
             option = name.replace("_", "-")
             parser.error(f"--{option} must be at least {least}, got {given}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
-    if args.plot and not args.plot.parent.is_dir():
-        parser.error(
-            f"--plot must be in a folder that is there, got {str(args.plot)!r}"
-        )
+    check_plot(parser, args.plot)
     return args
 
 
@@ -173,4 +166,4 @@ def main(argv: list[str] | None = None) -> dict[str, list[tuple[float, float]]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

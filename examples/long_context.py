@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import optax
+from _program import run_program
 from flax import nnx
 
 import jaxkern
@@ -108,4 +109,4 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     # Of no effect where there is a GPU.
     jax.config.update("jax_num_cpu_devices", 8)
-    main()
+    run_program(main)

@@ -11,7 +11,6 @@ makes gradients of weights 2:4 too ("feature_wise").
 """
 
 import argparse
-import importlib.util
 import sysconfig
 import time
 from functools import partial
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _program import check_plot, run_program
 from flax import nnx
 
 import jaxkern
@@ -168,14 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
-    if args.plot and not args.plot.parent.is_dir():
-        parser.error(
-            f"--plot must be in a folder that is there, got {str(args.plot)!r}"
-        )
+    check_plot(parser, args.plot)
     return args
 
 
@@ -193,4 +186,4 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

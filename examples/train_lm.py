@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from _program import check_plot, run_program
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -74,24 +75,37 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--processes", type=int, metavar="N", help="how many there are, if not found")
     add("--process", type=int, metavar="I", help="which this is, if not found")
     args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What would fail late is refused at once."""
     for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
         least = 2 if name == "context" else 1  # one half to write on from
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    if not 0 < args.learning_rate < math.inf:
+        rate = args.learning_rate
+        parser.error(f"--learning-rate must be positive and finite, got {rate}")
     found = args.coordinator, args.processes, args.process
     if not args.distributed and any(x is not None for x in found):
         parser.error("--coordinator, --processes and --process need --distributed")
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    processes = math.inf if args.processes is None else args.processes
+    if args.process is not None and not 0 <= args.process < processes:
+        parser.error(
+            f"--process must be from 0 to one less than --processes, got {args.process}"
+        )
     if args.compare and args.folder:
         parser.error("--compare must be without --folder: it keeps no checkpoints")
-    if args.text is not None and not args.text.is_file():
-        parser.error(f"--text must be a file, got {str(args.text)!r}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot must end in .png, .svg or .pdf, got {str(args.plot)!r}")
-    if args.plot and not os.access(args.plot.resolve().parent, os.W_OK):
-        parser.error(f"--plot must be in a folder to write to, got {str(args.plot)!r}")
-    return args
+    text = args.text
+    if text is not None and not (text.is_file() and os.access(text, os.R_OK)):
+        parser.error(f"--text must be a file to read, got {str(args.text)!r}")
+    check_plot(parser, args.plot)
 
 
 def is_first() -> bool:
@@ -209,6 +223,15 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
     return graph, jax.jit(init, out_shardings=places), step, jax.jit(loss)
 
 
+def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Any]:
+    """The mesh and the programs; what cannot be built ends the run with its reason."""
+    try:
+        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
+        return mesh, make_programs(args, mesh)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def pure(tree: Any) -> Any:
     """Modules' states as plain dictionaries, which checkpoints hold."""
 
@@ -317,7 +340,10 @@ class Checkpoints:
 
 
 class Progress:
-    """A bar on a terminal, if rich is installed; else a line every so many steps."""
+    """A bar on a terminal, if rich is installed; else a line every so many steps.
+
+    A bar hides the cursor from `with` on, and shows it again however that ends.
+    """
 
     def __init__(self, args: argparse.Namespace, first: int):
         self.args, self.bar = args, None
@@ -332,7 +358,15 @@ class Progress:
             self.task = self.bar.add_task(
                 "", total=args.steps, completed=first, text=""
             )
+
+    def __enter__(self) -> "Progress":
+        if self.bar is not None:
             self.bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
 
     def show(self, step: int, losses: list[float], seconds: float) -> None:
         rate = len(losses) * self.args.batch * self.args.context / seconds
@@ -341,10 +375,6 @@ class Progress:
             self.bar.update(self.task, completed=step, text=text)
         elif step % self.args.every == 0 or step == self.args.steps:
             say(f"step {step:>5}  {text}")
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
 
 class Run(NamedTuple):
@@ -359,29 +389,25 @@ class Run(NamedTuple):
 
 def train(args: argparse.Namespace) -> Run:
     train_text, held_out = split(read_bytes(args.text), args.context)
-    try:
-        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
-        graph, init, step, loss = make_programs(args, mesh)
-    except ValueError as error:
-        sys.exit(str(error))
+    mesh, (graph, init, step, loss) = prepare(args)
     shapes = jax.tree.leaves(jax.eval_shape(init))
     checkpoints = Checkpoints(args, sum(x.size * x.dtype.itemsize for x in shapes))
     state, first = checkpoints.restore(init())
     size = sum(w.size for w in jax.tree.leaves(state["weights"]))
     say(f"{size} parameters, {len(train_text)} bytes to learn from")
-    batch, progress = partial(make_batch, train_text, args, mesh), Progress(args, first)
+    batch = partial(make_batch, train_text, args, mesh)
     step = step.lower(state, batch(first)).compile()
     losses, seconds, saved = [], [0.0], 0
-    for i in range(first, args.steps):
-        start = time.perf_counter()
-        state, value = step(state, batch(i))
-        losses.append(float(value))
-        seconds.append(seconds[-1] + time.perf_counter() - start)
-        progress.show(i + 1, losses[saved:], seconds[-1] - seconds[saved])
-        if (i + 1) % args.every == 0 or i + 1 == args.steps:
-            checkpoints.save(i + 1, state, losses[saved:])
-            saved = len(losses)
-    progress.stop()
+    with Progress(args, first) as progress:
+        for i in range(first, args.steps):
+            start = time.perf_counter()
+            state, value = step(state, batch(i))
+            losses.append(float(value))
+            seconds.append(seconds[-1] + time.perf_counter() - start)
+            progress.show(i + 1, losses[saved:], seconds[-1] - seconds[saved])
+            if (i + 1) % args.every == 0 or i + 1 == args.steps:
+                checkpoints.save(i + 1, state, losses[saved:])
+                saved = len(losses)
     batches = [make_batch(held_out, args, mesh, i, 1) for i in range(EVALUATIONS)]
     found = np.mean([float(loss(state["weights"], batch)) for batch in batches])
     unigram = unigram_loss(train_text, held_out)
@@ -406,10 +432,14 @@ def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
 
 def compare(args: argparse.Namespace) -> list[Run]:
     """One run with each MLP there is, on the same batches."""
+    each = [argparse.Namespace(**vars(args) | {"mlp": name}) for name in MLPS]
+    # The last MLP is refused before the first one trains.
+    for one in each:
+        prepare(one)
     runs = []
-    for name in MLPS:
-        say(f"\n{name}")
-        runs.append(train(argparse.Namespace(**vars(args) | {"mlp": name})))
+    for one in each:
+        say(f"\n{one.mlp}")
+        runs.append(train(one))
     say("\nMLP        parameters  ms a step  seconds  held-out loss")
     for name, size, _, seconds, found in runs:
         ms = 1e3 * np.median(np.diff(seconds, prepend=0.0))
@@ -447,4 +477,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -30,8 +30,44 @@ from ._mlp.mlp import swiglu as swiglu
 from ._mlp.packed_mlp import packed_relu2 as packed_relu2
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24
-from ._sparsity.select import pack_2_4 as pack_2_4
+from ._sparsity.packed import pack_2_4 as pack_2_4
+from ._sparsity.packed import unpack_2_4 as unpack_2_4
 from ._sparsity.select import sparsify_2_4 as sparsify_2_4
-from ._sparsity.select import unpack_2_4 as unpack_2_4
+
+__all__ = [
+    "BlockMask",
+    "Packed24",
+    "PackedMask",
+    "attention",
+    "binary_concrete",
+    "block_sparse_attention",
+    "context_parallel_attention",
+    "cross_entropy",
+    "dilated_attention",
+    "flash_mlp",
+    "gumbel_softmax",
+    "low_rank_matmul",
+    "low_rank_relu2",
+    "low_rank_swiglu",
+    "masked_bilinear",
+    "masked_matmul",
+    "matmul_2_4",
+    "merge_attention",
+    "nn",
+    "pack_2_4",
+    "pack_mask",
+    "packed_relu2",
+    "reinmax",
+    "reinmax_categorical",
+    "ring_attention",
+    "ring_permutation",
+    "rotary_embedding",
+    "seed_reinmax",
+    "sparsify_2_4",
+    "straight_through",
+    "swiglu",
+    "unpack_2_4",
+    "unpack_mask",
+]
 
 __version__ = "0.1.0"

@@ -1,16 +1,19 @@
 """The loss of a language model, without all its logits at once."""
 
 from functools import partial
-from numbers import Integral
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ._core.checks import check_batched, check_floating, check_shape
+from ._core.checks import (
+    check_array,
+    check_batched,
+    check_floating,
+    check_integer,
+    check_shape,
+)
 from ._core.precision import widen
 from ._core.sharding import vary_alike
 
@@ -59,14 +62,12 @@ def cross_entropy(
     check_batched(op, "hidden", hidden)
     given = f" for hidden of shape {hidden.shape}"
     check_shape(op, "head", head, (hidden.shape[-1], "vocab"), given)
-    _check_kind(op, "targets", targets, jnp.integer, "an integer")
+    check_array(op, "targets", targets, "integer")
     check_shape(op, "targets", targets, hidden.shape[:-1], given)
     if where is not None:
-        _check_kind(op, "where", where, jnp.bool_, "a boolean")
+        check_array(op, "where", where, "boolean")
         check_shape(op, "where", where, hidden.shape[:-1], given)
-    if not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"{op}: chunk must be an integer of at least 1, got {chunk!r}")
-    chunks = -(-head.shape[1] // int(chunk))
+    chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
     losses = _losses(*vary_alike(hidden, head, jnp.asarray(targets)), chunks)
     return losses if where is None else jnp.where(where, losses, 0)
 
@@ -143,10 +144,3 @@ def _explicit_sharding(x):
     """That of a gradient on a mesh with explicit axes; on others XLA chooses it."""
     sharding = jax.typeof(x).sharding
     return sharding if sharding.mesh.explicit_axes else None
-
-
-def _check_kind(op: str, name: str, array: object, kind: Any, text: str) -> None:
-    got = getattr(array, "dtype", type(array).__name__)
-    is_array = isinstance(array, jax.Array | np.ndarray)
-    if not is_array or not jnp.issubdtype(got, kind):
-        raise TypeError(f"{op}: {name} must be {text} array, got {got}")

@@ -223,7 +223,7 @@ HIDDEN, HEAD, TARGETS = jnp.ones((2, 5)), jnp.ones((5, 7)), jnp.zeros(2, int)
             TypeError,
             "targets must be an integer array, got float32",
         ),
-        ((HIDDEN, HEAD, [0, 1]), {}, TypeError, "an integer array, got list"),
+        ((HIDDEN, HEAD, [0, 1]), {}, TypeError, "targets must be an array, got list"),
         (
             (HIDDEN, HEAD, TARGETS),
             {"where": TARGETS},

@@ -95,8 +95,8 @@ def block_sparse_attention(
         scale: a number known when traced; None stands for dim ** -0.5.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, or `mask`
-            is no `BlockMask`.
+        TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
+            no `BlockMask`, or `scale` no number.
         ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
             unknown.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
@@ -117,7 +117,7 @@ def block_sparse_attention(
             # Mosaic is imported on first use of a kernel.
             from .hopper import attend
 
-            out, lse = attend.attend(query, key, value, mask, scale)
+            out, lse = attend.attend(query, key, value, mask=mask, scale=scale)
         case "xla":
             leaves, tree = jax.tree.flatten(mask)
             query, key, value, *leaves = vary_alike(
@@ -197,11 +197,17 @@ def _backward(query, key, value, mask, out, lse, d_out, d_lse, scale):
     d_outs, lses, deltas = (_cut(mask, x, key.shape[2]) for x in (d_out, lse, delta))
 
     def gradients(b, h, i, j, visible):
-        at = b, _key_head(h, queries, keys), j
-        logits = tile_logits(queries[b, h, i], keys[at], visible, scale)
+        row, at = (b, h, i), (b, _key_head(h, queries, keys), j)
+        logits = tile_logits(queries[row], keys[at], visible, scale)
         return tile_gradients(
-            *(logits, queries[b, h, i], keys[at], values[at]),
-            *(d_outs[b, h, i], lses[b, h, i], deltas[b, h, i], scale),
+            logits,
+            queries[row],
+            keys[at],
+            values[at],
+            d_outs[row],
+            lses[row],
+            deltas[row],
+            scale,
         )
 
     def row(b, h, i):

@@ -1,11 +1,8 @@
 """Checks of attention's arguments, and what cuDNN cannot do."""
 
-import math
-
 import jax
-import numpy as np
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_array, check_floating, check_number, check_shape
 
 
 def check_query_key_value(
@@ -15,10 +12,10 @@ def check_query_key_value(
     check_floating(op, query=query, key=key, value=value)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, _, heads, dim = query.shape
-    given = f" for query of shape {query.shape}"
-    check_shape(op, "key", key, (batch, "seq_kv", "kv_heads", dim), given)
-    given = f" for key of shape {key.shape}"
-    check_shape(op, "value", value, (*key.shape[:3], "dim_v"), given)
+    because = f" for query of shape {query.shape}"
+    check_shape(op, "key", key, (batch, "seq_kv", "kv_heads", dim), because)
+    because = f" for key of shape {key.shape}"
+    check_shape(op, "value", value, (*key.shape[:3], "dim_v"), because)
     if heads % key.shape[2]:
         raise ValueError(
             f"{op}: heads of query must be a multiple of those of key and value, "
@@ -26,24 +23,23 @@ def check_query_key_value(
         )
 
 
-def check_scale(op: str, scale: object, dim: int) -> float:
+def check_one_length(op: str, query: jax.Array, key: jax.Array) -> None:
+    """The same tokens are queries and keys."""
+    because = f" for query of shape {query.shape}"
+    check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), because)
+
+
+def check_scale(op: str, scale: float | None, dim: int) -> float:
     """The factor of the logits, dim ** -0.5 where None is given."""
     if scale is None:
         return dim**-0.5
-    number = isinstance(scale, int | float | np.floating | np.integer)
-    if not number or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be None or a finite number, got {scale!r}")
+    check_number(op, "scale", scale)
     return float(scale)
 
 
-def check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
-    if not isinstance(mask, jax.Array | np.ndarray):
-        raise TypeError(f"{op}: mask must be an array, got {type(mask).__name__}")
-    if mask.dtype != bool:
-        raise TypeError(
-            f"{op}: mask must be boolean, True where a query sees a key, "
-            f"got {mask.dtype}"
-        )
+def check_mask(op: str, mask: jax.Array, query: jax.Array, key: jax.Array) -> None:
+    """A boolean for each pair, True where the query sees the key."""
+    check_array(op, "mask", mask, "boolean")
     full = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
     fits = mask.ndim == 4 and all(
         got in (1, want) for got, want in zip(mask.shape, full, strict=True)
@@ -53,6 +49,13 @@ def check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
             f"{op}: mask must be broadcastable to (batch, heads, seq_q, seq_kv) = "
             f"{full}, got {mask.shape}"
         )
+
+
+def check_key_mask(op: str, key_mask: jax.Array | None, shape: tuple[int, int]) -> None:
+    """A boolean for each key, False for padding; or None."""
+    if key_mask is not None:
+        check_array(op, "key_mask", key_mask, "boolean")
+        check_shape(op, "key_mask", key_mask, shape)
 
 
 def unsupported_by_cudnn(

@@ -8,15 +8,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation as KernelOrXLA
-from .._core.dispatch import check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
-from .block_mask.mask import band_mask, with_keys
+from .block_mask.mask import BlockMask, band_mask, with_keys
 from .checks import check_mask, check_query_key_value, check_scale, unsupported_by_cudnn
-from .dilation import Dilation
 from .tiles import TILE, attention_by_tiles, finite, group_heads, make_tiling, normalize
 
-Implementation = Literal["xla", "cudnn", "mosaic_gpu"]
+ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
+# A tile of the kernel holds 64 queries, and fewer leave most of it empty: one query
+# over 65,537 keys would do 64 times the work. Predicted, not measured.
+LEAST_QUERIES = 64
 
 
 @overload
@@ -29,7 +30,7 @@ def attention(
     is_causal: bool = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
-    implementation: Implementation | None = ...,
+    implementation: ImplementationOrCudnn | None = ...,
 ) -> Array: ...
 
 
@@ -43,7 +44,7 @@ def attention(
     is_causal: bool = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
-    implementation: Implementation | None = ...,
+    implementation: ImplementationOrCudnn | None = ...,
 ) -> tuple[Array, Array]: ...
 
 
@@ -56,7 +57,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-    implementation: Implementation | None = None,
+    implementation: ImplementationOrCudnn | None = None,
 ) -> (
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
@@ -87,16 +88,17 @@ def attention(
       NVIDIA GPUs, without `mask` and `return_lse`: it gives masked rows the mean of
       the values, and rounds $L$ and drops its gradient.
 
-    None picks "mosaic_gpu" where it can run and the logits are more than 256 x 256, and
-    "xla" otherwise. On an H200 "cudnn" takes as long forward and 3 to 20 % less forward
-    and backward; only who names it gets it, since its results are other ones.
+    None picks "mosaic_gpu" where it can run, for at least 64 queries and more logits
+    than 256 x 256, and "xla" otherwise. On an H200 "cudnn" takes as long forward and 3
+    to 20 % less forward and backward; only who names it gets it, since its results are
+    other ones.
 
     Args:
         scale: a number known when traced; None stands for dim ** -0.5.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, or `mask`
-            is not boolean.
+        TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
+            not boolean, or `scale` is no number.
         ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
             unknown.
         NotImplementedError: the named implementation cannot run this; it says why.
@@ -106,74 +108,50 @@ def attention(
         https://arxiv.org/abs/2307.08691.
     """
     op = "attention"
-    check_implementation(op, implementation, Implementation)
+    check_implementation(op, implementation, ImplementationOrCudnn)
     check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
-    runs = implementation
-    if runs != "cudnn":
-        runs = choose_for_keys(op, runs, query, key, value, mask)
-    match runs:
+    if implementation == "cudnn":
+        reason = unsupported_by_cudnn(query, key, value, mask, is_causal, return_lse)
+        if reason:
+            raise NotImplementedError(f"{op}: {reason}")
+        options = {"scale": scale, "is_causal": is_causal}
+        return jax.nn.dot_product_attention(
+            query, key, value, implementation="cudnn", **options
+        )
+    match choose_dense(op, implementation, query, key, value, mask=mask):
         case "mosaic_gpu":
-            out, lse = attend_in_kernel(query, key, value, mask, is_causal, scale)
-        case "cudnn":
-            reason = unsupported_by_cudnn(
-                query, key, value, mask, is_causal, return_lse
-            )
-            if reason:
-                raise NotImplementedError(f"{op}: {reason}")
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                scale=scale,
-                is_causal=is_causal,
-                implementation="cudnn",
-            )
-        case "xla" if _is_small(query.shape[1], key.shape[1]):
-            out, lse = _reference(query, key, value, mask, is_causal, scale)
+            # Mosaic is imported on first use of a kernel.
+            from .hopper import attend
+
+            blocks = dense_blocks(query, key, mask, is_causal)
+            out, lse = attend.attend(query, key, value, mask=blocks, scale=scale)
         case "xla":
-            tiling = make_tiling(query.shape[1], key.shape[1], 0 if is_causal else None)
-            out, lse = attention_by_tiles(query, key, value, mask, scale, tiling)
+            out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
     return (out, lse) if return_lse else out
 
 
-def _is_small(queries: int, keys: int) -> bool:
-    """Whether all logits of a head are computed at once.
-
-    Up to here that is no slower than tiles, and has all derivatives; for a single query
-    over many keys it is faster: 3.5 ms against 5.4 over 4096, on two cores. There it
-    still is at 512 x 512, 7.5 against 9.4 (causal: slower), but saves that many
-    weights.
-    """
-    return queries * keys <= TILE**2
-
-
-# A kernel's tile has 64 queries, and fewer leave most of it empty: one query over
-# 65,537 keys would do 64 times the work. Predicted, not measured.
-LEAST_QUERIES = 64
-
-
-def choose_for_keys(
+def choose_dense(
     op: str,
-    implementation: KernelOrXLA | None,
+    implementation: Implementation | None,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    *,
     mask: jax.Array | None = None,
     rows: int | None = None,
-) -> KernelOrXLA:
-    """What runs attention whose mask, if it has one, is the same for all queries.
+) -> Implementation:
+    """What runs attention of all queries to all keys, or to those of a mask.
 
-    rows: of the queries, and of the keys, that attend to each other; None means all.
+    rows: how many queries attend to each other, where those are not all of the arrays.
 
     Raises:
         NotImplementedError: the kernel is named and cannot run this.
     """
 
     def unsupported() -> str | None:
-        # Mosaic is imported on first use of a kernel.
         from .hopper import attend
 
         if mask is not None and mask.shape[2] != 1:
@@ -185,27 +163,43 @@ def choose_for_keys(
         return attend.unsupported(query, value, None)
 
     queries, keys = rows or query.shape[1], rows or key.shape[1]
-    faster = not _is_small(queries, keys) and queries >= LEAST_QUERIES
+    faster = queries >= LEAST_QUERIES and not _is_small(queries, keys)
     return choose(op, implementation, (query, key, value), unsupported, faster)
 
 
-def attend_in_kernel(
+def dense_blocks(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool
+) -> BlockMask:
+    """What the kernel's queries see; a mask is one of keys, (batch, heads, 1, seq)."""
+    upper = 0 if is_causal else None
+    blocks = band_mask(None, upper, query.shape[1], key.shape[1])
+    return blocks if mask is None else with_keys(blocks, mask[:, :, 0])
+
+
+def attend_by_xla(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
     is_causal: bool,
     scale: float,
-    dilation: Dilation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), for a mask of keys; a dilation is that of the kernel's `attend`."""
-    from .hopper import attend
+    """(out, lse): all logits of a head at once if they are few, else by tiles."""
+    if _is_small(query.shape[1], key.shape[1]):
+        return _reference(query, key, value, mask, is_causal, scale)
+    tiling = make_tiling(query.shape[1], key.shape[1], 0 if is_causal else None)
+    return attention_by_tiles(query, key, value, mask, scale, tiling)
 
-    upper = 0 if is_causal else None
-    blocks = band_mask(None, upper, query.shape[1], key.shape[1])
-    if mask is not None:
-        blocks = with_keys(blocks, mask[:, :, 0])
-    return attend.attend(query, key, value, blocks, scale, dilation)
+
+def _is_small(queries: int, keys: int) -> bool:
+    """Whether all logits of a head are computed at once.
+
+    Up to here that is no slower than tiles, and has all derivatives; for a single query
+    over many keys it is faster: 3.5 ms against 5.4 over 4096, on two cores. There it
+    still is at 512 x 512, 7.5 against 9.4 (causal: slower), but saves that many
+    weights.
+    """
+    return queries * keys <= TILE**2
 
 
 def _reference(query, key, value, mask, is_causal, scale):

@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import check_shape, raise_unknown
+from .._core.checks import raise_unknown
 from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
-from .checks import check_query_key_value, check_scale
-from .dense import attend_in_kernel, attention, choose_for_keys
+from .checks import (
+    check_key_mask,
+    check_one_length,
+    check_query_key_value,
+    check_scale,
+)
+from .dense import attend_by_xla, choose_dense, dense_blocks
 from .dilation import HeadOffsets, Pattern, check_covered, group_heads, make_patterns
 
 Uncovered = Literal["zero", "error"]
@@ -136,9 +141,8 @@ def dilated_attention(
     check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
     batch, seq, heads, _ = query.shape
-    given = f" for query of shape {query.shape}"
-    check_shape(op, "key", key, (batch, seq, *key.shape[2:]), given)
-    _check_key_mask(op, key_mask, (batch, seq))
+    check_one_length(op, query, key)
+    check_key_mask(op, key_mask, (batch, seq))
     if not isinstance(head_groups, bool):
         raise_unknown(op, "head_groups", head_groups, (False, True))
     if uncovered not in get_args(Uncovered):
@@ -149,31 +153,23 @@ def dilated_attention(
     groups = group_heads(op, patterns, heads, head_groups)
     if uncovered == "error":
         check_covered(op, groups, seq)
-    parts = [
-        _attend(
-            op,
-            query[:, :, start:stop],
-            *_key_value_heads(key, value, start, stop, heads),
-            key_mask,
-            [pattern.of_heads(start, stop) for pattern in members],
-            stop_gradient_mix,
-            is_causal,
-            scale,
-            implementation,
-        )
-        for (start, stop), members in groups
-    ]
-    out, lse = (jnp.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+    attend = partial(
+        attend_pattern,
+        op=op,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        implementation=implementation,
+    )
+    mixed = []
+    for (start, stop), members in groups:
+        of_heads = [pattern.of_heads(start, stop) for pattern in members]
+        keys, values = _key_value_heads(key, value, start, stop, heads)
+        queries = query[:, :, start:stop]
+        parts = [attend(queries, keys, values, pattern=x) for x in of_heads]
+        mixed.append(mix(of_heads, parts, seq, value.dtype, stop_gradient_mix))
+    out, lse = (jnp.concatenate(part, axis=2) for part in zip(*mixed, strict=True))
     return (out, lse) if return_lse else out
-
-
-def _attend(op, query, key, value, key_mask, patterns, stop_gradient_mix, *given):
-    """All heads through all patterns, and the mixture."""
-    parts = [
-        attend_pattern(op, query, key, value, key_mask, pattern, *given)
-        for pattern in patterns
-    ]
-    return mix(patterns, parts, query.shape[1], value.dtype, stop_gradient_mix)
 
 
 def mix(
@@ -206,12 +202,13 @@ def mix(
 
 
 def attend_pattern(
-    op: str,
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim_v"],
-    key_mask: Bool[Array, "batch seq"] | None,
+    *,
+    op: str,
     pattern: Pattern,
+    key_mask: Bool[Array, "batch seq"] | None,
     is_causal: bool,
     scale: float,
     implementation: Implementation | None,
@@ -225,30 +222,28 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    arrays = query, key, value
-    chosen = choose_for_keys(op, implementation, *arrays, rows=pattern.rows)
-    if chosen == "mosaic_gpu":
-        return _attend_in_strides(*arrays, mask, pattern, is_causal, scale)
+    match choose_dense(op, implementation, query, key, value, rows=pattern.rows):
+        case "mosaic_gpu":
+            return _attend_in_strides(
+                query, key, value, mask, pattern, is_causal, scale
+            )
+        case "xla":
+            selected = select_rows(query, key, value, pattern)
+            attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
 
-    # Not merged with the batch, which may be sharded on a mesh.
-    @partial(jax.vmap, in_axes=1, out_axes=1)
-    def attend_segment(query, key, value, mask):
-        return attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            return_lse=True,
-            implementation=chosen,
-        )
+            # Segments are not merged with the batch, which a mesh may split.
+            @partial(jax.vmap, in_axes=1, out_axes=1)
+            def attend_segment(query, key, value, mask):
+                return attend(query, key, value, mask)
 
-    return attend_segment(*select_rows(query, key, value, pattern), mask)
+            return attend_segment(*selected, mask)
 
 
 def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
     """The segments as a batch, of which the kernel reads the rows that heads take."""
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import attend
+
     batch = query.shape[0]
     query, key, value = (
         x.reshape(-1, pattern.rows, x.shape[3] * x.shape[4], x.shape[5])
@@ -256,8 +251,14 @@ def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
     )
     if mask is not None:
         mask = mask.reshape(-1, *mask.shape[2:])
-    given = mask, is_causal, scale, pattern.dilation
-    out, lse = attend_in_kernel(query, key, value, *given)
+    out, lse = attend.attend(
+        query,
+        key,
+        value,
+        mask=dense_blocks(query, key, mask, is_causal),
+        scale=scale,
+        dilation=pattern.dilation,
+    )
     split = batch, -1
     return out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
 
@@ -295,12 +296,3 @@ def _repeat(x, group):
     sharding = jax.typeof(x).sharding
     kept = sharding if sharding.mesh.explicit_axes else None
     return jnp.repeat(x, group, axis=2, out_sharding=kept)
-
-
-def _check_key_mask(op, key_mask, shape) -> None:
-    if key_mask is None:
-        return
-    got = getattr(key_mask, "dtype", type(key_mask).__name__)
-    if got != jnp.dtype(bool):
-        raise TypeError(f"{op}: key_mask must be an array of bool, got {got}")
-    check_shape(op, "key_mask", key_mask, shape)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import jax
@@ -11,14 +10,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .._core.checks import raise_unknown
+from .._core.checks import check_integer, raise_unknown
 
 HeadOffsets = Literal["paper", "blocks", "pattern"]
 
 
 @dataclass(frozen=True)
 class Dilation:
-    """Of each `rate` rows head j takes one, at (first + step * j) // run % rate.
+    """Head j takes one of each `rate` rows, at (first + step * j) // run % rate.
 
     group: heads that take theirs from the same vectors.
     """
@@ -162,15 +161,10 @@ def make_patterns(
     return patterns
 
 
-def _positive_integers(op, name, values) -> tuple[int, ...]:
+def _positive_integers(op: str, name: str, values: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise TypeError(f"{op}: {name} must be a sequence of integers, got {values!r}")
-    for x in values:
-        if not isinstance(x, Integral) or isinstance(x, bool) or x < 1:
-            raise ValueError(
-                f"{op}: {name} must hold integers of at least 1, got {x!r}"
-            )
-    return tuple(int(x) for x in values)
+    return tuple(check_integer(op, f"{name}[{i}]", x) for i, x in enumerate(values))
 
 
 def group_heads(

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_floating, check_shape
+from .checks import check_key_mask
 
 
 def quadratic_attention(
@@ -35,14 +36,12 @@ def quadratic_attention(
     check_shape(op, "key", key, (batch, "seq_kv", heads, dim))
     seq_kv = key.shape[1]
     check_shape(op, "value", value, (batch, seq_kv, heads, "dim_v"))
+    check_key_mask(op, key_mask, (batch, seq_kv))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     product = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
     weights = jnp.square(product / dim)
     if is_causal:
         weights = jnp.where(jnp.tri(seq_q, seq_kv, dtype=bool), weights, 0)
     if key_mask is not None:
-        if key_mask.dtype != bool:
-            raise TypeError(f"{op}: key_mask must be boolean, got {key_mask.dtype}")
-        check_shape(op, "key_mask", key_mask, (batch, seq_kv))
         weights = jnp.where(key_mask[:, None, None, :], weights, 0)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)

@@ -1,6 +1,7 @@
 """Attention over a sequence that is split among devices: keys and values go round."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -12,13 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from .._core.checks import check_shape, raise_unknown
+from .._core.checks import raise_unknown
 from .._core.dispatch import Implementation, check_implementation
-from .checks import check_query_key_value, check_scale
-from .dense import choose_for_keys
-from .dilation import HeadOffsets
-from .ring_dilated import attend_dilated_around
-from .ring_steps import Layout, Ring, attend_around
+from .checks import check_one_length, check_query_key_value, check_scale
+from .dense import choose_dense
+from .dilated import attend_pattern, mix, select_rows
+from .dilation import HeadOffsets, Pattern, make_patterns
+from .ring_steps import DeviceRing, Layout, attend_around
 
 
 def ring_attention(
@@ -104,22 +105,111 @@ def ring_attention(
         )
     _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     try:
-        ring = Ring(axis_name, lax.axis_size(axis_name))
+        ring = DeviceRing(axis_name, lax.axis_size(axis_name))
     except NameError:
         raise ValueError(
             f"{op}: axis_name must be an axis of the jax.shard_map around the call, "
             f"got {axis_name!r}"
         ) from None
     if segment_lengths is not None and dilation_rates is not None:
-        given = f" for query of shape {query.shape}"
-        check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), given)
-        patterns = segment_lengths, dilation_rates, head_offsets
-        return attend_dilated_around(
-            op, query, key, value, ring, is_causal, scale, *patterns, implementation
+        check_one_length(op, query, key)
+        seq, heads = ring.devices * seq_q, query.shape[2]
+        patterns = make_patterns(
+            op, segment_lengths, dilation_rates, seq, heads, head_offsets
         )
-    seen = layout if is_causal else None
-    chosen = choose_for_keys(op, implementation, query, key, value)
-    return attend_around(query, key, value, ring, scale, seen, chosen)[0]
+        return _attend_dilated(
+            query,
+            key,
+            value,
+            op=op,
+            ring=ring,
+            patterns=patterns,
+            is_causal=is_causal,
+            scale=scale,
+            implementation=implementation,
+        )
+    out, _ = attend_around(
+        query,
+        key,
+        value,
+        ring=ring,
+        scale=scale,
+        layout=layout if is_causal else None,
+        implementation=choose_dense(op, implementation, query, key, value),
+    )
+    return out
+
+
+def _attend_dilated(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim_v"],
+    *,
+    op: str,
+    ring: DeviceRing,
+    patterns: Sequence[Pattern],
+    is_causal: bool,
+    scale: float,
+    implementation: Implementation | None,
+) -> Float[Array, "batch seq heads dim_v"]:
+    """A device's tokens of `dilated_attention` over those of all devices.
+
+    Only segments that span devices go round.
+    """
+    shard = query.shape[1]
+    rings = [_ring_of_a_segment(op, x, shard, ring) for x in patterns]
+    # Of a longer segment, a device holds as many tokens, from a multiple of the rate.
+    patterns = [replace(x, segment=min(x.segment, shard)) for x in patterns]
+    options = {"op": op, "is_causal": is_causal, "scale": scale}
+    parts = []
+    for pattern, group in zip(patterns, rings, strict=True):
+        if group.devices > 1:
+            attend = partial(_attend_across, ring=group, **options)
+        else:
+            attend = partial(attend_pattern, key_mask=None, **options)
+        part = attend(query, key, value, pattern=pattern, implementation=implementation)
+        parts.append(part)
+    return mix(patterns, parts, shard, value.dtype)[0]
+
+
+def _attend_across(
+    query, key, value, *, op, pattern, ring, is_causal, scale, implementation
+):
+    """`attend_pattern`, of the one segment that the devices of a ring share."""
+    query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
+    out, lse = attend_around(
+        query,
+        key,
+        value,
+        ring=ring,
+        scale=scale,
+        layout="contiguous" if is_causal else None,
+        implementation=choose_dense(op, implementation, query, key, value),
+    )
+    return out[:, None], lse[:, None]
+
+
+def _ring_of_a_segment(
+    op: str, pattern: Pattern, shard: int, ring: DeviceRing
+) -> DeviceRing:
+    """The devices that share a segment, of all in the ring."""
+    w, r, devices = pattern.segment, pattern.dilation.rate, ring.devices
+    if devices == 1 or shard % w == 0:
+        return ring._replace(devices=1)
+    groups = {n * shard: n for n in range(2, devices + 1) if devices % n == 0}
+    if w not in groups:
+        whole = ", ".join(map(str, groups))
+        raise ValueError(
+            f"{op}: segment_lengths must divide the {shard} tokens of a device, or be "
+            f"those of one of several equal groups of the {devices} devices, {whole}, "
+            f"got {w}"
+        )
+    if shard % r:
+        raise ValueError(
+            f"{op}: dilation_rates must divide the {shard} tokens of a device where a "
+            f"segment spans {groups[w]} devices, got {r} for {w} tokens"
+        )
+    return ring._replace(devices=groups[w])
 
 
 def ring_permutation(

@@ -17,7 +17,7 @@ from .tiles import Tiling, attend, attend_gradients, make_tiling
 Layout = Literal["contiguous", "striped", "zigzag"]
 
 
-class Ring(NamedTuple):
+class DeviceRing(NamedTuple):
     """Neighbours on a mesh axis: each group of so many devices is a ring of its own."""
 
     axis_name: str
@@ -40,7 +40,8 @@ def attend_around(
     query: Float[Array, "batch seq_q heads dim"],
     key: Float[Array, "batch seq_kv kv_heads dim"],
     value: Float[Array, "batch seq_kv kv_heads dim_v"],
-    ring: Ring,
+    *,
+    ring: DeviceRing,
     scale: float,
     layout: Layout | None,
     implementation: Implementation,
@@ -99,57 +100,76 @@ def _pad(x, before, after, fill=0.0):
     return jnp.pad(x, widths, constant_values=fill)
 
 
-def _attend(query, keys_values, scale, part, implementation):
+def _attend(query, keys_values, *, part, scale, implementation: Implementation):
+    """(out, lse) of all queries over what they see of some keys, in float32."""
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
-    if implementation == "mosaic_gpu":
-        from .hopper import attend as kernel
+    match implementation:
+        case "mosaic_gpu":
+            # Mosaic is imported on first use of a kernel.
+            from .hopper import attend as kernel
 
-        mask = part.mask(query.shape[1])
-        out, lse = kernel.attend_part(query[:, first:], key, value, mask, scale)
-    else:
-        tiling = part.tiling(query.shape[1])
-        out, lse = attend(query[:, first:], key, value, None, scale, tiling)
+            mask = part.mask(query.shape[1])
+            out, lse = kernel.attend_part(
+                query[:, first:], key, value, mask=mask, scale=scale
+            )
+        case "xla":
+            tiling = part.tiling(query.shape[1])
+            out, lse = attend(query[:, first:], key, value, None, scale, tiling)
     return _pad(out, first, 0), _pad(lse, first, 0, -jnp.inf)
 
 
-def _gradients(query, keys_values, d_out, lse, delta, scale, part, implementation):
+def _gradients(
+    query,
+    keys_values,
+    d_out,
+    lse,
+    delta,
+    *,
+    part,
+    scale,
+    implementation: Implementation,
+):
+    """What some keys add to d_query, and (d_key, d_value), in float32."""
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
     rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))
-    if implementation == "mosaic_gpu":
-        from .hopper import attend as kernel
+    match implementation:
+        case "mosaic_gpu":
+            from .hopper import attend as kernel
 
-        mask = part.mask(query.shape[1])
-        d_query, d_key, d_value = kernel.part_gradients(
-            rows, key, value, mask, scale, d_out, lse, delta
-        )
-    else:
-        tiling = part.tiling(query.shape[1])
-        d_query, d_key, d_value = attend_gradients(
-            rows, key, value, None, d_out, lse, delta, scale, tiling
-        )
+            mask = part.mask(query.shape[1])
+            d_query, d_key, d_value = kernel.part_gradients(
+                rows, key, value, d_out, lse, delta, mask=mask, scale=scale
+            )
+        case "xla":
+            tiling = part.tiling(query.shape[1])
+            d_query, d_key, d_value = attend_gradients(
+                rows, key, value, None, d_out, lse, delta, scale, tiling
+            )
     missing = keys_values[0].shape[1] - end
     return _pad(d_query, first, 0), (_pad(d_key, 0, missing), _pad(d_value, 0, missing))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _around(*args):
-    return _around_forward(*args)[0]
+def _around(query, key, value, rank, ring, scale, layout, implementation):
+    outs, _ = _around_forward(
+        query, key, value, rank, ring, scale, layout, implementation
+    )
+    return outs
 
 
 def _around_forward(query, key, value, rank, ring, scale, layout, implementation):
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
 
-    def attend(keys_values, part):
-        return _attend(query, keys_values, scale, part, implementation)
+    attend = partial(_attend, query, scale=scale, implementation=implementation)
 
     def add(out, lse, held, step):
         def run(part):
             if part is None:
                 return out, lse
-            return merge_attention(out, lse, *attend(held, part))
+            return merge_attention(out, lse, *attend(held, part=part))
 
         return _pick(parts, step, rank, run)
 
@@ -161,7 +181,7 @@ def _around_forward(query, key, value, rank, ring, scale, layout, implementation
 
     keys_values = key, value
     arriving = ring.send_on(keys_values) if devices > 1 else None
-    out, lse = attend(keys_values, parts[0])
+    out, lse = attend(keys_values, part=parts[0])
     if devices > 1:
         carry = out, lse, arriving
         (out, lse, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
@@ -174,12 +194,21 @@ def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     d_out, d_lse = cotangents
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
-    # Or XLA would sum inside of what transposes and stacks it for the kernels.
+    # Without this barrier XLA would sum inside of what transposes and stacks it for the
+    # kernels.
     delta = lax.optimization_barrier((d_out * out).sum(-1)) - d_lse
 
     def gradients(keys_values, part):
-        given = query, keys_values, d_out, lse, delta, scale, part
-        return _gradients(*given, implementation)
+        return _gradients(
+            query,
+            keys_values,
+            d_out,
+            lse,
+            delta,
+            part=part,
+            scale=scale,
+            implementation=implementation,
+        )
 
     def add(d_query, d_held, held, step):
         # The sums so far come from the neighbour while this device's share is computed.

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._core.checks import check_floating, check_shape, raise_unknown
+from .._core.checks import (
+    check_array,
+    check_floating,
+    check_number,
+    check_shape,
+    raise_unknown,
+)
 from .._core.precision import widen
 
 Pairs = Literal["interleaved", "halves", "seed"]
@@ -48,9 +54,10 @@ def rotary_embedding(
         theta: a number known when traced.
 
     Raises:
-        TypeError: `x` is no floating-point array, or `positions` no integer array.
-        ValueError: the shapes do not fit, dim is odd, `theta` is not a positive finite
-            number, or `pairs` is unknown.
+        TypeError: `x` is no floating-point array, `positions` no integer array, or
+            `theta` no number.
+        ValueError: the shapes do not fit, dim is odd, `theta` is not positive and
+            finite, or `pairs` is unknown.
 
     References:
         RoFormer, eq. 34: https://arxiv.org/abs/2104.09864.
@@ -61,7 +68,7 @@ def rotary_embedding(
     batch, seq, _, dim = x.shape
     if dim % 2:
         raise ValueError(f"{op}: dim must be even, got {dim}")
-    check_theta(op, "theta", theta)
+    check_number(op, "theta", theta, positive=True)
     if pairs not in get_args(Pairs):
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if positions is None:
@@ -99,17 +106,8 @@ def _angles(positions: jax.Array, omega: np.ndarray, dtype: jnp.dtype) -> jax.Ar
     return turned.astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
 
 
-def check_theta(op: str, name: str, theta: object) -> None:
-    number = isinstance(theta, int | float | np.floating | np.integer)
-    if not number or isinstance(theta, bool) or not 0 < theta < math.inf:
-        raise ValueError(f"{op}: {name} must be positive and finite, got {theta!r}")
-
-
-def _check_positions(op: str, positions: object, batch: int, seq: int) -> None:
-    array = isinstance(positions, jax.Array | np.ndarray)
-    if not array or not jnp.issubdtype(positions.dtype, jnp.integer):
-        got = positions.dtype if array else type(positions).__name__
-        raise TypeError(f"{op}: positions must be an integer array, got {got}")
+def _check_positions(op: str, positions: jax.Array, batch: int, seq: int) -> None:
+    check_array(op, "positions", positions, "integer")
     if positions.shape not in ((seq,), (batch, seq)):
         raise ValueError(
             f"{op}: positions must have shape ({seq},) or ({batch}, {seq}), "

@@ -225,8 +225,14 @@ def attend_gradients(
         visible = tiling.visible(i, j, mask)
         logits = tile_logits(queries[i], keys[j], visible, scale)
         added = tile_gradients(
-            *(logits, queries[i], keys[j], values[j]),
-            *(d_outs[i], lses[i], deltas[i], scale),
+            logits,
+            queries[i],
+            keys[j],
+            values[j],
+            d_outs[i],
+            lses[i],
+            deltas[i],
+            scale,
         )
         return tuple(
             _put(x, x[n] + y, n) for x, y, n in zip(sums, added, (i, j, j), strict=True)

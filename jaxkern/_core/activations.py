@@ -1,13 +1,17 @@
 """The activations, each with its derivative, for references and kernels alike."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .checks import raise_unknown
+
+ActivationName = Literal[
+    "silu", "gelu", "relu", "relu2", "leaky_relu", "sigmoid", "identity"
+]
 
 SQRT_2_OVER_PI = 0.7978845608028654
 GELU_CUBIC = 0.044715

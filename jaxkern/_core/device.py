@@ -1,5 +1,6 @@
 """The default device: the only place that tests replace to stand for a Hopper GPU."""
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,17 @@ def on_hopper() -> bool:
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
+
+
+def platform() -> str:
+    """The default device's platform: "cpu", "gpu" or "tpu"."""
+    return jax.devices()[0].platform
+
+
+def memory_bytes() -> float:
+    """The default device's memory as JAX may use it; infinite where it does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
 
 
 def miscompiled() -> str | None:

@@ -4,21 +4,40 @@ Each returns entries of 0 and 1 in the dtype of the logits, and computes in floa
 float64 if the logits have it. A NaN stays one.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._core.checks import check_batched, check_floating, check_key, raise_unknown
+from .._core.checks import (
+    check_batched,
+    check_floating,
+    check_key,
+    check_number,
+    raise_unknown,
+)
 from .._core.gradients import with_derivative_of
 from .._core.precision import widen
 
 Derivative = Literal["identity", "sigmoid"]
 Number = Float[Array, ""] | float
+# The estimators that are called with logits, or with logits and a key, alone.
+EstimatorName = Literal[
+    "straight_through",
+    "seed_reinmax",
+    "reinmax",
+    "binary_concrete",
+    "gumbel_softmax",
+    "reinmax_categorical",
+]
+Estimator = Callable[..., jax.Array] | EstimatorName
+# The rules by which a kernel can make a mask of logits, and their gradient.
+Rule = Literal["straight_through", "seed_reinmax", "reinmax"]
 
 
 def _attach(mask: Array, soft: Array, logits: Array) -> Array:
@@ -49,18 +68,6 @@ def _draw(x: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Array:
 def _sigmoid_slope(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     # Not 1 - sigmoid(x), which is 0 from 17 on.
     return jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
-
-
-def _check_number(op: str, name: str, value: Any, least: float = 0.0) -> None:
-    """`value` is one positive number, and not below `least`."""
-    numeric = isinstance(value, int | float | jax.Array) or hasattr(value, "dtype")
-    if not numeric or jnp.shape(value) != ():
-        raise TypeError(f"{op}: {name} must be one number, got {value!r}")
-    if isinstance(value, Tracer):
-        return
-    if not (value > 0 and value >= least):
-        wanted = f"at least {least:g}" if least else "positive"
-        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
 
 
 def straight_through(
@@ -98,7 +105,7 @@ def straight_through(
     if derivative not in get_args(Derivative):
         raise_unknown(op, "derivative", derivative, get_args(Derivative))
     if clip is not None:
-        _check_number(op, "clip", clip)
+        check_number(op, "clip", clip, positive=True, finite=False, traced=True)
     if key is not None:
         check_key(op, key)
     return _straight_through(logits, derivative, clip, key)
@@ -173,7 +180,7 @@ def reinmax(
     check_floating(op, logits=logits)
     if key is not None:
         check_key(op, key)
-    _check_number(op, "temperature", temperature, least=1.0)
+    check_number(op, "temperature", temperature, least=1.0, finite=False, traced=True)
     return _reinmax(logits, key, temperature)
 
 
@@ -217,7 +224,8 @@ def binary_concrete(
     op = "binary_concrete"
     check_floating(op, logits=logits)
     check_key(op, key)
-    _check_number(op, "temperature", temperature)
+    options: Any = {"positive": True, "finite": False, "traced": True}
+    check_number(op, "temperature", temperature, **options)
     return _binary_concrete(logits, key, temperature, hard)
 
 
@@ -287,7 +295,8 @@ def gumbel_softmax(
     op = "gumbel_softmax"
     _check_categorical(op, logits, axis)
     check_key(op, key)
-    _check_number(op, "temperature", temperature)
+    options: Any = {"positive": True, "finite": False, "traced": True}
+    check_number(op, "temperature", temperature, **options)
     return _gumbel_softmax(logits, key, temperature, axis, hard)
 
 
@@ -330,7 +339,7 @@ def reinmax_categorical(
     op = "reinmax_categorical"
     _check_categorical(op, logits, axis)
     check_key(op, key)
-    _check_number(op, "temperature", temperature, least=1.0)
+    check_number(op, "temperature", temperature, least=1.0, finite=False, traced=True)
     return _reinmax_categorical(logits, key, temperature, axis)
 
 
@@ -348,3 +357,65 @@ def _reinmax_categorical(
     q = (drawn + jax.nn.softmax(wide / temperature, axis)) / 2
     soft = 2 * jacobian(q) - jacobian(jax.nn.softmax(wide, axis)) / 2
     return _attach(drawn, soft, logits)
+
+
+def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
+    """The function that makes a mask of logits, which may be given by its name.
+
+    Raises:
+        TypeError: `estimator` is neither a function nor a string.
+        ValueError: there is no estimator of that name.
+    """
+    match estimator:
+        case "straight_through":
+            return straight_through
+        case "seed_reinmax":
+            return seed_reinmax
+        case "reinmax":
+            return reinmax
+        case "binary_concrete":
+            return binary_concrete
+        case "gumbel_softmax":
+            return gumbel_softmax
+        case "reinmax_categorical":
+            return reinmax_categorical
+        case str():
+            raise_unknown(op, "estimator", estimator, get_args(EstimatorName))
+    if not callable(estimator):
+        names = ", ".join(map(repr, get_args(EstimatorName)))
+        raise TypeError(
+            f"{op}: estimator must be callable or one of {names}, got {estimator!r}"
+        )
+    return estimator
+
+
+def rule_of(estimator: Callable[..., jax.Array]) -> Rule | None:
+    """The rule of `estimator` without a key, or None if the kernels do not know it.
+
+    A `functools.partial` has its function's rule if each option that it binds is that
+    function's default.
+    """
+    if isinstance(estimator, partial):
+        options = {**estimator.keywords}
+        if estimator.args or not _are_defaults(estimator.func, options):
+            return None
+        return rule_of(estimator.func)
+    # By identity, since a callable need not have an equality or a hash.
+    if estimator is straight_through:
+        return "straight_through"
+    if estimator is seed_reinmax:
+        return "seed_reinmax"
+    if estimator is reinmax:
+        return "reinmax"
+    return None
+
+
+def _are_defaults(fn: Callable[..., Any], options: dict[str, Any]) -> bool:
+    parameters = inspect.signature(fn).parameters if options else {}
+    return all(
+        name in parameters
+        # An array has no truth value, and a traced one no value at all.
+        and isinstance(value, str | int | float | None)
+        and value == parameters[name].default
+        for name, value in options.items()
+    )

@@ -1,5 +1,6 @@
 """Products with weights that each sample masks in its own way."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -10,25 +11,40 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._core import device
 from .._core.checks import check_floating, check_key, check_shape, raise_unknown
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import add, matmul, widen
-from .estimators import reinmax, seed_reinmax, straight_through
-from .hopper import multiply as _masked_mgpu
-from .hopper.product import Kind, bytes_of
+from .estimators import Estimator, Rule, estimator_of, rule_of
 from .packed import WORD, PackedMask, check_packed, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
 Arrays = tuple[jax.Array, ...]
 Logits = tuple[jax.Array | PackedMask, ...]
-Estimator = Callable[..., jax.Array]
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Layer = Callable[[jax.Array, Arrays, Product], jax.Array]
+Sum = Callable[[jax.Array, jax.Array], jax.Array]
+# From an input, its masks, and how to multiply and to add a bias, to the output.
+Layer = Callable[[jax.Array, Arrays, Product, Sum], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
-
 
 # What "fused" keeps for the backward, but for the arguments.
 KEPT = "jaxkern.masked"
+
+# None picks the kernels for at least so many samples with masks of their own. Of the
+# layer of 512 x 2048 with 256 tokens a sample, all gradients took on an H200 by the
+# kernels 381 us of 16 samples and 77.4 us of one, by "bmm" 580 and 74.7, the forward
+# 102 and 23.7 to 164 and 20.9 (`nvidia_h200/launches.json`, device time). Between one
+# sample and 16: predicted, not measured.
+KERNEL_LEAST_SAMPLES = 2
+# And for so many tokens a sample: predicted, not measured. With fewer, launches take
+# longer than the products; with more, the products longer than what masks save.
+KERNEL_LEAST_TOKENS = 8
+KERNEL_MOST_TOKENS = 2048
+
+# On a GPU without our kernels None picks "bmm" as long as the masked weights of the
+# batch take no more than this share of the device's memory: not measured. It keeps
+# about 1.1 times their bytes at once, "fused" those of one sample.
+BATCHED_MEMORY_SHARE = 0.125
 
 
 # In the precision of w, which callers widen: the gradient of w is a sum over samples,
@@ -37,64 +53,100 @@ def _masked(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
     return (w * mask.astype(w.dtype)).astype(x.dtype)
 
 
-def _product(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+def _by_matmul(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
     return matmul(x, _masked(x, w, mask))
 
 
-def _einsum(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+def _by_einsum(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.einsum("bsd,bdm->bsm", x, _masked(x, w, mask))
 
 
-def _bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-    # The barrier keeps XLA from computing the operand inside of the product.
+def _by_bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+    # Without this barrier XLA computes the operand inside of the product.
     return jnp.matmul(x, lax.optimization_barrier(_masked(x, w, mask)))
 
 
-def _run(
-    layer: Layer,
-    x: Float[Array, "batch seq d_in"],
-    logits: Logits,
-    estimator: Estimator | None,
-    method: Method,
-    key: PRNGKeyArray | None,
-    implementation: Implementation,
-) -> Float[Array, "batch seq d_out"]:
-    """`layer(x[b], the masks of sample b, product)` for every b."""
-    # What has no estimator is packed.
-    make: Callable[..., jax.Array] = estimator or unpack_mask
-    shared = logits[0].ndim == 2
-    samples = 1 if shared else len(x)
-    keys = None if key is None else jax.random.split(key, (samples, len(logits)))
+@dataclasses.dataclass(frozen=True)
+class _Masks:
+    """The masks of a call, before they are made.
 
-    def draw(logits: Logits, keys: jax.Array | None) -> Arrays:
+    logits: one for each weight, with an axis of samples or without.
+    make: the estimator, from the logits of a sample to its mask; `unpack_mask` for
+        packed masks.
+    rule: that of the estimator, if the kernels know it and nothing is drawn.
+    key: for an estimator that draws.
+    """
+
+    logits: Logits
+    make: Callable[..., jax.Array]
+    rule: Rule | None
+    key: PRNGKeyArray | None
+
+    @property
+    def arrays(self) -> Arrays:
+        return tuple(jax.tree.leaves(self.logits))
+
+    @property
+    def shared(self) -> bool:
+        """Whether all samples have one mask."""
+        return self.logits[0].ndim == 2
+
+    @property
+    def samples(self) -> int:
+        """How many have masks of their own."""
+        return 1 if self.shared else len(self.arrays[0])
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.logits[0], PackedMask)
+
+    def keys(self) -> jax.Array | None:
+        """A key for each mask of each sample."""
+        if self.key is None:
+            return None
+        keys = jax.random.split(self.key, (self.samples, len(self.logits)))
+        return keys[0] if self.shared else keys
+
+    def draw(self, logits: Logits, keys: jax.Array | None) -> Arrays:
+        """The masks of one sample."""
         if keys is None:
-            return tuple(map(make, logits))
+            return tuple(map(self.make, logits))
         pairs = zip(logits, keys, strict=True)
-        return tuple(make(one, key=key) for one, key in pairs)
+        return tuple(self.make(one, key=key) for one, key in pairs)
+
+    def draw_all(self) -> Arrays:
+        """The masks of all samples."""
+        draw = self.draw if self.shared else jax.vmap(self.draw)
+        return draw(self.logits, self.keys())
+
+    def for_kernels(self) -> tuple[Rule | Literal["mask", "bits"], Arrays]:
+        """What the kernels make the masks of, and these arrays."""
+        if self.packed:
+            return "bits", self.arrays
+        return (
+            ("mask", self.draw_all()) if self.rule is None else (self.rule, self.arrays)
+        )
+
+
+def _by_xla(
+    layer: Layer, x: Float[Array, "batch seq d_in"], masks: _Masks, method: Method
+) -> Float[Array, "batch seq d_out"]:
+    """`layer` of each sample and its masks."""
 
     def sample(x: jax.Array, logits: Logits, keys: jax.Array | None) -> jax.Array:
-        return layer(x, draw(logits, keys), _product)
+        return layer(x, masks.draw(logits, keys), _by_matmul, add)
 
-    if shared and keys is not None:
-        keys = keys[0]
-    if implementation == "mosaic_gpu":
-        kind = _kind(logits, estimator, key)
-        if kind == "mask":
-            masks = (draw if shared else jax.vmap(draw))(logits, keys)
-        else:
-            masks = tuple(jax.tree.leaves(logits))
-        return layer(x, masks, partial(_masked_mgpu.multiply, kind))
-    if shared:
-        return sample(x, logits, keys)
-    each = x, logits, keys
+    each = x, masks.logits, masks.keys()
+    if masks.shared:
+        return sample(*each)
     match method:
         case "loop":
-            parts = [jax.tree.map(lambda a, b=b: a[b], each) for b in range(samples)]
+            parts = [jax.tree.map(lambda a, b=b: a[b], each) for b in range(len(x))]
             return jnp.stack([sample(*part) for part in parts])
         case "einsum":
-            return layer(x, jax.vmap(draw)(logits, keys), _einsum)
+            return layer(x, masks.draw_all(), _by_einsum, add)
         case "bmm":
-            return layer(x, jax.vmap(draw)(logits, keys), _bmm)
+            return layer(x, masks.draw_all(), _by_bmm, add)
         case "vmap":
             return jax.vmap(sample)(*each)
         case "fused":
@@ -105,62 +157,53 @@ def _run(
             return lax.map(lambda part: one(*part), each)
 
 
-# The kernel makes their masks of logits, and knows their slopes.
-KNOWN: dict[Any, Kind] = {
-    straight_through: "straight_through",
-    seed_reinmax: "seed_reinmax",
-    reinmax: "reinmax",
-}
-
-
-def _kind(logits: Logits, estimator: Estimator | None, key: Any) -> Kind:
-    """What the kernel makes the masks of."""
-    if isinstance(logits[0], PackedMask):
-        return "bits"
-    for known, kind in KNOWN.items():
-        # By identity: what is called need not have a hash.
-        if estimator is known and key is None:
-            return kind
-    return "mask"
-
-
-def select(
+def _choose(
     op: str,
     x: jax.Array,
     weights: Sequence[jax.Array],
-    logits: Logits,
-    kind: Kind,
-    method: Method,
+    masks: _Masks,
+    method: Method | None,
     implementation: Implementation | None,
 ) -> Implementation:
-    """What multiplies: a pure function of shapes, dtypes, method and of the devices.
-
-    Raises:
-        NotImplementedError: the kernel was asked for and cannot; it says why.
-    """
-    kernel = _masked_mgpu
-    mask_bytes = max(bytes_of(kind, getattr(one, "dtype", None)) for one in logits)
+    """What multiplies: a pure function of shapes, dtypes, method and of the devices."""
+    arrays = x, *weights, *masks.arrays
 
     def unsupported() -> str | None:
-        if method != "fused":
-            return f"method must be 'fused' for mosaic_gpu, got {method!r}"
-        return kernel.unsupported(x.dtype, mask_bytes)
+        # Mosaic is imported on first use of a kernel.
+        from .hopper.multiply import unsupported
 
-    def faster() -> bool:
-        samples = 1 if logits[0].ndim == 2 else len(x)
-        tokens = len(x) * x.shape[1] // samples
-        shapes = [(samples, tokens, w.shape[0], w.shape[1]) for w in weights]
-        return kernel.predicted_faster(shapes, mask_bytes)
+        if method not in (None, "fused"):
+            return f"method must be None or 'fused' for mosaic_gpu, got {method!r}"
+        return unsupported(x.dtype, [one.dtype for one in masks.arrays])
 
-    arrays = x, *weights, *jax.tree.leaves(logits)
-    wins = implementation is None and unsupported() is None and faster()
-    return choose(op, implementation, arrays, unsupported, wins)
+    tokens = len(x) * x.shape[1] // masks.samples
+    enough = KERNEL_LEAST_TOKENS <= tokens <= KERNEL_MOST_TOKENS
+    faster = masks.samples >= KERNEL_LEAST_SAMPLES and enough
+    return choose(op, implementation, arrays, unsupported, faster)
+
+
+def _fastest_method(
+    x: jax.Array, weights: Sequence[jax.Array], masks: _Masks
+) -> Method:
+    """XLA's form for the default device.
+
+    On an H200, all gradients of the layer of 512 x 2048, 16 samples and 256 tokens
+    each took 579 us of device time by "bmm" and 1850 by "fused"; a call took 927 and
+    2285 us by the wall (`nvidia_h200/estimators_quick.json`). On two CPU cores "fused"
+    took 895 ms and "bmm" 918 (float32), with a quarter of the temporary memory.
+    """
+    if device.platform() != "gpu":
+        return "fused"
+    of_batch = masks.samples * sum(w.size for w in weights) * x.dtype.itemsize
+    most = BATCHED_MEMORY_SHARE * device.memory_bytes()
+    return "bmm" if of_batch <= most else "fused"
 
 
 def _check_options(op: str, method: object, implementation: Any, key: Any) -> None:
     check_implementation(op, implementation)
-    if method not in get_args(Method):
-        raise_unknown(op, "method", method, get_args(Method))
+    methods = (None, *get_args(Method))
+    if method not in methods:
+        raise_unknown(op, "method", method, methods)
     if key is not None:
         check_key(op, key)
 
@@ -181,9 +224,9 @@ def _check_logits(
     check_shape(op, name, logits, (*batch, rows, columns), because)
 
 
-def _check_estimator(
-    op: str, estimator: Any, logits: Any, key: PRNGKeyArray | None
-) -> None:
+def _check_masks(
+    op: str, logits: Any, estimator: Any, key: PRNGKeyArray | None
+) -> _Masks:
     packed = [isinstance(one, PackedMask) for one in logits]
     if any(packed):
         for name, option in [("estimator", estimator), ("key", key)]:
@@ -191,13 +234,19 @@ def _check_estimator(
                 raise ValueError(f"{op}: {name} must be None for packed masks")
         if not all(packed):
             raise TypeError(f"{op}: mask_logits must be all packed, or none of them")
-        return
-    if not callable(estimator):
-        raise TypeError(f"{op}: estimator must be callable, got {estimator!r}")
+        return _Masks(logits, unpack_mask, None, None)
+    make = estimator_of(op, estimator)
+    _check_result(op, make, logits, key)
+    return _Masks(logits, make, rule_of(make) if key is None else None, key)
+
+
+def _check_result(
+    op: str, make: Callable[..., Any], logits: Any, key: PRNGKeyArray | None
+) -> None:
     options = {} if key is None else {"key": key}
     for one in logits:
         given = jax.ShapeDtypeStruct(one.shape[-2:], one.dtype)
-        mask = jax.eval_shape(estimator, given, **options)
+        mask = jax.eval_shape(make, given, **options)
         shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
         if (shape, dtype) != (given.shape, given.dtype):
             got = type(mask).__name__ if shape is None else f"{dtype}{shape}"
@@ -213,7 +262,7 @@ def masked_matmul(
     mask_logits: Float[Array, "*batch_or_none d_in d_out"] | PackedMask,
     *,
     estimator: Estimator | None = None,
-    method: Method = "fused",
+    method: Method | None = None,
     key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq d_out"]:
@@ -221,7 +270,10 @@ def masked_matmul(
 
     $$y_b = x_b (W \odot m_b), \qquad m_b = \mathrm{estimator}(\ell_b)$$
 
-    The methods compute the same, values and gradients:
+    The methods compute the same, values and gradients. None takes "fused" where the
+    kernels run, and of XLA's forms "bmm" on a GPU and "fused" on other devices, and
+    also where the masked weights of the batch would take more than an eighth of the
+    GPU's memory:
 
     - "loop": one product a sample, unrolled;
     - "einsum": one contraction over all masked weights;
@@ -248,33 +300,37 @@ def masked_matmul(
     - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
       multiplied by their mask in registers, on the way to the tensor cores, for all
       samples at once. The kernel reads packed masks as bits, and logits themselves if
-      the estimator is `straight_through`, `reinmax` or `seed_reinmax`, without options
-      or key. A backward of `x` or `w` reads the bits of such a mask, which its forward
-      writes, and in which NaN is off; beside these the reinmaxes keep logits that are
-      trained. Of any other estimator the mask is computed by XLA, for all samples, and
-      kept, as is its gradient to which the estimator's is applied. Sizes
+      the estimator is `straight_through`, `reinmax` or `seed_reinmax`: by itself, by
+      its name, or in a `functools.partial` that binds no more than defaults; and
+      without a key. A backward of `x` or `w` reads the bits of such a mask, which its
+      forward writes, and in which NaN is off; beside these the reinmaxes keep logits
+      that are trained. Of any other estimator the mask is computed by XLA, for all
+      samples, and kept, as is its gradient to which the estimator's is applied. Sizes
       that are no multiples of 8 tokens and 64 features are padded by copies. Gradients
       are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Gradients that
       are not asked for are not computed. Under `vmap` the new axis joins the samples;
       an argument that lacks it is copied.
 
-    None picks the kernel for "fused" where it can run and is predicted to be faster, on
-    one device or inside `jax.shard_map`, and "xla" elsewhere: XLA cannot split a kernel
-    over devices. Predicted, from what steps of the kernels have taken on an H200.
+    None picks the kernel where it can run, for two and more samples with masks of their
+    own and 8 to 2048 tokens each, on one device or inside `jax.shard_map`, and "xla"
+    elsewhere: XLA cannot split a kernel over devices. On an H200 the kernel was
+    measured to be faster with 16 samples and slower with one; the rest is predicted.
 
     Args:
         estimator: from logits (d_in, d_out) to a mask of their shape and dtype, such as
-            `straight_through`. It sees one sample, so it need not be elementwise.
+            `straight_through`, or the name of one of this library's estimators, such as
+            "straight_through". It sees one sample, so it need not be elementwise.
+        method: one of XLA's forms by its name, or None. The kernels are "fused".
         key: for estimators that draw, such as `reinmax`: each sample's call gets a
             `key` of its own, the same by every method. An estimator that holds a key
             itself draws the same noise for every sample.
 
     Raises:
         TypeError: an array is none or not floating-point, the dtypes of `x` and `w`
-            differ, `estimator` is not callable, or `key` is no key.
+            differ, `estimator` is neither callable nor a name, or `key` is no key.
         ValueError: the shapes do not fit, the estimator returns something other than a
-            mask like its logits, packed masks come with an estimator or a key, or
-            `method` or `implementation` is unknown.
+            mask like its logits, packed masks come with an estimator or a key, or the
+            name of an estimator, `method` or `implementation` is unknown.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
     """
     op = "masked_matmul"
@@ -284,17 +340,23 @@ def masked_matmul(
     check_shape(op, "w", w, (x.shape[2], "d_out"), f" for x of shape {x.shape}")
     shared = getattr(mask_logits, "ndim", None) == 2
     _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
-    _check_estimator(op, estimator, (mask_logits,), key)
     x, w, mask_logits = jax.tree.map(jnp.asarray, (x, w, mask_logits))
-    logits = (mask_logits,)
-    kind = _kind(logits, estimator, key)
-    runs = select(op, x, (w,), logits, kind, method, implementation)
+    masks = _check_masks(op, (mask_logits,), estimator, key)
     wide = widen(w)
 
-    def layer(x: jax.Array, masks: Arrays, product: Product) -> jax.Array:
+    def layer(x: jax.Array, masks: Arrays, product: Product, add: Sum) -> jax.Array:
         return product(x, wide, masks[0])
 
-    return _run(layer, x, logits, estimator, method, key, runs)
+    match _choose(op, x, (w,), masks, method, implementation):
+        case "mosaic_gpu":
+            # Mosaic is imported on first use of a kernel.
+            from .hopper.multiply import multiply
+
+            kind, (mask,) = masks.for_kernels()
+            return multiply(kind, x, wide, mask)
+        case "xla":
+            form = method or _fastest_method(x, (w,), masks)
+            return _by_xla(layer, x, masks, form)
 
 
 def _check_three(op: str, **tuples: Any) -> None:
@@ -344,7 +406,7 @@ def masked_bilinear(
     *,
     estimator: Estimator | None = None,
     biases: Biases | None = None,
-    method: Method = "fused",
+    method: Method | None = None,
     key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch seq d_out"]:
@@ -376,21 +438,25 @@ def masked_bilinear(
     _check_options(op, method, implementation, key)
     _check_bilinear(op, h, weights, mask_logits, biases)
     logits = tuple(jax.tree.map(jnp.asarray, one) for one in mask_logits)
-    _check_estimator(op, estimator, logits, key)
+    masks = _check_masks(op, logits, estimator, key)
     h = jnp.asarray(h)
-    kind = _kind(logits, estimator, key)
-    runs = select(op, h, weights, logits, kind, method, implementation)
     wide = [widen(jnp.asarray(w)) for w in weights]
     wide_biases = None if biases is None else [widen(jnp.asarray(b)) for b in biases]
 
-    add_bias = _masked_mgpu.add_bias if runs == "mosaic_gpu" else add
-
-    def layer(h: jax.Array, masks: Arrays, product: Product) -> jax.Array:
+    def layer(h: jax.Array, masks: Arrays, product: Product, add: Sum) -> jax.Array:
         def affine(x: jax.Array, i: int) -> jax.Array:
             y = product(x, wide[i], masks[i])
-            return y if wide_biases is None else add_bias(y, wide_biases[i])
+            return y if wide_biases is None else add(y, wide_biases[i])
 
         left, right = (checkpoint_name(affine(h, i), KEPT) for i in range(2))
         return affine(left * right, 2)
 
-    return _run(layer, h, logits, estimator, method, key, runs)
+    match _choose(op, h, weights, masks, method, implementation):
+        case "mosaic_gpu":
+            from .hopper.multiply import add_bias, multiply
+
+            kind, made = masks.for_kernels()
+            return layer(h, made, partial(multiply, kind), add_bias)
+        case "xla":
+            form = method or _fastest_method(h, weights, masks)
+            return _by_xla(layer, h, masks, form)

@@ -1,6 +1,8 @@
 """Gated and low-rank MLPs."""
 
+import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -19,10 +21,8 @@ from .._core.checks import (
 )
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import matmul, relu2, widen
-from .._mlp import feature_wise as _feature_wise
-from .._sparsity.packed import GROUP, KEPT
-from .._sparsity.select import sparsify_2_4
-from .hopper import choose as _mlp_mgpu
+from .._sparsity.select import GROUP, KEPT, sparsify_2_4
+from . import feature_wise, thresholds
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
 Gradient = Literal["exact", "straight_through", "feature_wise"]
@@ -153,7 +153,11 @@ def swiglu(
     approximate tanh. Gradients are of reverse mode and first order only: `jvp` and
     `grad` of `grad` need "xla". Under `vmap` samples run one by one, and gradients of
     weights that they share are made for each and then added: put samples in leading
-    axes of `x` instead. None picks what is predicted to be faster.
+    axes of `x` instead.
+
+    None picks the kernels from 512 tokens on, where `d_in` and `d_out` are at most 1024
+    and all sizes multiples of 64. That they are faster there is predicted, not
+    measured.
 
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
@@ -170,11 +174,33 @@ def swiglu(
     check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"), _given(x))
     check_shape(op, "w_up", w_up, w_gate.shape)
     check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
-    runs = _mlp_mgpu.choose_swiglu(op, x, w_gate, w_down, implementation)
-    if runs == "mosaic_gpu":
-        return _mlp_mgpu.run_swiglu(x, w_gate, w_up, w_down)
-    hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
-    return matmul(hidden, w_down)
+    *batch, d_in = x.shape
+    hidden_size, d_out = w_down.shape
+    faster = thresholds.kernel_is_faster(
+        op, math.prod(batch), (d_in, d_out), hidden_size
+    )
+    arrays, unsupported = (x, w_gate, w_up, w_down), partial(_unsupported, x)
+    match choose(op, implementation, arrays, unsupported, faster):
+        case "mosaic_gpu":
+            from .hopper import fused
+
+            y = fused.gated_mlp(x.reshape(-1, d_in), w_gate, w_up, w_down)
+            return y.reshape(*batch, d_out)
+        case "xla":
+            hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
+            return matmul(hidden, w_down)
+
+
+def _unsupported(
+    x: jax.Array,
+    ranks: Sequence[int] = (),
+    sparsity: Sparsity | None = None,
+    gradient: Gradient | None = None,
+) -> str | None:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import fused
+
+    return fused.unsupported(x, ranks, sparsity, gradient)
 
 
 def low_rank_matmul(
@@ -239,13 +265,16 @@ def low_rank_swiglu(
     same rank: one matmul for $G_{in}$ and $U_{in}$, which every call joins by a copy
     (of 7B, 16 MB), a kernel or two, and the last matmul. The gate is the epilogue of
     both matmuls before it, which go to memory for the backward alone, and its
-    derivative that of the matmul with $D_{in}^T$. Or, with equal ranks up to 128, where
-    forward and backward are predicted to be faster by it, the kernel is the gated one
-    of `flash_mlp`, and hidden features never reach memory. Tokens that are no multiple
-    of 8, and ranks and hidden sizes that are none of 64, are padded by copies. What
-    `swiglu` says of silu, `jvp`, `grad` of `grad` and, but for `flash_mlp`'s, of `vmap`
-    holds too. None picks a kernel that is predicted to take a twentieth less than XLA
-    forward and backward, and no more forward.
+    derivative that of the matmul with $D_{in}^T$. Or, with equal ranks up to 32, the
+    kernel is the gated one of `flash_mlp`, and hidden features never reach memory.
+    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
+    are padded by copies. What `swiglu` says of silu, `jvp`, `grad` of `grad` and, but
+    for `flash_mlp`'s, of `vmap` holds too.
+
+    None picks the kernels with ranks up to 512 from 512 tokens on and up to 1024 from
+    4096 tokens on, and where something is padded from 8192 tokens on. They were
+    measured to be faster on an H200, forward and backward, at 16384 tokens of ranks
+    256, 512 and 1024; the rest is predicted.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -264,11 +293,34 @@ def low_rank_swiglu(
     hidden_size = gate[1].shape[1]
     _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
     _check_low_rank(op, "down", down, hidden_size, "d_out")
-    kernel = _mlp_mgpu.choose(op, x, (gate, up), down, None, None, implementation)
-    if kernel is not None:
-        return _mlp_mgpu.run(kernel, x, (gate, up), down)
-    hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
-    return _low_rank_matmul(hidden, down)
+    *batch, d_in = x.shape
+    ranks = gate[1].shape[0], up[1].shape[0], down[0].shape[1]
+    faster = thresholds.kernel_is_faster(op, math.prod(batch), ranks, hidden_size)
+    arrays, unsupported = (x, *gate, *up, *down), partial(_unsupported, x, ranks)
+    match choose(op, implementation, arrays, unsupported, faster):
+        case "mosaic_gpu":
+            # Both first factors in one matmul.
+            first = jnp.concatenate([gate[0], up[0]], axis=1)
+            core = matmul(x.reshape(-1, d_in), first)
+            core = _gated_in_kernels(core, gate[1], up[1], down[0])
+            return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
+        case "xla":
+            hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
+            return _low_rank_matmul(hidden, down)
+
+
+def _gated_in_kernels(
+    core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """What is between the first and the last factors; `core` has two of (tokens, rank)
+    side by side."""
+    from .hopper import flash, fused
+
+    match thresholds.dense_kernel((gate.shape[0], down.shape[1])):
+        case "flash_mlp":
+            return flash.mlp(core[None], (gate[None], up[None]), down[None], "silu")[0]
+        case "matmul":
+            return fused.gated_mlp(core, gate, up, down)
 
 
 def low_rank_relu2(
@@ -328,8 +380,8 @@ def low_rank_relu2(
     - the activation is the epilogue of the matmul before it, and its derivative that of
       the matmul with $D_{in}^T$: $2 \sqrt a$ of the $a$ that is saved. In float16 both
       are 0 for $z$ below $2^{-12}$, where $a$ underflows;
-    - or `flash_mlp`'s, with equal ranks up to 256, where forward and backward are
-      predicted to be faster by it: the hidden features never reach memory;
+    - or, without 2:4 or with "2:4-static", `flash_mlp`'s, with equal ranks up to 32:
+      the hidden features never reach memory;
     - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
       memory packed, in 9/16 of the bytes, and on to sparse tensor cores, whose order of
       positions is verified on an H200. For an exact gradient nothing else is kept;
@@ -338,8 +390,14 @@ def low_rank_relu2(
 
     Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
     are padded by copies. What `swiglu` says of `jvp`, of `grad` of `grad` and, but for
-    `flash_mlp`'s, of `vmap` holds too. None picks a kernel that is predicted to take a
-    twentieth less than XLA forward and backward, and no more forward.
+    `flash_mlp`'s, of `vmap` holds too.
+
+    None picks the kernels from so many tokens on (where something is padded): 512
+    (2048), for "2:4-static" 512 (4096), for "2:4-soft" 1024, and for "2:4" 2048 (4096)
+    with ranks up to 1024 and 8192 with larger ones, which straight-through gradients
+    leave to XLA. They were measured to be faster on an H200, forward and backward, at
+    16384 tokens: dense at ranks 256, 512 and 1024, the others at rank 1024. The rest is
+    predicted.
 
     Raises:
         TypeError: an argument is no floating-point array, a weight is no pair, or the
@@ -365,12 +423,50 @@ def low_rank_relu2(
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
-    options = sparsity, gradient
-    kernel = _mlp_mgpu.choose(op, x, (up,), down, *options, implementation)
-    if kernel is not None:
-        return _mlp_mgpu.run(kernel, x, (up,), down, *options)
-    if gradient == "feature_wise":
-        core = _feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
-        return matmul(core, down[1])
-    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
-    return _low_rank_matmul(hidden, down)
+    *batch, d_in = x.shape
+    hidden_size, ranks = up[1].shape[1], (up[1].shape[0], down[0].shape[1])
+    name = sparsity or op
+    if (sparsity, gradient) == ("2:4", "straight_through"):
+        name = "2:4 straight_through"
+    faster = gradient != "feature_wise" and thresholds.kernel_is_faster(
+        name, math.prod(batch), ranks, hidden_size
+    )
+    arrays = x, *up, *down
+    unsupported = partial(_unsupported, x, ranks, sparsity, gradient)
+    match choose(op, implementation, arrays, unsupported, faster):
+        case "mosaic_gpu":
+            core = matmul(x.reshape(-1, d_in), up[0])
+            core = _relu2_in_kernels(core, up[1], down[0], sparsity, gradient)
+            return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
+        case "xla" if gradient == "feature_wise":
+            core = feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
+            return matmul(core, down[1])
+        case "xla":
+            hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
+            return _low_rank_matmul(hidden, down)
+
+
+def _relu2_in_kernels(
+    core: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    sparsity: Sparsity | None,
+    gradient: Gradient | None,
+) -> jax.Array:
+    """What is between the first and the last factor."""
+    from .hopper import flash, fused, sparse
+
+    match sparsity:
+        case "2:4":
+            exact = gradient != "straight_through"
+            return sparse.relu2_mlp(core, up, down, shrink=False, exact=exact)
+        case "2:4-soft":
+            return sparse.relu2_mlp(core, up, down, shrink=True, exact=False)
+        case None | "2:4-static":
+            pass
+    # What the static form drops is gone from the factors.
+    match thresholds.dense_kernel((up.shape[0], down.shape[1])):
+        case "flash_mlp":
+            return flash.mlp(core[None], (up[None],), down[None], "relu2")[0]
+        case "matmul":
+            return fused.relu2_mlp(core, up, down)

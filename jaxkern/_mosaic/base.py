@@ -1,5 +1,6 @@
 """What the Mosaic GPU kernels share."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ plgpu: Any = mosaic_gpu
 
 # Of one block on Hopper.
 SMEM_BYTES = 232448
+# exp(x) = exp2(LOG2_E x): the chip has an instruction for exp2.
+LOG2_E = math.log2(math.e)
 
 
 def swizzle_of(features: int, itemsize: int) -> int:
@@ -34,9 +37,24 @@ def buffer(dtype, *shape: int, swizzle: int = 128):
     return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
 
 
+def pad_to(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    """`a` with zeros at the end of its last two axes, up to these sizes."""
+    missing = rows - a.shape[-2], columns - a.shape[-1]
+    before = [(0, 0)] * (a.ndim - 2)
+    return jnp.pad(a, [*before, *((0, n) for n in missing)]) if any(missing) else a
+
+
 def slot(i: jax.Array, slots: int) -> jax.Array:
     """Where step `i` lies in a ring of SMEM buffers."""
     return lax.rem(i, jnp.array(slots, i.dtype))
+
+
+def pad_to(a: jax.Array, rows: int, columns: int) -> jax.Array:
+    """`a` with zeros at the end of its last two axes, up to these sizes."""
+    missing = rows - a.shape[-2], columns - a.shape[-1]
+    if not any(missing):
+        return a
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, n) for n in missing])
 
 
 def dots(*pairs):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from .._core import device
 from .._core.sharding import vary_alike
-from .base import plgpu, slot
+from .base import SMEM_BYTES, plgpu, slot
 
 # Warpgroups that compute; one more loads.
 COMPUTE = 2
@@ -77,6 +77,18 @@ class WalkTiles:
     def parts(self) -> int:
         """Held tiles of a block."""
         return 1 if self.split else COMPUTE
+
+
+def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
+    """
+    Raises:
+        ValueError: a block with these tiles needs more shared memory than there is.
+    """
+    if needed_bytes > SMEM_BYTES:
+        raise ValueError(
+            f"{name}: {tiles} must fit {SMEM_BYTES} bytes of shared memory, "
+            f"got {needed_bytes}"
+        )
 
 
 def launch_blocks(

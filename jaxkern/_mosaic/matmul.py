@@ -11,11 +11,12 @@ same place; what it returns is rounded and stored while the loads of the next ti
 With two products, as gate and up have, it gets both sums. Results have one writer, so
 there are no atomics. What lies past the end of an array is zero when TMA loads it and
 dropped when TMA stores it.
+
+Tiles are chosen by what a launch of them waits for: see `limits_us`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,23 +26,38 @@ from jax.experimental import pallas as pl
 
 from .._core import device, h200
 from .._core.sharding import vary_alike
-from .base import SMEM_BYTES, buffer, plgpu, slot
-from .launch import COMPUTE, ROW_STEP, Ring, Roles, Slots, launch
+from .base import SMEM_BYTES, buffer, pad_to, plgpu, slot
+from .launch import COLUMN_STEP, COMPUTE, ROW_STEP, Ring, Roles, Slots, launch
 
-# Rows of a warpgroup, the least that wgmma has; also what an epilogue takes at once.
-ROWS, PIECE = 64, 64
+DTYPES = ("bfloat16", "float16")
+# Rows of a warpgroup's part of a tile, the fewest that a wgmma has.
+ROWS = 64
+# Columns of a result that an epilogue takes at once.
+PIECE = 64
 # Of the contracted axis, in a step: rows of 128 bytes, the widest swizzle.
 DEPTH = 64
 # Tiles of rows in a band.
 BAND = 16
 # Pieces of results that leave shared memory while the next ones are put there. All
-# results take turns, or the gate's three would leave room for two steps of its factors.
+# results share these slots: with slots for each of the gate's three, shared memory has
+# room for two steps of its factors only.
 OUT_SLOTS = 2
 MAX_STEPS = 4
-# For barriers, and for what aligns the buffers.
+# Shared memory for barriers, and for what aligns the buffers.
 SPARE_BYTES = 2048
-# Of both warpgroups, in 16 bits.
+# A piece of both warpgroups, in 16 bits.
 PIECE_BYTES = COMPUTE * ROWS * PIECE * 2
+# Columns of the tiles to choose from, the largest first. On an H200, 16384 x 1024 x
+# 16512 took 784 us with 256, 814 with 128 and 1340 with 64 columns.
+COLUMNS = (256, 128, 64)
+# With two products a warpgroup has the sums of both in its registers.
+GATED_COLUMNS = (128, 64)
+# Share of the tensor cores' rate in the loop over the contracted axis, and clocks of a
+# tile beside that loop: what single launches took on an H200.
+LOOP_SHARE = 0.82
+TILE_CLOCKS = 1800.0
+# Clocks of a multiprocessor for each number of silu(gate) * up, from the same launches.
+GATE_CLOCKS = 0.13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +82,8 @@ class MatmulTiles:
     def pieces(self) -> int:
         return self.columns // PIECE
 
-    def tiles(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """How many a result has, by row and by column."""
+    def counts(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many tiles a result has, by row and by column."""
         return pl.cdiv(shape[0], COMPUTE * ROWS), pl.cdiv(shape[1], self.columns)
 
 
@@ -85,7 +101,7 @@ class Factor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the factor."""
+        """Rows and columns of the factor."""
         rows, columns = self.array.shape
         columns = columns if self.width is None else self.width
         return (columns, rows) if self.transposed else (rows, columns)
@@ -133,7 +149,7 @@ class Products:
 
     @property
     def steps(self) -> int:
-        """To walk, of a tile."""
+        """Steps along the contracted axis."""
         return pl.cdiv(self.lefts[0].shape[1], DEPTH)
 
     @property
@@ -159,7 +175,8 @@ class Products:
         def run(*sums):
             def step(i, carry):
                 s = ring.wait(start + i)
-                # Or the addresses would be kept in registers.
+                # Without this barrier the compiler keeps the slots' addresses in
+                # registers, and the kernel spills.
                 part = lax.optimization_barrier(warpgroup)
                 for n, right in enumerate(self.rights):
                     m = min(n, len(self.lefts) - 1)
@@ -168,7 +185,7 @@ class Products:
                 plgpu.wgmma_wait(len(self.rights))
 
                 @pl.when(i > 0)
-                def _():
+                def release_last():
                     ring.release(start + i - 1)
 
                 return carry
@@ -187,7 +204,7 @@ class Products:
         """The loads of a tile's steps."""
 
         @pl.loop(0, self.steps)
-        def _(i):
+        def load_step(i):
             along, copies = (i * DEPTH, DEPTH), []
             across = column * config.columns, config.columns
             lefts = len(self.lefts)
@@ -214,7 +231,8 @@ class Epilogue:
     aux: Sequence[jax.Array] = ()
 
     def smem_bytes(self, columns: int) -> int:
-        """With `aux`, of a whole tile: its loads must not wait for the epilogue."""
+        """With `aux` there are slots for a whole tile, since the loads of the next
+        one must not wait for the epilogue."""
         slots = self.outs * columns // PIECE if self.aux else OUT_SLOTS
         return slots * PIECE_BYTES
 
@@ -281,95 +299,105 @@ class Epilogue:
             ring.drain(tiles_done * config.pieces)
 
 
-def config_of(products: Any, epilogue: Any, columns: int) -> MatmulTiles:
-    """With tiles of so many columns, the steps that fit."""
-    free = SMEM_BYTES - SPARE_BYTES - epilogue.smem_bytes(columns)
-    return MatmulTiles(columns, min(MAX_STEPS, free // products.step_bytes(columns)))
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A launch as a block sees it, inside the kernel: what it does with one tile.
+
+    gmem, aux, out: the factors, further arrays and results in global memory.
+    smem, staged: shared memory of the factors and of the epilogue.
+    """
+
+    products: Any
+    epilogue: Any
+    tiles: MatmulTiles
+    gmem: Sequence[Any]
+    aux: Sequence[Any]
+    out: Sequence[Any]
+    smem: Sequence[Any]
+    staged: Sequence[Any]
+    steps: Ring
+    pieces: Ring
+
+    def place(self, info) -> tuple[Any, Any]:
+        """Row and column of a tile; columns are the minor axis within a band."""
+        counts = self.tiles.counts(self.products.shape)
+        row, column = plgpu.planar_snake(info.index[0], counts, 0, BAND)
+        return row, column
+
+    def compute(self, info) -> None:
+        tile, start = info.local_index, info.local_index * self.products.steps
+        place = self.place(info)
+        sums = self.products.accumulate(self.tiles, self.smem, self.steps, start)
+        self.epilogue.store(
+            self.tiles, sums, self.out, self.staged, self.pieces, tile, *place
+        )
+
+    def load(self, info) -> None:
+        tile, start = info.local_index, info.local_index * self.products.steps
+        place = self.place(info)
+        self.products.fill(self.tiles, self.gmem, self.smem, self.steps, start, *place)
+        self.epilogue.fill(self.tiles, self.aux, self.staged, self.pieces, tile, *place)
+
+    def drain(self, tiles_done) -> None:
+        self.steps.drain(tiles_done * self.products.steps)
+        self.epilogue.drain(self.tiles, self.pieces, tiles_done)
 
 
 def multiply(
-    name: str, products: Any, epilogue: Any, config: MatmulTiles
+    name: str, products: Any, epilogue: Any, columns: int
 ) -> Sequence[jax.Array]:
-    """The results of the epilogue, of all tiles of the products."""
+    """The results of the epilogue, of all tiles of the products.
+
+    columns: of a tile; there are as many steps in flight as fit beside it.
+    """
     _check(name, [*products.arrays, *epilogue.aux])
+    free = SMEM_BYTES - SPARE_BYTES - epilogue.smem_bytes(columns)
+    steps = min(MAX_STEPS, free // products.step_bytes(columns))
+    tiles = MatmulTiles(columns, steps)
     shape, dtype = products.shape, products.arrays[0].dtype
-    counts, steps = config.tiles(shape), products.steps
-    buffers = products.buffers(config)
-    outs = epilogue.shapes(config, shape, dtype)
-    parts = [products.arrays, epilogue.aux, outs, buffers]
+    outs = epilogue.shapes(tiles, shape, dtype)
+    buffers, staged = products.buffers(tiles), epilogue.buffers(tiles, dtype)
+    parts = [products.arrays, epilogue.aux, outs, buffers, staged]
 
-    def body(*refs):
-        *refs, ring, epilogue_ring = refs
-        gmem, aux_gmem, out_gmem, smem, staged = _split(refs, map(len, parts))
+    def bind(*refs):
+        *refs, step_ring, piece_ring = refs
+        gmem, aux, out, smem, staged_smem = _split(refs, map(len, parts))
+        arrays = gmem, aux, out, smem, staged_smem
+        block = _Block(products, epilogue, tiles, *arrays, step_ring, piece_ring)
+        return Roles(block.compute, block.load, block.drain)
 
-        def place(info):
-            # Its columns are the minor axis within a band of rows.
-            return plgpu.planar_snake(info.index[0], counts, 0, BAND)
-
-        def compute(info):
-            tile, at = info.local_index, place(info)
-            sums = products.accumulate(config, smem, ring, tile * steps)
-            epilogue.store(config, sums, out_gmem, staged, epilogue_ring, tile, *at)
-
-        def load(info):
-            tile, at = info.local_index, place(info)
-            products.fill(config, gmem, smem, ring, tile * steps, *at)
-            epilogue.fill(config, aux_gmem, staged, epilogue_ring, tile, *at)
-
-        def drain(tiles_done):
-            ring.drain(tiles_done * steps)
-            epilogue.drain(config, epilogue_ring, tiles_done)
-
-        return Roles(compute, load, drain)
-
-    rings = Slots(config.steps, products.copies), epilogue.ring(config)
+    rings = Slots(tiles.steps, products.copies), epilogue.ring(tiles)
     operands = *products.arrays, *epilogue.aux
-    buffers = [*buffers, *epilogue.buffers(config, dtype)]
-    grid = (counts[0] * counts[1],)
-    return launch(name, body, grid, outs, buffers, rings, operands)
+    down, across = tiles.counts(shape)
+    grid = (down * across,)
+    return launch(name, bind, grid, outs, [*buffers, *staged], rings, operands)
 
 
-def _split(refs, sizes):
-    """The refs in runs of these sizes, and the rest."""
+def _split(refs: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]:
+    """The refs in runs of these sizes."""
     for size in sizes:
         yield refs[:size]
         refs = refs[size:]
-    yield refs
 
 
 def _check(name: str, arrays: Sequence[jax.Array]) -> None:
     """Only compiling for a GPU asks for it; the emulator would take any size."""
     for array in arrays:
-        if array.ndim == 2 and (array.shape[0] % 8 or array.shape[1] % PIECE):
+        if array.ndim == 2 and (array.shape[0] % ROW_STEP or array.shape[1] % PIECE):
             raise ValueError(
-                f"{name}: arrays must have multiples of 8 rows and {PIECE} columns, "
-                f"got {array.shape}"
+                f"{name}: arrays must have multiples of {ROW_STEP} rows and {PIECE} "
+                f"columns, got {array.shape}"
             )
-
-
-DTYPES = ("bfloat16", "float16")
-
-
-FEATURE_STEP = PIECE
-
-
-# Of the tensor cores' rate, in the loop; clocks of a tile beside it, and of silu and
-# the gate for each number: what launches took on an H200.
-RATE, TILE_CLOCKS, GATE_CLOCKS = 0.82, 1800.0, 0.13
-
-
-# Of tiles; with two products a warpgroup has the sums of both.
-COLUMNS, GATED_COLUMNS = (256, 128, 64), (128, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of a launch: (m, depth) by (depth, n), `products` times, and what it moves.
+    """A launch: (m, depth) by (depth, n), `products` times, and what it moves.
 
     lefts: how many of the left factors differ.
     moved: numbers read beside the factors and written, for each one of a result.
     clocks: of the epilogue, for each number of a result.
-    density: of the multiply-adds, what a dense product would take.
+    density: share of a dense product's multiply-adds that is computed.
     """
 
     m: int
@@ -380,6 +408,11 @@ class Work:
     moved: float = 1.0
     clocks: float = 0.0
     density: float = 1.0
+
+
+def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
+    """The tiles whose launch waits least; of equal ones, the largest."""
+    return min(valid, key=lambda columns: max(limits_us(work, columns).values()))
 
 
 def limits_us(work: Work, columns: int) -> dict[str, float]:
@@ -393,70 +426,48 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
     """
     rows = COMPUTE * ROWS
     tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
+    turns = pl.cdiv(tiles, device.multiprocessors())
     macs = rows * columns * work.depth * work.products * work.density
-    clocks = (
-        macs / h200.MACS_PER_CLOCK / RATE + TILE_CLOCKS + rows * columns * work.clocks
-    )
-    factors = rows * work.density * work.lefts + columns * work.products
-    loaded = 2 * work.depth * factors
+    clocks = macs / h200.MACS_PER_CLOCK / LOOP_SHARE + TILE_CLOCKS
+    clocks += rows * columns * work.clocks
+    step_numbers = rows * work.density * work.lefts + columns * work.products
+    from_l2 = tiles * 2 * work.depth * step_numbers
+    beside = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES_PER_US
     factors = work.m * work.density * work.lefts + work.n * work.products
     numbers = work.depth * factors + work.moved * work.m * work.n
-    more = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES_PER_US
+    memory = 2 * numbers / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
     return {
-        "arithmetic": pl.cdiv(tiles, device.multiprocessors())
-        * clocks
-        / h200.CLOCKS_PER_US
-        + more,
-        "L2": tiles * loaded / h200.L2_BYTES_PER_US + more,
-        "memory": 2 * numbers / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE,
+        "arithmetic": turns * clocks / h200.CLOCKS_PER_US + beside,
+        "L2": from_l2 / h200.L2_BYTES_PER_US + beside,
+        "memory": memory,
     }
 
 
-def predicted_us(work: Work, columns: int) -> float:
-    """Time of a launch, by what it waits for longest."""
-    return h200.LAUNCH_US + max(limits_us(work, columns).values())
-
-
-def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
-    """The tiles that are predicted to be fastest; of equal ones, the largest."""
-    return min(valid, key=partial(predicted_us, work))
-
-
-def unsupported(shape: Sequence[int], dtype: Any) -> str | None:
-    """Why the kernels cannot run this, or None if they can; shape: of the core."""
-    if str(dtype) not in DTYPES:
-        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {dtype}"
-    if 0 in shape:
-        return f"no axis may be empty for mosaic_gpu, got {tuple(shape)}"
+def unsupported(name: str, array: Any) -> str | None:
+    """Why the kernels cannot take this argument, or None if they can."""
+    if str(array.dtype) not in DTYPES:
+        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {array.dtype}"
+    if 0 in array.shape:
+        return f"no axis of {name} may be empty for mosaic_gpu, got {array.shape}"
     return None
 
 
-def pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """With zeros at the end up to multiples, which add nothing to any result."""
-    missing = -a.shape[0] % rows, -a.shape[1] % columns
-    return jnp.pad(a, [(0, n) for n in missing]) if any(missing) else a
+def round_up(size: int, step: int) -> int:
+    return pl.cdiv(size, step) * step
+
+
+def pad_rows(a: jax.Array) -> jax.Array:
+    """A matrix of tokens, in sizes that the kernels take."""
+    rows, columns = a.shape
+    return pad_to(a, round_up(rows, ROW_STEP), round_up(columns, COLUMN_STEP))
+
+
+def pad_weight(w: jax.Array) -> jax.Array:
+    """A weight either of whose axes is contracted, in sizes that the kernels take."""
+    rows, columns = w.shape
+    return pad_to(w, round_up(rows, COLUMN_STEP), round_up(columns, COLUMN_STEP))
 
 
 def padded(core: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """Of sizes that the kernels take, and all varying over the same mesh axes."""
-    whole = (pad(w, FEATURE_STEP, FEATURE_STEP) for w in weights)
-    return vary_alike(pad(core, ROW_STEP, FEATURE_STEP), *whole)
-
-
-def run(name: str, products: Any, epilogue: Any, columns: int) -> Sequence[jax.Array]:
-    """A launch with tiles of so many columns."""
-    return multiply(name, products, epilogue, config_of(products, epilogue, columns))
-
-
-def product_in_xla(left: Factor, right: Factor) -> jax.Array:
-    """The product of two factors, without an epilogue.
-
-    On an H200 our kernel takes up to a tenth more than XLA's for these.
-    """
-
-    def columns(operand: Factor) -> jax.Array:
-        first, width = operand.first, operand.width or operand.array.shape[1]
-        return lax.slice_in_dim(operand.array, first, first + width, axis=1)
-
-    contracted = (0 if left.transposed else 1,), (1 if right.transposed else 0,)
-    return lax.dot_general(columns(left), columns(right), (contracted, ((), ())))
+    """In sizes that the kernels take, and all varying over the same mesh axes."""
+    return vary_alike(pad_rows(core), *map(pad_weight, weights))

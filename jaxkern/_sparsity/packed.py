@@ -5,11 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
-GROUP = 4
-KEPT = 2
+from .._core.checks import check_batched, check_floating, check_shape
+from .select import GROUP, KEPT, group, last_index, magnitude, two_largest, ungroup
+
 POSITION_BITS = 2
 POSITIONS_PER_BYTE = 4
 
@@ -29,26 +29,6 @@ class Packed24:
     values: jax.Array
     indices: jax.Array
     features: int = field(metadata={"static": True})
-
-
-def group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
-    *batch, features = x.shape
-    missing = -features % GROUP
-    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)])
-    # Not -1 for the groups: there may be no rows to tell it from.
-    return x.reshape(*batch, (features + missing) // GROUP, GROUP)
-
-
-def ungroup(
-    groups: Shaped[Array, "*batch groups size"], features: int
-) -> Shaped[Array, "*batch features"]:
-    *batch, count, size = groups.shape
-    return groups.reshape(*batch, count * size)[..., :features]
-
-
-def last_index(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-    """The index along the last axis, which is short."""
-    return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
 
 
 def one_hot(
@@ -78,3 +58,54 @@ def unpack(packed: Packed24) -> Float[Array, "*batch features"]:
     values = packed.values.reshape(pairs)
     spread = jnp.where(one_hot(positions), values[..., None], 0).sum(-2)
     return ungroup(spread, packed.features)
+
+
+def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
+    """Store only the two entries of each group that `sparsify_2_4(x)` keeps.
+
+    `unpack_2_4(pack_2_4(x))` is `sparsify_2_4(x)`, so nothing is lost of an `x` that is
+    2:4-sparse already. Differentiable in `x`.
+
+    Raises:
+        TypeError: `x` is no floating-point array.
+        ValueError: `x` has no features.
+    """
+    check_floating("pack_2_4", x=x)
+    check_batched("pack_2_4", "x", x)
+    groups = group(x)
+    largest = two_largest(magnitude(groups))
+    first = jnp.argmax(largest, axis=-1)
+    last = GROUP - 1 - jnp.argmax(largest[..., ::-1], axis=-1)
+    positions = jnp.stack([first, last], axis=-1).astype(jnp.uint8)
+    values = jnp.where(one_hot(positions), groups[..., None, :], 0).sum(-1)
+    kept = KEPT * groups.shape[-2]
+    positions = ungroup(positions, kept)
+    return Packed24(ungroup(values, kept), pack_bits(positions), x.shape[-1])
+
+
+def check_packed(op: str, packed: Packed24, name: str = "packed") -> None:
+    """`packed` has the dtypes and shapes that `pack_2_4` gives it."""
+    if not isinstance(packed, Packed24):
+        kind = type(packed).__name__
+        raise TypeError(f"{op}: {name} must be a Packed24, got {kind}")
+    values, indices, features = packed.values, packed.indices, packed.features
+    check_floating(op, values=values)
+    check_batched(op, "values", values)
+    if indices.dtype != jnp.uint8:
+        raise TypeError(f"{op}: indices must be uint8, got {indices.dtype}")
+    batch, kept = values.shape[:-1], KEPT * -(-features // GROUP)
+    check_shape(op, "values", values, (*batch, kept))
+    check_shape(op, "indices", indices, (*batch, -(-kept // POSITIONS_PER_BYTE)))
+
+
+def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
+    """The array that was packed, zeros put back.
+
+    Differentiable in `packed.values`.
+
+    Raises:
+        TypeError: `packed` is no Packed24, or has other dtypes than `pack_2_4` gives.
+        ValueError: the shapes of values and indices do not fit the features.
+    """
+    check_packed("unpack_2_4", packed)
+    return unpack(packed)

@@ -10,30 +10,21 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped, UInt, UInt8
 
 from .._core.checks import (
     check_batched,
     check_floating,
     check_key,
-    check_shape,
+    check_number,
     raise_unknown,
 )
 from .._core.gradients import with_derivative_of
 from .._core.precision import widen
-from .packed import (
-    GROUP,
-    KEPT,
-    POSITIONS_PER_BYTE,
-    Packed24,
-    group,
-    last_index,
-    one_hot,
-    pack_bits,
-    ungroup,
-    unpack,
-)
 
+# Entries of a group, and how many of them are kept.
+GROUP = 4
+KEPT = 2
 # The original's, so that a group of zeros has a probability at all.
 MVUE_EPSILON = 1.1920929e-7
 # For what a short group lacks: too light to be drawn before an entry that is there.
@@ -43,8 +34,28 @@ Method = Literal["top2", "soft", "mvue", "static"]
 Gradient = Literal["exact", "straight_through"]
 
 
+def group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
+    *batch, features = x.shape
+    missing = -features % GROUP
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)])
+    # Not -1 for the groups: there may be no rows to tell it from.
+    return x.reshape(*batch, (features + missing) // GROUP, GROUP)
+
+
+def ungroup(
+    groups: Shaped[Array, "*batch groups size"], features: int
+) -> Shaped[Array, "*batch features"]:
+    *batch, count, size = groups.shape
+    return groups.reshape(*batch, count * size)[..., :features]
+
+
+def last_index(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
+    """The index along the last axis, which is short."""
+    return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
+
+
 @jax.jit
-def _two_largest(
+def two_largest(
     scores: Shaped[Array, "*batch groups 4"],
 ) -> Bool[Array, "*batch groups 4"]:
     """Exactly two of each group; of equal scores those at the lower positions."""
@@ -57,7 +68,7 @@ def _two_largest(
     return ahead < KEPT
 
 
-def _magnitude(
+def magnitude(
     groups: Float[Array, "*batch groups 4"],
 ) -> UInt[Array, "*batch groups 4"]:
     """The bits of |x|: ordered as |x|, with NaN above all, so that it is not hidden."""
@@ -111,7 +122,7 @@ def _draw(
     # The two first in this race are drawn by weight, without replacement. The mode is
     # for the light ones, whose chance lies in the noise's far tail.
     noise = jax.random.gumbel(key, weight.shape, weight.dtype, mode="high")
-    drawn = _two_largest(jnp.log(weight) + noise)
+    drawn = two_largest(jnp.log(weight) + noise)
     return jnp.where(drawn, wide / (first + second), 0).astype(groups.dtype)
 
 
@@ -160,7 +171,8 @@ def sparsify_2_4(
         scale: for "soft" only.
 
     Raises:
-        TypeError: `x` is no floating-point array, or "mvue" has no key.
+        TypeError: `x` is no floating-point array, "mvue" has no key, or `scale` is not
+            one number.
         ValueError: the method is unknown, or `key`, `scale` or `gradient` does not go
             with it.
 
@@ -177,7 +189,7 @@ def sparsify_2_4(
     match method:
         case "top2":
             groups = group(x)
-            kept = jnp.where(_two_largest(_magnitude(groups)), groups, 0)
+            kept = jnp.where(two_largest(magnitude(groups)), groups, 0)
             kept = ungroup(kept, features)
         case "soft":
             kept = _soft(x, scale)
@@ -207,8 +219,8 @@ def _check_options(
         raise ValueError(
             f"{op}: scale must be given for method='soft' only, got one for {method!r}"
         )
-    if scale is not None and (isinstance(scale, str) or jnp.shape(scale) != ()):
-        raise ValueError(f"{op}: scale must be one number, got {scale!r}")
+    if scale is not None:
+        check_number(op, "scale", scale, finite=False, traced=True)
     valid = (None, *get_args(Gradient))
     if gradient not in valid:
         raise_unknown(op, "gradient", gradient, valid)
@@ -217,53 +229,3 @@ def _check_options(
             f"{op}: gradient must be None or 'straight_through' for method='mvue', "
             f"got {gradient!r}"
         )
-
-
-def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
-    """Store only the two entries of each group that `sparsify_2_4(x)` keeps.
-
-    `unpack_2_4(pack_2_4(x))` is `sparsify_2_4(x)`, so nothing is lost of an `x` that is
-    2:4-sparse already. Differentiable in `x`.
-
-    Raises:
-        TypeError: `x` is no floating-point array.
-        ValueError: `x` has no features.
-    """
-    check_floating("pack_2_4", x=x)
-    check_batched("pack_2_4", "x", x)
-    groups = group(x)
-    largest = _two_largest(_magnitude(groups))
-    first = jnp.argmax(largest, axis=-1)
-    last = GROUP - 1 - jnp.argmax(largest[..., ::-1], axis=-1)
-    positions = jnp.stack([first, last], axis=-1).astype(jnp.uint8)
-    values = jnp.where(one_hot(positions), groups[..., None, :], 0).sum(-1)
-    kept = KEPT * groups.shape[-2]
-    positions = ungroup(positions, kept)
-    return Packed24(ungroup(values, kept), pack_bits(positions), x.shape[-1])
-
-
-def check_packed(op: str, packed: Packed24, name: str = "packed") -> None:
-    if not isinstance(packed, Packed24):
-        kind = type(packed).__name__
-        raise TypeError(f"{op}: {name} must be a Packed24, got {kind}")
-    values, indices, features = packed.values, packed.indices, packed.features
-    check_floating(op, values=values)
-    check_batched(op, "values", values)
-    if indices.dtype != jnp.uint8:
-        raise TypeError(f"{op}: indices must be uint8, got {indices.dtype}")
-    batch, kept = values.shape[:-1], KEPT * -(-features // GROUP)
-    check_shape(op, "values", values, (*batch, kept))
-    check_shape(op, "indices", indices, (*batch, -(-kept // POSITIONS_PER_BYTE)))
-
-
-def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
-    """The array that was packed, zeros put back.
-
-    Differentiable in `packed.values`.
-
-    Raises:
-        TypeError: `packed` is no Packed24, or has other dtypes than `pack_2_4` gives.
-        ValueError: the shapes of values and indices do not fit the features.
-    """
-    check_packed("unpack_2_4", packed)
-    return unpack(packed)

@@ -21,3 +21,27 @@ from ._sharding import get_sharding as get_sharding
 from ._sharding import make_mesh as make_mesh
 from ._transformer import KVCache as KVCache
 from ._transformer import TransformerLM as TransformerLM
+
+__all__ = [
+    "Bilinear",
+    "FlashMLP",
+    "KVCache",
+    "LongNet",
+    "LowRankLinear",
+    "LowRankReLU2",
+    "LowRankSwiGLU",
+    "MaskLogits",
+    "MaskedBilinear",
+    "MaskedLinear",
+    "MultiHeadAttention",
+    "MultiHeadMLP",
+    "PackedReLU2",
+    "PackedWeight",
+    "QuadraticTransformer",
+    "SHARDING_RULES",
+    "SwiGLU",
+    "TransformerLM",
+    "get_sharding",
+    "make_mesh",
+    "mask_sparsity",
+]

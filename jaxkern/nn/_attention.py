@@ -11,20 +11,21 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from .._attention.dense import attention
-from .._core.checks import check_floating, check_shape, raise_unknown
-from ._linear import check_arguments
+from .._core.checks import (
+    check_floating,
+    check_number,
+    check_shape,
+    raise_unknown,
+)
+from ._common import (
+    axis_metadata,
+    check_arguments,
+    check_callable,
+    default_attention_kernel_init,
+    scale_init,
+)
 
 QKNorm = Literal["head", "embed"]
-default_attention_kernel_init = nnx.initializers.xavier_normal()
-
-
-def axis_metadata(*axis_names: str | None) -> dict[str, Any]:
-    """What `make_kernel` annotates, for the parameters of flax's own layers."""
-    return {"out_sharding": axis_names, "eager_sharding": False}
-
-
-def scale_init(init: Initializer, gain: float) -> Initializer:
-    return lambda *args, **kwargs: gain * init(*args, **kwargs)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -72,9 +73,9 @@ class MultiHeadAttention(nnx.Module):
         kernel_init: for each kernel, as a matrix of all its heads.
 
     Raises:
-        TypeError: `attention_fn` or `norm` cannot be called.
+        TypeError: `attention_fn` or `norm` cannot be called, or `gain` is no number.
         ValueError: a size is not a positive integer, or does not divide; `gain` is not
-            positive; `qk_norm` is unknown.
+            positive and finite; `qk_norm` is unknown.
 
     References:
         Attention Is All You Need, section 3.2.2: https://arxiv.org/abs/1706.03762.
@@ -215,13 +216,10 @@ def _check_heads(sizes, kv_heads, head_dim) -> None:
 def _check_options(attention_fn, norm, qk_norm, gain) -> None:
     op = "MultiHeadAttention"
     for name, function in [("attention_fn", attention_fn), ("norm", norm)]:
-        if not callable(function):
-            kind = type(function).__name__
-            raise TypeError(f"{op}: {name} must be callable, got {kind}")
+        check_callable(op, name, function)
     if qk_norm not in (None, *get_args(QKNorm)):
         raise_unknown(op, "qk_norm", qk_norm, (None, *get_args(QKNorm)))
-    if not gain > 0:
-        raise ValueError(f"{op}: gain must be positive, got {gain!r}")
+    check_number(op, "gain", gain, positive=True)
 
 
 def _check_result(heads, shape) -> None:

@@ -1,7 +1,6 @@
 """Tokens from a language model, one after another."""
 
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from .._core.checks import check_key
+from .._core.checks import check_key, check_number
 from .._core.sharding import on_automatic_axes
 
 
@@ -24,11 +23,8 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(op: str, temperature: Any, top_p: Any, key: object) -> None:
-    for name, value in [("temperature", temperature), ("top_p", top_p)]:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise ValueError(f"{op}: {name} must be a number, got {value!r}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"{op}: temperature must be at least 0, got {temperature}")
+    check_number(op, "temperature", temperature, least=0.0)
+    check_number(op, "top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"{op}: top_p must be above 0 and at most 1, got {top_p}")
     if temperature:

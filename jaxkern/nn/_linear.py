@@ -1,6 +1,4 @@
-"""The low-rank linear layer, and what all our modules do alike."""
-
-from numbers import Integral
+"""The low-rank linear layer."""
 
 import jax
 import jax.numpy as jnp
@@ -10,47 +8,10 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation
+from .._core.dispatch import Implementation
 from .._core.precision import widen
 from .._mlp.mlp import low_rank_matmul
-
-# Of each factor's fan-in: the product of two factors then has the variance of a
-# full-rank kernel with the same initializer.
-default_kernel_init = nnx.initializers.lecun_normal()
-
-
-def check_arguments(
-    module: str, implementation: Implementation | None, **sizes: int
-) -> None:
-    check_implementation(module, implementation)
-    for name, size in sizes.items():
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(
-                f"{module}: {name} must be an integer of at least 1, got {size!r}"
-            )
-
-
-def check_input(module: str, x: jax.Array, features: int) -> None:
-    check_floating(module, x=x)
-    if x.ndim < 1 or x.shape[-1] != features:
-        raise ValueError(
-            f"{module}: x must have shape (..., {features}), got {x.shape}"
-        )
-
-
-def make_kernel(
-    init: Initializer,
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    dtype: Dtype,
-    axis_names: tuple[str | None, ...],
-) -> nnx.Param[jax.Array]:
-    # The names are for the user's own mesh and rules, so building a module needs none.
-    return nnx.Param(
-        init(rngs.params(), shape, dtype),
-        out_sharding=axis_names,
-        eager_sharding=False,
-    )
+from ._common import check_arguments, check_input, default_kernel_init, make_kernel
 
 
 class LowRankLinear(nnx.Module):

@@ -11,13 +11,14 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from .._attention.dilated import dilated_attention
-from ._attention import (
-    MultiHeadAttention,
+from ._attention import MultiHeadAttention
+from ._common import (
     axis_metadata,
+    check_arguments,
+    check_input,
     default_attention_kernel_init,
     scale_init,
 )
-from ._linear import check_arguments, check_input
 
 
 class LongNetBlock(nnx.Module):

@@ -15,8 +15,12 @@ from .._core.checks import check_floating
 from .._core.dispatch import Implementation
 from .._masked.estimators import straight_through
 from .._masked.masked import Estimator, Method, masked_bilinear, masked_matmul
-from ._attention import axis_metadata
-from ._linear import check_arguments, default_kernel_init, make_kernel
+from ._common import (
+    axis_metadata,
+    check_arguments,
+    default_kernel_init,
+    make_kernel,
+)
 
 
 class MaskLogits(nnx.Variable[jax.Array]):

@@ -8,7 +8,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from .._core.activations import get_activation
+from .._core.activations import ActivationName, get_activation
 from .._core.dispatch import Implementation
 from .._mlp.flash_mlp import flash_mlp
 from .._mlp.mlp import (
@@ -20,14 +20,14 @@ from .._mlp.mlp import (
     low_rank_swiglu,
     swiglu,
 )
-from .._sparsity.select import pack_2_4, unpack_2_4
-from ._linear import (
-    LowRankLinear,
+from .._sparsity.packed import pack_2_4, unpack_2_4
+from ._common import (
     check_arguments,
     check_input,
     default_kernel_init,
     make_kernel,
 )
+from ._linear import LowRankLinear
 from ._packed_mlp import FACTORS, PackedReLU2
 
 # The heads are no part of the fan-in.
@@ -325,7 +325,7 @@ class FlashMLP(nnx.Module):
         hidden_features: int,
         *,
         gated: bool = False,
-        activation: str = "silu",
+        activation: ActivationName = "silu",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = per_head_kernel_init,
@@ -349,7 +349,7 @@ class FlashMLP(nnx.Module):
         self.w2 = kernel(hidden_features, dim, "mlp", "embed")
         self.w_gate = kernel(dim, hidden_features, "embed", "mlp") if gated else None
         self.dim = dim
-        self.activation = activation
+        self.activation: ActivationName = activation
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
 

@@ -5,9 +5,14 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from .._core.activations import ActivationName
 from .._core.dispatch import Implementation
-from ._attention import axis_metadata
-from ._linear import check_arguments, check_input, default_kernel_init
+from ._common import (
+    axis_metadata,
+    check_arguments,
+    check_input,
+    default_kernel_init,
+)
 from ._mlp import FlashMLP, per_head_kernel_init
 
 
@@ -45,7 +50,7 @@ class MultiHeadMLP(nnx.Module):
         num_heads: int,
         *,
         gated: bool = True,
-        activation: str = "silu",
+        activation: ActivationName = "silu",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,

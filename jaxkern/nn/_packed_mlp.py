@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._core.dispatch import Implementation, check_implementation
 from .._mlp.packed_mlp import packed_relu2
 from .._sparsity.packed import Packed24
-from ._linear import check_input
+from ._common import check_input
 
 FACTORS = "up_in", "up_out", "down_in", "down_out"
 

@@ -15,8 +15,7 @@ from .._core.checks import check_shape
 from .._core.dispatch import Implementation
 from .._masked.estimators import straight_through
 from .._masked.masked import Estimator, Method
-from ._attention import axis_metadata
-from ._linear import check_arguments
+from ._common import axis_metadata, check_arguments
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax import lax
@@ -16,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._attention.rotary import check_theta
+from .._core.checks import check_array, check_number, check_shape
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .._cross_entropy import cross_entropy
+from ._common import check_arguments, check_callable, make_kernel
 from ._generate import Sampling, check_sampling, generate
-from ._linear import check_arguments, make_kernel
 from ._mlp import SwiGLU
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
@@ -31,13 +32,6 @@ from ._transformer_block import (
     linear_init,
     make_layers,
     make_norm,
-)
-from ._transformer_checks import (
-    check_callable,
-    check_heads,
-    check_length,
-    check_prompt_lengths,
-    check_tokens,
 )
 
 
@@ -134,13 +128,13 @@ class TransformerLM(nnx.Module):
         sizes = {"vocab_size": vocab_size, "context_length": context_length}
         sizes |= {"d_model": d_model, "num_layers": num_layers, "d_ff": d_ff}
         check_arguments(op, None, **sizes, num_heads=num_heads, num_kv_heads=kv_heads)
-        check_heads(d_model, num_heads, kv_heads)
-        check_theta(op, "rope_theta", rope_theta)
+        _check_heads(d_model, num_heads, kv_heads)
+        check_number(op, "rope_theta", rope_theta, positive=True)
         mesh = None if mesh is None or mesh.size == 1 else mesh
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
         mlp = partial(SwiGLU, kernel_init=linear_init) if mlp is None else mlp
-        check_callable("mlp", mlp)
+        check_callable(op, "mlp", mlp)
         make_block = partial(
             TransformerBlock,
             d_model,
@@ -273,7 +267,7 @@ class TransformerLM(nnx.Module):
                 "generate(cache=False) needs none"
             )
         check_arguments(op, None, batch=batch, capacity=capacity)
-        check_length(op, "capacity", capacity, self.context_length)
+        _check_length(op, "capacity", capacity, self.context_length)
         layers, kv_heads, dim = self.cache_shape
         zeros = jnp.zeros((layers, batch, capacity, kv_heads, dim), self.dtype)
         return KVCache(zeros, zeros, jnp.zeros((), int))
@@ -292,9 +286,9 @@ class TransformerLM(nnx.Module):
         op = "TransformerLM.extend"
         if not isinstance(cache.length, Tracer):
             length = int(cache.length.max()) + tokens.shape[-1]
-            check_length(op, "tokens and cache", length, cache.keys.shape[2])
+            _check_length(op, "tokens and cache", length, cache.keys.shape[2])
 
-        check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
 
         def step(x, layer_and_inputs):
             layer, (keys, values) = layer_and_inputs
@@ -332,8 +326,8 @@ class TransformerLM(nnx.Module):
                 token. The result is the same but for rounding.
 
         Raises:
-            TypeError: `prompt` or `prompt_lengths` is no integer array, or a key is
-                missing or too much.
+            TypeError: `prompt` or `prompt_lengths` is no integer array, `temperature`
+                or `top_p` no number, or a key is missing or too much.
             ValueError: a shape does not fit, a token, a length, `temperature` or
                 `top_p` is out of range, or there is no cache for `attention_fn`.
 
@@ -343,11 +337,11 @@ class TransformerLM(nnx.Module):
         op = "TransformerLM.generate"
         check_arguments(op, None, max_new_tokens=max_new_tokens)
         check_sampling(op, temperature, top_p, key)
-        check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
+        _check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
         total = prompt.shape[1] + max_new_tokens
-        check_length(op, "prompt and max_new_tokens", total, self.context_length)
+        _check_length(op, "prompt and max_new_tokens", total, self.context_length)
         if prompt_lengths is not None:
-            check_prompt_lengths(op, prompt_lengths, prompt)
+            _check_prompt_lengths(op, prompt_lengths, prompt)
         sampling = Sampling(key, temperature, top_p)
         return generate(self, prompt, prompt_lengths, sampling, max_new_tokens, cache)
 
@@ -364,7 +358,7 @@ class TransformerLM(nnx.Module):
     def _order(self, tokens):
         """In which the devices share the tokens, and the way back; None for none."""
         op = "TransformerLM"
-        check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
         if self.mesh is None:
             return None, None
         check_batch(op, self.mesh, *tokens.shape)
@@ -393,3 +387,51 @@ class TransformerLM(nnx.Module):
 def _take(x: Any, order: jax.Array | None) -> Any:
     """Tokens (axis 1) in this order; None changes nothing."""
     return x if x is None or order is None else jnp.take(x, order, axis=1)
+
+
+def _check_heads(d_model: int, num_heads: int, kv_heads: int) -> None:
+    op = "TransformerLM"
+    if d_model % num_heads:
+        raise ValueError(
+            f"{op}: num_heads must divide d_model={d_model}, got {num_heads}"
+        )
+    if d_model // num_heads % 2:
+        raise ValueError(
+            f"{op}: d_model / num_heads must be even, for rotary positions, "
+            f"got {d_model} / {num_heads} = {d_model // num_heads}"
+        )
+    if num_heads % kv_heads:
+        raise ValueError(
+            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
+        )
+
+
+def _check_length(op: str, name: str, length: int, most: int) -> None:
+    if length > most:
+        raise ValueError(f"{op}: {name} must be at most {most} tokens, got {length}")
+
+
+def _check_tokens(op: str, name: str, tokens: Any, vocab_size: int, most: int) -> None:
+    check_array(op, name, tokens, "integer")
+    check_shape(op, name, tokens, ("batch", "seq"))
+    _check_length(op, name, tokens.shape[1], most)
+    _check_range(op, name, tokens, 0, vocab_size - 1)
+
+
+def _check_prompt_lengths(op: str, lengths: Any, prompt: Any) -> None:
+    check_array(op, "prompt_lengths", lengths, "integer")
+    given = f" for prompt of shape {prompt.shape}"
+    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
+    _check_range(op, "prompt_lengths", lengths, 1, prompt.shape[1])
+
+
+def _check_range(op: str, name: str, array: Any, least: int, most: int) -> None:
+    # What a program is traced with has no values yet, and other processes' are unknown.
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+        return
+    values = np.asarray(array)
+    for extreme in (values.min(), values.max()):
+        if not least <= extreme <= most:
+            raise ValueError(
+                f"{op}: {name} must be from {least} to {most}, got {extreme}"
+            )

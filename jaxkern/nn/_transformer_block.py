@@ -1,5 +1,6 @@
 """One layer of the language model, and how its parameters start."""
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from .._attention.dense import attention
 from .._attention.rotary import rotary_embedding
-from ._attention import MultiHeadAttention, axis_metadata
+from ._attention import MultiHeadAttention
+from ._common import axis_metadata, check_callable
 from ._sharding import attend_on_mesh
-from ._transformer_checks import causal
 
 EPSILON = 1e-5
 CUT = 3.0
@@ -40,10 +41,17 @@ def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
 def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]:
     """That of a causal model: the one given, or `attention`, on the mesh."""
     if attention_fn is not None:
-        return causal(attention_fn)
+        return _causal(attention_fn)
     if mesh is not None:
         return partial(attend_on_mesh, mesh=mesh, is_causal=True)
     return partial(attention, is_causal=True)
+
+
+def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`attention_fn` with `is_causal=True`, where it has such an option."""
+    check_callable("TransformerLM", "attention_fn", attention_fn)
+    has_option = "is_causal" in inspect.signature(attention_fn).parameters
+    return partial(attention_fn, is_causal=True) if has_option else attention_fn
 
 
 def _attend(query, key, value, *, positions, theta, attention_fn, **options):

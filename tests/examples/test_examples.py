@@ -115,8 +115,8 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
         (learn_masks, ["--steps", "1"], "--steps must be at least 2, got 1"),
         (learn_masks, ["--mask-steps", "0"], "--mask-steps must be at least 1, got 0"),
         (learn_masks, ["--plot", "p.txt"], "--plot must end in .png, .svg or .pdf"),
-        (learn_masks, ["--plot", "no/p.png"], "--plot must be in a folder that is"),
-        (train_2_4, ["--plot", "no/p.png"], "--plot must be in a folder that is"),
+        (learn_masks, ["--plot", "no/p.png"], "--plot must be in a folder to write"),
+        (train_2_4, ["--plot", "no/p.png"], "--plot must be in a folder to write"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(example, arguments, message, capsys):

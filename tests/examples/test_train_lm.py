@@ -109,9 +109,14 @@ def test_batches_depend_on_their_place_only():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--text", sys.executable + "x"], "--text must be a file"),
+        (["--text", sys.executable + "x"], "--text must be a file to read"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--context", "1"], "--context must be at least 2"),
+        (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive and finite"),
+        (["--learning-rate", "0"], "must be positive and finite, got 0.0"),
+        (["--distributed", "--processes", "0"], "--processes must be at least 1, got"),
+        (["--distributed", "--processes", "2", "--process", "2"], "--process must be"),
         (["--mlp", "relu"], "invalid choice"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
@@ -123,6 +128,28 @@ def test_refusals(argv, message, capsys):
     with pytest.raises(SystemExit):
         train_lm.parse(argv)
     assert message in capsys.readouterr().err
+
+
+def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
+    sizes = "--d-model", "2", "--heads", "1", "--mesh", "data=8"
+    with pytest.raises(SystemExit, match="rank must be an integer of at least 1"):
+        run("--text", text, "--compare", *sizes)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_cursor_comes_back_after_an_interrupt(text, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_lm.Progress, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--text", text)
+    printed = capsys.readouterr().out
+    hidden, shown = (printed.rfind(f"\x1b[?25{end}") for end in "lh")
+    assert 0 < hidden < shown
 
 
 def test_refuses_before_it_trains(tmp_path, text):

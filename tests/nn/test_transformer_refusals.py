@@ -67,7 +67,7 @@ def call(*args, **options):
             TypeError,
             "tokens must be an integer array, got float32",
         ),
-        (call([[0]]), TypeError, "tokens must be an integer array, got list"),
+        (call([[0]]), TypeError, "tokens must be an array, got list"),
         (
             call(jnp.zeros((2, 3), int), jnp.arange(4)),
             ValueError,

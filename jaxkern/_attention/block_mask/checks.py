@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ..._core.checks import check_array, check_integer
 from .patterns import blocks_of
 
 
@@ -21,20 +21,9 @@ def on_host(array: Any) -> Any:
 
 
 def check_sizes(op: str, least: int, **sizes: object) -> None:
+    """Each is an integer of at least `least`."""
     for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < least:
-            raise ValueError(
-                f"{op}: {name} must be an integer of at least {least}, got {size!r}"
-            )
-
-
-def check_array(op: str, name: str, array: Any, kind: Any) -> None:
-    wanted = "boolean" if kind is jnp.bool_ else "of integers"
-    if not isinstance(array, jax.Array | np.ndarray):
-        got = type(array).__name__
-        raise TypeError(f"{op}: {name} must be an array, got {got}")
-    if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"{op}: {name} must be {wanted}, got {array.dtype}")
+        check_integer(op, name, size, least)
 
 
 def check_concrete(op: str, **arrays: object) -> None:
@@ -47,7 +36,7 @@ def check_concrete(op: str, **arrays: object) -> None:
 
 
 def four_axes(op: str, name: str, mask: Any) -> Any:
-    check_array(op, name, mask, jnp.bool_)
+    check_array(op, name, mask, "boolean")
     if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
         raise ValueError(
             f"{op}: {name} must have shape (q, kv), (heads, q, kv) or (batch, heads, "
@@ -57,7 +46,7 @@ def four_axes(op: str, name: str, mask: Any) -> Any:
 
 
 def check_segment_ids(op: str, ids: Any) -> None:
-    check_array(op, "segment_ids", ids, jnp.integer)
+    check_array(op, "segment_ids", ids, "integer")
     if ids.ndim not in (1, 2) or 0 in ids.shape:
         raise ValueError(
             f"{op}: segment_ids must have shape (seq,) or (batch, seq) and no empty "

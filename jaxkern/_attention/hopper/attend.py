@@ -16,23 +16,28 @@ so that keys and values have a launch each.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
-from ..._mosaic.base import SMEM_BYTES, add_dots, dots, plgpu, zeros
-from ..._mosaic.launch import COMPUTE, ROW_STEP, WalkTiles
+from ..._core.sharding import vary_alike
+from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, zeros
+from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
+from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
+from ..block_mask.runs import BlockLists, KnownLists
 from ..dilation import Dilation
 from .batching import over_batch
-from .operands import prepare, tokens_of, walk_of
 from .predicates import unreadable
-from .tokens import Tokens, rings_of, smem_bytes
-from .walk import Body, walk_lists
+from .tokens import Tokens, rings_of, smem_bytes, tokens_of
+from .walk import WalkedTiles, walk_keys, walk_lists, walk_queries
 
 DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
@@ -43,7 +48,6 @@ BLOCK_STEP = 64
 ROWS = 64
 # Some of a block's shared memory goes to alignment.
 MOST_BYTES = SMEM_BYTES - 4096
-LOG2_E = math.log2(math.e)
 # Below every logit, and finite: its difference to itself is 0.
 LOWEST = -1e30
 
@@ -111,13 +115,14 @@ def unsupported(
 
 
 def attend(
-    query,
-    key,
-    value,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
     mask: BlockMask,
     scale: float,
     dilation: Dilation | None = None,
-):
+) -> tuple[jax.Array, jax.Array]:
     """(out, lse), lse (batch, seq, heads); differentiable but for the mask.
 
     dilation: of the heads of `query`, whose arrays then are (batch, seq, rate * heads,
@@ -125,8 +130,8 @@ def attend(
     """
     seq_q, dim = query.shape[1], value.shape[3]
     query, scale = _positive(query, scale)
-    arrays, mask = prepare(mask, query, key, value)
-    out, lse = _attend(*arrays, mask, scale, dilation)
+    (query, key, value), mask = _prepare(mask, query, key, value)
+    out, lse = _attend(query, key, value, mask, scale, dilation)
     return out[:, :seq_q, :, :dim], lse[:, :seq_q]
 
 
@@ -137,15 +142,42 @@ def _positive(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
     return (-query, -scale) if scale else (0 * query, 1.0)
 
 
+def _prepare(
+    mask: BlockMask, *arrays: jax.Array
+) -> tuple[Sequence[jax.Array], BlockMask]:
+    """The arrays padded with zeros at the end, to what tiles are made of, and the mask.
+
+    Its lists stay on the host if they have values, so that their schedule is constant.
+    """
+    dim = pl.cdiv(max(x.shape[3] for x in arrays), CONTRACTED_STEP) * CONTRACTED_STEP
+
+    def pad(x):
+        missing = -x.shape[1] % ROW_STEP, dim - x.shape[3]
+        return jnp.pad(x, [(0, 0), (0, missing[0]), (0, 0), (0, missing[1])])
+
+    names = "kv", "full_kv", "q", "full_q"
+    lists = {name: _known(getattr(mask, name)) for name in names}
+    leaves, tree = jax.tree.flatten(replace(mask, **lists))
+    alike = vary_alike(*map(pad, arrays), *map(jnp.asarray, leaves))
+    n = len(arrays)
+    return alike[:n], jax.tree.unflatten(tree, alike[n:])
+
+
+def _known(lists: BlockLists) -> BlockLists:
+    if all(map(has_values, lists.arrays)):
+        return KnownLists(*map(np.asarray, lists.arrays))
+    return lists
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(query, key, value, mask, scale, dilation):
-    kernel = partial(forward, scale, False, dilation=dilation)
+    kernel = partial(forward, scale=scale, exact=False, dilation=dilation)
     out, lse2 = over_batch(kernel)(mask, query, key, value)
     return out, lse2[:, :, 0].mT / LOG2_E
 
 
 def _attend_forward(query, key, value, mask, scale, dilation):
-    kernel = partial(forward, scale, True, dilation=dilation)
+    kernel = partial(forward, scale=scale, exact=True, dilation=dilation)
     out, lse2, low = over_batch(kernel)(mask, query, key, value)
     lse2 = lse2[:, :, 0]
     return (out, lse2.mT / LOG2_E), (query, key, value, mask, (out, low), lse2)
@@ -155,11 +187,13 @@ def _attend_backward(scale, dilation, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
     d_out, d_lse = cotangents
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
-    # Or XLA sums inside of what transposes and stacks: 451 us on an H200 at
-    # (4, 4096, 16, 128), where to read the arrays takes about 60.
+    # Without this barrier XLA sums inside of what transposes and stacks: 451 us on an
+    # H200 at (4, 4096, 16, 128), where to read the arrays takes about 60.
     summed = lax.optimization_barrier((d_out * _sum(outs)).sum(-1))
-    args = mask, query, key, value, d_out, lse2, summed.mT - d_lse
-    gradients = _gradients(scale, *args, dilation=dilation)
+    delta = summed.mT - d_lse
+    gradients = _gradients(
+        query, key, value, d_out, lse2, delta, mask=mask, scale=scale, dilation=dilation
+    )
     tokens = tokens_of(dilation, query, key, value)
     spread = [of.spread(x) for of, x in zip(tokens, gradients, strict=True)]
     return *spread, None
@@ -168,17 +202,35 @@ def _attend_backward(scale, dilation, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def attend_part(query, key, value, mask: BlockMask, scale: float):
+def attend_part(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: BlockMask,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
     """(out, lse) over some of the keys, to be merged with others: both in float32."""
     seq_q, dim = query.shape[1], value.shape[3]
     query, scale = _positive(query, scale)
-    arrays, mask = prepare(mask, query, key, value)
-    out, lse2, low = over_batch(partial(forward, scale, True))(mask, *arrays)
+    arrays, mask = _prepare(mask, query, key, value)
+    kernel = partial(forward, scale=scale, exact=True)
+    out, lse2, low = over_batch(kernel)(mask, *arrays)
     lse = lse2[:, :, 0].mT / LOG2_E
     return _sum([out, low])[:, :seq_q, :, :dim], lse[:, :seq_q]
 
 
-def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta):
+def part_gradients(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    *,
+    mask: BlockMask,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What these keys add to the three gradients, rounded and then made float32.
 
     The roundings of all parts together are as large as that of the sum. Two parts of 16
@@ -187,12 +239,15 @@ def part_gradients(query, key, value, mask: BlockMask, scale, d_out, lse, delta)
     lse, delta: of all keys, (batch, seq, heads).
     """
     scaled, factor = _positive(query, scale)
-    arrays, mask = prepare(mask, scaled, key, value, d_out)
+    arrays, mask = _prepare(mask, scaled, key, value, d_out)
     missing = -lse.shape[1] % ROW_STEP
     lse2, delta = (
         jnp.pad(x.mT, [(0, 0), (0, 0), (0, missing)]) for x in (lse * LOG2_E, delta)
     )
-    gradients = _gradients(factor, mask, *arrays, lse2=lse2, delta=delta)
+    scaled, keys, values, d_out = arrays
+    gradients = _gradients(
+        scaled, keys, values, d_out, lse2, delta, mask=mask, scale=factor
+    )
     d_query, d_key, d_value = (
         gradient[:, : x.shape[1], :, : x.shape[3]].astype(jnp.float32)
         for x, gradient in zip((query, key, value), gradients, strict=True)
@@ -205,8 +260,8 @@ def _sum(parts):
     return reduce(jnp.add, (x.astype(jnp.float32) for x in parts))
 
 
-def _gradients(scale, mask, query, key, value, d_out, lse2, delta, dilation=None):
-    """Of query, key and value, without what no head has.
+def _gradients(query, key, value, d_out, lse2, delta, *, mask, scale, dilation=None):
+    """Those of query, key and value, without what no head has.
 
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
@@ -216,51 +271,75 @@ def _gradients(scale, mask, query, key, value, d_out, lse2, delta, dilation=None
     end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
     lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)
     numbers = jnp.stack([lse2, jnp.pad(delta, end)], 2)
-    args = mask, query, key, value, d_out, numbers
-    gradients = [*over_batch(partial(backward_q, scale, dilation=dilation))(*args)]
+    arrays = query, key, value, d_out, numbers
+    kernel = partial(backward_q, scale=scale, dilation=dilation)
+    gradients = [*over_batch(kernel)(mask, *arrays)]
     for wanted in kv_launches(query.shape[3]):
-        kernel = partial(backward_kv, scale, wanted, dilation=dilation)
-        gradients += over_batch(kernel)(*args)
+        kernel = partial(backward_kv, wanted=wanted, scale=scale, dilation=dilation)
+        gradients += over_batch(kernel)(mask, *arrays)
     return gradients
 
 
 def forward(
-    scale,
-    exact,
-    mask,
-    query,
-    key,
-    value,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: BlockMask,
+    scale: float,
+    exact: bool,
     config: WalkTiles | None = None,
     dilation: Dilation | None = None,
-):
-    """out, and the log-sum-exp in base 2, (batch, heads, 1, seq).
+) -> Sequence[jax.Array]:
+    """`out`, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
     exact: and then what rounding took from `out`, rounded itself. The gradient of a
         query is a difference, of which little may remain where it sees few keys.
     """
     config = config or config_of("forward", query.shape[-1], mask.block_size)
-    factor = scale * LOG2_E
-    shape = config.rows, config.columns
+    queries, keys, values = tokens_of(dilation, query, key, value)
+    body = Forward(config, scale, query.dtype, exact)
+    walk = walk_keys(mask, queries, keys, config)
+    walked = [[keys], [values]]
+    return walk_lists(body, config, [queries], walked, walk, "attention_forward")
 
-    def start(held):
-        top = jnp.full((config.rows,), LOWEST, jnp.float32)
-        total = jnp.zeros((config.rows,), jnp.float32)
+
+@dataclass(frozen=True)
+class Forward:
+    """A tile of queries, its weighted sum of values, and their maximum and sum.
+
+    The carry is (sums of values, largest logit in base 2, sum of weights).
+    """
+
+    config: WalkTiles
+    scale: float
+    dtype: Any
+    exact: bool
+    takes_turns = True
+
+    @property
+    def outs(self) -> Sequence[int | None]:
+        return (0, None, 0) if self.exact else (0, None)
+
+    def start(self, held):
+        top = jnp.full((self.config.rows,), LOWEST, jnp.float32)
+        total = jnp.zeros((self.config.rows,), jnp.float32)
         row = plgpu.Layout.WGMMA.reduce(1)
         top, total = (plgpu.layout_cast(x, row) for x in (top, total))
-        return zeros(config.rows, held[0].shape[1]), top, total
+        return zeros(self.config.rows, held[0].shape[1]), top, total
 
-    def step(carry, held, ring, visible):
+    def step(self, carry, held, tiles: WalkedTiles, visible):
         summed, top, total = carry
-        (keys,) = ring.wait(0)
+        shape, factor = _shape(self.config), self.scale * LOG2_E
+        (keys,) = tiles.wait(0)
 
         def multiply(acc):
             plgpu.wgmma(acc, held[0], keys.transpose((1, 0)))
-            ring.take_turns()
+            tiles.take_turns()
             return acc[...]
 
         logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-        ring.release(0)
+        tiles.release(0)
         if visible:
             logits = jnp.where(visible(), logits, -jnp.inf)
         higher = jnp.maximum(top, logits.max(axis=1) * factor)
@@ -268,131 +347,161 @@ def forward(
         fade = jnp.exp2(top - higher)
         summed *= lax.broadcast_in_dim(fade, summed.shape, [0])
         total = total * fade + weights.sum(axis=1)
-        rounded = weights.astype(query.dtype)
-        ring.take_turns()
-        (values,) = ring.wait(1)
+        rounded = weights.astype(self.dtype)
+        tiles.take_turns()
+        (values,) = tiles.wait(1)
         summed = add_dots(summed, (rounded, values))
-        ring.release(1)
+        tiles.release(1)
         return summed, higher, total
 
-    def finish(carry, held):
+    def finish(self, carry):
         summed, top, total = carry
         seen = total > 0
         total = jnp.where(seen, total, 1)
         share = jnp.where(seen, 1 / total, 0)
         lse2 = jnp.where(seen, top + jnp.log2(total), -jnp.inf)
         out = summed * lax.broadcast_in_dim(share, summed.shape, [0])
-        low = out - out.astype(query.dtype).astype(jnp.float32)
-        return [out, lse2, low][: 2 + exact]
+        if not self.exact:
+            return out, lse2
+        return out, lse2, out - out.astype(self.dtype).astype(jnp.float32)
 
-    queries, keys, values = tokens_of(dilation, query, key, value)
-    held, walked = [queries], [[keys], [values]]
-    walk = walk_of(mask, "kv", queries, keys, config)
-    body = Body(start, step, finish, [0, None, 0][: 2 + exact], takes_turns=True)
-    return walk_lists(body, config, held, walked, walk, "attention_forward")
+
+def _shape(config: WalkTiles) -> tuple[int, int]:
+    """That of a warpgroup's tile of logits."""
+    return config.rows, config.columns
 
 
 def backward_q(
-    scale,
-    mask,
-    query,
-    key,
-    value,
-    d_out,
-    numbers,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    numbers: jax.Array,
+    *,
+    mask: BlockMask,
+    scale: float,
     config: WalkTiles | None = None,
     dilation: Dilation | None = None,
-):
+) -> Sequence[jax.Array]:
     """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
-    factor = scale * LOG2_E
-    shape = config.rows, config.columns
+    queries, keys, values = tokens_of(dilation, query, key, value)
+    held = [queries, Tokens(d_out), Tokens(numbers, numbers=True)]
+    body = BackwardQ(config, scale, query.dtype)
+    walk = walk_keys(mask, queries, keys, config)
+    walked = [[keys, values]]
+    return walk_lists(body, config, held, walked, walk, "attention_backward_q")
 
-    def start(held):
+
+@dataclass(frozen=True)
+class BackwardQ:
+    """A tile of queries and their gradient, a sum over the keys that they see.
+
+    The carry is (sums, lse2, delta).
+    """
+
+    config: WalkTiles
+    scale: float
+    dtype: Any
+    outs: Sequence[int | None] = (0,)
+    takes_turns = False
+
+    def start(self, held):
         row = plgpu.Layout.WGMMA.reduce(1)
-        lse, delta = (plgpu.load(held[2].at[n], layout=row) for n in range(2))
-        return zeros(config.rows, held[0].shape[1]), lse, delta
+        lse2, delta = (plgpu.load(held[2].at[n], layout=row) for n in range(2))
+        return zeros(self.config.rows, held[0].shape[1]), lse2, delta
 
-    def step(carry, held, ring, visible):
-        summed, lse, delta = carry
-        keys, values = ring.wait(0)
+    def step(self, carry, held, tiles: WalkedTiles, visible):
+        summed, lse2, delta = carry
+        shape, factor = _shape(self.config), self.scale * LOG2_E
+        keys, values = tiles.wait(0)
         logits, d_weights = dots(
             (held[0], keys.transpose((1, 0))), (held[1], values.transpose((1, 0)))
         )
-        weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(lse, shape, [0]))
+        weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(lse2, shape, [0]))
         if visible:
             weights = jnp.where(visible(), weights, 0)
         d_logits = weights * (d_weights - lax.broadcast_in_dim(delta, shape, [0]))
-        d_logits = d_logits.astype(query.dtype)
+        d_logits = d_logits.astype(self.dtype)
         summed = add_dots(summed, (d_logits, keys))
-        ring.release(0)
-        return summed, lse, delta
+        tiles.release(0)
+        return summed, lse2, delta
 
-    def finish(carry, held):
-        return [carry[0] * scale]
-
-    queries, *pair = tokens_of(dilation, query, key, value)
-    held = [queries, Tokens(d_out), Tokens(numbers, numbers=True)]
-    walk = walk_of(mask, "kv", queries, pair[0], config)
-    body = Body(start, step, finish, [0])
-    return walk_lists(body, config, held, [pair], walk, "attention_backward_q")
+    def finish(self, carry):
+        return [carry[0] * self.scale]
 
 
 def backward_kv(
-    scale,
-    wanted,
-    mask,
-    query,
-    key,
-    value,
-    d_out,
-    numbers,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    numbers: jax.Array,
+    *,
+    wanted: Sequence[str],
+    mask: BlockMask,
+    scale: float,
     config: WalkTiles | None = None,
     dilation: Dilation | None = None,
-):
-    """The wanted gradients, of "key", "value" or both.
-
-    Keys are the rows, so that only views of shared memory are transposed.
-    """
+) -> Sequence[jax.Array]:
+    """The wanted gradients, out of "key" and "value", in that order."""
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
-    factor = scale * LOG2_E
-    shape = config.rows, config.columns
+    queries, keys, values = tokens_of(dilation, query, key, value)
+    walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
+    body = BackwardKV(config, scale, query.dtype, wanted)
+    walk = walk_queries(mask, queries, keys, config)
+    name = f"attention_backward_{'_'.join(wanted)}"
+    return walk_lists(body, config, [keys, values], walked, walk, name)
 
-    def start(held):
-        return [zeros(config.rows, held[0].shape[1]) for _ in wanted]
 
-    def step(sums, held, ring, visible):
-        queries, d_outs, numbers = ring.wait(0)
+@dataclass(frozen=True)
+class BackwardKV:
+    """A tile of keys and values and their gradients, sums over queries that see them.
 
-        def of_column(n):
-            column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
-            return lax.broadcast_in_dim(column, shape, [1])
+    Keys are the rows, so that only views of shared memory are transposed. The carry is
+    the sums by name.
+    """
 
+    config: WalkTiles
+    scale: float
+    dtype: Any
+    wanted: Sequence[str]
+    takes_turns = False
+
+    @property
+    def outs(self) -> Sequence[int | None]:
+        return [{"key": 0, "value": 1}[name] for name in self.wanted]
+
+    def start(self, held):
+        return {name: zeros(self.config.rows, held[0].shape[1]) for name in self.wanted}
+
+    def step(self, carry, held, tiles: WalkedTiles, visible):
+        queries, d_outs, numbers = tiles.wait(0)
         (logits,) = dots((held[0], queries.transpose((1, 0))))
-        weights = jnp.exp2(logits * factor - of_column(0))
+        factor = self.scale * LOG2_E
+        weights = jnp.exp2(logits * factor - self._of_columns(numbers, 0))
         if visible:
             weights = jnp.where(visible(), weights, 0)
         added = {}
-        if "value" in wanted:
-            rounded = weights.astype(query.dtype)
-            added["value"] = add_dots(sums[wanted.index("value")], (rounded, d_outs))
-        if "key" in wanted:
+        if "value" in self.wanted:
+            rounded = weights.astype(self.dtype)
+            added["value"] = add_dots(carry["value"], (rounded, d_outs))
+        if "key" in self.wanted:
             (d_weights,) = dots((held[1], d_outs.transpose((1, 0))))
-            d_logits = (weights * (d_weights - of_column(1))).astype(query.dtype)
-            added["key"] = add_dots(sums[wanted.index("key")], (d_logits, queries))
+            d_logits = weights * (d_weights - self._of_columns(numbers, 1))
+            added["key"] = add_dots(
+                carry["key"], (d_logits.astype(self.dtype), queries)
+            )
         # Read before TMA may write there again.
         plgpu.commit_smem()
-        ring.release(0)
-        return [added[name] for name in wanted]
+        tiles.release(0)
+        return added
 
-    def finish(sums, held):
-        factors = [scale if name == "key" else 1.0 for name in wanted]
-        return [x * factor for x, factor in zip(sums, factors, strict=True)]
+    def _of_columns(self, numbers, n: int):
+        """Of each column the n-th number, for all rows."""
+        column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
+        return lax.broadcast_in_dim(column, _shape(self.config), [1])
 
-    queries, *pair = tokens_of(dilation, query, key, value)
-    walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
-    walk = walk_of(mask, "q", queries, pair[0], config)
-    outs = [("key", "value").index(name) for name in wanted]
-    body = Body(start, step, finish, outs)
-    name = f"attention_backward_{'_'.join(wanted)}"
-    return walk_lists(body, config, pair, walked, walk, name)
+    def finish(self, carry):
+        factors = {"key": self.scale, "value": 1.0}
+        return [carry[name] * factors[name] for name in self.wanted]

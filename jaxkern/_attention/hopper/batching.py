@@ -10,9 +10,15 @@ from jax import lax
 from ..block_mask.predicates import asks_for_batch
 
 
-def over_batch(kernel):
-    """Under `vmap` the new axis joins the batch, unless `mask_fn` must know it."""
-    kernel = jax.custom_batching.custom_vmap(kernel)
+def over_batch(launch):
+    """`launch(*arrays, mask=mask)` as a function of the mask and the arrays.
+
+    Under `vmap` the new axis joins the batch, unless `mask_fn` must know it.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def kernel(mask, *arrays):
+        return launch(*arrays, mask=mask)
 
     @kernel.def_vmap
     def rule(size, is_batched, mask, *args):

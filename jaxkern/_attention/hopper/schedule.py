@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from ..._core import device
 from ..block_mask.runs import AnyArray, BlockLists, module_of
 
-# Keys and values, or queries, that heads walk at the same time are to stay in L2, of
-# which an H100 and an H200 have 50 MB.
-L2_BYTES = 32e6
-# What a tile takes beside its steps: to load it, to store it, and for both to begin.
+# What keys and values, or queries, that heads walk at the same time may take of L2, so
+# that they stay there: an H100 and an H200 have 50 MB of it by their data sheets.
+L2_CAPACITY_BYTES = 32e6
+# What a tile takes beside its steps, in steps: it is loaded and stored, and both begin.
 STEPS_OF_A_TILE = 1
 
 
@@ -69,7 +69,7 @@ def make_schedule(
     count = min(device.multiprocessors(), len(rows))
     falling = xp.lexsort((-length,))
     block = assign(length[falling], count)
-    together = max(1, int(L2_BYTES // head_bytes)) * tiles
+    together = max(1, int(L2_CAPACITY_BYTES // head_bytes)) * tiles
     # Stable, so that the tiles of one block and group still fall.
     order = falling[xp.lexsort((falling // together, block))]
     counts = _bincount(block, None, count)

@@ -4,14 +4,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..._core.precision import widen
-from ..._mosaic.base import SMEM_BYTES, plgpu, swizzle_of, tiles
+from ..._mosaic.base import plgpu, swizzle_of, tiles
 from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
 from ..dilation import Dilation
 
@@ -73,6 +73,20 @@ class Tokens:
 Groups = Sequence[Sequence[Tokens]]
 
 
+def tokens_of(
+    dilation: Dilation | None, query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[Tokens, Tokens, Tokens]:
+    """Those of query, key and value; a dilation is that of the query's heads."""
+    if dilation is None:
+        return Tokens(query), Tokens(key), Tokens(value)
+    of_keys = dilation.of_keys(key.shape[2] // dilation.rate)
+    return (
+        Tokens(query, dilation=dilation),
+        Tokens(key, dilation=of_keys),
+        Tokens(value, dilation=of_keys),
+    )
+
+
 def rings_of(config: WalkTiles, block_size: int) -> int:
     """One if both warpgroups walk together, else one for each."""
     return 1 if block_size % (COMPUTE * config.rows) == 0 else COMPUTE
@@ -90,35 +104,53 @@ def smem_bytes(
     return total + 4 * COMPUTE * config.rows + BARRIER_BYTES * barriers
 
 
-def scratch(
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a block, in the order that the kernel takes.
+
+    held: a buffer an operand, (slots, warpgroups, *tile).
+    walked: of each group a buffer an operand, (slots of all rings, *tile).
+    numbers: one a row, on their way out.
+    filled, emptied: a barrier a slot, for each walked group.
+    turn: the barrier at which both warpgroups meet, if they take turns.
+    """
+
+    held: Sequence[Any]
+    walked: Sequence[Sequence[Any]]
+    numbers: Any
+    held_filled: Any
+    held_emptied: Any
+    filled: Sequence[Any]
+    emptied: Sequence[Any]
+    turn: Sequence[Any]
+
+
+def make_scratch(
     config: WalkTiles,
     held: Sequence[Tokens],
     walked: Groups,
     rings: int,
     takes_turns: bool,
-) -> list[Any]:
-    """Shared memory and barriers of a block."""
+) -> Scratch:
+    """What the kernel asks for."""
 
     def buffers(operands, size, *slots):
         return [_buffer(o, size, slots, config.columns) for o in operands]
 
-    def barriers(slots, produced, consumed):
-        return [
-            plgpu.Barrier(num_arrivals=n, num_barriers=slots)
-            for n in (produced, consumed)
-        ]
+    def barrier(arrivals, slots):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
 
     slots = rings * config.steps
-    pairs = [barriers(slots, len(g), COMPUTE // rings) for g in walked]
-    turns = takes_turns and rings == 1
-    return [
-        buffers(held, config.rows, config.held, COMPUTE),
-        [buffers(group, config.columns, slots) for group in walked],
-        plgpu.SMEM((COMPUTE, config.rows), jnp.float32),
-        barriers(config.held, len(held) * COMPUTE, COMPUTE),
-        [list(pair) for pair in zip(*pairs, strict=True)],
-        [plgpu.Barrier(num_arrivals=COMPUTE)] * turns,
-    ]
+    meets = takes_turns and rings == 1
+    return Scratch(
+        held=buffers(held, config.rows, config.held, COMPUTE),
+        walked=[buffers(group, config.columns, slots) for group in walked],
+        numbers=plgpu.SMEM((COMPUTE, config.rows), jnp.float32),
+        held_filled=barrier(len(held) * COMPUTE, config.held),
+        held_emptied=barrier(COMPUTE, config.held),
+        filled=[barrier(len(group), slots) for group in walked],
+        emptied=[barrier(COMPUTE // rings, slots) for _ in walked],
+        turn=[plgpu.Barrier(num_arrivals=COMPUTE)] if meets else [],
+    )
 
 
 def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
@@ -129,22 +161,3 @@ def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
     # tile the contracted axis too.
     swizzle = swizzle_of(math.gcd(columns, shape[1]), dtype.itemsize)
     return plgpu.SMEM((*slots, *shape), dtype, transforms=tiles(dtype, swizzle))
-
-
-def check_fits(
-    name: str,
-    config: WalkTiles,
-    held: Sequence[Tokens],
-    walked: Groups,
-    rings: int,
-) -> None:
-    """
-    Raises:
-        ValueError: a block needs more shared memory than there is.
-    """
-    needed = smem_bytes(config, held, walked, rings)
-    if needed > SMEM_BYTES:
-        raise ValueError(
-            f"{name}: {config} must fit {SMEM_BYTES} bytes of shared memory, "
-            f"got {needed}"
-        )

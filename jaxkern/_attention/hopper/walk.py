@@ -11,11 +11,11 @@ What lies past the end of an array is zero when TMA loads it and dropped when TM
 it.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,18 @@ from ..._mosaic.launch import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
     WalkTiles,
+    check_fits,
     launch_blocks,
     wait_for_last,
 )
+from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists
-from .schedule import make_schedule
-from .tokens import Groups, Tokens, check_fits, rings_of, scratch
+from .predicates import make_predicate
+from .schedule import Schedule, make_schedule
+from .tokens import Groups, Scratch, Tokens, make_scratch, rings_of, smem_bytes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Walk:
     """What is walked: lists of blocks, and which heads go with a held one.
 
@@ -56,44 +59,55 @@ class Walk:
     share: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Body:
-    """What a warpgroup computes.
+def walk_keys(mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles) -> Walk:
+    """Each query head walks the keys of its group's head."""
+    predicate = make_predicate(mask, q_axis=0)
+    return Walk(
+        (mask.kv, mask.full_kv),
+        mask.block_size,
+        partial(predicate.visible, (config.rows, config.columns)),
+        predicate.data,
+        share=query.heads // key.heads,
+    )
 
-    start: from its held tiles to a carry.
-    step: (carry, held tiles, ring, visible), where `visible` is None in full blocks
-        and otherwise gives the pairs that attend, (rows, columns).
-    finish: (carry, held tiles) to the results, one an entry of `outs`.
-    outs: which held operand a result is like; None for a float32 number a row.
-    takes_turns: whether `step` calls `ring.take_turns` twice, so that a warpgroup's
-        first half of a step runs under the other one's second half.
+
+def walk_queries(
+    mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles
+) -> Walk:
+    """Each key head walks the queries of all heads of its group."""
+    predicate = make_predicate(mask, q_axis=1)
+    return Walk(
+        (mask.q, mask.full_q),
+        mask.block_size,
+        partial(predicate.visible, (config.rows, config.columns)),
+        predicate.data,
+        heads=query.heads // key.heads,
+    )
+
+
+@dataclass(frozen=True)
+class WalkedTiles:
+    """The walked tiles of one step, as one warpgroup sees them.
+
+    smem: of each group the buffers of its operands.
+    filled, emptied: a barrier for each group.
+    turn: the barrier at which both warpgroups meet, if they take turns.
     """
 
-    start: Callable[..., Any]
-    step: Callable[..., Any]
-    finish: Callable[..., Any]
-    outs: Sequence[int | None]
-    takes_turns: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """The walked tiles of one step, as one warpgroup sees them."""
-
-    smem: Sequence[Any]
-    produced: Sequence[Any]
-    consumed: Sequence[Any]
+    smem: Sequence[Sequence[Any]]
+    filled: Sequence[Any]
+    emptied: Sequence[Any]
     turn: Sequence[Any]
     slot: Any
 
     def wait(self, n: int):
         """The tiles of the walked group `n`, once they are there."""
-        plgpu.barrier_wait(self.produced[n].at[self.slot])
+        plgpu.barrier_wait(self.filled[n].at[self.slot])
         return [smem.at[self.slot] for smem in self.smem[n]]
 
     def release(self, n: int) -> None:
         """Let those tiles be overwritten."""
-        plgpu.barrier_arrive(self.consumed[n].at[self.slot])
+        plgpu.barrier_arrive(self.emptied[n].at[self.slot])
 
     def take_turns(self) -> None:
         """Wait for the other warpgroup to be here too, if both walk together."""
@@ -106,191 +120,84 @@ def _take_turns(turn) -> None:
         plgpu.barrier_wait(barrier)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """A launch: what it computes, and inside the kernel its arrays."""
+class Body(Protocol):
+    """What a warpgroup computes."""
+
+    @property
+    def outs(self) -> Sequence[int | None]:
+        """Which held operand a result is like; None for a float32 number a row."""
+        ...
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether `step` calls `tiles.take_turns` twice.
+
+        Then a warpgroup's first half of a step runs under the other one's second half.
+        """
+        ...
+
+    def start(self, held: Sequence[Any]) -> Any:
+        """The carry before the first step, from the held tiles."""
+        ...
+
+    def step(
+        self,
+        carry: Any,
+        held: Sequence[Any],
+        tiles: WalkedTiles,
+        visible: Callable[[], Any] | None,
+    ) -> Any:
+        """The carry after the walked tiles of one step.
+
+        visible: gives the pairs of a partial block that attend, (rows, columns); None
+            in full blocks.
+        """
+        ...
+
+    def finish(self, carry: Any) -> Sequence[Any]:
+        """The results, one an entry of `outs`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, as the host plans it.
+
+    walked: groups of operands, of which all tiles of a step arrive together and are
+        released together.
+    """
 
     body: Body
     config: WalkTiles
     held: Sequence[Tokens]
     walked: Groups
     walk: Walk
-    schedule: Any = None
-    data: Any = None
-    gmem: Sequence[Any] = ()
-    outs: Sequence[Any] = ()
-    scratch: Sequence[Any] = ()
 
     @property
     def rings(self) -> int:
         return rings_of(self.config, self.walk.block_size)
 
-    def over_tiles(self, step, carry):
-        """`step(n, carry)` for every tile that this block takes."""
-        block = self.schedule.blocks.at[lax.axis_index("block")]
-        return lax.fori_loop(0, block[1], step, carry)
-
-    def item(self, n):
-        """The n-th tile that this block takes."""
-        return self.schedule.blocks[lax.axis_index("block"), 0] + n
-
-    def place(self, n):
-        """Batch, head and number of a tile."""
-        return [self.schedule.place[self.item(n), axis] for axis in range(3)]
-
-    def first(self, tile, warpgroup):
-        return (tile * COMPUTE + warpgroup) * self.config.rows
-
-    def lists(self, n, ring, head):
-        """Of the partial and the full blocks: steps, first entry and indices."""
-        row = self.schedule.rows.at[self.item(n), ring, head]
-        each = self.walk.block_size // self.config.columns
-        return [
-            (row[2 * n] * each, row[2 * n + 1], indices)
-            for n, indices in enumerate(self.schedule.indices)
-        ]
-
-    def column(self, start, indices, n):
-        """Where the tile of step `n` begins."""
-        size, columns = self.walk.block_size, self.config.columns
-        each = size // columns
-        return indices[start + lax.div(n, each)] * size + lax.rem(n, each) * columns
-
-    def over_heads(self, step, carry):
-        if self.walk.heads == 1:
-            return step(0, carry)
-        return lax.fori_loop(0, self.walk.heads, step, carry)
-
-    def compute(self, warpgroup, nth, carry):
-        """A tile; the carry counts the steps of the ring."""
-        config, body, walk = self.config, self.body, self.walk
-        held_smem, walked_smem, numbers, held_barriers, barriers, turn = self.scratch
-        produced, consumed = held_barriers
-        filled, emptied = barriers
-        here = slot(nth, config.held)
-        mine = [smem.at[here, warpgroup] for smem in held_smem]
-        mine_first = 0 if self.rings == 1 else warpgroup * config.steps
-        lane = 0 if self.rings == 1 else warpgroup
-        batch, head, tile = self.place(nth)
-        first = self.first(tile, warpgroup)
-        plgpu.barrier_wait(produced.at[here])
-        pl.when(warpgroup == 1)(lambda: _take_turns(turn))
-
-        def walk_head(g, state):
-            query_head = head * walk.heads + g
-            partial_first = self.lists(nth, lane, g)
-            for (count, start, indices), ask in zip(
-                partial_first, (True, False), strict=True
-            ):
-
-                def step(n, state, start=start, indices=indices, ask=ask):
-                    at, sums = state
-                    visible = None
-                    if ask:
-                        column = self.column(start, indices, n)
-                        where = batch, query_head, first, column
-                        visible = partial(walk.visible, self.data, *where)
-                    s = mine_first + slot(at, config.steps)
-                    ring = Ring(walked_smem, filled, emptied, turn, s)
-                    # Or the addresses of its parts would be kept in registers.
-                    part = lax.optimization_barrier(warpgroup)
-                    mine = [smem.at[here, part] for smem in held_smem]
-                    return at + 1, body.step(sums, mine, ring, visible)
-
-                state = lax.fori_loop(0, count, step, state)
-            return state
-
-        carry, sums = self.over_heads(walk_head, (carry, body.start(mine)))
-        pl.when(warpgroup == 0)(lambda: _take_turns(turn))
-        # Read again, so that no register keeps it meanwhile.
-        batch, head, tile = self.place(nth)
-        first = self.first(tile, warpgroup)
-        results = body.finish(sums, mine)
-        for value, like, out in zip(results, body.outs, self.outs, strict=True):
-            if like is None:
-                smem = numbers.at[warpgroup]
-                target = out.at[batch, head, 0, pl.ds(first, config.rows)]
-            else:
-                smem = mine[like]
-                target = Tokens(out).cut(out, batch, head, first, config.rows)
-            smem[...] = value.astype(smem.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, target)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(consumed.at[here])
-        return carry
-
-    def load(self, nth, carry):
-        """What a tile needs; the carry counts the steps of each ring."""
-        config, walk = self.config, self.walk
-        held_smem, walked_smem, _, held_barriers, barriers, _ = self.scratch
-        held_produced, held_consumed = held_barriers
-        produced, consumed = barriers
-        held_gmem, walked_gmem = (
-            self.gmem[: len(self.held)],
-            self.gmem[len(self.held) :],
+    def schedule(self) -> Schedule:
+        """Which block takes which held tiles, and where their lists are."""
+        batch, seq, heads, _ = self.held[0].result.shape
+        walked = sum(tokens.tile_bytes(tokens.seq) for tokens in chain(*self.walked))
+        return make_schedule(
+            self.walk.lists,
+            (batch, heads, seq),
+            self.walk.heads,
+            (self.rings, COMPUTE // self.rings * self.config.rows),
+            self.walk.block_size,
+            walked * self.walk.heads / self.walk.share,
         )
-        batch, head, tile = self.place(nth)
-        here = slot(nth, config.held)
 
-        @pl.when(nth >= config.held)
-        def _():
-            plgpu.barrier_wait(held_consumed.at[here])
-
-        for part in range(COMPUTE):
-            for operand, gmem, smem in zip(
-                self.held, held_gmem, held_smem, strict=True
-            ):
-                at = batch, head, self.first(tile, part), config.rows
-                target, barrier = smem.at[here, part], held_produced.at[here]
-                plgpu.copy_gmem_to_smem(operand.cut(gmem, *at), target, barrier)
-
-        def load_step(ring, at, head, column):
-            s = ring * config.steps + slot(at, config.steps)
-            gmem = iter(walked_gmem)
-            for n, group in enumerate(self.walked):
-
-                @pl.when(at >= config.steps)
-                def _(n=n):
-                    plgpu.barrier_wait(consumed[n].at[s])
-
-                for operand, smem in zip(group, walked_smem[n], strict=True):
-                    place = batch, head, column
-                    source = operand.cut(next(gmem), *place, size=config.columns)
-                    plgpu.copy_gmem_to_smem(source, smem.at[s], produced[n].at[s])
-
-        def load_head(g, carry):
-            walked_head = lax.div(head * walk.heads + g, walk.share)
-            rings = [self.lists(nth, ring, g) for ring in range(self.rings)]
-            for lists in zip(*rings, strict=True):
-
-                def step(n, carry, lists=lists):
-                    after = []
-                    for ring, (count, start, indices) in enumerate(lists):
-                        at = carry[ring]
-
-                        @pl.when(n < count)
-                        def _(ring=ring, at=at, start=start, indices=indices):
-                            column = self.column(start, indices, n)
-                            load_step(ring, at, walked_head, column)
-
-                        after.append(at + (n < count).astype(at.dtype))
-                    return after
-
-                longest = reduce(lax.max, [count for count, *_ in lists])
-                carry = lax.fori_loop(0, longest, step, carry)
-            return carry
-
-        return self.over_heads(load_head, carry)
-
-    def wait_for_last(self, steps) -> None:
-        """A barrier must be seen to the end of its last phase."""
-        tiles = self.schedule.blocks[lax.axis_index("block"), 1]
-        _, _, _, (_, held_consumed), (_, consumed), _ = self.scratch
-        wait_for_last(tiles, self.config.held, [held_consumed])
-        for ring, count in enumerate(steps):
-            each = self.config.steps
-            wait_for_last(count, each, consumed, first=ring * each)
+    def results(self) -> list[jax.ShapeDtypeStruct]:
+        """What the kernel writes."""
+        batch, seq, heads, _ = self.held[0].result.shape
+        # What is contiguous is copied to its end, whatever follows it: so whole tiles.
+        whole = pl.cdiv(seq, COMPUTE * self.config.rows) * COMPUTE * self.config.rows
+        numbers = jax.ShapeDtypeStruct((batch, heads, 1, whole), jnp.float32)
+        outs = self.body.outs
+        return [numbers if n is None else self.held[n].result for n in outs]
 
 
 def walk_lists(
@@ -301,38 +208,23 @@ def walk_lists(
     walk: Walk,
     name: str,
 ) -> Sequence[jax.Array]:
-    """The results of the body; numbers are (batch, heads, 1, seq).
-
-    What is walked comes in groups, of which all tiles of a step arrive together and are
-    released together.
-    """
-    frame = _Frame(body, config, held, walked, walk)
-    batch, seq, heads, _ = held[0].result.shape
-    check_fits(name, config, held, walked, frame.rings)
-    schedule = make_schedule(
-        walk.lists,
-        (batch, heads, seq),
-        walk.heads,
-        (frame.rings, COMPUTE // frame.rings * config.rows),
-        walk.block_size,
-        sum(o.tile_bytes(o.seq) for o in chain(*walked)) * walk.heads / walk.share,
+    """The results of the body; numbers are (batch, heads, 1, seq)."""
+    plan = Plan(body, config, held, walked, walk)
+    check_fits(name, config, smem_bytes(config, held, walked, plan.rings))
+    schedule = plan.schedule()
+    inputs = (
+        schedule,
+        list(walk.data),
+        [tokens.array for tokens in held],
+        [[tokens.array for tokens in group] for group in walked],
     )
-    leaves, tree = jax.tree.flatten((schedule, list(walk.data)))
-    arrays = [o.array for o in chain(held, *walked)]
-    operands = vary_alike(*map(jnp.asarray, leaves), *arrays)
+    leaves, tree = jax.tree.flatten(inputs)
+    n_in, n_out = len(leaves), len(body.outs)
 
     def kernel(*refs):
-        listed, refs = refs[: len(leaves)], refs[len(leaves) :]
-        n_in, n_out = len(arrays), len(body.outs)
-        schedule, data = jax.tree.unflatten(tree, listed)
-        bound = dataclasses.replace(
-            frame,
-            schedule=schedule,
-            data=data,
-            gmem=refs[:n_in],
-            outs=refs[n_in : n_in + n_out],
-            scratch=refs[n_in + n_out :],
-        )
+        given = jax.tree.unflatten(tree, refs[:n_in])
+        scratch = Scratch(*refs[n_in + n_out :])
+        bound = Bound(plan, *given, outs=refs[n_in : n_in + n_out], scratch=scratch)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < COMPUTE)
@@ -344,17 +236,246 @@ def walk_lists(
         @pl.when(warpgroup == COMPUTE)
         def load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            start = [jnp.int32(0)] * frame.rings
-            bound.wait_for_last(bound.over_tiles(bound.load, start))
+            start = [jnp.int32(0)] * plan.rings
+            bound.drain(bound.over_tiles(bound.load, start))
 
-    # What is contiguous is copied to its end, whatever follows it: so whole tiles.
-    whole = pl.cdiv(seq, COMPUTE * config.rows) * COMPUTE * config.rows
-    numbers = jax.ShapeDtypeStruct((batch, heads, 1, whole), jnp.float32)
-    out_type = [numbers if n is None else held[n].result for n in body.outs]
-    buffers = scratch(config, held, walked, frame.rings, body.takes_turns)
-    blocks = len(schedule.blocks)
-    results = launch_blocks(kernel, operands, out_type, buffers, blocks, name)
+    scratch = make_scratch(config, held, walked, plan.rings, body.takes_turns)
+    operands = vary_alike(*map(jnp.asarray, leaves))
+    blocks, seq = len(schedule.blocks), held[0].result.shape[1]
+    results = launch_blocks(kernel, operands, plan.results(), scratch, blocks, name)
     return [
         x[..., :seq] if n is None else x
         for x, n in zip(results, body.outs, strict=True)
     ]
+
+
+class Steps(NamedTuple):
+    """The steps through one list of blocks.
+
+    first: of the list's entries in `indices`.
+    """
+
+    count: Any
+    first: Any
+    indices: Any
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A launch inside its kernel: the plan, and references to its arrays."""
+
+    plan: Plan
+    schedule: Schedule
+    data: Any
+    held: Sequence[Any]
+    walked: Sequence[Sequence[Any]]
+    outs: Sequence[Any]
+    scratch: Scratch
+
+    def over_tiles(self, step, carry):
+        """`step(n, carry)` for every tile that this block takes."""
+        block = self.schedule.blocks.at[lax.axis_index("block")]
+        return lax.fori_loop(0, block[1], step, carry)
+
+    def over_heads(self, step, carry):
+        """`step(n, carry)` for every head that is walked for a held one."""
+        if self.plan.walk.heads == 1:
+            return step(0, carry)
+        return lax.fori_loop(0, self.plan.walk.heads, step, carry)
+
+    def item(self, nth):
+        """Where the schedule has the nth tile that this block takes."""
+        return self.schedule.blocks[lax.axis_index("block"), 0] + nth
+
+    def place(self, nth):
+        """Batch, head and number of a tile."""
+        return [self.schedule.place[self.item(nth), axis] for axis in range(3)]
+
+    def first_row(self, tile, warpgroup):
+        return (tile * COMPUTE + warpgroup) * self.plan.config.rows
+
+    def lists(self, nth, ring, head) -> list[Steps]:
+        """Those of the partial and of the full blocks."""
+        row = self.schedule.rows.at[self.item(nth), ring, head]
+        each = self.plan.walk.block_size // self.plan.config.columns
+        return [
+            Steps(row[2 * n] * each, row[2 * n + 1], indices)
+            for n, indices in enumerate(self.schedule.indices)
+        ]
+
+    def column(self, steps: Steps, n):
+        """Where the tile of step `n` begins."""
+        size, columns = self.plan.walk.block_size, self.plan.config.columns
+        each = size // columns
+        block = steps.indices[steps.first + lax.div(n, each)]
+        return block * size + lax.rem(n, each) * columns
+
+    def compute(self, warpgroup, nth, carry):
+        """One warpgroup's part of a tile; the carry counts the steps of its ring."""
+        config, scratch = self.plan.config, self.scratch
+        together = self.plan.rings == 1
+        here = slot(nth, config.held)
+        part = HeldPart(
+            self,
+            warpgroup,
+            here,
+            lane=0 if together else warpgroup,
+            first_slot=0 if together else warpgroup * config.steps,
+        )
+        batch, head, tile = self.place(nth)
+        first_row = self.first_row(tile, warpgroup)
+        plgpu.barrier_wait(scratch.held_filled.at[here])
+        pl.when(warpgroup == 1)(lambda: _take_turns(scratch.turn))
+        walk_head = partial(part.walk_head, nth, batch, head, first_row)
+        start = self.plan.body.start(part.tiles(warpgroup))
+        carry, sums = self.over_heads(walk_head, (carry, start))
+        pl.when(warpgroup == 0)(lambda: _take_turns(scratch.turn))
+        # Read again, so that no register keeps it meanwhile.
+        batch, head, tile = self.place(nth)
+        first_row = self.first_row(tile, warpgroup)
+        part.store(self.plan.body.finish(sums), batch, head, first_row)
+        plgpu.barrier_arrive(scratch.held_emptied.at[here])
+        return carry
+
+    def load(self, nth, carry):
+        """What a tile needs; the carry counts the steps of each ring."""
+        batch, head, tile = self.place(nth)
+        self._load_held(nth, batch, head, tile)
+
+        def load_head(g, carry):
+            walk = self.plan.walk
+            walked_head = lax.div(head * walk.heads + g, walk.share)
+            rings = [self.lists(nth, ring, g) for ring in range(self.plan.rings)]
+            for lists in zip(*rings, strict=True):
+                carry = self._load_lists(lists, batch, walked_head, carry)
+            return carry
+
+        return self.over_heads(load_head, carry)
+
+    def _load_held(self, nth, batch, head, tile) -> None:
+        config, scratch = self.plan.config, self.scratch
+        here = slot(nth, config.held)
+
+        @pl.when(nth >= config.held)
+        def wait_until_empty():
+            plgpu.barrier_wait(scratch.held_emptied.at[here])
+
+        for part in range(COMPUTE):
+            for tokens, gmem, smem in zip(
+                self.plan.held, self.held, scratch.held, strict=True
+            ):
+                row = self.first_row(tile, part)
+                source = tokens.cut(gmem, batch, head, row, config.rows)
+                filled = scratch.held_filled.at[here]
+                plgpu.copy_gmem_to_smem(source, smem.at[here, part], filled)
+
+    def _load_lists(self, lists: Sequence[Steps], batch, head, carry):
+        """A list for each ring, step by step; the rings take turns."""
+
+        def load_each(n, carry):
+            after = []
+            for ring, (steps, at) in enumerate(zip(lists, carry, strict=True)):
+                load = partial(self._load_step, ring, at, batch, head, steps, n)
+                pl.when(n < steps.count)(load)
+                after.append(at + (n < steps.count).astype(at.dtype))
+            return after
+
+        longest = reduce(lax.max, [steps.count for steps in lists])
+        return lax.fori_loop(0, longest, load_each, carry)
+
+    def _load_step(self, ring, at, batch, head, steps: Steps, n) -> None:
+        """The tiles of step `n` of a list, which is step `at` of its ring."""
+        config, scratch = self.plan.config, self.scratch
+        column = self.column(steps, n)
+        s = ring * config.steps + slot(at, config.steps)
+        groups = zip(
+            self.plan.walked,
+            self.walked,
+            scratch.walked,
+            scratch.filled,
+            scratch.emptied,
+            strict=True,
+        )
+        for operands, sources, buffers, filled, emptied in groups:
+            wait_until_empty = partial(plgpu.barrier_wait, emptied.at[s])
+            pl.when(at >= config.steps)(wait_until_empty)
+            for tokens, gmem, smem in zip(operands, sources, buffers, strict=True):
+                source = tokens.cut(gmem, batch, head, column, config.columns)
+                plgpu.copy_gmem_to_smem(source, smem.at[s], filled.at[s])
+
+    def drain(self, steps) -> None:
+        """See every barrier to the end of its last phase, after `steps` of a ring."""
+        config, scratch = self.plan.config, self.scratch
+        tiles = self.schedule.blocks[lax.axis_index("block"), 1]
+        wait_for_last(tiles, config.held, [scratch.held_emptied])
+        for ring, count in enumerate(steps):
+            first = ring * config.steps
+            wait_for_last(count, config.steps, scratch.emptied, first)
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """The part of a held tile that one warpgroup computes.
+
+    here: the slot of the held tile.
+    lane: whose row of the schedule it walks.
+    first_slot: of its ring.
+    """
+
+    bound: Bound
+    warpgroup: Any
+    here: Any
+    lane: Any
+    first_slot: Any
+
+    def tiles(self, part):
+        """The held tiles of that part."""
+        return [smem.at[self.here, part] for smem in self.bound.scratch.held]
+
+    def walk_head(self, nth, batch, head, first_row, g, state):
+        """The state after the lists of the g-th walked head: (steps so far, carry)."""
+        partial_blocks, full_blocks = self.bound.lists(nth, self.lane, g)
+        walk = self.bound.plan.walk
+        query_head = head * walk.heads + g
+
+        def step_of_partial(n, state):
+            column = self.bound.column(partial_blocks, n)
+            where = batch, query_head, first_row, column
+            return self._step(state, partial(walk.visible, self.bound.data, *where))
+
+        def step_of_full(n, state):
+            del n
+            return self._step(state, None)
+
+        state = lax.fori_loop(0, partial_blocks.count, step_of_partial, state)
+        return lax.fori_loop(0, full_blocks.count, step_of_full, state)
+
+    def _step(self, state, visible: Callable[[], Any] | None):
+        at, carry = state
+        plan, scratch = self.bound.plan, self.bound.scratch
+        tiles = WalkedTiles(
+            scratch.walked,
+            scratch.filled,
+            scratch.emptied,
+            scratch.turn,
+            self.first_slot + slot(at, plan.config.steps),
+        )
+        # Without this barrier the addresses of its tiles would be kept in registers.
+        held = self.tiles(lax.optimization_barrier(self.warpgroup))
+        return at + 1, plan.body.step(carry, held, tiles, visible)
+
+    def store(self, results, batch, head, first_row) -> None:
+        """The results, each through the buffer of the held tile that it is like."""
+        rows = self.bound.plan.config.rows
+        outs = self.bound.plan.body.outs
+        for value, like, out in zip(results, outs, self.bound.outs, strict=True):
+            if like is None:
+                smem = self.bound.scratch.numbers.at[self.warpgroup]
+                target = out.at[batch, head, 0, pl.ds(first_row, rows)]
+            else:
+                smem = self.tiles(self.warpgroup)[like]
+                target = Tokens(out).cut(out, batch, head, first_row, rows)
+            smem[...] = value.astype(smem.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem, target)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,6 +12,7 @@ writer, so there are no atomics.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._mosaic.base import SMEM_BYTES, buffer, plgpu, slot, zeros
+from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 from .product import (
     LAYOUT,
@@ -32,9 +34,14 @@ from .product import (
     read_mask,
 )
 
-# Of a tile. Masks in flight, tokens of a step, and steps in flight at most.
+# Rows of W in a tile.
 ROWS = COMPUTE * PIECE
-SLOTS, TOKENS, MAX_STEPS = 2, 64, 8
+# Tiles of masks in flight.
+SLOTS = 2
+# Tokens of a step.
+TOKENS = 64
+# Steps in flight, at most.
+MAX_STEPS = 8
 LOG2_E = math.log2(math.e)
 
 
@@ -45,7 +52,8 @@ def _rarer(x):
     return e * root * root
 
 
-# Of the mask by the logits, of `_rarer`; where there is none it is 1.
+# The derivative of a mask by its logit, as a function of p = sigmoid(-|logit|). That of
+# a rule which is not here is 1.
 SLOPES: dict[Kind, Callable[..., Any]] = {
     "seed_reinmax": lambda p: 1 + p - p * p,
     "reinmax": lambda p: 0.5 * p,
@@ -65,15 +73,43 @@ class Wanted:
     mask: bool
     dtype: Any
 
+    @property
+    def names(self) -> list[str]:
+        """What the kernel of gradients makes, in the order of its results."""
+        return [name for name in ("mask", "w") if getattr(self, name)]
+
+    @property
+    def columns(self) -> int:
+        """Columns of W in a tile.
+
+        With 128 the gradients of masks and W together spill registers, and those of
+        masks alone took 43 us on an H200 where with 64 they take 35.
+        """
+        return 64 if self.mask else 128
+
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a launch reads and keeps in shared memory."""
+    """What a launch computes and keeps in shared memory, as the host plans it.
+
+    group: samples that share a W.
+    count: steps of a sample.
+    """
 
     kind: Kind
     wanted: Wanted
-    columns: int
     mask_dtype: Any
+    group: int
+    count: int
+
+    @property
+    def columns(self) -> int:
+        return self.wanted.columns
+
+    @property
+    def walked(self) -> int:
+        """Samples that a block takes: all of a group where it sums over them."""
+        return self.group if self.wanted.w else 1
 
     @property
     def slope(self) -> Callable[..., Any] | None:
@@ -81,7 +117,7 @@ class _Plan:
 
     @property
     def reads(self) -> bool:
-        """Masks, which straight-through's own gradient does not need."""
+        """Whether masks are read: straight-through's own gradient needs none."""
         return self.wanted.w or self.slope is not None
 
     @property
@@ -89,22 +125,31 @@ class _Plan:
         """Whether dm is stored from where the mask was loaded to."""
         return self.wanted.mask and self.reads and self.kind != "bits"
 
+    @property
+    def stages(self) -> bool:
+        """Whether dm has slots of its own."""
+        return self.wanted.mask and not self.shares
+
+    @property
+    def name(self) -> str:
+        return "_".join(["masked_gradients", *self.wanted.names, self.kind])
+
     def held(self) -> list[Any]:
         """Slots of masks that are read, and those of dm where it has its own."""
         found = []
         if self.reads:
             size = SLOTS, ROWS, self.columns
             found.append(mask_buffer(self.kind, self.mask_dtype, *size))
-        if self.wanted.mask and not self.shares:
+        if self.stages:
             found.append(buffer(self.wanted.dtype, SLOTS, ROWS, self.columns))
         return found
 
     def steps(self) -> int:
-        """Of tokens in flight: as many as fit, but no more than `MAX_STEPS`."""
+        """Steps of tokens in flight: as many as fit, but no more than `MAX_STEPS`."""
         held = 2.0
         if self.reads:
             held += SLOTS * bytes_of(self.kind, self.mask_dtype)
-        if self.wanted.mask and not self.shares:
+        if self.stages:
             held += SLOTS * jnp.dtype(self.wanted.dtype).itemsize
         free = SMEM_BYTES - RESERVED_BYTES - ROWS * self.columns * held
         steps = min(MAX_STEPS, int(free // (2 * TOKENS * (ROWS + self.columns))))
@@ -113,30 +158,174 @@ class _Plan:
             raise ValueError(f"no two steps fit with {self.columns} columns: {self}")
         return steps
 
+    def bind(self, x_gmem, dy_gmem, w_gmem, mask_gmem, *refs) -> Roles:
+        """The roles of a block's warpgroups, inside the kernel."""
+        rest = iter(refs)
+        d_mask_gmem = next(rest) if self.wanted.mask else None
+        d_w_gmem = next(rest) if self.wanted.w else None
+        x_smem, dy_smem, w_smem = next(rest), next(rest), next(rest)
+        mask_smem = next(rest) if self.reads else None
+        d_mask_smem = next(rest) if self.stages else mask_smem
+        gmem = x_gmem, dy_gmem, w_gmem, mask_gmem, d_mask_gmem, d_w_gmem
+        smem = x_smem, dy_smem, w_smem, mask_smem, d_mask_smem
+        block = _Block(self, *gmem, *smem, *rest)
+        return Roles(block.compute, block.load, block.drain)
 
-def _product(ring, x_smem, dy_smem, first, count, columns: int):
-    """This warpgroup's rows of x^T dy, of the sample that starts at step `first`."""
-    warpgroup = lax.axis_index("warpgroup")
 
-    def run(acc):
-        def step(i, carry):
-            s = ring.wait(first + i)
-            part = lax.optimization_barrier(warpgroup)
-            plgpu.wgmma(acc, x_smem.at[s, part].transpose((1, 0)), dy_smem.at[s])
-            plgpu.wgmma_wait(1)
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block of the plan inside the kernel, with its references.
 
-            @pl.when(i > 0)
-            def _():
-                ring.release(first + i - 1)
+    d_mask_gmem, d_w_gmem: None where they are not wanted.
+    mask_smem: None where masks are not read.
+    d_mask_smem: `mask_smem`, if the plan shares it.
+    """
 
-            return carry
+    plan: _Plan
+    x_gmem: Any
+    dy_gmem: Any
+    w_gmem: Any
+    mask_gmem: Any
+    d_mask_gmem: Any
+    d_w_gmem: Any
+    x_smem: Any
+    dy_smem: Any
+    w_smem: Any
+    mask_smem: Any
+    d_mask_smem: Any
+    token_ring: Ring
+    w_ring: Ring
+    mask_ring: Ring
 
-        lax.fori_loop(0, count, step, jnp.int32(0))
-        product = acc[...]
-        ring.release(first + count - 1)
-        return product
+    def compute(self, info) -> None:
+        plan = self.plan
+        step = partial(self.compute_sample, info)
+        start = zeros(PIECE, plan.columns) if plan.wanted.w else jnp.int32(0)
+        total = lax.fori_loop(0, plan.walked, step, start)
+        if plan.wanted.w:
+            _store(total, self.w_smem.at[0], self.d_w_gmem, *info.index)
+        if plan.wanted.w or plan.shares:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if plan.shares:
+            self.mask_ring.release((info.local_index + 1) * plan.walked - 1)
+        plgpu.commit_smem()
+        self.w_ring.release(info.local_index)
 
-    return pl.run_scoped(run, plgpu.ACC((PIECE, columns), jnp.float32))
+    def compute_sample(self, info, n, total):
+        """Store the mask's gradient of sample `n`, and add that of W to `total`."""
+        plan = self.plan
+        at = info.local_index * plan.walked + n
+        product = self.multiply_tokens(at * plan.count)
+        here = slot(at, SLOTS)
+        warpgroup = lax.optimization_barrier(lax.axis_index("warpgroup"))
+        first, factor = warpgroup * PIECE, None
+        if plan.reads:
+            self.mask_ring.wait(at)
+        if plan.slope:
+            logits = self.mask_smem.at[here, pl.ds(first, PIECE)]
+            logits = plgpu.load(logits, layout=LAYOUT).astype(jnp.float32)
+            factor = plan.slope(_rarer(logits))
+        if plan.wanted.w:
+            mask = self.mask_smem.at[here]
+            numbers = read_mask(plan.kind, mask, first, 0, plan.columns)
+            total = total + product * numbers
+        if plan.reads and not plan.shares:
+            plgpu.commit_smem()
+            self.mask_ring.release(at)
+
+        @pl.when(n == 0)
+        def wait_for_w():
+            self.w_ring.wait(info.local_index)
+
+        if plan.wanted.mask:
+            weights = self.w_smem.at[0, pl.ds(first, PIECE)]
+            weights = plgpu.load(weights, layout=LAYOUT)
+            product = product * weights.astype(jnp.float32)
+            product = product if factor is None else product * factor
+            if plan.stages:
+                # What was stored from this slot before has been read.
+                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+            walk, row, column = info.index
+            tile = walk * plan.walked + n, row, column
+            _store(product, self.d_mask_smem.at[here], self.d_mask_gmem, *tile)
+        if plan.shares:
+            # What was stored from the slot before this one has been read.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.commit_smem()
+
+            @pl.when(n > 0)
+            def release_the_one_before():
+                self.mask_ring.release(at - 1)
+
+        return total
+
+    def multiply_tokens(self, first):
+        """This warpgroup's rows of x^T dy, of the sample that starts at step `first`.
+
+        One wgmma is always in flight: a step is released when the next one's started.
+        """
+        ring, count = self.token_ring, self.plan.count
+        warpgroup = lax.axis_index("warpgroup")
+
+        def run(acc):
+            def step(i, carry):
+                s = ring.wait(first + i)
+                part = lax.optimization_barrier(warpgroup)
+                x = self.x_smem.at[s, part].transpose((1, 0))
+                plgpu.wgmma(acc, x, self.dy_smem.at[s])
+                plgpu.wgmma_wait(1)
+
+                @pl.when(i > 0)
+                def release_the_one_before():
+                    ring.release(first + i - 1)
+
+                return carry
+
+            lax.fori_loop(0, count, step, jnp.int32(0))
+            product = acc[...]
+            ring.release(first + count - 1)
+            return product
+
+        shape = plgpu.ACC((PIECE, self.plan.columns), jnp.float32)
+        return pl.run_scoped(run, shape)
+
+    def load(self, info) -> None:
+        plan, (walk, row, column) = self.plan, info.index
+        where = (row * ROWS, ROWS), (column * plan.columns, plan.columns)
+        parts = [(row * ROWS + n * PIECE, PIECE) for n in range(COMPUTE)]
+
+        @pl.loop(0, plan.walked)
+        def load_sample(n):
+            sample = walk * plan.walked + n
+            nth = info.local_index * plan.walked + n
+
+            # First, since the others wait for what is computed before.
+            @pl.loop(0, plan.count)
+            def load_tokens(i):
+                tokens = sample, (i * TOKENS, TOKENS)
+                left = [
+                    (cut(self.x_gmem, *tokens, features), self.x_smem, part)
+                    for part, features in enumerate(parts)
+                ]
+                right = cut(self.dy_gmem, *tokens, where[1]), self.dy_smem
+                self.token_ring.fill(nth * plan.count + i, right, *left)
+
+            if plan.reads:
+                masks = cut(self.mask_gmem, sample, *where, plan.kind)
+                self.mask_ring.fill(nth, (masks, self.mask_smem))
+
+            @pl.when(n == 0)
+            def load_w():
+                group = lax.div(walk * plan.walked, plan.group)
+                weights = cut(self.w_gmem, group, *where)
+                self.w_ring.fill(info.local_index, (weights, self.w_smem))
+
+    def drain(self, tiles) -> None:
+        plan = self.plan
+        self.token_ring.drain(tiles * plan.walked * plan.count)
+        self.w_ring.drain(tiles)
+        if plan.reads:
+            self.mask_ring.drain(tiles * plan.walked)
 
 
 def _store(value, smem, gmem, sample, row, column):
@@ -150,130 +339,35 @@ def _store(value, smem, gmem, sample, row, column):
     plgpu.copy_smem_to_gmem(mine, cut(gmem, sample, *target))
 
 
-def gradients(kind: Kind, wanted: Wanted, columns: int, x, dy, w, mask):
+def gradients_kernel(kind: Kind, wanted: Wanted):
+    """The kernel of (x, dy, w, mask): the gradients that are wanted, by their names."""
+    return over_heads(partial(_differentiate, kind, wanted))
+
+
+def _differentiate(kind: Kind, wanted: Wanted, x, dy, w, mask) -> dict[str, jax.Array]:
     """What is wanted of W * G and, summed over the samples of a group, m * G.
 
-    G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out). The
-    first result is the gradient of the mask, or of the logits that it is made of; the
-    second one is like `w`.
+    G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out).
+    "mask" is the gradient of the mask, or of the logits that it is made of; "w" is
+    like `w`.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
-    each = samples // w.shape[0]
-    walked = each if wanted.w else 1
-    count = pl.cdiv(seq, TOKENS)
-    plan = _Plan(kind, wanted, columns, mask.dtype)
-    reads, shares, slope, steps = plan.reads, plan.shares, plan.slope, plan.steps()
-
-    def body(x_gmem, dy_gmem, w_gmem, mask_gmem, *refs):
-        outs, refs = refs[: wanted.mask + wanted.w], refs[wanted.mask + wanted.w :]
-        x_smem, dy_smem, w_smem, *held, token_ring, w_ring, mask_ring = refs
-        mask_smem, out_smem = held[0], held[-1]
-
-        def compute(info):
-            walk, row, column = info.index
-
-            def step(n, total):
-                at = info.local_index * walked + n
-                sizes = at * count, count, columns
-                product = _product(token_ring, x_smem, dy_smem, *sizes)
-                here = slot(at, SLOTS)
-                warpgroup = lax.optimization_barrier(lax.axis_index("warpgroup"))
-                first, factor = warpgroup * PIECE, None
-                if reads:
-                    mask_ring.wait(at)
-                if slope:
-                    logits = mask_smem.at[here, pl.ds(first, PIECE)]
-                    logits = plgpu.load(logits, layout=LAYOUT).astype(jnp.float32)
-                    factor = slope(_rarer(logits))
-                if wanted.w:
-                    numbers = read_mask(kind, mask_smem.at[here], first, 0, columns)
-                    total = total + product * numbers
-                if reads and not shares:
-                    plgpu.commit_smem()
-                    mask_ring.release(at)
-
-                @pl.when(n == 0)
-                def _():
-                    w_ring.wait(info.local_index)
-
-                if wanted.mask:
-                    weights = w_smem.at[0, pl.ds(first, PIECE)]
-                    weights = plgpu.load(weights, layout=LAYOUT)
-                    product = product * weights.astype(jnp.float32)
-                    product = product if factor is None else product * factor
-                    if not shares:
-                        # What was stored from this slot before has been read.
-                        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                    tile = walk * walked + n, row, column
-                    _store(product, out_smem.at[here], outs[0], *tile)
-                if shares:
-                    # What was stored from the slot before this one has been read.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    plgpu.commit_smem()
-
-                    @pl.when(n > 0)
-                    def _():
-                        mask_ring.release(at - 1)
-
-                return total
-
-            start = zeros(PIECE, columns) if wanted.w else jnp.int32(0)
-            total = lax.fori_loop(0, walked, step, start)
-            if wanted.w:
-                _store(total, w_smem.at[0], outs[-1], walk, row, column)
-            if wanted.w or shares:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if shares:
-                mask_ring.release((info.local_index + 1) * walked - 1)
-            plgpu.commit_smem()
-            w_ring.release(info.local_index)
-
-        def load(info):
-            walk, row, column = info.index
-            where = (row * ROWS, ROWS), (column * columns, columns)
-            parts = [(row * ROWS + n * PIECE, PIECE) for n in range(COMPUTE)]
-
-            @pl.loop(0, walked)
-            def _(n):
-                sample, nth = walk * walked + n, info.local_index * walked + n
-
-                # First, since the others wait for what is computed before.
-                @pl.loop(0, count)
-                def _(i):
-                    tokens = sample, (i * TOKENS, TOKENS)
-                    left = [
-                        (cut(x_gmem, *tokens, features), x_smem, part)
-                        for part, features in enumerate(parts)
-                    ]
-                    right = cut(dy_gmem, *tokens, where[1]), dy_smem
-                    token_ring.fill(nth * count + i, right, *left)
-
-                if reads:
-                    masks = cut(mask_gmem, sample, *where, kind)
-                    mask_ring.fill(nth, (masks, mask_smem))
-
-                @pl.when(n == 0)
-                def _():
-                    weights = cut(w_gmem, lax.div(walk * walked, each), *where)
-                    w_ring.fill(info.local_index, (weights, w_smem))
-
-        def drain(tiles):
-            token_ring.drain(tiles * walked * count)
-            w_ring.drain(tiles)
-            if reads:
-                mask_ring.drain(tiles * walked)
-
-        return Roles(compute, load, drain)
-
+    group, count = samples // w.shape[0], pl.cdiv(seq, TOKENS)
+    plan = _Plan(kind, wanted, mask.dtype, group, count)
+    columns, steps = plan.columns, plan.steps()
     buffers = [
         buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
         buffer(x.dtype, steps, TOKENS, columns),
         buffer(w.dtype, 1, ROWS, columns),
         *plan.held(),
     ]
-    name = f"masked_gradients{'_mask' * wanted.mask}{'_w' * wanted.w}_{kind}"
-    grid = samples // walked, pl.cdiv(d_in, ROWS), pl.cdiv(d_out, columns)
-    d_mask = jax.ShapeDtypeStruct((samples, d_in, d_out), wanted.dtype)
-    shapes = [d_mask] * wanted.mask + [w] * wanted.w
+    grid = samples // plan.walked, pl.cdiv(d_in, ROWS), pl.cdiv(d_out, columns)
+    like = {
+        "mask": jax.ShapeDtypeStruct((samples, d_in, d_out), wanted.dtype),
+        "w": jax.ShapeDtypeStruct(w.shape, w.dtype),
+    }
+    outs = [like[name] for name in wanted.names]
     rings = Slots(steps, COMPUTE + 1), Slots(1, 1), Slots(SLOTS, 1)
-    return launch(name, body, grid, shapes, buffers, rings, (x, dy, w, mask))
+    operands = x, dy, w, mask
+    made = launch(plan.name, plan.bind, grid, outs, buffers, rings, operands)
+    return dict(zip(wanted.names, made, strict=True))

@@ -22,24 +22,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ..._core import device, h200
 from ..._mosaic.base import SMEM_BYTES, buffer, plgpu
+from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
+from ..estimators import Rule
+from ..packed import WORD
 
 # What a mask is made of: logits, on where they are positive, by the estimators of which
 # the gradients' kernel knows the slope; numbers, by which W is multiplied; or bits, 32
 # rows of W to a word.
-Kind = Literal["straight_through", "seed_reinmax", "reinmax", "mask", "bits"]
-WORD = 32
-# Tiles in shared memory are made of 8 rows of 128 bytes, and JAX cuts the whole arrays
-# into these.
-ROW_STEP, FEATURE_STEP = 8, 64
-# What a wgmma has of rows: the features that a warpgroup masks and multiplies.
+Kind = Rule | Literal["mask", "bits"]
+# Rows of a wgmma: the features that a warpgroup masks and multiplies.
 PIECE = 64
-# Of a tile of a product: features of both warpgroups, and what is contracted in a step.
-FEATURES, DEPTH = 128, 64
-# Of shared memory: of barriers; and what JAX adds where there are sums over lanes.
-RESERVED_BYTES, SUM_BYTES = 512, 2048
-LAYOUT, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
+# Features of a product's tile, of both warpgroups.
+FEATURES = 128
+# What is contracted in a step.
+DEPTH = 64
+# Tokens of a product's tile, and parts of the contracted axis, to choose from.
+TOKENS = (256, 128, 64)
+SPLITS = (1, 2, 4, 8)
+# Shared memory of barriers.
+RESERVED_BYTES = 512
+# Shared memory that JAX adds where there are sums over lanes.
+SUM_BYTES = 2048
+# What launches took on an H200 (`nvidia_h200/launches.json`): a step with logits or
+# numbers, and with bits. Steps wait for shared memory, not for the tensor cores.
+STEP_CLOCKS = 1250.0
+BITS_STEP_CLOCKS = 950.0
+# More of a step, for each token of the tile.
+TOKEN_STEP_CLOCKS = 2.5
+# More of a tile, for each of its tokens.
+TOKEN_TILE_CLOCKS = 8.0
+LAYOUT = plgpu.Layout.WGMMA
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +71,7 @@ class MaskedTiles:
     splits: int = 1
 
     def __post_init__(self):
-        if self.tokens not in (64, 128, 256) or self.splits < 1:
+        if self.tokens not in TOKENS or self.splits < 1:
             raise ValueError(
                 "MaskedTiles: tokens must be 64, 128 or 256 and splits at least 1, "
                 f"got {self.tokens} and {self.splits}"
@@ -66,16 +82,61 @@ class MaskedTiles:
         return pl.cdiv(contracted, DEPTH * self.splits)
 
     def slots(self, mask_bytes: float, sums: bool) -> tuple[int, int]:
-        """Steps in flight, of tokens and of weights: no more than 4, as many as fit."""
+        """Steps in flight, of tokens and of weights: no more than 4, as many as fit.
+
+        sums: whether there are sums over lanes.
+        """
         out = COMPUTE * PIECE * PIECE * (2 if self.splits == 1 else 4)
-        free = SMEM_BYTES - RESERVED_BYTES - SUM_BYTES * sums - out
-        tokens, weights = (
-            2 * DEPTH * self.tokens,
-            int(FEATURES * DEPTH * (2 + mask_bytes)),
-        )
+        free = SMEM_BYTES - RESERVED_BYTES - out
+        if sums:
+            free -= SUM_BYTES
+        tokens = 2 * DEPTH * self.tokens
+        weights = int(FEATURES * DEPTH * (2 + mask_bytes))
         both = min(4, free // (tokens + weights))
         # Weights are read a step ahead.
         return both, min(4, (free - both * tokens) // weights)
+
+    def clocks(
+        self, samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+    ) -> float:
+        """The clocks that a product with these tiles takes on an H200, about.
+
+        Tiles take turns on the multiprocessors, and all together no less than every
+        array takes to and from memory. Parts are written and read in float32, from L2.
+        """
+        blocks = samples * pl.cdiv(seq, self.tokens) * pl.cdiv(features, FEATURES)
+        turns = pl.cdiv(self.splits * blocks, device.multiprocessors())
+        step = STEP_CLOCKS if mask_bytes >= 1 else BITS_STEP_CLOCKS
+        step += TOKEN_STEP_CLOCKS * self.tokens
+        tile = self.count(contracted) * step + TOKEN_TILE_CLOCKS * self.tokens
+        weights = contracted * features * (2 + samples * mask_bytes)
+        moved = 2 * samples * seq * (contracted + features) + weights
+        moved_us = moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
+        clocks = max(turns * tile, moved_us * h200.CLOCKS_PER_US)
+        if self.splits == 1:
+            return clocks
+        parts = 8 * self.splits * samples * seq * features
+        added_us = h200.LAUNCH_US + parts / h200.L2_BYTES_PER_US
+        return clocks + added_us * h200.CLOCKS_PER_US
+
+
+def choose_tiles(
+    samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+) -> MaskedTiles:
+    """The tiles of the fewest clocks; of equal ones, the largest and the fewest parts.
+
+    They depend on the shape alone, since with the parts the rounding of a result
+    changes.
+    """
+    steps = pl.cdiv(contracted, DEPTH)
+    valid = [
+        MaskedTiles(tokens, splits)
+        for splits in SPLITS
+        if steps % splits == 0
+        for tokens in TOKENS
+    ]
+    sizes = samples, seq, contracted, features, mask_bytes
+    return min(valid, key=lambda tiles: tiles.clocks(*sizes))
 
 
 def by_threshold(kind: Kind) -> bool:
@@ -200,122 +261,204 @@ def _store(acc, smem, gmem, part, token, feature):
         plgpu.copy_smem_to_gmem(smem, cut(gmem, part, *target))
 
 
-def product(kind: Kind, transposed: bool, config: MaskedTiles, pack: bool, x, w, mask):
-    """x_b (W_b * m_b), or with W * m transposed.
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a launch computes, as the host plans it.
 
-    pack: return the mask too, as (samples, rows / 32, columns) words.
+    transposed: contract the columns of W, not its rows.
+    pack: write the mask's bits too.
+    count: steps of a block.
+    group: samples that share a W.
+    """
+
+    kind: Kind
+    transposed: bool
+    tiles: MaskedTiles
+    pack: bool
+    count: int
+    group: int
+
+    @property
+    def name(self) -> str:
+        words = ["masked_product"]
+        if self.transposed:
+            words.append("transposed")
+        words.append("logits" if by_threshold(self.kind) else self.kind)
+        if self.pack:
+            words.append("and_bits")
+        return "_".join(words)
+
+    def bind(self, x_gmem, w_gmem, mask_gmem, y_gmem, *refs) -> Roles:
+        """The roles of a block's warpgroups, inside the kernel."""
+        words_gmem = None
+        if self.pack:
+            words_gmem, *refs = refs
+        warpgroup = lax.axis_index("warpgroup")
+        gmem = x_gmem, w_gmem, mask_gmem, y_gmem, words_gmem
+        block = _Block(self, warpgroup, *gmem, *refs)
+        return Roles(block.compute, block.load, block.drain)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block of the plan inside the kernel, with its references.
+
+    A step of the W ring has a tile of W and of the mask, one of the x ring the tokens
+    that this is multiplied by.
+    """
+
+    plan: _Plan
+    warpgroup: Any
+    x_gmem: Any
+    w_gmem: Any
+    mask_gmem: Any
+    y_gmem: Any
+    words_gmem: Any
+    x_smem: Any
+    w_smem: Any
+    mask_smem: Any
+    y_smem: Any
+    x_ring: Ring
+    w_ring: Ring
+
+    def compute(self, info) -> None:
+        tokens = self.plan.tiles.tokens
+        shape = plgpu.ACC((PIECE, tokens), jnp.float32)
+        start = info.local_index * self.plan.count
+        acc = pl.run_scoped(partial(self.accumulate, info, start), shape)
+        part, column, row = info.index
+        first = row * tokens, (column * COMPUTE + self.warpgroup) * PIECE
+        _store(acc, self.y_smem.at[self.warpgroup], self.y_gmem, part, *first)
+
+    def accumulate(self, info, start, acc):
+        """The sums of this warpgroup's features, over the steps from `start` on.
+
+        The weights of the next step are masked while the wgmma of this one runs.
+        """
+        count = self.plan.count
+
+        def step(i, weights):
+            following = partial(self.mask_tile, i + 1, info)
+            return self.factor(self.multiply(acc, start + i, weights, following))
+
+        weights = self.factor(self.mask_tile(jnp.int32(0), info))
+        weights = lax.fori_loop(0, count - 1, step, weights)
+        self.multiply(acc, start + count - 1, weights)
+        return acc[...]
+
+    def multiply(self, acc, at, weights, meanwhile=lambda: None):
+        """Add the product of step `at`; what `meanwhile` makes while it runs."""
+        s = self.x_ring.wait(at)
+        plgpu.wgmma(acc, weights, self.x_smem.at[s].transpose((1, 0)))
+        following = meanwhile()
+        plgpu.wgmma_wait(0)
+        self.x_ring.release(at)
+        return following
+
+    def mask_tile(self, i, info):
+        """The weights of this warpgroup's features, of step `i`, in float32."""
+        plan = self.plan
+        at = info.local_index * plan.count + i
+        s = self.w_ring.wait(at)
+        # Without this barrier the compiler keeps the addresses of the slots in
+        # registers.
+        first = lax.optimization_barrier(self.warpgroup) * PIECE
+        smem = self.w_smem.at[s], self.mask_smem.at[s]
+        tile, numbers = _masked(plan.kind, plan.transposed, *smem, first)
+        if plan.pack:
+            # In the block of the first tokens.
+            first = info.index[2] == 0
+            _keep(self.words_gmem, numbers, first, *self.where_of(i, info))
+        # TMA may write what has been read here.
+        plgpu.commit_smem()
+        self.w_ring.release(at)
+        return tile
+
+    def where_of(self, i, info):
+        """The sample, and the row and column of W that this warpgroup's tile has."""
+        splits = self.plan.tiles.splits
+        part, column, _ = info.index
+        row = (lax.rem(part, splits) * self.plan.count + i) * DEPTH
+        sample = lax.div(part, splits)
+        return sample, row, (column * COMPUTE + self.warpgroup) * PIECE
+
+    def factor(self, masked):
+        """As wgmma takes it: not before the last one is done, or all would wait."""
+        return plgpu.layout_cast(masked.astype(self.x_smem.dtype), LAYOUT)
+
+    def load(self, info) -> None:
+        plan, (part, column, row) = self.plan, info.index
+        splits, tokens = plan.tiles.splits, plan.tiles.tokens
+        sample = lax.div(part, splits)
+        begin = lax.rem(part, splits) * plan.count
+
+        @pl.loop(0, plan.count)
+        def load_step(i):
+            at = info.local_index * plan.count + i
+            along = (begin + i) * DEPTH, DEPTH
+            across = column * FEATURES, FEATURES
+            where = (across, along) if plan.transposed else (along, across)
+            weights = cut(self.w_gmem, lax.div(sample, plan.group), *where)
+            masks = cut(self.mask_gmem, sample, *where, plan.kind)
+            self.w_ring.fill(at, (weights, self.w_smem), (masks, self.mask_smem))
+            x = cut(self.x_gmem, sample, (row * tokens, tokens), along)
+            self.x_ring.fill(at, (x, self.x_smem))
+
+    def drain(self, tiles) -> None:
+        self.x_ring.drain(tiles * self.plan.count)
+        self.w_ring.drain(tiles * self.plan.count)
+
+
+def product_kernel(
+    kind: Kind,
+    *,
+    transposed: bool = False,
+    pack: bool = False,
+    tiles: MaskedTiles | None = None,
+):
+    """The kernel of (x, w, mask), or of (dy, w, mask) if transposed.
+
+    pack: its results are the product and the bits of the mask that is made of logits,
+        else the product alone.
+    """
+    return over_heads(partial(_multiply_masked, kind, transposed, pack, tiles))
+
+
+def _multiply_masked(
+    kind: Kind, transposed: bool, pack: bool, tiles: MaskedTiles | None, x, w, mask
+) -> tuple[jax.Array, ...]:
+    """x_b (W_b * m_b), or with W * m transposed; and the mask's words if `pack`.
+
     x: (samples, seq, contracted).
     w: (groups, rows, columns), each of as many samples.
-    mask: (samples, rows, columns), or their bits.
-
-    Returns (samples * splits, seq, features), in a list.
+    mask: (samples, rows, columns), or their bits, (samples, rows / 32, columns).
     """
     if pack and (transposed or not by_threshold(kind)):
         raise ValueError(f"no bits of {kind}, transposed: {transposed}")
     samples, seq, contracted = x.shape
     features = w.shape[1 if transposed else 2]
-    tokens, each = config.tokens, samples // w.shape[0]
-    x_slots, w_slots = config.slots(bytes_of(kind, mask.dtype), sums=pack)
-    tile = (FEATURES, DEPTH) if transposed else (DEPTH, FEATURES)
-    count = config.count(contracted)
-    dtype = x.dtype if config.splits == 1 else jnp.float32
-
-    def body(x_gmem, w_gmem, mask_gmem, y_gmem, *refs):
-        words_gmem = refs[0] if pack else None
-        x_smem, w_smem, mask_smem, y_smem, x_ring, w_ring = refs[pack:]
-        warpgroup = lax.axis_index("warpgroup")
-
-        def where_of(i, info):
-            """The sample, and what this warpgroup masks in step `i` is from where."""
-            part, column, _ = info.index
-            row = (lax.rem(part, config.splits) * count + i) * DEPTH
-            sample = lax.div(part, config.splits)
-            return sample, row, (column * COMPUTE + warpgroup) * PIECE
-
-        def mask_tile(i, info):
-            """The weights of this warpgroup's features, of step `i`."""
-            at = info.local_index * count + i
-            s = w_ring.wait(at)
-            # Or the addresses would be kept in registers.
-            first = lax.optimization_barrier(warpgroup) * PIECE
-            smem = w_smem.at[s], mask_smem.at[s]
-            tile, numbers = _masked(kind, transposed, *smem, first)
-            if pack:
-                # In the block of the first tokens.
-                _keep(words_gmem, numbers, info.index[2] == 0, *where_of(i, info))
-            # TMA may write what has been read here.
-            plgpu.commit_smem()
-            w_ring.release(at)
-            return tile
-
-        def factor(masked):
-            """As wgmma takes it: not before the last one is done, or all would wait."""
-            return plgpu.layout_cast(masked.astype(x.dtype), LAYOUT)
-
-        def compute(info):
-            start = info.local_index * count
-
-            def run(acc):
-                def multiply(at, weights, meanwhile=lambda: None):
-                    s = x_ring.wait(at)
-                    plgpu.wgmma(acc, weights, x_smem.at[s].transpose((1, 0)))
-                    following = meanwhile()
-                    plgpu.wgmma_wait(0)
-                    x_ring.release(at)
-                    return following
-
-                def step(i, weights):
-                    following = partial(mask_tile, i + 1, info)
-                    return factor(multiply(start + i, weights, following))
-
-                weights = factor(mask_tile(jnp.int32(0), info))
-                weights = lax.fori_loop(0, count - 1, step, weights)
-                multiply(start + count - 1, weights)
-                return acc[...]
-
-            acc = pl.run_scoped(run, plgpu.ACC((PIECE, tokens), jnp.float32))
-            part, column, row = info.index
-            first = row * tokens, (column * COMPUTE + warpgroup) * PIECE
-            _store(acc, y_smem.at[warpgroup], y_gmem, part, *first)
-
-        def load(info):
-            part, column, row = info.index
-            sample = lax.div(part, config.splits)
-            begin = lax.rem(part, config.splits) * count
-
-            @pl.loop(0, count)
-            def _(i):
-                at = info.local_index * count + i
-                along = (begin + i) * DEPTH, DEPTH
-                across = column * FEATURES, FEATURES
-                where = (across, along) if transposed else (along, across)
-                weights = cut(w_gmem, lax.div(sample, each), *where)
-                masks = cut(mask_gmem, sample, *where, kind)
-                w_ring.fill(at, (weights, w_smem), (masks, mask_smem))
-                x_ring.fill(
-                    at, (cut(x_gmem, sample, (row * tokens, tokens), along), x_smem)
-                )
-
-        def drain(tiles):
-            x_ring.drain(tiles * count)
-            w_ring.drain(tiles * count)
-
-        return Roles(compute, load, drain)
-
+    mask_bytes = bytes_of(kind, mask.dtype)
+    tiles = tiles or choose_tiles(samples, seq, contracted, features, mask_bytes)
+    group = samples // w.shape[0]
+    plan = _Plan(kind, transposed, tiles, pack, tiles.count(contracted), group)
+    x_slots, w_slots = tiles.slots(mask_bytes, sums=pack)
+    shape = (FEATURES, DEPTH) if transposed else (DEPTH, FEATURES)
+    dtype = x.dtype if tiles.splits == 1 else jnp.float32
     buffers = [
-        buffer(x.dtype, x_slots, tokens, DEPTH),
-        buffer(w.dtype, w_slots, *tile),
-        mask_buffer(kind, mask.dtype, w_slots, *tile),
+        buffer(x.dtype, x_slots, tiles.tokens, DEPTH),
+        buffer(w.dtype, w_slots, *shape),
+        mask_buffer(kind, mask.dtype, w_slots, *shape),
         buffer(dtype, COMPUTE, PIECE, PIECE),
     ]
-    made_of = "logits" if by_threshold(kind) else kind
-    name = f"masked_product{'_transposed' * transposed}_{made_of}"
-    parts = samples * config.splits
-    grid = parts, pl.cdiv(features, FEATURES), pl.cdiv(seq, tokens)
+    parts = samples * tiles.splits
+    grid = parts, pl.cdiv(features, FEATURES), pl.cdiv(seq, tiles.tokens)
     outs = [jax.ShapeDtypeStruct((parts, seq, features), dtype)]
     if pack:
-        name += "_and_bits"
         words = samples, contracted // WORD, features
         outs.append(jax.ShapeDtypeStruct(words, jnp.int32))
     rings = Slots(x_slots, 1), Slots(w_slots, 2)
-    return launch(name, body, grid, outs, buffers, rings, (x, w, mask))
+    y, *bits = launch(plan.name, plan.bind, grid, outs, buffers, rings, (x, w, mask))
+    if tiles.splits > 1:
+        y = y.reshape(samples, tiles.splits, seq, features)
+        y = y.sum(1).astype(x.dtype)
+    return y, *bits

@@ -17,57 +17,77 @@ features for dx and over tokens for the weights, and a block can keep one of the
   order of arrival.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..._core import device, h200
+from ..._core import device
 from ..._core.sharding import vary_alike
-from ..._mosaic.base import IN_KERNEL, SMEM_BYTES, add_dots, dots, plgpu, zeros
+from ..._mosaic import matmul as frame
+from ..._mosaic.base import IN_KERNEL, SMEM_BYTES, add_dots, dots, pad_to, plgpu, zeros
 from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, WalkTiles
-from .walk import Operand, walk
+from ..._mosaic.matmul import SPARE_BYTES, round_up
+from .walk import HeadTiles, WalkedSteps, walk
 
-DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
-# Of the gated form, by its inputs: its tiles take up to twice as much shared memory.
+# The largest dim of the gated form, by how many inputs there are: its tiles take up to
+# twice as much shared memory.
 MAX_GATED_DIM = {1: 192, 2: 128}
+
+# Rows of a held tile of one warpgroup, the fewest that a wgmma has.
+ROWS = 64
+# Columns of a walked tile, by kernel and up to which dim. They are the largest that
+# spill no register, which were the fastest on an H200.
+WALKED_COLUMNS = {
+    "forward": ((128, 128), (224, 64), (256, 32)),
+    "backward_x": ((64, 128), (128, 64), (256, 32)),
+    "backward_w": ((96, 64), (256, 32)),
+}
+GATED_WALKED_COLUMNS = ((64, 64), (256, 32))
+# Up to this dim there are held tiles of 128 rows too, for an ungated forward.
+WIDE_DIM = 96
+# Up to this dim both warpgroups can share the rows of a tile, and do where blocks are
+# few: their sums have to fit in registers beside those of the other one.
+SPLIT_DIM = {"forward": 128, "backward_x": 128, "backward_w": 96}
+# Walked columns of these: the addresses of one more ring take registers too, where the
+# backward of two inputs has it.
+SPLIT_COLUMNS = 64
+PAIR_SPLIT_COLUMNS = 32
+NUMBER_BYTES = 2
 
 
 def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[WalkTiles, ...]:
-    """The tiles to choose from, the largest first.
+    """The tiles to choose from, the largest first."""
+    gated = ups == 2
+    table = GATED_WALKED_COLUMNS if gated else WALKED_COLUMNS[kernel]
+    columns = next(columns for largest, columns in table if dim <= largest)
+    found = [WalkTiles(ROWS, columns, held=_held(kernel, dim, columns, ups, inputs))]
+    if kernel == "forward" and not gated and dim <= WIDE_DIM:
+        found.insert(0, WalkTiles(2 * ROWS, 64))
+    if dim <= SPLIT_DIM[kernel]:
+        is_pair = inputs == 2 and kernel != "forward"
+        most = PAIR_SPLIT_COLUMNS if is_pair else SPLIT_COLUMNS
+        found.append(WalkTiles(ROWS, min(columns, most), steps=4, split=True, held=1))
+    return tuple(found)
 
-    The largest that spill no register, which were the fastest on an H200.
-    """
-    match kernel, ups:
-        case "forward", 1:
-            columns = 128 if dim <= 128 else 64 if dim <= 224 else 32
-        case "backward_x", 1:
-            columns = 128 if dim <= 64 else 64 if dim <= 128 else 32
-        case "backward_w", 1:
-            columns = 64 if dim <= 96 else 32
-        case _:
-            columns = 64 if dim <= 64 else 32
-    tile_bytes = 64 * dim * 2
+
+def _held(kernel: str, dim: int, columns: int, ups: int, inputs: int) -> int:
+    """How many held tiles are in flight: two where shared memory has room for them."""
     held, walked = {
         "forward": (inputs, ups + 1),
         "backward_x": (inputs + 1, ups + 1),
         "backward_w": (ups + 1, inputs + 1),
     }[kernel]
-    needed = 2 * 2 * held * tile_bytes + 2 * walked * columns * tile_bytes // 64
-    normal = WalkTiles(64, columns, held=2 if needed <= SMEM_BYTES - 2048 else 1)
-    # The addresses of one more ring take registers too.
-    most = 32 if (inputs, kernel != "forward") == (2, True) else 64
-    half = WalkTiles(64, min(columns, most), steps=4, split=True, held=1)
-    wide = (
-        (WalkTiles(128, 64),) if (kernel, ups) == ("forward", 1) and dim <= 96 else ()
-    )
-    splits = dim <= (96 if kernel == "backward_w" else 128)
-    return (*wide, normal, half) if splits else (*wide, normal)
+    tiles = WalkTiles(ROWS, columns, held=2)
+    rows = tiles.held * tiles.parts * held * ROWS + tiles.steps * walked * columns
+    return 2 if rows * dim * NUMBER_BYTES <= SMEM_BYTES - SPARE_BYTES else 1
 
 
 def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
@@ -99,78 +119,21 @@ def choose(
     return min(configs(kernel, dim, ups, inputs), key=rows_in_turn)
 
 
-def predicted_us(
-    kernel: str,
-    heads: int,
-    size: int,
-    walked: int,
-    dim: int,
-    ups: int,
-    sums: int = 1,
-    inputs: int = 1,
-) -> float:
-    """Time of one launch on an H200, predicted: within a fourth of what they took.
-
-    Tiles take turns on the multiprocessors. One takes as long as its matmuls and its
-    activations, of which little is hidden (silu takes 43 us where relu takes 31); all
-    together no less than the walked tiles take to come from L2, and every array to and
-    from memory. 2 us pass before the first tile and after the last one.
-
-    size, walked: of the held and of the walked axis.
-    sums: how many gradients a launch for the weights makes.
-    """
-    config = choose(kernel, heads, size, dim, ups, inputs)
-    rows = config.rows * config.parts
-    blocks = heads * pl.cdiv(size, rows)
-    turns = pl.cdiv(blocks, device.multiprocessors())
-    products, tiles, held = {
-        "forward": (ups + 1, ups + 1, inputs + 1),
-        "backward_x": (2 * ups + 1, ups + 1, 2 * inputs + 1),
-        "backward_w": (ups + 1 + sums, inputs + 1, ups + 1 + sums),
-    }[kernel]
-    matmuls = products * dim / h200.MACS_PER_CLOCK / h200.MATMUL_SHARE
-    clocks = rows * walked * (matmuls + 1 / h200.MUFU_PER_CLOCK)
-    from_l2 = blocks * tiles * walked * dim * 2 / h200.L2_BYTES_PER_US
-    moved = heads * dim * 2 * (held * size + tiles * walked)
-    from_memory = moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
-    computed = turns * clocks / h200.CLOCKS_PER_US
-    return h200.LAUNCH_US + max(computed, from_l2, from_memory)
-
-
-def padding_us(
-    heads: int, batch: int, dim: int, hidden: int, ups: int, inputs: int
-) -> float:
-    """Of the copies that `mlp` makes; each array is read and written."""
-    rows, columns, features = padded_sizes(batch, dim, hidden)
-    numbers, copies = 0, 0
-    if (rows, columns) != (batch, dim):
-        numbers, copies = (inputs + 1) * rows * columns, 2
-    if (columns, features) != (dim, hidden):
-        numbers, copies = numbers + (ups + 1) * columns * features, copies + ups + 1
-    moved = 2 * 2 * heads * numbers / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE)
-    return moved + copies * h200.LAUNCH_US
-
-
-def unsupported(
-    x: jax.Array | jax.ShapeDtypeStruct,
-    ups: Sequence[jax.Array | jax.ShapeDtypeStruct],
-) -> str | None:
+def unsupported(x: Any, w1: Any, *, gated: bool = False) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
-    dim, hidden = ups[0].shape[1:]
-    largest = (
-        MAX_DIM if len(ups) == 1 else MAX_GATED_DIM[2 if x.shape[2] == 2 * dim else 1]
-    )
-    if str(x.dtype) not in DTYPES:
-        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {x.dtype}"
+    dim = w1.shape[1]
+    largest = MAX_GATED_DIM[1] if gated else MAX_DIM
+    if reason := frame.unsupported("x", x):
+        return reason
     if dim > largest:
-        gated = " with w_gate" * (len(ups) - 1)
-        return f"dim must be at most {largest} for mosaic_gpu{gated}, got {dim}"
-    if 0 in x.shape or hidden == 0:
-        return f"no axis may be empty for mosaic_gpu, got {x.shape} and {hidden}"
-    return None
+        form = " with w_gate" if gated else ""
+        return f"dim must be at most {largest} for mosaic_gpu{form}, got {dim}"
+    return frame.unsupported("w1", w1)
 
 
-def mlp(x, ups, w2, activation):
+def mlp(
+    x: jax.Array, ups: Sequence[jax.Array], w2: jax.Array, activation: str
+) -> jax.Array:
     """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`.
 
     x: (heads, batch, dim), or (heads, batch, 2 dim), of which each matrix has half.
@@ -178,23 +141,19 @@ def mlp(x, ups, w2, activation):
     (heads, batch), (dim, hidden) = x.shape[:2], ups[0].shape[1:]
     rows, columns, features = padded_sizes(batch, dim, hidden)
     parts = x.reshape(heads, -1, dim)
-    x = _pad(parts, parts.shape[1], columns).reshape(heads, batch, -1)
-    x, w2 = _pad(x, rows, x.shape[2]), _pad(w2, features, columns)
-    ups = [_pad(w, columns, features) for w in ups]
-    x, w2, *ups = vary_alike(x, w2, *ups)
+    x = pad_to(parts, parts.shape[1], columns).reshape(heads, batch, -1)
+    x, w2 = pad_to(x, rows, x.shape[2]), pad_to(w2, features, columns)
+    x, w2, *ups = vary_alike(x, w2, *(pad_to(w, columns, features) for w in ups))
     return _mlp(x, tuple(ups), w2, activation)[:, :batch, :dim]
 
 
-def padded_sizes(batch: int, dim: int, hidden: int) -> tuple[int, ...]:
+def padded_sizes(batch: int, dim: int, hidden: int) -> tuple[int, int, int]:
     """What the tiles of shared memory are made of divides them."""
-    sizes = (batch, ROW_STEP), (dim, CONTRACTED_STEP), (hidden, COLUMN_STEP)
-    return tuple(pl.cdiv(size, step) * step for size, step in sizes)
-
-
-def _pad(a, rows, columns):
-    """With zeros at the end, which add nothing to any result."""
-    missing = rows - a.shape[1], columns - a.shape[2]
-    return jnp.pad(a, [(0, 0), (0, missing[0]), (0, missing[1])]) if any(missing) else a
+    return (
+        round_up(batch, ROW_STEP),
+        round_up(dim, CONTRACTED_STEP),
+        round_up(hidden, COLUMN_STEP),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -222,21 +181,23 @@ _mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 def forward(activation: str, config: WalkTiles | None = None):
     """The forward's kernel, of x, one matrix or two, and w2."""
-    return over_heads(partial(_forward, activation, config))
+    return over_heads(partial(_forward, activation=activation, config=config))
 
 
 def backward_x(
     activation: str, wanted: tuple[int, ...] = (0,), config: WalkTiles | None = None
 ):
     """The kernel of those inputs' gradients, of the forward's arguments and dy."""
-    return over_heads(partial(_backward_x, activation, wanted, config))
+    options = {"activation": activation, "wanted": wanted, "config": config}
+    return over_heads(partial(_backward_x, **options))
 
 
 def backward_w(
     activation: str, wanted: tuple[int, ...], config: WalkTiles | None = None
 ):
     """The kernel of those weights' gradients, transposed but for w2's."""
-    return over_heads(partial(_backward_w, activation, wanted, config))
+    options = {"activation": activation, "wanted": wanted, "config": config}
+    return over_heads(partial(_backward_w, **options))
 
 
 def _hidden(activation, z):
@@ -253,132 +214,193 @@ def _d_z(activation, z, d_hidden):
 
 def _inputs(x, dim):
     parts = x.shape[2] // dim
-    return [Operand(x, 1, part, parts) for part in range(parts)]
+    return [HeadTiles(x, 1, part, parts) for part in range(parts)]
 
 
-def _for_each(inputs, ups):
-    """The input of each of `ups`: there is one for all, or one for each."""
-    return inputs if len(inputs) == len(ups) else [inputs[0]] * len(ups)
+def _input_of(up: int, inputs: int) -> int:
+    """Which input the first matrix number `up` multiplies: its own, or the only one."""
+    return up if inputs > 1 else 0
 
 
-def _forward(activation, config, x, *weights):
-    *ups, w2 = weights
-    heads, batch, dim = *x.shape[:2], w2.shape[2]
-    inputs, down = _inputs(x, dim), len(ups)
-    config = config or choose("forward", heads, batch, dim, down, len(inputs))
-    tile = plgpu.ACC((config.rows, config.columns), jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The sums of a tile of tokens: y, over the hidden features that are walked.
 
-    def body(held, ring):
-        xs = _for_each(held, ups)
-        z = dots(*((x, ring.wait(n, 0)) for n, x in enumerate(xs)))
-        for n in range(down):
-            ring.release(n, 0)
+    ups: how many first matrices. Walked are these and then w2.
+    rows, columns, dim: of the tiles of tokens, of hidden features, and of y.
+    """
+
+    activation: str
+    ups: int
+    rows: int
+    columns: int
+    dim: int
+    dtype: Any
+
+    def __call__(self, inputs: Sequence[Any], steps: WalkedSteps) -> list[Any]:
+        xs = [inputs[_input_of(n, len(inputs))] for n in range(self.ups)]
+        z = dots(*((x, steps.wait(n, 0)) for n, x in enumerate(xs)))
+        for n in range(self.ups):
+            steps.release(n, 0)
 
         def step(i, carry):
             y, *z = carry
+            y, z = self._overlap(xs, steps, i, y, z)
+            for n in range(self.ups):
+                steps.release(n, i + 1)
+            steps.release(self.ups, i)
+            return y, *z
 
-            def overlap(*ahead):
-                # In flight during the activation of this tile.
-                for n, x in enumerate(xs):
-                    plgpu.wgmma(ahead[n], x, ring.wait(n, i + 1))
-                hidden = _hidden(activation, z).astype(w2.dtype)
-                added = add_dots(y, (hidden, ring.wait(down, i)))
-                return added, *(acc[...] for acc in ahead)
-
-            carry = pl.run_scoped(overlap, *[tile] * down)
-            for n in range(down):
-                ring.release(n, i + 1)
-            ring.release(down, i)
-            return carry
-
-        start = zeros(config.rows, dim), *z
-        y, *z = lax.fori_loop(0, ring.count - 1, step, start)
-        hidden = _hidden(activation, z).astype(w2.dtype)
-        y = add_dots(y, (hidden, ring.wait(down, ring.count - 1)))
-        ring.release(down, ring.count - 1)
+        start = zeros(self.rows, self.dim), *z
+        y, *z = lax.fori_loop(0, steps.count - 1, step, start)
+        y = self._add(y, z, steps, steps.count - 1)
+        steps.release(self.ups, steps.count - 1)
         return [y]
 
-    walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
-    name = "flash_mlp_forward"
-    return walk(body, config, inputs, walked, 1, name)[0]
+    def _overlap(self, xs, steps: WalkedSteps, i, y, z):
+        """y with step i's part, and z of the next step.
+
+        The next step's products are in flight during the activation of this one.
+        """
+
+        def run(*ahead):
+            for n, x in enumerate(xs):
+                plgpu.wgmma(ahead[n], x, steps.wait(n, i + 1))
+            added = self._add(y, z, steps, i)
+            return added, [acc[...] for acc in ahead]
+
+        tile = plgpu.ACC((self.rows, self.columns), jnp.float32)
+        return pl.run_scoped(run, *[tile for _ in xs])
+
+    def _add(self, y, z, steps: WalkedSteps, i):
+        hidden = _hidden(self.activation, z).astype(self.dtype)
+        return add_dots(y, (hidden, steps.wait(self.ups, i)))
 
 
-def _backward_x(activation, wanted, config, x, *others):
+def _forward(x, *weights, activation: str, config: WalkTiles | None):
+    *ups, w2 = weights
+    heads, batch, dim = *x.shape[:2], w2.shape[2]
+    inputs = _inputs(x, dim)
+    tiles = config or choose("forward", heads, batch, dim, len(ups), len(inputs))
+    body = _Forward(activation, len(ups), tiles.rows, tiles.columns, dim, w2.dtype)
+    walked = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
+    return walk(inputs, walked, body, outs=1, tiles=tiles, name="flash_mlp_forward")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InputGradients:
+    """The sums of a tile of tokens: the gradients of the `wanted` inputs.
+
+    Held are dy and the inputs; walked are the first matrices and then w2.
+    """
+
+    activation: str
+    wanted: tuple[int, ...]
+    ups: int
+    rows: int
+    dim: int
+
+    def __call__(self, held: Sequence[Any], steps: WalkedSteps) -> list[Any]:
+        def step(i, sums):
+            return self._step(held, steps, i, sums)
+
+        start = [zeros(self.rows, self.dim) for _ in self.wanted]
+        return lax.fori_loop(0, steps.count, step, start)
+
+    def _step(self, held, steps: WalkedSteps, i, sums):
+        dy, *inputs = held
+        ups = [steps.wait(n, i) for n in range(self.ups)]
+        w2 = steps.wait(self.ups, i)
+        numbers = [_input_of(n, len(inputs)) for n in range(self.ups)]
+        pairs = [(inputs[numbers[n]], up) for n, up in enumerate(ups)]
+        # The factor's gradient alone needs no z of its own.
+        factor_alone = self.wanted == (1,)
+        needed = pairs[:1] if factor_alone else pairs
+        *z, d_hidden = dots(*needed, (dy, w2.transpose((1, 0))))
+        steps.release(self.ups, i)
+        if factor_alone:
+            d_z = [None, d_hidden * IN_KERNEL[self.activation].value(z[0])]
+        else:
+            d_z = _d_z(self.activation, z, d_hidden)
+        added = []
+        for wanted_sum, wanted in zip(sums, self.wanted, strict=True):
+            terms = [
+                (d_z[n].astype(dy.dtype), up.transpose((1, 0)))
+                for n, up in enumerate(ups)
+                if numbers[n] == wanted
+            ]
+            added.append(add_dots(wanted_sum, *terms))
+        for n in range(self.ups):
+            steps.release(n, i)
+        return added
+
+
+def _backward_x(x, *others, activation: str, wanted, config: WalkTiles | None):
     *ups, w2, dy = others
     heads, batch, dim = dy.shape
-    inputs, down = _inputs(x, dim), len(ups)
-    config = config or choose("backward_x", heads, batch, dim, down, len(inputs))
+    inputs = _inputs(x, dim)
+    tiles = config or choose("backward_x", heads, batch, dim, len(ups), len(inputs))
+    body = _InputGradients(activation, wanted, len(ups), tiles.rows, dim)
+    walked = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
+    name = "flash_mlp_backward_x"
+    if len(inputs) > 1:
+        name += "".join(map(str, wanted))
+    held = [HeadTiles(dy, 1), *inputs]
+    return walk(held, walked, body, outs=len(wanted), tiles=tiles, name=name)
 
-    def body(held, ring):
-        dy, *xs = held
-        numbers = _for_each(range(len(inputs)), ups)
 
+@dataclasses.dataclass(frozen=True)
+class _WeightGradients:
+    """The sums of a tile of hidden features: the gradients of the `wanted` weights.
+
+    Held are the first matrices and w2; walked are the inputs and then dy. Hidden
+    features are the rows, so that only views of shared memory are transposed.
+    """
+
+    activation: str
+    wanted: tuple[int, ...]
+    inputs: int
+    rows: int
+    dim: int
+
+    def __call__(self, held: Sequence[Any], steps: WalkedSteps) -> list[Any]:
         def step(i, sums):
-            ups = [ring.wait(n, i) for n in range(down)]
-            w2 = ring.wait(down, i)
-            pairs = [*zip(_for_each(xs, ups), ups, strict=True)]
-            needed = pairs[:1] if wanted == (1,) else pairs
-            *z, d_hidden = dots(*needed, (dy, w2.transpose((1, 0))))
-            ring.release(down, i)
-            if wanted == (1,):
-                d_z = [None, d_hidden * IN_KERNEL[activation].value(z[0])]
-            else:
-                d_z = _d_z(activation, z, d_hidden)
-            transposed = [up.transpose((1, 0)) for up in ups]
-            added = []
-            for wanted_sum, number in zip(sums, wanted, strict=True):
-                of_input = [n for n in range(down) if numbers[n] == number]
-                pairs = [(d_z[n].astype(dy.dtype), transposed[n]) for n in of_input]
-                added.append(add_dots(wanted_sum, *pairs))
-            for n in range(down):
-                ring.release(n, i)
-            return added
+            return self._step(held, steps, i, sums)
 
-        start = [zeros(config.rows, dim) for _ in wanted]
-        return lax.fori_loop(0, ring.count, step, start)
+        start = [zeros(self.rows, self.dim) for _ in self.wanted]
+        return lax.fori_loop(0, steps.count, step, start)
 
-    held = [Operand(dy, 1), *inputs]
-    walked = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
-    name = f"flash_mlp_backward_x{''.join(map(str, wanted)) * (len(inputs) > 1)}"
-    return walk(body, config, held, walked, len(wanted), name)
+    def _step(self, held, steps: WalkedSteps, i, sums):
+        *ups, w2 = held
+        *inputs, dy = (steps.wait(n, i) for n in range(self.inputs + 1))
+        xs = [inputs[_input_of(n, self.inputs)] for n in range(len(ups))]
+        pairs = [
+            (up.transpose((1, 0)), x.transpose((1, 0)))
+            for up, x in zip(ups, xs, strict=True)
+        ]
+        if self.wanted == (len(ups),):
+            z = dots(*pairs)
+            factors = {}
+        else:
+            *z, d_hidden = dots(*pairs, (w2, dy.transpose((1, 0))))
+            factors = dict(enumerate(_d_z(self.activation, z, d_hidden)))
+        factors[len(ups)] = _hidden(self.activation, z)
+        added = [
+            add_dots(wanted_sum, (factors[n].astype(w2.dtype), [*xs, dy][n]))
+            for wanted_sum, n in zip(sums, self.wanted, strict=True)
+        ]
+        for n in range(self.inputs + 1):
+            steps.release(n, i)
+        return added
 
 
-def _backward_w(activation, wanted, config, x, *others):
-    """Hidden features are the rows, so that only views of SMEM are transposed."""
+def _backward_w(x, *others, activation: str, wanted, config: WalkTiles | None):
     *ups, w2, dy = others
     heads, hidden, dim = w2.shape
-    inputs, down = _inputs(x, dim), len(ups)
-    config = config or choose("backward_w", heads, hidden, dim, down, len(inputs))
-
-    def body(held, ring):
-        *ups, w2 = held
-
-        def step(i, sums):
-            *xs, dy = (ring.wait(n, i) for n in range(len(inputs) + 1))
-            xs = _for_each(xs, ups)
-            pairs = [
-                (up.transpose((1, 0)), x.transpose((1, 0)))
-                for up, x in zip(ups, xs, strict=True)
-            ]
-            if wanted == (down,):
-                z = dots(*pairs)
-                factors = {}
-            else:
-                *z, d_hidden = dots(*pairs, (w2, dy.transpose((1, 0))))
-                factors = dict(enumerate(_d_z(activation, z, d_hidden)))
-            factors[down] = _hidden(activation, z)
-            added = [
-                add_dots(a, (factors[n].astype(w2.dtype), [*xs, dy][n]))
-                for a, n in zip(sums, wanted, strict=True)
-            ]
-            for n in range(len(inputs) + 1):
-                ring.release(n, i)
-            return added
-
-        start = [zeros(config.rows, w2.shape[1]) for _ in wanted]
-        return lax.fori_loop(0, ring.count, step, start)
-
-    held = [*(Operand(w, 2) for w in ups), Operand(w2, 1)]
-    walked = [*inputs, Operand(dy, 1)]
+    inputs = _inputs(x, dim)
+    tiles = config or choose("backward_w", heads, hidden, dim, len(ups), len(inputs))
+    body = _WeightGradients(activation, wanted, len(inputs), tiles.rows, dim)
+    held = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
+    walked = [*inputs, HeadTiles(dy, 1)]
     name = f"flash_mlp_backward_w{''.join(map(str, wanted))}"
-    return walk(body, config, held, walked, len(wanted), name)
+    return walk(held, walked, body, outs=len(wanted), tiles=tiles, name=name)

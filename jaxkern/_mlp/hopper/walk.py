@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
-from ..._mosaic.base import SMEM_BYTES, plgpu, slot, swizzle_of, tiles
+from ..._mosaic import base
+from ..._mosaic.base import SMEM_BYTES, plgpu, slot, swizzle_of
 from ..._mosaic.launch import (
     BARRIER_BYTES,
     COMPUTE,
@@ -31,9 +32,13 @@ from ..._mosaic.launch import (
     wait_for_last,
 )
 
+SUM_BYTES = 4
+# A barrier for what fills a slot and one for what empties it.
+BARRIERS = 2
+
 
 @dataclasses.dataclass(frozen=True)
-class Operand:
+class HeadTiles:
     """An array (heads, m, n), cut into tiles along `axis`, which is 1 or 2.
 
     Of the other axis a tile has all, or one of several equal parts.
@@ -57,17 +62,20 @@ class Operand:
 
     def cut(self, gmem, head, start, size: int):
         """The tile of `gmem` that starts at `start`; it may reach past the end."""
-        index = pl.ds(start, size), pl.ds(self.part * self.across, self.across)
-        return gmem.at[head, *index[:: 1 if self.axis == 1 else -1]]
+        along = pl.ds(start, size)
+        across = pl.ds(self.part * self.across, self.across)
+        if self.axis == 1:
+            return gmem.at[head, along, across]
+        return gmem.at[head, across, along]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
+class WalkedSteps:
     """The walked tiles as one warpgroup sees them: `count` steps, from 0."""
 
     smem: Sequence[Any]
-    produced: Sequence[Any]
-    consumed: Sequence[Any]
+    filled: Sequence[Any]
+    emptied: Sequence[Any]
     start: Any
     stride: int
     count: Any
@@ -76,173 +84,263 @@ class Ring:
         return slot(self.start + i * self.stride, self.smem[0].shape[0])
 
     def wait(self, n: int, i):
-        """The tile of walked operand `n` at step `i`, once it is there."""
+        """The tile of walked array `n` at step `i`, once it is there."""
         s = self._slot(i)
-        plgpu.barrier_wait(self.produced[n].at[s])
+        plgpu.barrier_wait(self.filled[n].at[s])
         return self.smem[n].at[s]
 
     def release(self, n: int, i) -> None:
         """Let that tile be overwritten."""
-        plgpu.barrier_arrive(self.consumed[n].at[self._slot(i)])
+        plgpu.barrier_arrive(self.emptied[n].at[self._slot(i)])
 
 
-def smem_bytes(
-    config: WalkTiles, held: Sequence[Operand], walked: Sequence[Operand], outs: int
-) -> int:
-    """Shared memory of a block, but for some alignment."""
-    itemsize = held[0].array.dtype.itemsize
-    tile = sum(math.prod(o.tile(config.rows)) for o in held)
-    total = config.held * config.parts * tile * itemsize
-    tile = sum(math.prod(o.tile(config.columns)) for o in walked)
-    total += config.steps * tile * itemsize
-    if config.split:
-        total += 4 * outs * math.prod(held[-1].tile(config.rows))
-    return total + BARRIER_BYTES * 2 * (config.held + config.steps * len(walked) + 1)
+@dataclasses.dataclass(frozen=True)
+class WalkPlan:
+    """A launch, as the host plans it.
+
+    held, walked: the operands; results are cut as the last held one is.
+    outs: how many results.
+    """
+
+    held: Sequence[HeadTiles]
+    walked: Sequence[HeadTiles]
+    outs: int
+    tiles: WalkTiles
+
+    @property
+    def dtype(self) -> Any:
+        return self.held[0].array.dtype
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Heads, and tiles of all rows of a block."""
+        result = self.held[-1]
+        rows = self.tiles.parts * self.tiles.rows
+        return result.array.shape[0], pl.cdiv(result.size, rows)
+
+    @property
+    def out(self) -> jax.ShapeDtypeStruct:
+        """A result: (heads, m, across) of the last held operand, cut along axis 1."""
+        result = self.held[-1]
+        shape = self.grid[0], result.size, result.across
+        return jax.ShapeDtypeStruct(shape, self.dtype)
+
+    @property
+    def stride(self) -> int:
+        """From one step of a warpgroup to its next one."""
+        return COMPUTE if self.tiles.split else 1
+
+    @property
+    def own_steps(self) -> int:
+        """Steps of a warpgroup for a held tile.
+
+        As many for either warpgroup, the last one maybe on zeros past the end: a slot
+        is then always the same warpgroup's.
+        """
+        return pl.cdiv(self.walked[0].size, self.stride * self.tiles.columns)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a block for a held tile."""
+        return self.own_steps * self.stride
+
+    @property
+    def held_shapes(self) -> list[tuple[int, int]]:
+        return [o.tile(self.tiles.rows) for o in self.held]
+
+    @property
+    def walked_shapes(self) -> list[tuple[int, int]]:
+        return [o.tile(self.tiles.columns) for o in self.walked]
+
+    @property
+    def sums_shapes(self) -> list[tuple[int, int]]:
+        """What the second warpgroup hands to the first, where both have a sum."""
+        return [self.held_shapes[-1]] * self.outs if self.tiles.split else []
+
+    def smem_bytes(self) -> int:
+        """Shared memory of a block, but for some alignment."""
+        tiles, itemsize = self.tiles, self.dtype.itemsize
+        held = sum(map(math.prod, self.held_shapes)) * tiles.held * tiles.parts
+        walked = sum(map(math.prod, self.walked_shapes)) * tiles.steps
+        sums = sum(map(math.prod, self.sums_shapes))
+        slots = tiles.held + tiles.steps * len(self.walked) + 1
+        barriers = BARRIER_BYTES * BARRIERS * slots
+        return (held + walked) * itemsize + sums * SUM_BYTES + barriers
+
+    def scratch(self) -> list[Any]:
+        """Shared memory and barriers of a block, in the order that `_Block` has."""
+        config, itemsize = self.tiles, self.dtype.itemsize
+        # One swizzle for all tiles, since both operands of a wgmma need the same; it
+        # must tile the contracted axis too.
+        minor = [shape[-1] for shape in (*self.held_shapes, *self.walked_shapes)]
+        swizzle = swizzle_of(math.gcd(config.columns, *minor), itemsize)
+        _check_divisible([*self.held, *self.walked], swizzle // itemsize)
+        layout = base.tiles(self.dtype, swizzle)
+
+        def buffers(shapes, *slots):
+            return [
+                plgpu.SMEM((*slots, *shape), self.dtype, transforms=layout)
+                for shape in shapes
+            ]
+
+        def barriers(slots, arrivals):
+            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
+
+        readers = 1 if config.split else COMPUTE
+        walked, copies = range(len(self.walked)), len(self.held) * config.parts
+        return [
+            buffers(self.held_shapes, config.held, config.parts),
+            buffers(self.walked_shapes, config.steps),
+            [plgpu.SMEM(shape, jnp.float32) for shape in self.sums_shapes],
+            [barriers(config.held, copies), barriers(config.held, config.parts)],
+            [barriers(config.steps, 1) for _ in walked],
+            [barriers(config.steps, readers) for _ in walked],
+            [plgpu.Barrier(), plgpu.Barrier()] if config.split else [],
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A launch as a block sees it, inside the kernel: what it does with one tile.
+
+    gmem, out: operands and results in global memory.
+    held_barriers: for slots of held tiles, that they are filled and emptied.
+    filled, emptied: the same for each walked operand's.
+    sums_barriers: that the sums are there, and taken.
+    """
+
+    plan: WalkPlan
+    body: Callable[[Sequence[Any], WalkedSteps], Sequence[Any]]
+    gmem: Sequence[Any]
+    out: Sequence[Any]
+    held: Sequence[Any]
+    walked: Sequence[Any]
+    sums: Sequence[Any]
+    held_barriers: Sequence[Any]
+    filled: Sequence[Any]
+    emptied: Sequence[Any]
+    sums_barriers: Sequence[Any]
+
+    def compute(self, info) -> None:
+        """A held tile, by one of two warpgroups."""
+        plan, warpgroup = self.plan, lax.axis_index("warpgroup")
+        filled, emptied = self.held_barriers
+        part = slot(warpgroup, plan.tiles.parts)
+        first = slot(warpgroup, plan.stride)
+        here = slot(info.local_index, plan.tiles.held)
+        held = [smem.at[here, part] for smem in self.held]
+        start = info.local_index * plan.all_steps + first
+        plgpu.barrier_wait(filled.at[here])
+        steps = WalkedSteps(
+            self.walked, self.filled, self.emptied, start, plan.stride, plan.own_steps
+        )
+        added = self.body(held, steps)
+
+        def store(added):
+            rows = plan.tiles.rows
+            row = (info.index[1] * plan.tiles.parts + part) * rows
+            for value, out in zip(added, self.out, strict=True):
+                target = HeadTiles(out, 1).cut(out, info.index[0], row, rows)
+                _store(value, held[-1], target)
+            plgpu.barrier_arrive(emptied.at[here])
+
+        if plan.tiles.split:
+            _add_other(added, self.sums, self.sums_barriers, store)
+        else:
+            store(added)
+
+    def load(self, info, step):
+        """A held tile, and all that it walks; `step`: the block's first for it."""
+        self._load_held(info)
+        return lax.fori_loop(
+            0, self.plan.all_steps, lambda i, at: self._load_step(info, i, at), step
+        )
+
+    def _load_held(self, info) -> None:
+        plan, (head, tile) = self.plan, info.index
+        filled, emptied = self.held_barriers
+        parts, rows = plan.tiles.parts, plan.tiles.rows
+        here = slot(info.local_index, plan.tiles.held)
+
+        @pl.when(info.local_index >= plan.tiles.held)
+        def wait_until_empty():
+            plgpu.barrier_wait(emptied.at[here])
+
+        sources = self.gmem[: len(plan.held)]
+        for tiles, source, smem in zip(plan.held, sources, self.held, strict=True):
+            for part in range(parts):
+                start = (tile * parts + part) * rows
+                plgpu.copy_gmem_to_smem(
+                    tiles.cut(source, head, start, rows),
+                    smem.at[here, part],
+                    filled.at[here],
+                )
+
+    def _load_step(self, info, i, at):
+        """The walked tiles number `i` to the slots of the block's step `at`."""
+        plan, columns = self.plan, self.plan.tiles.columns
+        s = slot(at, plan.tiles.steps)
+        sources = self.gmem[len(plan.held) :]
+        for n, (tiles, source) in enumerate(zip(plan.walked, sources, strict=True)):
+
+            @pl.when(at >= plan.tiles.steps)
+            def wait_until_empty(n=n):
+                plgpu.barrier_wait(self.emptied[n].at[s])
+
+            plgpu.copy_gmem_to_smem(
+                tiles.cut(source, info.index[0], i * columns, columns),
+                self.walked[n].at[s],
+                self.filled[n].at[s],
+            )
+        return at + 1
+
+    def drain(self, steps_done) -> None:
+        """See every barrier to the end of its last phase."""
+        plan = self.plan
+        _, emptied = self.held_barriers
+        wait_for_last(steps_done // plan.all_steps, plan.tiles.held, [emptied])
+        wait_for_last(steps_done, plan.tiles.steps, self.emptied)
 
 
 def walk(
-    body: Callable[[Sequence[Any], Ring], Sequence[Any]],
-    config: WalkTiles,
-    held: Sequence[Operand],
-    walked: Sequence[Operand],
+    held: Sequence[HeadTiles],
+    walked: Sequence[HeadTiles],
+    body: Callable[[Sequence[Any], WalkedSteps], Sequence[Any]],
+    *,
     outs: int,
+    tiles: WalkTiles,
     name: str,
 ) -> Sequence[jax.Array]:
     """`outs` results, (heads, m, across) of the last held operand, cut along axis 1.
 
-    body: from a warpgroup's held tiles and its ring to its float32 sums, one a result.
+    body: from a warpgroup's held tiles and its steps to its float32 sums, one a result.
     """
-    dtype, result = held[0].array.dtype, held[-1]
-    rows, steps, parts = config.rows, config.steps, config.parts
-    grid = result.array.shape[0], pl.cdiv(result.size, parts * rows)
-    stride = COMPUTE if config.split else 1
-    # As many steps for either warpgroup, maybe one on zeros past the end: a slot then
-    # always is the same one's.
-    mine = pl.cdiv(walked[0].size, stride * config.columns)
-    count = mine * stride
-    _check_fits(name, config, held, walked, outs)
+    plan = WalkPlan(held, walked, outs, tiles)
+    _check_fits(name, plan)
+    operands = [o.array for o in (*held, *walked)]
 
     def kernel(*refs):
-        n_in = len(held) + len(walked)
-        gmem, out_gmem, scratch = refs[:n_in], refs[n_in : n_in + outs], refs[-6:]
-        held_smem, walked_smem, sums, held_barriers, barriers, sums_barriers = scratch
-        held_produced, held_consumed = held_barriers
-        produced, consumed = barriers
+        gmem, refs = refs[: len(operands)], refs[len(operands) :]
+        block = _Block(plan, body, gmem, refs[:outs], *refs[outs:])
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < COMPUTE)
-        def compute():
+        def run():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            part, first = slot(warpgroup, parts), slot(warpgroup, stride)
-
-            @plgpu.nd_loop(grid, collective_axes="block")
-            def compute_tile(info):
-                here = slot(info.local_index, config.held)
-                tile = [smem.at[here, part] for smem in held_smem]
-                start = info.local_index * count + first
-                plgpu.barrier_wait(held_produced.at[here])
-                ring = Ring(walked_smem, produced, consumed, start, stride, mine)
-                added = body(tile, ring)
-
-                def store(added):
-                    row = (info.index[1] * parts + part) * rows
-                    for value, out in zip(added, out_gmem, strict=True):
-                        target = Operand(out, 1).cut(out, info.index[0], row, rows)
-                        _store(value, tile[-1], target)
-                    plgpu.barrier_arrive(held_consumed.at[here])
-
-                if config.split:
-                    _add_other(warpgroup, added, sums, sums_barriers, store)
-                else:
-                    store(added)
-
+            plgpu.nd_loop(plan.grid, collective_axes="block")(block.compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE)
-        def load():
+        def feed():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            loop = plgpu.nd_loop(
+                plan.grid, collective_axes="block", init_carry=jnp.int32(0)
+            )
+            block.drain(loop(block.load))
 
-            def load_tile(info, carry):
-                head, tile = info.index
-                here = slot(info.local_index, config.held)
-
-                @pl.when(info.local_index >= config.held)
-                def _():
-                    plgpu.barrier_wait(held_consumed.at[here])
-
-                for operand, source, smem in zip(held, gmem, held_smem, strict=False):
-                    for part in range(parts):
-                        rows_of_part = operand.cut(
-                            source, head, (tile * parts + part) * rows, rows
-                        )
-                        plgpu.copy_gmem_to_smem(
-                            rows_of_part, smem.at[here, part], held_produced.at[here]
-                        )
-
-                def load_step(i, at):
-                    s = slot(at, steps)
-                    for n, operand in enumerate(walked):
-
-                        @pl.when(at >= steps)
-                        def _(n=n):
-                            plgpu.barrier_wait(consumed[n].at[s])
-
-                        source = gmem[len(held) + n]
-                        columns = config.columns
-                        plgpu.copy_gmem_to_smem(
-                            operand.cut(source, head, i * columns, columns),
-                            walked_smem[n].at[s],
-                            produced[n].at[s],
-                        )
-                    return at + 1
-
-                return lax.fori_loop(0, count, load_step, carry)
-
-            loop = plgpu.nd_loop(grid, collective_axes="block", init_carry=jnp.int32(0))
-            loaded = loop(load_tile)
-            # A barrier must be seen to the end of its last phase.
-            wait_for_last(loaded // count, config.held, [held_consumed])
-            wait_for_last(loaded, steps, consumed)
-
-    operands = [o.array for o in (*held, *walked)]
-    out = jax.ShapeDtypeStruct((grid[0], result.size, result.across), dtype)
-    blocks = min(device.multiprocessors(), math.prod(grid))
-    scratch = _scratch(config, held, walked, outs)
-    return launch_blocks(kernel, operands, [out] * outs, scratch, blocks, name)
-
-
-def _scratch(config, held, walked, outs):
-    """Shared memory and barriers of a block, in the order that the kernel takes."""
-    dtype = held[0].array.dtype
-    held_tiles = [o.tile(config.rows) for o in held]
-    walked_tiles = [o.tile(config.columns) for o in walked]
-    # One swizzle for all tiles, since both operands of a wgmma need the same; it must
-    # tile the contracted axis too.
-    minor = (shape[-1] for shape in held_tiles + walked_tiles)
-    swizzle = swizzle_of(math.gcd(config.columns, *minor), dtype.itemsize)
-    _check_divisible(held + walked, swizzle // dtype.itemsize)
-    layout = tiles(dtype, swizzle)
-
-    def buffers(shapes, *slots):
-        return [plgpu.SMEM((*slots, *s), dtype, transforms=layout) for s in shapes]
-
-    def ring(slots, produced, consumed):
-        return [
-            plgpu.Barrier(num_arrivals=n, num_barriers=slots)
-            for n in (produced, consumed)
-        ]
-
-    arrivals = 1 if config.split else COMPUTE
-    rings = [ring(config.steps, 1, arrivals) for _ in walked]
-    sums = [plgpu.SMEM(held_tiles[-1], jnp.float32) for _ in range(outs * config.split)]
-    return [
-        buffers(held_tiles, config.held, config.parts),
-        buffers(walked_tiles, config.steps),
-        sums,
-        ring(config.held, len(held) * config.parts, config.parts),
-        [list(barriers) for barriers in zip(*rings, strict=True)],
-        [plgpu.Barrier() for _ in range(2 * config.split)],
-    ]
+    blocks = min(device.multiprocessors(), math.prod(plan.grid))
+    scratch = plan.scratch()
+    return launch_blocks(kernel, operands, [plan.out] * outs, scratch, blocks, name)
 
 
 def _store(value, smem, gmem):
@@ -252,29 +350,30 @@ def _store(value, smem, gmem):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _add_other(warpgroup, added, sums, barriers, store):
+def _add_other(added, sums, barriers, store):
     """The second warpgroup's sums go to the first, which stores the total."""
-    produced, consumed = barriers
+    there, taken = barriers
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == 0)
     def add():
-        plgpu.barrier_wait(produced)
+        plgpu.barrier_wait(there)
         total = [
             a + plgpu.load(smem, layout=plgpu.Layout.WGMMA)
             for a, smem in zip(added, sums, strict=True)
         ]
-        plgpu.barrier_arrive(consumed)
+        plgpu.barrier_arrive(taken)
         store(total)
 
     @pl.when(warpgroup == 1)
     def give():
         for a, smem in zip(added, sums, strict=True):
             smem[...] = a
-        plgpu.barrier_arrive(produced)
-        plgpu.barrier_wait(consumed)
+        plgpu.barrier_arrive(there)
+        plgpu.barrier_wait(taken)
 
 
-def _check_divisible(operands, column_step):
+def _check_divisible(operands: Sequence[HeadTiles], column_step: int) -> None:
     """Only compiling for a GPU asks for it; the emulator would take any size."""
     for operand in operands:
         rows, columns = operand.array.shape[1:]
@@ -285,10 +384,10 @@ def _check_divisible(operands, column_step):
             )
 
 
-def _check_fits(name, config, held, walked, outs):
-    needed = smem_bytes(config, held, walked, outs)
+def _check_fits(name: str, plan: WalkPlan) -> None:
+    needed = plan.smem_bytes()
     if needed > SMEM_BYTES:
         raise ValueError(
-            f"{name}: {config} must fit {SMEM_BYTES} bytes of shared memory, "
+            f"{name}: {plan.tiles} must fit {SMEM_BYTES} bytes of shared memory, "
             f"got {needed}"
         )

@@ -1,4 +1,4 @@
-"""2:4 in the frame of `_mgpu_matmul`: a sparse left factor, and results made sparse.
+"""2:4 in the frame of `_mosaic.matmul`: a sparse left factor, results made sparse.
 
 `sparse_dot` waits for its instructions in each step, where a dense product has one step
 in flight: predictions do not model that.
@@ -28,13 +28,18 @@ from .wgmma import COLUMNS, STORED, THREADS, select, sparse_dot
 
 # Of the contracted axis, in a step: 64 values are stored, in rows of 128 bytes.
 DEPTH = 128
+# Words of positions that a thread has of a step.
 WORDS = DEPTH // COLUMNS
+# S-STE's sums of a row, for each tile: <a, S> and <S, S> of each thread of a quad.
 SUMS = 8
+# Stored in 16 bits; words and sums have 32.
+VALUE_BYTES = 2
+WORD_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseProduct:
-    """A 2:4-sparse matrix, as `_mgpu_sparse.select` stores it, times a dense one.
+    """A 2:4-sparse matrix, as `wgmma.select` stores it, times a dense one.
 
     values: (m, depth / 2).
     words: int32 (m / 64, depth / 64, 128), both rounded up to what is even.
@@ -61,8 +66,9 @@ class SparseProduct:
         return 2 * COMPUTE + 1
 
     def step_bytes(self, columns: int) -> int:
-        words = COMPUTE * WORDS * THREADS * 4
-        return words + COMPUTE * ROWS * DEPTH + 2 * DEPTH * columns
+        words = COMPUTE * WORDS * THREADS * WORD_BYTES
+        values = COMPUTE * ROWS * (DEPTH // 2) * VALUE_BYTES
+        return words + values + DEPTH * columns * VALUE_BYTES
 
     def buffers(self, config: MatmulTiles) -> list[Any]:
         steps, dtype = config.steps, self.values.dtype
@@ -94,7 +100,7 @@ class SparseProduct:
         values, words, right = gmem
 
         @pl.loop(0, self.steps)
-        def _(i):
+        def load_step(i):
             copies = []
             for part in range(COMPUTE):
                 rows = pl.ds(row_of(row, part), ROWS)
@@ -127,17 +133,19 @@ class Selection:
         return ()
 
     @property
-    def copies(self) -> int:
-        """Stores of a piece."""
-        return 2 + self.dense
+    def stores(self) -> int:
+        """Stores of a piece: values, words and, if they are a result, all numbers."""
+        return 3 if self.dense else 2
 
     def smem_bytes(self, columns: int) -> int:
-        words, sums = COMPUTE * THREADS * 4, COMPUTE * ROWS * SUMS * 4
-        piece = PIECE_BYTES // 2 + words + PIECE_BYTES * self.dense
-        return OUT_SLOTS * piece + sums * self.shrink
+        piece = PIECE_BYTES // 2 + COMPUTE * THREADS * WORD_BYTES
+        if self.dense:
+            piece += PIECE_BYTES
+        sums = COMPUTE * ROWS * SUMS * WORD_BYTES if self.shrink else 0
+        return OUT_SLOTS * piece + sums
 
     def shapes(self, config: MatmulTiles, shape, dtype) -> list[jax.ShapeDtypeStruct]:
-        m, (rows, columns) = shape[0], config.tiles(shape)
+        m, (rows, columns) = shape[0], config.counts(shape)
         blocks = rows * COMPUTE, columns * config.pieces, THREADS
         shapes = [
             jax.ShapeDtypeStruct((m, blocks[1] * STORED), dtype),
@@ -166,40 +174,53 @@ class Selection:
     def store(
         self, config: MatmulTiles, sums, gmem, smem, ring: Ring, tile, row, column
     ):
-        warpgroup = lax.axis_index("warpgroup")
-        rows = pl.ds(row_of(row, warpgroup), ROWS)
         total = None
         for piece in range(config.pieces):
             where = slice(piece * PIECE, (piece + 1) * PIECE)
             numbers = self.compute([one[:, where] for one in sums])
             numbers = numbers.astype(smem[0].dtype)
             values, words, *more = select(numbers, self.shrink)
-            part = lax.optimization_barrier(warpgroup)
-            s = slot(tile * config.pieces + piece, OUT_SLOTS)
-            # What was stored from this slot before has been read.
-            plgpu.wait_smem_to_gmem(self.copies * (OUT_SLOTS - 1), wait_read_only=True)
-            staged = [values, words, numbers][: self.copies]
-            for value, one in zip(staged, smem, strict=False):
-                one.at[s, part][...] = value
-            plgpu.commit_smem()
-            block = column * config.pieces + piece
-            targets = [
-                gmem[0].at[rows, pl.ds(block * STORED, STORED)],
-                gmem[1].at[row * COMPUTE + warpgroup, block],
-            ]
-            if self.dense:
-                targets.append(gmem[2].at[rows, pl.ds(block * PIECE, PIECE)])
-            for one, target in zip(smem, targets, strict=False):
-                plgpu.copy_smem_to_gmem(one.at[s, part], target)
+            at, block = tile * config.pieces + piece, column * config.pieces + piece
+            results = [values, words, numbers] if self.dense else [values, words]
+            self._store_piece(results, gmem, smem, at, row, block)
             if self.shrink:
                 total = more[0] if total is None else total + more[0]
         if self.shrink:
-            part = lax.optimization_barrier(warpgroup)
-            plgpu.wait_smem_to_gmem(self.copies, wait_read_only=True)
-            smem[-1].at[part][...] = total
-            plgpu.commit_smem()
-            target = gmem[-1].at[rows, pl.ds(column * SUMS, SUMS)]
-            plgpu.copy_smem_to_gmem(smem[-1].at[part], target)
+            self._store_sums(total, gmem[-1], smem[-1], row, column)
+
+    def _store_piece(self, results, gmem, smem, at, row, block) -> None:
+        """A warpgroup's part of piece `at`, to the result's columns of `block`."""
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(row_of(row, warpgroup), ROWS)
+        part, s = lax.optimization_barrier(warpgroup), slot(at, OUT_SLOTS)
+        # What was stored from this slot before has been read.
+        plgpu.wait_smem_to_gmem(self.stores * (OUT_SLOTS - 1), wait_read_only=True)
+        staged = [one.at[s, part] for one in smem[: self.stores]]
+        for value, one in zip(results, staged, strict=True):
+            one[...] = value
+        plgpu.commit_smem()
+        targets = [
+            gmem[0].at[rows, pl.ds(block * STORED, STORED)],
+            gmem[1].at[row * COMPUTE + warpgroup, block],
+        ]
+        if self.dense:
+            targets.append(gmem[2].at[rows, pl.ds(block * PIECE, PIECE)])
+        for one, target in zip(staged, targets, strict=True):
+            plgpu.copy_smem_to_gmem(one, target)
+
+    def _store_sums(self, total, gmem, smem, row, column) -> None:
+        """S-STE's sums of a warpgroup's rows, over a tile."""
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(row_of(row, warpgroup), ROWS)
+        part = lax.optimization_barrier(warpgroup)
+        # The last tile's sums have been read: only the stores of this tile's last
+        # piece came after them.
+        plgpu.wait_smem_to_gmem(self.stores, wait_read_only=True)
+        smem.at[part][...] = total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            smem.at[part], gmem.at[rows, pl.ds(column * SUMS, SUMS)]
+        )
 
     def fill(
         self, config: MatmulTiles, gmem, smem, ring: Ring, tile, row, column

@@ -1,4 +1,4 @@
-"""2:4 on Hopper's sparse tensor cores: the product, and an MLP around the selection.
+"""2:4 on Hopper's sparse tensor cores: a packed matrix times a dense one.
 
 A sparse product has half the multiply-adds, and of its left factor 9/16 of the bytes.
 The selection of two activations of four is the epilogue of the matmul that makes them,
@@ -22,40 +22,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._core.sharding import vary_alike
-from ..._mosaic.base import IN_KERNEL
+from ..._mosaic.base import IN_KERNEL, pad_to
 from ..._mosaic.launch import ROW_STEP
 from ..._mosaic.matmul import (
-    FEATURE_STEP,
     Epilogue,
     Factor,
     Work,
     choose_columns,
-    pad,
-    product_in_xla,
-    run,
+    multiply,
+    pad_rows,
+    round_up,
 )
-from ..packed import GROUP, KEPT, POSITIONS_PER_BYTE, Packed24, unpack
+from ..packed import POSITIONS_PER_BYTE, Packed24, unpack
+from ..select import GROUP, KEPT
 from .matmul import DEPTH, SparseProduct
 from .wgmma import FIRST_TWO, words_of
 
-# Of the dense multiply-adds: half, at 0.89 of the rate, which shared memory limits.
+# Share of the dense multiply-adds: half, at 0.89 of the rate, which reading shared
+# memory limits.
 SPARSE_DENSITY = 0.5 / 0.89
 
 
 def sparse_matmul(
     transposed: bool = False, activation: str = "identity", columns: int | None = None
 ):
-    """The kernel of the sparse product, of values, words and the right factor."""
+    """The kernel of the sparse product, of values, words and the right factor.
+
+    transposed: the right factor lies transposed in memory.
+    columns: of the tiles; by default those that `choose_columns` takes.
+    """
 
     @jax.custom_batching.sequential_vmap
     def kernel(values, words, right):
-        operand = Factor(right, transposed)
-        depth, n = operand.shape
+        factor = Factor(right, transposed)
+        depth, n = factor.shape
         work = Work(values.shape[0], depth, n, density=SPARSE_DENSITY)
         epilogue = Epilogue(lambda sums, aux: [IN_KERNEL[activation].value(sums[0])])
-        product = SparseProduct(values, words, operand)
+        product = SparseProduct(values, words, factor)
         name = f"sparse_matmul_{activation}"
-        return run(name, product, epilogue, columns or choose_columns(work))[0]
+        return multiply(name, product, epilogue, columns or choose_columns(work))[0]
 
     return kernel
 
@@ -67,26 +72,30 @@ def product(
     transposed: bool = False,
     activation: str = "identity",
 ) -> jax.Array:
-    """Of a packed matrix (m, depth) and a dense one (depth, n), or its transpose.
+    """The product of a packed matrix (m, depth) and a dense one (depth, n).
 
     values: (m, 2 ceil(depth / 4)), indices as `pack_2_4` has them; not differentiated.
+    transposed: `right` is (n, depth).
+    activation: of each number of the result.
     """
     (m, kept), n = values.shape, right.shape[0 if transposed else 1]
-    columns = -(-kept * GROUP // KEPT // DEPTH) * DEPTH
+    columns = round_up(kept * GROUP // KEPT, DEPTH)
     if kept % POSITIONS_PER_BYTE:
-        # Of a group that is not there; two equal positions are invalid.
+        # The positions of a group that is not there: two equal ones are invalid.
         last = indices[:, -1:] | np.uint8(FIRST_TWO & 0xF0)
         indices = jnp.concatenate([indices[:, :-1], last], axis=1)
-    values = pad(values, ROW_STEP, columns // KEPT)
-    steps = ROW_STEP, FEATURE_STEP
-    words = words_of(indices, columns)
-    args = vary_alike(values, words, pad(right, *steps))
+    values = pad_to(values, round_up(m, ROW_STEP), columns // KEPT)
+    args = vary_alike(values, words_of(indices, columns), pad_rows(right))
     return sparse_matmul(transposed, activation)(*args)[:m, :n]
 
 
-@jax.custom_vjp
 def matmul(values: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:
     """`product`, differentiable in the values and in w, by dense matmuls."""
+    return _matmul(*vary_alike(values, indices, w))
+
+
+@jax.custom_vjp
+def _matmul(values: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:
     return product(values, indices, w)
 
 
@@ -101,8 +110,8 @@ def _matmul_bwd(saved, dy):
         return unpack(Packed24(values, indices, w.shape[0]))
 
     filled, pull = jax.vjp(as_dense, values)
-    (d_values,) = pull(product_in_xla(Factor(dy), Factor(w, transposed=True)))
-    return d_values, None, product_in_xla(Factor(filled, transposed=True), Factor(dy))
+    (d_values,) = pull(jnp.matmul(dy, w.T))
+    return d_values, None, jnp.matmul(filled.T, dy)
 
 
-matmul.defvjp(_matmul_fwd, _matmul_bwd)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -29,11 +29,17 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from ..._mosaic.base import plgpu
 from ..packed import GROUP, KEPT
 
-# Of one word a thread: rows, and columns before and after two of four are dropped.
-ROWS, COLUMNS, THREADS = 64, 64, 128
+# Threads of a warpgroup.
+THREADS = 128
+# Rows and columns that one word of positions a thread is about.
+ROWS = 64
+COLUMNS = 64
+# Columns that are left of these where two of four are dropped.
 STORED = COLUMNS * KEPT // GROUP
-# Columns of one thread, and of one sparse instruction.
-CHUNK, SPARSE_DEPTH = 16, 32
+# Columns of which one thread has the positions.
+CHUNK = 16
+# Columns of one sparse instruction.
+SPARSE_DEPTH = 32
 # Positions 0 and 1, in every group of a word: for what lies past the end.
 FIRST_TWO = 0x44444444
 LAYOUT = plgpu.Layout.WGMMA

@@ -1,0 +1,52 @@
+"""What a user gets by `import jaxkern`."""
+
+import pydoc
+import shutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import jaxkern
+
+
+@pytest.mark.parametrize("module", [jaxkern, jaxkern.nn], ids=lambda m: m.__name__)
+def test_all_is_every_public_name(module):
+    public = {
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and (name == "nn" or not isinstance(value, ModuleType))
+    }
+    assert sorted(public) == module.__all__
+    shown = pydoc.plain(pydoc.render_doc(module))
+    assert [name for name in module.__all__ if name not in shown] == []
+
+
+def test_mosaic_is_imported_on_first_use_of_a_kernel():
+    code = "import sys, jaxkern; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = run.stdout.split()
+    assert "jaxkern.nn" in loaded
+    # JAX itself loads parts of Mosaic, but neither this one nor our kernels.
+    assert "jax.experimental.pallas.mosaic_gpu" not in loaded
+    ours = [name for name in loaded if name.startswith("jaxkern.")]
+    assert [name for name in ours if "hopper" in name or "_mosaic" in name] == []
+
+
+def test_make_leaves_an_environment_that_it_did_not_make(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(name, tmp_path)
+    precious = tmp_path / ".venv" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    run = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", "test"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode and ".venv exists, and make did not make it." in run.stderr
+    assert precious.read_text() == "mine"

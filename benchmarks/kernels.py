@@ -1,27 +1,38 @@
 """What do our kernels need of the chip, and do they compile without spilling?
 
     make kernels                      installs the compiler's packages first
-    python -m benchmarks.kernels      compiles every configuration we ship for sm_90a
+    make kernels ARGS=--all           compiles what is unchanged too
 
-Needs no GPU. Exits with 1 if a kernel does not compile, spills registers, has its
-tensor-core instructions serialized, or needs more shared memory than a block has.
+Needs no GPU. Of every configuration that a launch may choose, it compiles for sm_90a
+what differs from the last run: nothing is lowered where no source changed, and nothing
+compiled whose lowered module is the same. Exits with 1 if a kernel does not compile,
+spills registers, has its tensor-core instructions serialized, or needs more shared
+memory than a block has.
 """
 
 import argparse
+import hashlib
+import json
+import multiprocessing
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
+import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
 from jaxkern._attention.dilation import Dilation
@@ -33,23 +44,36 @@ from jaxkern._masked.packed import WORD
 from jaxkern._mlp.hopper import flash, fused, sparse
 from jaxkern._mosaic.matmul import COLUMNS, GATED_COLUMNS
 from jaxkern._sparsity.hopper.product import sparse_matmul
+from jaxkern.testing import CompiledKernel, MissingCompiler
+from jaxkern.testing.compiler import (
+    Tools,
+    build_stub,
+    compile_module,
+    fingerprint,
+    lower,
+    tools,
+    versions,
+)
 
 from ._cli import pattern, run_program, writable
 from ._harness import Row
-from jaxkern.testing.compiler import (
-    MissingCompiler,
-    build_stub,
-    compile_module,
-    lower,
-
-    tools,
-)
 from ._report import Results, make_console, metadata, print_table, table
 
 HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
 Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
+RECORD = Path(__file__).parent / "results/sm_90a/kernels.json"
 WORKERS = 2
+# So many kernels are lowered before other processes would have started.
+FEW = 16
+# Columns, and names of the instructions that they count.
+COUNTED = {
+    "hgmma": "HGMMA",
+    "hgmma_sparse": "HGMMA.SP",
+    "mufu": "MUFU",
+    "instructions": "",
+}
 SHOWN = {
+    "": "kernel",
     "regs": "registers",
     "spill B": "spill_stores_bytes",
     "SMEM B": "smem_bytes",
@@ -291,19 +315,49 @@ def sparse_cases() -> Cases:
     return cases
 
 
+@cache
 def every_case() -> Cases:
     low_rank = matmul_cases() | sparse_cases()
     return flash_mlp_cases() | attention_cases() | masked_cases() | low_rank
 
 
-def measure(name: str, build: Callable[[], Any], tools: tuple[Any, ...]) -> Row:
-    """One row; a kernel that fails is a failed row."""
+def figures(kernel: CompiledKernel) -> Row:
+    """The columns of a row."""
+    return {
+        "registers": kernel.registers,
+        "stack_bytes": kernel.stack_bytes,
+        "spill_stores_bytes": kernel.spill_stores_bytes,
+        "spill_loads_bytes": kernel.spill_loads_bytes,
+        "barriers": kernel.barriers,
+        "wgmma": kernel.wgmma,
+        "serialized": kernel.is_serialized,
+        "compile_s": round(kernel.seconds, 3),
+        "smem_bytes": kernel.smem_bytes,
+    } | {name: kernel.count(opcode) for name, opcode in COUNTED.items()}
+
+
+def measure(
+    name: str,
+    tools: Tools,
+    stub: Path,
+    known: Row | None = None,
+    build: Callable[[], Any] | None = None,
+) -> Row:
+    """One row; a kernel that fails is a failed row.
+
+    known: an earlier row, which stays where the module is still the same.
+    build: makes the function and its arguments; by default that of the name.
+    """
     row: Row = {"kernel": name}
     try:
-        fn, args = build()
+        fn, args = (build or every_case()[name])()
         (module,) = lower(fn, args)
-        row |= compile_module(module, *tools)
-        reason = problems(row)
+        row["module"] = fingerprint(module)
+        if known and row["module"] == known["module"]:
+            return known
+        kernel = compile_module(module, tools, stub)
+        row |= figures(kernel)
+        reason = kernel.problem()
     # Whatever a kernel raises is its result, and the others still run.
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
@@ -311,7 +365,77 @@ def measure(name: str, build: Callable[[], Any], tools: tuple[Any, ...]) -> Row:
     return row | {"status": "failed" if reason else "ok", "reason": reason}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def measure_all(
+    names: Sequence[str], tools: Tools, known: Mapping[str, Row]
+) -> Iterator[Row]:
+    """The rows of these kernels.
+
+    Many are for processes: lowering takes most of the time, at which threads would take
+    turns.
+    """
+    with tempfile.TemporaryDirectory() as stub, ExitStack() as stack:
+        build_stub(Path(stub))
+        work = [(name, tools, Path(stub), known.get(name)) for name in names]
+        if len(names) < FEW:
+            yield from starmap(measure, work)
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(WORKERS, context, on_cpu)
+        yield from stack.enter_context(pool).map(measure, *zip(*work, strict=True))
+
+
+def on_cpu() -> None:
+    """Nothing runs on a device, and JAX is not to look for one."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def sources() -> str:
+    """A hash of every source that a kernel's module may depend on."""
+    root = Path(jaxkern.__file__).parent
+    found = [p for p in root.rglob("*.py") if root / "testing" not in p.parents]
+    names = [str(p.relative_to(root)) for p in found]
+    digest = hashlib.sha256()
+    for name, path in sorted(zip([*names, ""], [*found, Path(__file__)], strict=True)):
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Record:
+    """The rows of earlier runs by name, and of which sources and compilers they are.
+
+    Attributes:
+        rows: By the kernel's name.
+        sources: Of which all rows are; None if some are of others.
+        versions: Of JAX and of the assembler.
+    """
+
+    rows: dict[str, Row]
+    sources: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """What the file holds; nothing if it is not there."""
+        if not path.exists():
+            return cls({})
+        whole = json.loads(path.read_text())
+        rows = {row["kernel"]: row for row in whole["rows"]}
+        return cls(rows, whole["meta"].get("sources"), whole["meta"].get("versions"))
+
+    def good(self, versions: dict[str, str]) -> dict[str, Row]:
+        """By name, the rows that these compilers would give again, of the same
+        modules."""
+        if versions != self.versions:
+            return {}
+        return {
+            name: row
+            for name, row in self.rows.items()
+            if row["status"] == "ok" and "module" in row
+        }
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",
         description=__doc__,
@@ -319,42 +443,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--only", type=pattern, default="", metavar="REGEX", help="of the names")
-    add("--json", type=writable, metavar="FILE", help="save the rows as they come")
+    add("--all", action="store_true", help="compile what is unchanged too")
+    text = "where the rows of earlier runs are, and this one's go (%(default)s)"
+    add("--json", type=writable, default=str(RECORD), metavar="FILE", help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     args = parser.parse_args(argv)
+    names = [name for name in every_case() if re.search(args.only, name)]
+    if not names:
+        parser.error(f"--only must be found in the name of a kernel, got {args.only!r}")
     try:
-        plugin, disassembler = requirements()
-    except Missing as missing:
+        found = tools()
+    except MissingCompiler as missing:
         print(f"benchmarks.kernels: {missing}", file=sys.stderr)
         return 3
-    # Nothing runs on a device, and the plugin is not to look for one.
-    jax.config.update("jax_platforms", "cpu")
-    cases = {n: b for n, b in every_case().items() if re.search(args.only, n)}
-    results = Results(args.json, metadata("kernels", arch="sm_90a"))
+    on_cpu()
+    record, new = Record.read(args.json), Record({}, sources(), versions(found))
+    good = {} if args.all else record.good(new.versions)
+    kept = good if record.sources == new.sources else {}
+    start, fresh = time.perf_counter(), {}
+    todo = [name for name in names if name not in kept]
+    try:
+        for row in measure_all(todo, found, good):
+            fresh[row["kernel"]] = row
+    finally:
+        new.rows = fresh | {name: kept[name] for name in names if name in kept}
+        # Without this, a run that changed nothing would change its date in the file.
+        error = save(args.json, record, new) if fresh else None
     console = make_console()
-    title = "compiled for sm_90a; counts are static, a loop counts once"
-    result = table(title, ["", *SHOWN])
-    # A long name takes two lines, so that no figure is cut off.
-    result.columns[0].no_wrap = False
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as stub, ThreadPoolExecutor(WORKERS) as pool:
-        build_stub(Path(stub))
-        tools = plugin, disassembler, Path(stub)
-        rows = pool.map(lambda case: measure(case[0], case[1], tools), cases.items())
-        for row in rows:
-            results.add(row)
-            cells = [str(row.get(field, "-")) for field in SHOWN.values()]
-            result.add_row(row["kernel"], *cells)
-    print_table(console, result)
-    failed = [row for row in results.rows if row["status"] == "failed"]
+    print_table(console, make_table([new.rows[name] for name in names]))
+    failed = [row for row in new.rows.values() if row["status"] == "failed"]
     for row in failed:
         console.print(f"failed: {row['kernel']}: {row['reason']}", markup=False)
-    seconds = time.perf_counter() - start
+    compiled = sum(row != good.get(row["kernel"]) for row in fresh.values())
     console.print(
-        f"{len(results.rows)} kernels in {seconds:.0f} s, {len(failed)} failed"
+        f"{len(names)} kernels in {time.perf_counter() - start:.0f} s: {compiled} "
+        f"compiled, {len(names) - compiled} unchanged, {len(failed)} failed"
     )
-    results.meta["complete"] = True
+    return int(bool(failed) or error is not None)
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    result = table(
+        "compiled for sm_90a; counts are static, a loop counts once", list(SHOWN)
+    )
+    # A long name takes two lines, so that no figure is cut off.
+    result.columns[0].no_wrap = False
+    for row in rows:
+        result.add_row(*[str(row.get(column, "-")) for column in SHOWN.values()])
+    return result
+
+
+def save(path: Path, record: Record, new: Record) -> OSError | None:
+    """Write the new rows, and the earlier ones that these compilers gave too.
+
+    Kernels that there are no more have no row.
+    """
+    earlier = record.rows if record.versions == new.versions else {}
+    rows = [row for n in every_case() if (row := new.rows.get(n) or earlier.get(n))]
+    is_current = record.sources == new.sources or all(
+        row["kernel"] in new.rows for row in rows
+    )
+    meta = metadata("kernels", arch="sm_90a", versions=new.versions)
+    results = Results(path, meta | {"sources": new.sources if is_current else None})
+    results.rows, results.meta["complete"] = rows, len(rows) == len(every_case())
     results.save()
-    return int(bool(failed) or results.error is not None)
+    return results.error
 
 
 if __name__ == "__main__":

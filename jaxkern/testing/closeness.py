@@ -15,8 +15,8 @@ def relative_error(got: Any, exact: Any) -> float:
 
     Rows $a_i$ of `got` and $b_i$ of `exact` are vectors along the last axis: the result
     of one token, the weights of one feature. One that is almost zero counts as a
-    thousandth of the usual one. It is computed in float64, on the GPU where that is JAX's default device.
-    A NaN on either side makes it NaN.
+    thousandth of the usual one. It is computed in float64, on the GPU where that is
+    JAX's default device. A NaN on either side makes it NaN.
 
     Args:
         got: A tree of arrays.

@@ -6,6 +6,8 @@ much shared memory is asked for.
 """
 
 import glob
+import hashlib
+import io
 import os
 import re
 import shutil
@@ -105,9 +107,9 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
 
     $$\min(\lfloor 65536 / (r w) \rfloor,\ \lfloor 233472 / (s + 1024) \rfloor)$$
 
-    It needs `pip install 'jaxkern[testing]'`, a C compiler, and JAX's CUDA plugin, which
-    `pip install 'jax[cuda13]'` brings where there is a GPU. Elsewhere install the plugin
-    apart, since JAX prints an error in every program that finds it and no GPU:
+    It needs `pip install 'jaxkern[testing]'`, a C compiler, and JAX's CUDA plugin. With
+    a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the plugin apart,
+    since JAX prints an error in every program that finds it and no GPU:
 
         pip install --no-deps --target CUDA jax-cuda13-plugin==V jax-cuda13-pjrt==V
         export JAXKERN_COMPILER=CUDA
@@ -272,6 +274,33 @@ def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
     with module.context:
         visit(module.operation)
     return found
+
+
+def fingerprint(module: bytes) -> str:
+    """A hash of a module, as `lower` returns it, but for where its sources lie.
+
+    Without this, a comment in a source would change it, and so would another folder.
+    """
+    # Mosaic is imported on first use of a kernel.
+    from jax._src.interpreters import mlir
+    from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir import ir, passmanager
+    from jaxlib.mlir.dialects import gpu, llvm, nvvm
+
+    # Whose import registers what a module is made of.
+    del gpu, llvm, nvvm
+    context: Any = mlir.make_ir_context()
+    context.allow_unregistered_dialects = True
+    dialect: Any = core.dialect
+    written = io.BytesIO()
+    with context:
+        dialect.register_dialect(context)
+        parsed: Any = ir.Module.parse(module)
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(
+            parsed.operation
+        )
+        parsed.operation.write_bytecode(written, desired_version=0)
+    return hashlib.sha256(written.getvalue()).hexdigest()
 
 
 def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:

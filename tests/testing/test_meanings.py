@@ -65,7 +65,7 @@ def test_references_are_read_and_their_races_are_found():
     with emulate_gpu(meanings=meanings):
         y = apply(doubled, X)
     np.testing.assert_array_equal(y, 2 * X)
-    with pytest.raises(RaceError, match="RACE DETECTED"), emulate_gpu(meanings=meanings):
+    with pytest.raises(RaceError), emulate_gpu(meanings=meanings):
         jax.block_until_ready(apply(doubled, X, is_waited=False))
 
 

@@ -251,35 +251,38 @@ def xla_us(layer: Layer, backward: bool) -> float:
 KERNEL_US = {"flash_mlp": flash_us, "matmul": matmul_us}
 
 
-def fastest(layer: Layer, kernels: Sequence[DenseKernel]) -> DenseKernel:
-    """The one with the least predicted time, forward and backward."""
-    return min(kernels, key=lambda kernel: KERNEL_US[kernel](layer, True))
-
-
 def _selection_us(layer: Layer, soft: bool, backward: bool) -> float:
     """Predicted time of XLA's selection."""
     numbers = SOFT_NUMBERS if soft else TOP2_NUMBERS[backward]
     return elementwise_us(numbers * layer.tokens * layer.hidden)
 
 
+def both_us(
+    layer: Layer,
+    kernel: Kernel,
+    soft: bool = False,
+    keep: bool = False,
+    *,
+    backward: bool,
+) -> tuple[float, float]:
+    """Predicted times of a kernel and of XLA.
+
+    soft, keep: of the sparse kernels, as `sparse_us` has them.
+    """
+    theirs = xla_us(layer, backward)
+    if kernel != "sparse":
+        return KERNEL_US[kernel](layer, backward), theirs
+    theirs += _selection_us(layer, soft, backward)
+    return sparse_us(layer, backward, soft, keep), theirs
+
+
 def beats_xla(
     layer: Layer, kernel: Kernel, soft: bool = False, keep: bool = False
 ) -> bool:
     """Whether a kernel is predicted to take less than XLA, by `MARGIN`, and no more
-    forward.
-
-    soft, keep: of the sparse kernels, as `sparse_us` has them.
-    """
-
-    def both(backward: bool) -> tuple[float, float]:
-        theirs = xla_us(layer, backward)
-        if kernel != "sparse":
-            return KERNEL_US[kernel](layer, backward), theirs
-        theirs += _selection_us(layer, soft, backward)
-        return sparse_us(layer, backward, soft, keep), theirs
-
-    ours, theirs = both(True)
+    forward."""
+    ours, theirs = both_us(layer, kernel, soft, keep, backward=True)
     if ours > MARGIN[kernel] * theirs:
         return False
-    ours, theirs = both(False)
+    ours, theirs = both_us(layer, kernel, soft, keep, backward=False)
     return ours <= theirs

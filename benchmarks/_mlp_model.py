@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxkern._mlp.thresholds import FEATURE_STEP, dense_kernel
+from jaxkern._mlp import thresholds
+from jaxkern._mlp.thresholds import FEATURE_STEP
 from jaxkern._mosaic.launch import ROW_STEP
 from jaxkern._mosaic.matmul import round_up
 from jaxkern._sparsity.hopper.matmul import DEPTH
@@ -134,7 +135,9 @@ def percent_of_floor(floors: dict[str, float], microseconds: float) -> float:
 
 def kernel_of(model: Model, name: str) -> Kernel:
     """Which kernel an unpacked row takes where there are any."""
-    return "sparse" if name in (TOP2, SOFT) else dense_kernel((model.rank, model.rank))
+    if name in (TOP2, SOFT):
+        return "sparse"
+    return thresholds.dense_kernel((model.rank, model.rank))
 
 
 def _between_us(model: Model, tokens: int, name: str, which: str) -> float:

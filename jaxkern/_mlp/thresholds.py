@@ -54,9 +54,9 @@ class Threshold:
     padded_tokens: where they are not, so that every call copies the weights.
     """
 
-    rank: float
-    tokens: float
-    padded_tokens: float
+    rank: int | float
+    tokens: int | float
+    padded_tokens: int | float
 
 
 # By op, or the sparsity of `low_rank_relu2`; the first row with a large enough rank

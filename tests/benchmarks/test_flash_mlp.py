@@ -36,7 +36,7 @@ def measured(*argv):
     return run(cases(*argv), Options(warmup=1, iterations=1))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_right_or_say_why_not(tiny, dtype):
     rows = measured("--dtype", dtype)
     status = {(r["implementation"], r["status"]) for r in rows}
@@ -46,8 +46,7 @@ def test_rows_are_right_or_say_why_not(tiny, dtype):
     assert rows[0]["reason"].startswith(reason)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_wrong_rows_are_refused(tiny, monkeypatch, dtype):
+def test_wrong_rows_are_refused(tiny, monkeypatch):
     ours, matmul = flash_mlp.jaxkern.flash_mlp, definitions.matmul
 
     def wrong(x, w1, w2, implementation):
@@ -58,7 +57,7 @@ def test_wrong_rows_are_refused(tiny, monkeypatch, dtype):
 
     monkeypatch.setattr(flash_mlp.jaxkern, "flash_mlp", wrong)
     monkeypatch.setattr(definitions, "op_by_op", wrong_run)
-    rows = measured("--dtype", dtype, "--only", "xla|forward naive")
+    rows = measured("--dtype", "bfloat16", "--only", "xla|forward naive")
     assert [r["reason"].split(":")[0] for r in rows[::2]] == ["WrongValues"] * 2
     assert rows[1]["implementation"] == "naive jnp" and rows[1]["status"] == "failed"
 

@@ -14,6 +14,7 @@ import pytest
 
 import jaxkern
 from benchmarks import _mlp_break_even as break_even
+from benchmarks import _mlp_cost as cost
 from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_predictions as predictions
@@ -23,12 +24,10 @@ from benchmarks import _mlp_stages_report as stages_report
 from benchmarks import mlp
 from benchmarks._harness import Options, run
 from benchmarks._report import make_console
-from jaxkern._mlp import flash_mlp as _flash_mlp
-from jaxkern._mlp import packed_mlp as _packed_mlp
-from jaxkern._mlp.hopper import choose as _mlp_mgpu
-from jaxkern._mlp.hopper import fused as _matmul_mgpu
-from jaxkern._mosaic import launch as _mgpu_tiles
-from jaxkern._sparsity.hopper import product as _sparsity_mgpu
+from jaxkern._mlp import thresholds
+from jaxkern._mlp.hopper import fused, sparse
+from jaxkern._mosaic.matmul import choose_columns
+from jaxkern._sparsity.hopper import product
 from jaxkern.testing import plain
 
 # Features are to be padded.
@@ -37,22 +36,13 @@ SEVEN_B = shapes.MODELS["7B"]
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """As if the default device were one, whose blocks take several tiles each."""
-    for module in (programs, _mlp_mgpu, _flash_mlp, _packed_mlp):
-        monkeypatch.setattr(module, "on_hopper", lambda: True)
-    monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+def dense_kernel(monkeypatch):
+    """Sets which kernel takes the dense rows, as if by their ranks."""
 
+    def set_kernel(name):
+        monkeypatch.setattr(thresholds, "dense_kernel", lambda ranks: name)
 
-@pytest.fixture(params=["flash_mlp", "matmul"])
-def dense(request, monkeypatch):
-    """Which kernel takes the dense rows, as if by their ranks."""
-
-    def kernel_of(core, seconds, ranks, sparsity):
-        return "sparse" if sparsity in ("2:4", "2:4-soft") else request.param
-
-    monkeypatch.setattr(_mlp_mgpu, "kernel_of", kernel_of)
-    return request.param
+    return set_kernel
 
 
 @pytest.fixture
@@ -68,30 +58,38 @@ def measured(framework, *argv):
     return run(cases, Options(warmup=1, iterations=1))
 
 
-@pytest.mark.usefixtures("interpreted", "hopper", "tiny")
-def test_rows_of_kernels(dense):
+KINDS = {"flash_mlp": shapes.KERNEL_ROWS[:2], "matmul": shapes.KERNEL_ROWS}
+
+
+@pytest.mark.usefixtures("hopper", "tiny")
+@pytest.mark.parametrize("kernel", KINDS)
+def test_rows_of_kernels(dense_kernel, kernel):
+    dense_kernel(kernel)
     # Both passes of the one that is at home here.
-    backward = dense == "matmul"
-    flags = ["--dtype", "bfloat16", *["--backward"] * backward]
-    rows = measured("mosaic_gpu", *flags)
-    names = [n for n in shapes.KERNEL_ROWS if not backward or n != shapes.PRUNED]
+    backward = kernel == "matmul"
+    flags = ["--backward"] if backward else ["--only", "low_rank_(swiglu|relu2)$"]
+    rows = measured("mosaic_gpu", "--dtype", "bfloat16", *flags)
+    names = [n for n in KINDS[kernel] if not backward or n != shapes.PRUNED]
     assert [r["implementation"] for r in rows] == names
     assert {(r["status"], r["reason"]) for r in rows} == {("ok", None)}
     assert all(r["predicted_us"] > 0 for r in rows)
 
 
-@pytest.mark.usefixtures("interpreted", "hopper", "tiny")
-def test_stages_with_kernels(dense):
+@pytest.mark.usefixtures("hopper", "tiny")
+def test_stages_with_kernels(dense_kernel):
+    dense_kernel("flash_mlp")
     rows = measured("mosaic_gpu", "--stages", "--dtype", "bfloat16")
     assert {(r["status"], r["reason"]) for r in rows} == {("ok", None)}
     found = [r["implementation"] for r in rows if r["part"] == "stage"]
-    assert found == [*stages.KERNEL_STAGES[dense == "matmul" :]]
+    assert found == [*stages.KERNEL_STAGES]
     assert all(r["predicted_us"] > 0 for r in rows if r["part"] == "stage")
+    dense_kernel("matmul")
+    assert stages.by_framework(TINY)["mosaic_gpu"] == stages.KERNEL_STAGES[1:]
 
 
 @pytest.mark.parametrize("flash", [True, False])
 def test_measured_gains(monkeypatch, flash):
-    monkeypatch.setattr(stages, "_is_flash", lambda model, tokens: flash)
+    monkeypatch.setattr(stages, "_is_flash", lambda model: flash)
     ms = {
         stages.FIRST: 1, stages.UP: 4, stages.ACTIVATION: 3, stages.DOWN: 4,
         stages.LAST: 1, stages.UP_ACTIVATION: 5, stages.UP_SELECT: 6,
@@ -199,15 +197,14 @@ def test_floors_of_stages_by_hand():
 
 @pytest.fixture
 def works(monkeypatch):
-    """What the kernels' model is asked about."""
+    """Of which launches tiles were chosen."""
     asked = set()
-    choose = _matmul_mgpu.choose_columns
 
     def recorded(work, *valid):
         asked.add(work)
-        return choose(work, *valid)
+        return choose_columns(work, *valid)
 
-    for module in (_matmul_mgpu, _sparsity_mgpu):
+    for module in (fused, sparse, product, cost):
         monkeypatch.setattr(module, "choose_columns", recorded)
     return asked
 
@@ -215,7 +212,7 @@ def works(monkeypatch):
 TRACED = shapes.Model(1000, 1432, 320, 1)
 
 
-@pytest.mark.usefixtures("unchecked_types", "hopper")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize("name", shapes.KERNEL_ROWS)
 def test_predicted_launches_are_those_of_the_op(works, name):
     impl, tokens = programs.IMPLEMENTATIONS[name], 72

@@ -1,9 +1,11 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkern._core.activations import ACTIVATIONS, get_activation
+from jaxkern._core.activations import ACTIVATIONS, ActivationName, get_activation
 
 POINTS = np.array([-30.0, -3.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 30.0])
 
@@ -68,6 +70,10 @@ def test_derivatives_at_zero():
         "sigmoid": 0.25,
         "identity": 1.0,
     }
+
+
+def test_the_names_are_those_of_the_table():
+    assert get_args(ActivationName) == tuple(ACTIVATIONS)
 
 
 def test_unknown_name_lists_the_valid_ones():

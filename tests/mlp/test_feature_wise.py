@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    DTYPES,
     assert_near,
     low_rank_args,
+    mesh,
     normal,
     op_args,
     relative_error,
@@ -80,8 +80,14 @@ def test_values_and_gradients(size):
     np.testing.assert_array_equal(got[0], dense[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
-@sizes
+@pytest.mark.parametrize(
+    "size, dtype",
+    [
+        *((size, jnp.bfloat16) for size in SIZES),
+        *((SIZES[2], dtype) for dtype in (jnp.float32, jnp.float16)),
+    ],
+    ids=str,
+)
 def test_ties_and_dtypes(size, dtype):
     """Sums of small integers are exact, so only the roundings are left, and ties."""
     args = low_rank_args(size, jnp.float32)
@@ -160,7 +166,7 @@ def test_straight_through_differs_from_exact_where_positives_were_dropped():
     np.testing.assert_array_equal(default, (kept, d_z))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 8, 130])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 130])
 def test_along_tokens(tokens):
     x = normal(0, (tokens, 21))
     dense = densest(x)
@@ -239,15 +245,14 @@ WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
 SPECS = {"up": (P(), WIDEN), "down": (NARROW, P())}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_sharded_arguments_equal_one_device(kind):
-    axis_types = (jax.sharding.AxisType[kind],) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
+    both = mesh(kind, data=2, tensor=4)
     x, weights = weights_of()
     expected = loss_gradient(feature_wise)(x, weights)
 
     def place(a, spec):
-        return jax.device_put(a, NamedSharding(mesh, spec))
+        return jax.device_put(a, NamedSharding(both, spec))
 
     run = jax.jit(loss_gradient(feature_wise))
     got = run(place(x, P("data")), jax.tree.map(place, weights, SPECS))
@@ -260,15 +265,14 @@ def test_sharded_arguments_equal_one_device(kind):
 
 
 def test_shard_map_sparsifies_on_each_device():
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
+    both = mesh(data=2, tensor=4)
     x, weights = weights_of()
 
     def local(x, up, down):
         return jax.lax.psum(feature_wise(x, up, down), "tensor")
 
     specs = P("data"), SPECS["up"], SPECS["down"]
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    sharded = jax.shard_map(local, mesh=both, in_specs=specs, out_specs=P("data"))
     got = jax.jit(loss_gradient(sharded))(x, weights)
     value, (d_x, d_weights) = loss_gradient(feature_wise)(x, weights)
     assert_near((got[0], got[1][0]), (value, d_x))

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 from helpers import untyped
-from test_mlp import DOWN, UP, V, W, X
+from mlp_definitions import DOWN, UP, V, W, X
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -1,13 +1,19 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import OPS, assert_near, normal, op_args, pair
+from helpers import OPS, assert_near, mesh, normal, op_args, pair
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import low_rank_matmul, swiglu
 
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+SWIGLU, GATED, TOP2, SOFT = (
+    "swiglu",
+    "low_rank_swiglu",
+    "low_rank_relu2 2:4",
+    "low_rank_relu2 2:4-soft",
+)
+STATIC = "low_rank_relu2 2:4-static"
 
 # The hidden features lie along "tensor": columns of what widens, rows of what narrows.
 WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
@@ -19,10 +25,6 @@ SPECS = {
 }
 
 
-def make_mesh(kind=jax.sharding.AxisType.Auto):
-    return jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
-
-
 def value_and_grads(op):
     def loss(x, weights):
         y = op(x, weights)
@@ -31,70 +33,74 @@ def value_and_grads(op):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@ops
-def test_shard_map_over_batch_and_tensor_equals_one_device(op):
-    mesh = make_mesh()
+@pytest.mark.parametrize("name", [SWIGLU, GATED, TOP2, SOFT])
+def test_shard_map_over_batch_and_tensor_equals_one_device(name):
+    op, both = OPS[name], mesh(data=2, tensor=4)
     x, weights = op_args()
 
     def local(x, weights):
         return jax.lax.psum(op(x, weights), "tensor")
 
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(P("data"), SPECS), out_specs=P("data")
+        local, mesh=both, in_specs=(P("data"), SPECS), out_specs=P("data")
     )
-    if op is OPS["low_rank_relu2 2:4-soft"]:
+    if name == SOFT:
         # Its scale is of the whole token; a shard has a part of each.
-        sharded = jax.shard_map(
-            op,
-            mesh=mesh,
-            in_specs=(P(("data", "tensor")), P()),
-            out_specs=P(mesh.axis_names),
-        )
+        tokens = P(("data", "tensor"))
+        sharded = jax.shard_map(op, mesh=both, in_specs=(tokens, P()), out_specs=tokens)
     got = value_and_grads(sharded)(x, weights)
     assert_near(got, value_and_grads(op)(x, weights))
 
 
-@ops
-def test_groups_across_shards_equal_one_device(op):
+@pytest.mark.parametrize("name", [TOP2, SOFT])
+def test_groups_across_shards_equal_one_device(name):
     """Automatic sharding keeps the meaning where a shard holds 6 features of 24."""
-    mesh = make_mesh()
+    op, both = OPS[name], mesh(data=2, tensor=4)
     x, weights = op_args(hidden=24, rank=4)
     expected = value_and_grads(op)(x, weights)
     weights = jax.tree.map(
-        lambda w, spec: jax.device_put(w, NamedSharding(mesh, spec)), weights, SPECS
+        lambda w, spec: jax.device_put(w, NamedSharding(both, spec)), weights, SPECS
     )
     assert_near(value_and_grads(op)(x, weights), expected)
 
 
-@ops
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_sharded_arguments_equal_one_device(op, kind):
-    mesh = make_mesh(jax.sharding.AxisType[kind])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (SWIGLU, "explicit"),
+        (GATED, "auto"),
+        (TOP2, "explicit"),
+        (SOFT, "auto"),
+        (STATIC, "explicit"),
+    ],
+)
+def test_sharded_arguments_equal_one_device(name, kind):
+    op, both = OPS[name], mesh(kind, data=2, tensor=4)
     x, weights = op_args()
     expected = value_and_grads(op)(x, weights)
 
     def place(x, spec):
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return jax.device_put(x, NamedSharding(both, spec))
 
     x, weights = place(x, P("data")), jax.tree.map(place, weights, SPECS)
     got = value_and_grads(op)(x, weights)
     assert_near(got, expected)
     assert got[0][1].sharding.spec[0] == "data"
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(both):
         assert_near(op(x, weights), expected[0][1])
     # A batch split over the whole mesh leaves no axis for the columns.
-    everywhere = jax.device_put(x, NamedSharding(mesh, P(("data", "tensor"))))
+    everywhere = jax.device_put(x, NamedSharding(both, P(("data", "tensor"))))
     whole = jax.tree.map(lambda w: place(w, P()), weights)
     assert_near(value_and_grads(op)(everywhere, whole), expected)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_the_hidden_layer_stays_sharded(kind):
-    mesh = make_mesh(jax.sharding.AxisType[kind])
+    both = mesh(kind, data=2, tensor=4)
     x, weights = op_args()
 
     def place(x, spec):
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return jax.device_put(x, NamedSharding(both, spec))
 
     x, up = place(x, P("data")), jax.tree.map(place, weights["up"], SPECS["up"])
     hidden = jax.jit(low_rank_matmul)(x, up)
@@ -106,10 +112,10 @@ def test_the_hidden_layer_stays_sharded(kind):
 
 
 def test_columns_give_way_to_the_batch_where_both_want_an_axis():
-    mesh = make_mesh(jax.sharding.AxisType.Explicit)
-    x = jax.device_put(normal(0, (8, 24)), NamedSharding(mesh, P("tensor")))
+    both = mesh("explicit", data=2, tensor=4)
+    x = jax.device_put(normal(0, (8, 24)), NamedSharding(both, P("tensor")))
     w_in, w_out = pair(1, 24, 4, 16, jnp.float32)
-    columns = jax.device_put(w_out, NamedSharding(mesh, P(None, ("data", "tensor"))))
-    y = low_rank_matmul(x, (jax.device_put(w_in, NamedSharding(mesh, P())), columns))
+    columns = jax.device_put(w_out, NamedSharding(both, P(None, ("data", "tensor"))))
+    y = low_rank_matmul(x, (jax.device_put(w_in, NamedSharding(both, P())), columns))
     assert_near(y, x @ w_in @ w_out)
     assert jax.typeof(y).sharding.spec == P("tensor", None)

@@ -19,19 +19,11 @@ from helpers import (
 )
 
 from jaxkern import nn, pack_2_4, packed_relu2, sparsify_2_4, unpack_2_4
-from jaxkern._mlp import packed_mlp as _packed_mlp
-from jaxkern._mosaic import launch as _mgpu_tiles
+from jaxkern._mlp import packed_mlp
 from jaxkern.testing import plain as definitions
 from jaxkern.testing.compiler import lower
 
-BF16 = jnp.bfloat16
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """As if the default device were one, whose blocks take several tiles each."""
-    monkeypatch.setattr(_packed_mlp, "on_hopper", lambda: True)
-    monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+BF16, F16 = jnp.bfloat16, jnp.float16
 
 
 def make(size, dtype) -> Any:
@@ -58,31 +50,54 @@ def check(size, dtype, **options):
 
 
 SIZES = [(1, 8, 12, 4, 3), (70, 70, 150, 33, 20), (200, 140, 300, 72, 64)]
-sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+IN_HALF = [*((size, BF16) for size in SIZES), (SIZES[1], F16)]
+in_half = pytest.mark.parametrize("size, dtype", IN_HALF, ids=str)
 
 
-@sizes
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("size, dtype", [*IN_HALF, (SIZES[1], jnp.float32)], ids=str)
 def test_values(size, dtype):
     check(size, dtype)
 
 
-@pytest.mark.usefixtures("interpreted", "hopper")
-@sizes
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
+@pytest.mark.usefixtures("hopper")
+@in_half
 def test_kernel(size, dtype):
     check(size, dtype, implementation="mosaic_gpu")
 
 
 @pytest.mark.gpu
-@sizes
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
+@in_half
 def test_kernel_on_gpu(size, dtype):
     check(size, dtype, implementation="mosaic_gpu")
 
 
 @pytest.mark.usefixtures("hopper")
-def test_none_is_xla_and_a_kernel_is_four():
+def test_gradients_are_those_of_xla():
+    x, _, packed = make((70, 40, 60, 20, 16), BF16)
+    factors, positions = zip(
+        *(
+            (f.values, dataclasses.replace(f, values=X))
+            for pair in packed
+            for f in pair
+        ),
+        strict=True,
+    )
+
+    def run(x, values, implementation):
+        pairs = zip(positions, values, strict=True)
+        up_in, up_out, *down = (dataclasses.replace(f, values=v) for f, v in pairs)
+        y = packed_relu2(x, (up_in, up_out), tuple(down), implementation=implementation)
+        return y.astype(jnp.float32).sum()
+
+    got, expected = (
+        jax.jit(jax.grad(run, argnums=(0, 1)), static_argnums=2)(x, factors, name)
+        for name in ("mosaic_gpu", "xla")
+    )
+    jax.tree.map(np.testing.assert_array_equal, *to_float64((got, expected)))
+
+
+@pytest.mark.usefixtures("chooses_hopper")
+def test_a_kernel_is_four_and_is_picked_for_many_tokens(monkeypatch):
     x, _, packed = make((70, 70, 150, 33, 20), BF16)
     arrays, tree = jax.tree.flatten(packed)
 
@@ -92,6 +107,9 @@ def test_none_is_xla_and_a_kernel_is_four():
     assert lower(run, (x, *arrays)) == []
     named = partial(run, implementation="mosaic_gpu")
     assert len(lower(named, (x, *arrays))) == 4
+    monkeypatch.setattr(packed_mlp, "PACKED_RELU2_TOKENS", 70)
+    assert len(lower(run, (x, *arrays))) == 4
+    assert lower(run, (x[1:], *arrays)) == []
 
 
 def test_more_batch_axes():

@@ -249,11 +249,11 @@ class _Block:
         else:
             store(added)
 
-    def load(self, info, step):
-        """A held tile, and all that it walks; `step`: the block's first for it."""
+    def load(self, info, carry):
+        """A held tile, and all that it walks; `carry`: how many steps came before."""
         self._load_held(info)
         return lax.fori_loop(
-            0, self.plan.all_steps, lambda i, at: self._load_step(info, i, at), step
+            0, self.plan.all_steps, lambda i, at: self._load_step(info, i, at), carry
         )
 
     def _load_held(self, info) -> None:

@@ -12,31 +12,27 @@ from helpers import (
     flash_mlp_args,
     flash_mlp_float64,
     flash_mlp_plain,
+    mesh,
     to_float64,
     value_and_vjp,
     with_vjp,
 )
 
-from jaxkern import flash_mlp
-from jaxkern._core import sharding as _mesh
 from jaxkern._core.activations import ACTIVATIONS
-from jaxkern._mlp import flash_mlp as _flash_mlp
-from jaxkern._mlp.hopper import cost as _mlp_predictions
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
-from jaxkern._mlp.hopper import walk as _mgpu_walk
-from jaxkern._mlp.hopper.cost import Layer
+from jaxkern._mlp.hopper import flash
 from jaxkern._mosaic.base import IN_KERNEL
 from jaxkern._mosaic.launch import WalkTiles
 from jaxkern.testing.compiler import lower
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
-configs = _flash_mlp_mgpu.configs
+configs = flash.configs
+emulated = pytest.mark.usefixtures("interpreted")
 
 
 def kernel(activation="silu"):
     def mlp(x, w1, w2, w_gate=None):
         ups = (w1,) if w_gate is None else (w_gate, w1)
-        return _flash_mlp_mgpu.mlp(x, ups, w2, activation)
+        return flash.mlp(x, ups, w2, activation)
 
     return mlp
 
@@ -51,12 +47,12 @@ def check(args: Any, g, activation="silu", fn=None):
 def tiles(request, monkeypatch):
     """Whatever the size, the largest tiles that can be chosen, or the smallest."""
     n = {"largest": 0, "split": -1}[request.param]
-    monkeypatch.setattr(_flash_mlp_mgpu, "configs", lambda *a: (configs(*a)[n],))
+    monkeypatch.setattr(flash, "configs", lambda *a: (configs(*a)[n],))
 
 
 # Sizes that cross tiles, fall short of one, and leave the second warpgroup nothing;
 # each with both forms and both tiles, as those are with each other.
-@pytest.mark.usefixtures("interpreted")
+@emulated
 @pytest.mark.parametrize(
     "size, activation, dtype, tiles, gated",
     [
@@ -74,7 +70,7 @@ def test_values_and_gradients(size, activation, dtype, tiles, gated):
     check(*flash_mlp_args(size, dtype, gated), activation)
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 @pytest.mark.parametrize(
     "size, activation, dtype",
     [
@@ -82,7 +78,6 @@ def test_values_and_gradients(size, activation, dtype, tiles, gated):
         ((1, 63, 96, 200), "relu2", jnp.float16),
         ((1, 1, 48, 400), "leaky_relu", jnp.bfloat16),
         ((1, 129, 128, 136), "identity", jnp.bfloat16),
-        ((1, 70, 192, 72), "silu", jnp.bfloat16),
         ((1, 70, 256, 72), "silu", jnp.bfloat16),
     ],
     ids=str,
@@ -98,7 +93,7 @@ def two_inputs_args(size, dtype):
 
 
 def gated_by_another_input(x, w_gate, w1, w2):
-    return _flash_mlp_mgpu.mlp(x, (w_gate, w1), w2, "silu")
+    return flash.mlp(x, (w_gate, w1), w2, "silu")
 
 
 def plain_gated_by_another_input(x, w_gate, w1, w2):
@@ -120,8 +115,14 @@ def gated_by_another_input_float64(args, g):
     return hidden @ w2, (dx, gate.mT @ d_z, up.mT @ d_factor, hidden.mT @ g)
 
 
-@pytest.mark.usefixtures("interpreted", "tiles")
-@pytest.mark.parametrize("size", [(2, 150, 64, 264), (1, 65, 120, 72)], ids=str)
+@emulated
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize(
+    "size, tiles",
+    [((2, 150, 64, 264), "split"), ((1, 65, 120, 72), "largest")],
+    indirect=["tiles"],
+    ids=str,
+)
 def test_gated_by_another_input(size):
     args, g = two_inputs_args(size, jnp.bfloat16)
     got = value_and_vjp(gated_by_another_input, args, g)
@@ -136,7 +137,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
         lambda args, g: jax.vjp(gated_by_another_input, *args)[1](g), (args, g)
     )
     dim = size[2]
-    passes = _flash_mlp_mgpu.input_passes(dim, 2), _flash_mlp_mgpu.weight_passes(dim, 2)
+    passes = flash.input_passes(dim, 2), flash.weight_passes(dim, 2)
     assert len(modules) == sum(map(len, passes))
 
 
@@ -147,7 +148,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
 def test_any_size_lowers_for_a_gpu(size, gated):
     """Which asks for more than the emulator."""
     args, g = flash_mlp_args(size, jnp.bfloat16, gated)
-    passes = _flash_mlp_mgpu.weight_passes(size[2], 1 + gated)
+    passes = flash.weight_passes(size[2], 1 + gated)
     modules = lower(lambda args, g: jax.vjp(kernel(), *args)[1](g), (args, g))
     assert len(modules) == 1 + len(passes)
 
@@ -155,21 +156,20 @@ def test_any_size_lowers_for_a_gpu(size, gated):
 def test_arrays_that_would_not_lower_are_refused():
     args = (jnp.zeros(s, jnp.bfloat16) for s in ((1, 20, 64), (1, 64, 64), (1, 64, 64)))
     with pytest.raises(ValueError, match="multiples of 8 rows and 64 columns, got 20"):
-        _flash_mlp_mgpu.forward("silu")(*args)
+        flash.forward("silu")(*args)
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 def test_gated_at_its_largest_dim():
     check(*flash_mlp_args((1, 70, 192, 72), jnp.bfloat16, gated=True))
 
 
-@pytest.mark.usefixtures("interpreted", "tiles")
-def test_a_block_takes_several_tiles(monkeypatch):
-    monkeypatch.setattr(_mgpu_walk, "multiprocessors", lambda: 2)
+@pytest.mark.usefixtures("hopper", "tiles")
+def test_a_block_takes_several_tiles():
     check(*flash_mlp_args((5, 80, 16, 136), jnp.bfloat16))
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 def test_under_vmap():
     (x, w1, w2), g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
     several = jnp.stack([x, 2 * x, -x])
@@ -200,23 +200,21 @@ def in_scan(mlp):
 def in_shard_map(spec):
     def wrap(mlp):
         # The emulator has one device at a time.
-        mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-        weights = spec if spec == jax.P("i") else jax.P()
-        specs = spec, weights, weights
-        return jax.shard_map(mlp, mesh=mesh, in_specs=specs, out_specs=spec)
+        one = mesh(i=1)
+        specs = spec, jax.P(), jax.P()
+        return jax.shard_map(mlp, mesh=one, in_specs=specs, out_specs=spec)
 
     return wrap
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 @pytest.mark.parametrize(
     "transform",
     [
         in_scan,
-        in_shard_map(jax.P("i")),
         in_shard_map(jax.P(None, "i")),
     ],
-    ids=["scan", "shard_map over heads", "shard_map over batch"],
+    ids=["scan", "shard_map"],
 )
 def test_under_other_transforms(transform):
     args, g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
@@ -239,23 +237,17 @@ def test_under_remat():
     assert kernels(jax.checkpoint(lambda *a: jnp.sin(kernel()(*a)))) == 4
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_deterministic():
-    args, g = flash_mlp_args((1, 70, 64, 136), jnp.bfloat16)
-    run = with_vjp(kernel())
-    first, again = run(args, g), run(args, g)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(*to_float64((a, b)))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_extreme_values_stay_in_their_token():
+@emulated
+def test_extreme_values_stay_in_their_token_and_calls_are_equal():
     (x, w1, w2), g = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
     extremes = jnp.array([1e4, -1e4, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16)
     args = x.at[1, :5, 0].set(extremes), w1, w2
     run = with_vjp(kernel())
     y, (dx, *_) = run(args, g)
-    clean, (clean_dx, *_) = run((x, w1, w2), g)
+    first = run((x, w1, w2), g)
+    for a, b in zip(*map(jax.tree.leaves, (first, run((x, w1, w2), g))), strict=True):
+        np.testing.assert_array_equal(*to_float64((a, b)))
+    clean, (clean_dx, *_) = first
     others = np.delete(np.arange(40), range(20, 25))
     for got, expected in ((y, clean), (dx, clean_dx)):
         got, expected = (to_float64(a).reshape(40, 32) for a in (got, expected))
@@ -264,54 +256,16 @@ def test_extreme_values_stay_in_their_token():
     np.testing.assert_allclose(to_float64(y[1, :5]), bound, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 def test_only_the_arguments_are_saved_for_the_backward():
     args, _ = flash_mlp_args((1, 24, 32, 64), jnp.bfloat16, gated=True)
     saved = jax.tree.leaves(jax.vjp(kernel(), *args)[1])
     assert sorted(a.shape for a in saved) == sorted(a.shape for a in args)
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_none_picks_what_is_predicted_to_be_faster(monkeypatch):
-    args, _ = flash_mlp_args((2, 72, 32, 128), jnp.bfloat16)
-
-    def uses_the_kernel(**options):
-        return "flash_mlp_forward" in str(
-            jax.make_jaxpr(lambda *a: flash_mlp(*a, **options))(*args)
-        )
-
-    assert not uses_the_kernel()
-    monkeypatch.setattr(_flash_mlp, "on_hopper", lambda: True)
-    assert not uses_the_kernel()
-    monkeypatch.setattr(_mesh, "runs_locally", lambda: True)
-    assert uses_the_kernel()
-    assert not uses_the_kernel(implementation="xla")
-    monkeypatch.setattr(_mlp_predictions, "beats_xla", lambda *a: False)
-    assert not uses_the_kernel()
-    assert uses_the_kernel(implementation="mosaic_gpu")
-
-
-@pytest.mark.parametrize(
-    "layer, faster",
-    [
-        (Layer(4096, 64, 512, 64, heads=32), True),
-        (Layer(512, 64, 512, 64, heads=8), True),
-        (Layer(1024, 64, 768, 64, products=2, heads=12), True),
-        # One block would walk a long hidden axis alone.
-        (Layer(64, 256, 2**20, 256), False),
-        (Layer(128, 256, 8192, 256), False),
-        # Of one head, few blocks would make the weights' gradients.
-        (Layer(16384, 128, 1376, 128), False),
-    ],
-    ids=str,
-)
-def test_predictions(layer, faster):
-    assert _mlp_predictions.beats_xla(layer, "flash_mlp") == faster
-
-
 def test_small_problems_are_split_and_large_ones_take_large_tiles():
     def rows(heads, size):
-        config = _flash_mlp_mgpu.choose("forward", heads, size, 64, 1)
+        config = flash.choose("forward", heads, size, 64, 1)
         return config.rows * config.parts
 
     assert rows(8, 512) == 64
@@ -345,7 +299,7 @@ def test_config_refuses_nonsense(options, message):
 def test_config_that_does_not_fit_says_what_it_needs(config, message):
     (x, w1, w2), _ = flash_mlp_args((2, 24, 192, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=f"flash_mlp_forward: .* {message}"):
-        _flash_mlp_mgpu.forward("silu", config)(x, w1, w2)
+        flash.forward("silu", config)(x, w1, w2)
 
 
 @activations
@@ -356,14 +310,24 @@ def test_the_kernels_forms_are_those_of_the_table(activation):
         np.testing.assert_allclose(a(z), b(z), rtol=1e-6, atol=1e-5)
 
 
+BF16, F16 = DTYPES[1:]
+OTHERS = [name for name in ACTIVATIONS if name != "silu"]
+# Dims, activations and dtypes do not interact.
+ON_GPU = [
+    *((False, "silu", dim, BF16) for dim in (24, 64, 96, 128, 192, 256)),
+    *((True, "silu", dim, BF16) for dim in (24, 64, 96, 128, 192)),
+    *((gated, name, 64, BF16) for gated in (False, True) for name in OTHERS),
+    (False, "silu", 128, F16),
+]
+
+
 @pytest.mark.gpu
-@activations
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("dim", [24, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
-def test_on_gpu(activation, dim, dtype, gated):
-    if gated and dim > _flash_mlp_mgpu.MAX_GATED_DIM[1]:
-        pytest.skip("too large to be gated")
+@pytest.mark.parametrize(
+    "gated, activation, dim, dtype",
+    ON_GPU,
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_on_gpu(gated, activation, dim, dtype):
     args, g = flash_mlp_args((3, 1000, dim, 520), dtype, gated)
     check(args, g, activation)
 

@@ -9,26 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DTYPES, assert_as_exact, normal, to_float64, value_and_vjp
+from helpers import assert_as_exact, mesh, normal, to_float64, value_and_vjp
 
 from jaxkern import Packed24, matmul_2_4, pack_2_4, unpack_2_4
-from jaxkern._mlp.hopper import fused as _matmul_mgpu
-from jaxkern._mosaic import launch as _mgpu_tiles
-from jaxkern._sparsity import select as _sparsity
-from jaxkern._sparsity.hopper import product as _sparsity_mgpu
+from jaxkern._sparsity import matmul
+from jaxkern._sparsity.hopper import product
 from jaxkern.testing.compiler import lower
 
-BF16 = jnp.bfloat16
+BF16, F16 = jnp.bfloat16, jnp.float16
 kernel = partial(matmul_2_4, implementation="mosaic_gpu")
-half = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
-
-
-@pytest.fixture(autouse=True)
-def hopper(request, monkeypatch):
-    """As if the default device were one, whose blocks take several tiles each."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(_sparsity, "on_hopper", lambda: True)
-        monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+emulated = pytest.mark.usefixtures("hopper")
+lowered = pytest.mark.usefixtures("chooses_hopper")
 
 
 def make(size, dtype) -> Any:
@@ -68,20 +59,20 @@ def check(size, dtype, fn: Any = kernel):
 
 # (rows, features, d_out): several tiles and steps, short of one, multiples of none.
 SIZES = [(200, 320, 136), (70, 128, 64), (3, 13, 5)]
-sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
-@pytest.mark.usefixtures("interpreted")
-@half
-@sizes
+@emulated
+@pytest.mark.parametrize(
+    "size, dtype", [*((size, BF16) for size in SIZES), (SIZES[1], F16)], ids=str
+)
 def test_values_and_gradients(size, dtype):
     check(size, dtype)
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 @pytest.mark.parametrize("columns", [256, 128, 64])
 def test_tiles(columns, monkeypatch):
-    monkeypatch.setattr(_sparsity_mgpu, "choose_columns", lambda *a: columns)
+    monkeypatch.setattr(product, "choose_columns", lambda *a: columns)
     check((200, 260, 264), BF16)
 
 
@@ -97,7 +88,7 @@ def check_positions(transposed):
     order = rng.permutation(256)
     w = jnp.eye(256, dtype=BF16)[:, order]
     packed = pack_2_4(jnp.asarray(x, BF16))
-    got = _sparsity_mgpu.product(
+    got = product.product(
         packed.values, packed.indices, w.T if transposed else w, transposed
     )
     np.testing.assert_array_equal(to_float64(got), x[:, order])
@@ -106,7 +97,7 @@ def check_positions(transposed):
 right = pytest.mark.parametrize("transposed", [False, True], ids=["w", "transposed"])
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 @right
 def test_positions(transposed):
     check_positions(transposed)
@@ -118,12 +109,12 @@ def test_no_group_has_an_invalid_pair_of_positions(monkeypatch):
     def handed(values, words, right):
         return words.reshape(-1, 128)
 
-    monkeypatch.setattr(_sparsity_mgpu, "sparse_matmul", lambda *a: handed)
+    monkeypatch.setattr(product, "sparse_matmul", lambda *a: handed)
 
     @jax.jit
     def words(x):
         packed, w = pack_2_4(x), jnp.zeros((x.shape[1], 128), x.dtype)
-        return _sparsity_mgpu.product(packed.values, packed.indices, w)
+        return product.product(packed.values, packed.indices, w)
 
     # Of 1 to 140 features: rows of a short group are packed with zeros at the end.
     for columns in range(4, 141, 4):
@@ -134,7 +125,7 @@ def test_no_group_has_an_invalid_pair_of_positions(monkeypatch):
         assert pairs <= {0x4, 0x8, 0x9, 0xC, 0xD, 0xE}, f"{columns} features"
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 def test_more_batch_axes_and_vmap():
     packed, w, _ = make((24, 40, 16), BF16)
     parts = packed.values.reshape(2, 12, -1), packed.indices.reshape(2, 12, -1)
@@ -145,15 +136,14 @@ def test_more_batch_axes_and_vmap():
     np.testing.assert_array_equal(to_float64(mapped), expected)
 
 
-@pytest.mark.usefixtures("interpreted")
+@emulated
 def test_in_shard_map():
     """Rows are split, and w is whole on each device, of which the emulator has one."""
-    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = jax.P("i"), jax.P()
     check(
         SIZES[1],
         BF16,
-        jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=jax.P("i")),
+        jax.shard_map(kernel, mesh=mesh(i=1), in_specs=specs, out_specs=jax.P("i")),
     )
 
 
@@ -165,37 +155,28 @@ def modules(fn, size):
     return lower(lambda v, i, w: fn(Packed24(v, i, size[1]), w), (*rows, w))
 
 
-def test_none_is_xla():
+@lowered
+def test_none_picks_the_kernel_from_many_rows_on(monkeypatch):
     assert modules(matmul_2_4, (24, 40, 16)) == []
     assert len(modules(kernel, (24, 40, 16))) == 1
+    monkeypatch.setattr(matmul, "LEAST_ROWS", 24)
+    assert len(modules(matmul_2_4, (24, 40, 16))) == 1
+    assert modules(matmul_2_4, (23, 40, 16)) == []
 
 
+@lowered
 @pytest.mark.parametrize("size", [(1, 1, 1), (2047, 8191, 130)], ids=str)
 def test_any_size_lowers_for_a_gpu(size):
     """Which asks for more than the emulator."""
     assert len(modules(kernel, size)) == 1
 
 
-@pytest.mark.usefixtures("interpreted")
-def test_gradients_in_our_kernels(monkeypatch):
-    monkeypatch.setattr(_matmul_mgpu, "PLAIN", "mosaic_gpu")
-    monkeypatch.setattr(_sparsity_mgpu, "plain", padded_matmul)
-    check((70, 128, 64), BF16)
-
-
-def padded_matmul(left, right):
-    """Rows of a factor in memory must be whole for our kernel."""
-    whole = (
-        dataclasses.replace(o, array=_matmul_mgpu.pad(o.array, 8, 64))
-        for o in (left, right)
-    )
-    y = _matmul_mgpu.matmul(*whole)
-    return y[: left.shape[0], : right.shape[1]]
-
-
 @pytest.mark.gpu
-@half
-@pytest.mark.parametrize("size", [*SIZES, (2000, 4100, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "size, dtype",
+    [*((size, BF16) for size in (*SIZES, (2000, 4100, 1000))), (SIZES[0], F16)],
+    ids=str,
+)
 def test_on_gpu(size, dtype):
     check(size, dtype)
 

@@ -38,7 +38,7 @@ _matmul_back, _activate_back = _pullback(matmul), _pullback(activate)
 
 
 def op_by_op(call: Call, x, w1, w2):
-    """`plain.flash_mlp`, each function run by `call`; z and a are kept, as for gradients."""
+    """`plain.flash_mlp`, each function run by `call`; z and a stay for gradients."""
     z = call(matmul, x, w1)
     a = call(activate, z)
     return call(matmul, a, w2)

@@ -2,11 +2,9 @@
 
 import json
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks import kernels
@@ -25,8 +23,7 @@ def test_every_configuration_that_can_be_chosen_is_compiled():
     cases = kernels.flash_mlp_cases()
     for dim in range(1, 257):
         shapes = (1, 8, dim), (1, dim, 8)
-        # NumPy's, as jnp would compile each.
-        x, w1 = (jnp.asarray(np.zeros(s, jnp.bfloat16)) for s in shapes)
+        x, w1 = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
         assert flash.unsupported(x, w1) is None
         _, dim, _ = flash.padded_sizes(8, dim, 8)
         for kernel, label in (("forward", "forward"), ("backward_x", "dx")):
@@ -61,9 +58,11 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
     """And none besides, whatever is trained."""
     monkeypatch.setattr(device, "on_hopper", lambda: True)
     compiled = set()
-    for case in kernels.masked_cases().values():
-        run, args = case()
-        compiled |= launched(run, *args)
+    for name, case in kernels.masked_cases().items():
+        # The other tiles have the same name.
+        if not re.search(r"(forward|packing|dx) (128|64|256 split)", name):
+            run, args = case()
+            compiled |= launched(run, *args)
     x, w = jnp.ones((2, 8, 64), BF16), jnp.ones((64, 64), BF16)
     logits = jnp.ones((2, 64, 64))
     packed = pack_mask(logits)
@@ -77,10 +76,16 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
         run = jax.grad(loss, trained) if trained else loss
         found.update(launched(run, x, w, masks))
 
-    drawn = partial(reinmax, temperature=1.0)
+    def own(x):
+        return reinmax(x)
+
     for trained in ((), (0,), (1,), (2,), (0, 2), (0, 1, 2)):
-        for estimator in (straight_through, seed_reinmax, reinmax, drawn):
-            note(logits, estimator, trained)
+        note(logits, straight_through, trained)
+        note(logits, own, trained)
+        # Without a gradient of the masks these are as straight-through.
+        if 2 in trained:
+            note(logits, seed_reinmax, trained)
+            note(logits, reinmax, trained)
         if 2 not in trained:
             note(packed, None, trained)
     assert found == compiled

@@ -201,7 +201,9 @@ def masked_cases() -> Cases:
                 )
     all_three = {"dw": (False, True), "dmask": (True, False), "dmask dw": (True, True)}
     # Straight-through's masks alone are not read, and the others are as bits.
-    gradients = {kind: (dtype, all_three) for _, kind, dtype, _ in (of_masks, of_bits)}
+    gradients: dict[Any, Any] = {
+        kind: (dtype, all_three) for _, kind, dtype, _ in (of_masks, of_bits)
+    }
     gradients["straight_through"] = jnp.float32, {"dmask": (True, False)}
     sloped = {label: all_three[label] for label in ("dmask", "dmask dw")}
     gradients |= {kind: (jnp.float32, sloped) for kind in ("seed_reinmax", "reinmax")}

@@ -291,10 +291,10 @@ def fingerprint(module: bytes) -> str:
     del gpu, llvm, nvvm
     context: Any = mlir.make_ir_context()
     context.allow_unregistered_dialects = True
-    dialect: Any = core.dialect
+    mosaic: Any = core
     written = io.BytesIO()
     with context:
-        dialect.register_dialect(context)
+        mosaic.dialect.register_dialect(context)
         parsed: Any = ir.Module.parse(module)
         passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(
             parsed.operation

@@ -138,13 +138,19 @@ def compiled(monkeypatch):
     monkeypatch.setattr(kernels, "versions", lambda tools: {"jax": "1"})
     monkeypatch.setattr(kernels, "sources", lambda: "first")
 
-    def run(record, *args):
-        done.clear()
-        status = kernels.main(["--json", str(record), *args])
-        return status, [module.decode() for module in done]
+    return Compiled(modules, done)
 
-    run.modules = modules
-    return run
+
+class Compiled:
+    """A run of the command: its status, and the modules that it compiled."""
+
+    def __init__(self, modules, done):
+        self.modules, self.done = modules, done
+
+    def __call__(self, record, *args):
+        self.done.clear()
+        status = kernels.main(["--json", str(record), *args])
+        return status, [module.decode() for module in self.done]
 
 
 PTXAS = """
@@ -250,7 +256,7 @@ def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path):
     def build():
         raise ValueError("rows must be a multiple of 64\nmore")
 
-    row = kernels.measure("bad", None, tmp_path, build=build)
+    row = kernels.measure("bad", kernels.tools(), tmp_path, build=build)
     assert row == {
         "kernel": "bad",
         "status": "failed",

@@ -8,7 +8,7 @@ from typing import Any
 @contextlib.contextmanager
 def emulate_gpu(
     *,
-    meanings: Mapping[Callable[..., Any] | str, Callable[..., Any]] | None = None,
+    meanings: Mapping[Any, Callable[..., Any]] | None = None,
     deadlock_seconds: int | float = 20,
 ) -> Iterator[None]:
     r"""Run every `plgpu.kernel` that is traced inside on the CPU, and find its faults.

@@ -45,14 +45,14 @@ plgpu: Any = mosaic_gpu
 cb: Any = gpu_callbacks
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
 
-Meanings = Mapping[Callable[..., Any] | str, Callable[..., Any]]
+Meanings = Mapping[Any, Callable[..., Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters(mosaic_gpu.InterpretGPUParams):
     """JAX's, and the meanings of inline functions, in pairs that can be hashed."""
 
-    meanings: tuple[tuple[Callable[..., Any] | str, Callable[..., Any]], ...] = ()
+    meanings: tuple[tuple[Any, Callable[..., Any]], ...] = ()
 
 
 _SPECIAL = {

@@ -65,7 +65,7 @@ def added_sparse_product(acc, values, words, right, *, transposed: bool, swizzle
     return acc + jnp.dot(sparse, right.astype(jnp.float32), precision="highest")
 
 
-MEANINGS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
+MEANINGS: dict[Any, Callable[..., Any]] = {
     select_two_of_four: selected,
     sparse_wgmma: added_sparse_product,
 }

@@ -3,7 +3,8 @@
 #   make test           run the tests                     ARGS="-k swiglu"
 #   make lint           check format, style and types
 #   make format         put format and style right
-#   make kernels        compile the GPU kernels, without a GPU
+#   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
+#                       for every one
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test
 # PYTHON=python3.13 names another Python.
@@ -23,7 +24,8 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(call is_new,$(p))))
 # Compiled modules halve the time until the first test starts.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
-# Apart from the environment, where CPU programs would find a CUDA plugin too.
+# Apart from the environment and from Python's path. Without this, every program on a
+# machine without a GPU would find the CUDA plugin in it, and print an error.
 CUDA := .cuda
 READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
@@ -52,7 +54,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 kernels: $(READY) $(CUDA)/.installed
-	PYTHONPATH=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
+	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
 
 # The other end of the range of versions that pyproject.toml promises.
 SMOKE := tests/test_smoke.py

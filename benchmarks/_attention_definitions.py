@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import jaxkern
+from jaxkern.testing import plain
 
 from ._attention_model import Dilated, Shape, Task
 from ._harness import Check, check_against, with_gradients
@@ -31,35 +32,8 @@ ZERO = 1e-12
 Call = Callable[..., Any]
 
 
-def weigh(query, key, value, bias: Any = None):
-    """Attention with all logits at once, and its log-sum-exp (batch, heads, seq).
-
-    A query that meets no key has result 0 and log-sum-exp -inf. Query heads in a row
-    share a key head where there are fewer of these.
-    """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    if query.shape[2] > key.shape[2]:
-        group = query.shape[2] // key.shape[2]
-        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
-    logits = logits * query.shape[-1] ** -0.5
-    if bias is not None:
-        logits += bias.astype(wide)
-    top = logits.max(-1, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.maximum(top, jnp.finfo(wide).min))
-    weights = jnp.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    lse = (jnp.log(total) + top)[..., 0]
-    weights = weights / jnp.where(total, total, 1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), lse
-
-
-def causal_bias(seq: int):
-    return jnp.where(jnp.tri(seq, dtype=bool), 0.0, -jnp.inf)
-
-
 def attend(query, key, value, is_causal=False):
-    bias = causal_bias(query.shape[1]) if is_causal else None
+    bias = plain.causal_bias(query.shape[1]) if is_causal else None
     return _weigh_out(query, key, value, bias)
 
 
@@ -75,7 +49,8 @@ def attend_dilated(query, key, value, pattern: Dilated):
             x[:, rows, head].reshape(-1, w // r, heads, dim)
             for x in (query, key, value)
         )
-        out, lse = weigh(q, k, v, causal_bias(w // r) if pattern.is_causal else None)
+        bias = plain.causal_bias(w // r) if pattern.is_causal else None
+        out, lse = plain.attention(q, k, v, bias)
         out = out.reshape(batch, *rows.shape, dim)
         lse = lse.swapaxes(1, 2).reshape(batch, *rows.shape)
         outs.append(jnp.zeros_like(query).at[:, rows, head].set(out))
@@ -186,7 +161,7 @@ def define(rows, counts, *args, backward: bool):
 
 
 def _weigh_out(query, key, value, bias):
-    return weigh(query, key, value, bias)[0]
+    return plain.attention(query, key, value, bias)[0]
 
 
 # The rows of one task follow each other.

@@ -12,8 +12,10 @@ from jax import lax
 import jaxkern
 from jaxkern._masked.masked import Method
 from jaxkern.nn import MaskLogits, QuadraticTransformer
+from jaxkern.testing import plain as plain_forms
+from jaxkern.testing import relative_error
 
-from ._harness import Check, relative_error
+from ._harness import Check
 
 VOCAB, EMBED, HEADS, LAYERS, HIDDEN, SEQ = 4096, 512, 8, 3, 2048, 256
 KERNELS = ("left", "right", "down")
@@ -48,27 +50,7 @@ SLOPES: dict[str, Any] = {
 }
 
 
-def rotate(x):
-    """By complex numbers, pairs of neighbouring features."""
-    seq, dim = x.shape[1], x.shape[-1]
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    angles = np.arange(seq)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
-    z = lax.complex(wide[..., ::2], wide[..., 1::2])
-    z = z * jnp.asarray(np.exp(1j * angles)[:, None], z.dtype)
-    return jnp.stack([z.real, z.imag], -1).reshape(x.shape).astype(x.dtype)
-
-
-def bilinear(h, kernels, masks, biases):
-    """Of (batch, seq, d_in); each mask (batch, d_in, d_out), or a number."""
-
-    def affine(x, i):
-        w = kernels[i] * (masks[i] if jnp.ndim(masks[i]) else masks[i][None])
-        return jnp.einsum("bsd,bdm->bsm", x, w) + biases[i]
-
-    return affine(affine(h, 0) * affine(h, 1), 2)
-
-
-def transformer(state, masks, ids, key_mask=None, rotate=rotate):
+def transformer(state, masks, ids, key_mask=None, rotate=plain_forms.rotary):
     """The language model in the dtype of `state`; masks by (layer, kernel)."""
 
     def normed(x, weight):
@@ -92,7 +74,7 @@ def transformer(state, masks, ids, key_mask=None, rotate=rotate):
         z = jnp.einsum("bhqk,bkhd->bqhd", pattern * seen, v)
         h = h + jnp.einsum("bshd,hde->bse", z, attention["out"]["kernel"])
         one = jnp.ones((batch, 1, 1), h.dtype)
-        h = h + bilinear(
+        h = h + plain_forms.masked_bilinear(
             h,
             [mlp[name]["kernel"] for name in KERNELS],
             [masks.get((i, name), one) for name in KERNELS],
@@ -218,8 +200,15 @@ def layer_results(seed: int, batch: int, sizes: Sizes, dtype: Any) -> tuple[Any,
     dy, h, weights, biases, logits = layer_inputs(seed, batch, sizes, dtype)
 
     def run(dy, h, weights, biases, masks):
-        y, vjp = jax.vjp(lambda *a: bilinear(a[0], a[1], a[3], a[2]), h, weights,
-                         biases, masks)  # fmt: skip
+        y, vjp = jax.vjp(
+            lambda h, weights, biases, masks: plain_forms.masked_bilinear(
+                h, weights, masks, biases
+            ),
+            h,
+            weights,
+            biases,
+            masks,
+        )
         return y, vjp(dy)
 
     return _widened(dtype, run, dy, h, weights, biases, hard(logits, dtype))

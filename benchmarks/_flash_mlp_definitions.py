@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkern.testing import plain
+
 from ._flash_mlp_model import Shape
 from ._harness import Check, Program, Row, check_against, device_time, with_gradients
 
@@ -24,10 +26,6 @@ def activate(z):
     return jax.nn.silu(z.astype(wide)).astype(z.dtype)
 
 
-def plain(x, w1, w2):
-    return matmul(activate(matmul(x, w1)), w2)
-
-
 def torch_module(F, x, w1, w2):
     return F.silu(x @ w1) @ w2
 
@@ -40,14 +38,14 @@ _matmul_back, _activate_back = _pullback(matmul), _pullback(activate)
 
 
 def op_by_op(call: Call, x, w1, w2):
-    """`plain`, each function run by `call`; z and a are kept, as for a backward."""
+    """`plain.flash_mlp`, each function run by `call`; z and a stay for gradients."""
     z = call(matmul, x, w1)
     a = call(activate, z)
     return call(matmul, a, w2)
 
 
 def op_by_op_with_gradients(call: Call, dy, x, w1, w2):
-    """`plain` and its backward; what is not needed any more is freed."""
+    """`plain.flash_mlp` and its backward; what is not needed any more is freed."""
     z = call(matmul, x, w1)
     a = call(activate, z)
     y = call(matmul, a, w2)
@@ -161,9 +159,9 @@ def arguments(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any,
 # The rows of one shape and pass follow each other.
 @lru_cache(maxsize=1)
 def results(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
-    """Of `plain`, in the dtype and in float64."""
+    """Of `plain.flash_mlp`, in the dtype and in float64."""
     args = arguments(shape, dtype, seed, backward)
-    fn = with_gradients(plain) if backward else plain
+    fn = with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
     in_dtype = jax.tree.map(np.asarray, jax.jit(fn)(*args))
     with jax.enable_x64(True):
         wide = [a.astype(jnp.float64) for a in args]

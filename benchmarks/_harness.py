@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
+from jaxkern.testing import relative_error
+
 Row = dict[str, Any]
 Timing = Literal["amortised", "per-call"]
 
@@ -100,45 +102,6 @@ class Skip(Exception):
 
 class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
-
-
-def relative_error(got: Any, exact: Any) -> float:
-    """The worst row's norm of the difference over its norm, over all rows and leaves.
-
-    Rows are vectors along the last axis: one token's result, one feature's weights. One
-    that is almost zero counts as a thousandth of the usual one.
-    """
-
-    # NumPy has one thread for what a GPU has at hand, and takes seconds.
-    error = error_on_device if jax.default_backend() == "gpu" else error_on_host
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
-    # np.max and not max(), which may drop a NaN.
-    return float(np.max([error(a, b) for a, b in pairs]))
-
-
-def error_on_host(a: Any, b: Any) -> float:
-    """`relative_error` of one leaf, in NumPy."""
-    a, b = (np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b))
-    # A tenth of the time of `np.linalg.norm`, which writes the squares to memory.
-    norms, errors = (np.sqrt(np.vecdot(x, x)) for x in (b, a - b))
-    usual = np.sqrt(np.mean(norms**2))
-    norms = np.maximum(norms, max(1e-3 * usual, 1e-30))
-    return float(np.max(errors / norms, initial=0.0))
-
-
-def error_on_device(a: Any, b: Any) -> float:
-    """The same in one program."""
-
-    @jax.jit
-    def worst(a, b):
-        a, b = (jnp.atleast_1d(x.astype(jnp.float64)) for x in (a, b))
-        norms, errors = (jnp.sqrt((x * x).sum(-1)) for x in (b, a - b))
-        usual = jnp.sqrt(jnp.mean(norms**2))
-        norms = jnp.maximum(norms, jnp.maximum(1e-3 * usual, 1e-30))
-        return jnp.max(errors / norms, initial=0.0)
-
-    with jax.enable_x64(True):
-        return float(worst(*(jnp.asarray(x) for x in (a, b))))
 
 
 def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:

@@ -11,6 +11,7 @@ import jax
 import jaxkern
 from jaxkern._core import device
 from jaxkern._mosaic.matmul import unsupported
+from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
@@ -39,7 +40,7 @@ class Implementation:
 
 def _relu2(sparsity, select, published=None):
     ours = partial(jaxkern.low_rank_relu2, sparsity=sparsity)
-    return Implementation(ours, partial(definitions.relu2, select), "relu2", published)
+    return Implementation(ours, partial(plain.relu2, select), "relu2", published)
 
 
 def _select(method, plain):
@@ -48,21 +49,21 @@ def _select(method, plain):
 
 
 IMPLEMENTATIONS = {
-    "swiglu": Implementation(jaxkern.swiglu, definitions.swiglu, "full", "swiglu"),
+    "swiglu": Implementation(jaxkern.swiglu, plain.swiglu, "full", "swiglu"),
     shapes.SWIGLU: Implementation(
         jaxkern.low_rank_swiglu,
-        definitions.low_rank_swiglu,
+        plain.low_rank_swiglu,
         "swiglu",
         "low_rank_swiglu",
     ),
-    shapes.RELU2: _relu2(None, definitions.keep_all, "low_rank_relu2"),
-    shapes.STATIC: _relu2("2:4-static", definitions.static, "low_rank_relu2_2to4"),
-    shapes.TOP2: _relu2("2:4", definitions.top2),
-    shapes.SOFT: _relu2("2:4-soft", definitions.soft),
-    shapes.PRUNED: Implementation(jaxkern.packed_relu2, definitions.pruned, "pruned"),
-    "static mask alone": _select("static", definitions.static),
-    "2:4 alone": _select("top2", definitions.top2),
-    "2:4-soft alone": _select("soft", definitions.soft),
+    shapes.RELU2: _relu2(None, plain.keep_all, "low_rank_relu2"),
+    shapes.STATIC: _relu2("2:4-static", plain.static, "low_rank_relu2_2to4"),
+    shapes.TOP2: _relu2("2:4", plain.top2),
+    shapes.SOFT: _relu2("2:4-soft", plain.soft),
+    shapes.PRUNED: Implementation(jaxkern.packed_relu2, plain.pruned, "pruned"),
+    "static mask alone": _select("static", plain.static),
+    "2:4 alone": _select("top2", plain.top2),
+    "2:4-soft alone": _select("soft", plain.soft),
 }
 
 

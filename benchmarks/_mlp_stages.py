@@ -14,6 +14,7 @@ from jaxkern._mlp.hopper import flash, fused, sparse
 from jaxkern._mlp.thresholds import FEATURE_STEP
 from jaxkern._mosaic.matmul import Work, pad_rows, pad_weight, round_up
 from jaxkern._sparsity.hopper.product import sparse_matmul
+from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
@@ -149,7 +150,7 @@ class Stage:
 
 
 def _relu2(z):
-    return definitions.activate(lambda z: jax.nn.relu(z) ** 2, z)
+    return plain.activate(lambda z: jax.nn.relu(z) ** 2, z)
 
 
 def _up_relu2(core, up):
@@ -158,15 +159,15 @@ def _up_relu2(core, up):
 
 def _sums(a):
     """Of each four: of two that are almost equal, either may be kept."""
-    return definitions.groups(a).sum(-1)
+    return plain.groups(a).sum(-1)
 
 
 def _up_top2(core, up):
-    return _sums(definitions.top2(_up_relu2(core, up)))
+    return _sums(plain.top2(_up_relu2(core, up)))
 
 
 def _top2_down(hidden, down):
-    return definitions.top2(hidden) @ down
+    return plain.top2(hidden) @ down
 
 
 def _up_down(core, up, down):
@@ -178,14 +179,14 @@ BY_XLA = {
     FIRST: Stage(jnp.matmul, ("x", "first")),
     UP: Stage(jnp.matmul, CORE),
     ACTIVATION: Stage(_relu2, ["z"]),
-    SELECT: Stage(jaxkern.sparsify_2_4, ["hidden"], definitions.top2),
+    SELECT: Stage(jaxkern.sparsify_2_4, ["hidden"], plain.top2),
     PACK: Stage(
         jaxkern.pack_2_4,
         ["hidden"],
-        definitions.top2,
-        finish=definitions.unpack,
+        plain.top2,
+        finish=plain.unpack,
     ),
-    UNPACK: Stage(jaxkern.unpack_2_4, ["packed"], definitions.top2, ["hidden"]),
+    UNPACK: Stage(jaxkern.unpack_2_4, ["packed"], plain.top2, ["hidden"]),
     DOWN: Stage(jnp.matmul, HIDDEN),
     DOWN_24: Stage(
         partial(jaxkern.matmul_2_4, implementation="xla"),

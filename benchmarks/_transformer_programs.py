@@ -22,8 +22,8 @@ from jaxkern.nn import (
     get_sharding,
     make_mesh,
 )
+from jaxkern.testing.plain import transformer as definitions
 
-from . import _transformer_definitions as definitions
 from ._harness import Check, Program, Row, check_against
 
 VOCAB = 10_000

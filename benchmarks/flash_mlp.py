@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jaxkern
 from jaxkern._core import device
 from jaxkern._mlp.hopper import flash
+from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model
@@ -65,7 +66,7 @@ def build(implementation: str, shape: Shape, which: str, args) -> Program:
         if implementation == PEER:
             module = _without_namespace(_torch.load(args.peer))
         return _torch.program(module, implementation, inputs, check, backward)
-    fn: Any = definitions.plain
+    fn: Any = plain.flash_mlp
     if implementation in OURS:
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
     if backward:

@@ -1,27 +1,38 @@
 """What do our kernels need of the chip, and do they compile without spilling?
 
     make kernels                      installs the compiler's packages first
-    python -m benchmarks.kernels      compiles every configuration we ship for sm_90a
+    make kernels ARGS=--all           compiles what is unchanged too
 
-Needs no GPU. Exits with 1 if a kernel does not compile, spills registers, has its
-tensor-core instructions serialized, or needs more shared memory than a block has.
+Needs no GPU. Of every configuration that a launch may choose, it compiles for sm_90a
+what differs from the last run: nothing is lowered where no source changed, and nothing
+compiled whose lowered module is the same. Exits with 1 if a kernel does not compile,
+spills registers, has its tensor-core instructions serialized, or needs more shared
+memory than a block has.
 """
 
 import argparse
+import hashlib
+import json
+import multiprocessing
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
+import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
 from jaxkern._attention.dilation import Dilation
@@ -30,27 +41,39 @@ from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import gradients as _masked_gradients
 from jaxkern._masked.hopper import product as _masked_product
 from jaxkern._masked.packed import WORD
-from jaxkern._mlp.hopper import flash as _flash_mlp_mgpu
-from jaxkern._mlp.hopper import fused as _matmul_mgpu
-from jaxkern._mosaic.matmul import Factor
-from jaxkern._sparsity.hopper import product as _sparsity_mgpu
+from jaxkern._mlp.hopper import flash, fused, sparse
+from jaxkern._mosaic.matmul import COLUMNS, GATED_COLUMNS
+from jaxkern._sparsity.hopper.product import sparse_matmul
+from jaxkern.testing import CompiledKernel, MissingCompiler
+from jaxkern.testing.compiler import (
+    Tools,
+    build_stub,
+    compile_module,
+    fingerprint,
+    lower,
+    tools,
+    versions,
+)
 
 from ._cli import pattern, run_program, writable
 from ._harness import Row
-from ._kernel_compile import (
-    Missing,
-    build_stub,
-    compile_module,
-    lower,
-    problems,
-    requirements,
-)
 from ._report import Results, make_console, metadata, print_table, table
 
 HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
 Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
+RECORD = Path(__file__).parent / "results/sm_90a/kernels.json"
 WORKERS = 2
-COLUMNS = {
+# So many kernels are lowered before other processes would have started.
+FEW = 16
+# Columns, and names of the instructions that they count.
+COUNTED = {
+    "hgmma": "HGMMA",
+    "hgmma_sparse": "HGMMA.SP",
+    "mufu": "MUFU",
+    "instructions": "",
+}
+SHOWN = {
+    "": "kernel",
     "regs": "registers",
     "spill B": "spill_stores_bytes",
     "SMEM B": "smem_bytes",
@@ -178,7 +201,9 @@ def masked_cases() -> Cases:
                 )
     all_three = {"dw": (False, True), "dmask": (True, False), "dmask dw": (True, True)}
     # Straight-through's masks alone are not read, and the others are as bits.
-    gradients = {kind: (dtype, all_three) for _, kind, dtype, _ in (of_masks, of_bits)}
+    gradients: dict[Any, Any] = {
+        kind: (dtype, all_three) for _, kind, dtype, _ in (of_masks, of_bits)
+    }
     gradients["straight_through"] = jnp.float32, {"dmask": (True, False)}
     sloped = {label: all_three[label] for label in ("dmask", "dmask dw")}
     gradients |= {kind: (jnp.float32, sloped) for kind in ("seed_reinmax", "reinmax")}
@@ -195,12 +220,13 @@ def masked_cases() -> Cases:
 
 def flash_mlp_cases() -> Cases:
     """Every configuration that can be chosen."""
-    kernels = _flash_mlp_mgpu
-    cases = {}
+    kernels, cases = flash, {}
 
     def add(label, kernel, dim, ups, activation, *wanted, inputs=1):
         make = getattr(kernels, kernel)
-        for config in kernels.configs(kernel, dim, ups, inputs):
+        configs = kernels.configs(kernel, dim, ups, inputs)
+        # The largest tile leaves the fewest registers to an activation.
+        for config in configs if activation == "silu" else configs[:1]:
             size = f"{config.rows}x{config.columns}{' split' * config.split}"
             build = partial(make, activation, *wanted, config)
             backward = kernel != "forward"
@@ -234,6 +260,8 @@ def flash_mlp_cases() -> Cases:
 
 # Of one layer of 7B, and a few tokens: (tokens, rank, hidden).
 TOKENS, RANK, WIDTH = 2048, 1024, 16512
+# The right factor lies transposed, and what is done to the result.
+PACKED_PRODUCTS = ((True, "identity"), (False, "relu2"), (False, "identity"))
 
 
 def _low_rank(make: Callable[..., Any], *shapes: tuple[int, ...], words: bool = False):
@@ -245,34 +273,21 @@ def _low_rank(make: Callable[..., Any], *shapes: tuple[int, ...], words: bool = 
     return make, tuple(args)
 
 
-def _matmul(left: bool, right: bool, columns: int):
-    def run(a, b):
-        return _matmul_mgpu.matmul(Factor(a, left), Factor(b, right), columns)
-
-    return run
-
-
 def matmul_cases() -> Cases:
     """Dense, with every epilogue: of low-rank MLPs."""
-    kernels, cases = _matmul_mgpu, {}
+    kernels, cases = fused, {}
     core, up, down = (TOKENS, RANK), (RANK, WIDTH), (WIDTH, RANK)
     hidden = TOKENS, WIDTH
 
     def add(name, make, *shapes):
         cases[name] = partial(_low_rank, make, *shapes)
 
-    for columns in kernels.COLUMNS:
+    for columns in COLUMNS:
         add(f"relu2 forward {columns}", kernels.relu2_forward(columns), core, up)
         make = kernels.relu2_backward(columns)
         add(f"relu2 backward {columns}", make, core, down, hidden)
-        for left in (False, True):
-            for right in (False, True):
-                views = f"{'T' if left else 'N'}{'T' if right else 'N'}"
-                shapes = core[::-1] if left else core, up[::-1] if right else up
-                make = _matmul(left, right, columns)
-                add(f"matmul {views} {columns}", make, *shapes)
     pair = TOKENS, 2 * RANK
-    for columns in kernels.GATED_COLUMNS:
+    for columns in GATED_COLUMNS:
         for keep, label in ((False, ""), (True, " kept")):
             make = kernels.gated_forward(keep, columns)
             add(f"gated forward{label} {columns}", make, pair, up, up)
@@ -284,37 +299,67 @@ def matmul_cases() -> Cases:
 
 def sparse_cases() -> Cases:
     """2:4: selections, and products on sparse tensor cores."""
-    kernels, cases = _sparsity_mgpu, {}
+    cases = {}
     core, up, values = (TOKENS, RANK), (RANK, WIDTH), (TOKENS, WIDTH // 2)
-    for columns in kernels.SELECT_COLUMNS:
+    for columns in sparse.SELECT_COLUMNS:
         for shrink, method in ((False, "top2"), (True, "soft")):
             for keep, label in ((False, ""), (True, " kept")):
-                make = kernels.select_forward(shrink, keep, columns)
+                make = sparse.select_forward(shrink, keep, columns)
                 name = f"select {method}{label} {columns}"
                 cases[name] = partial(_low_rank, make, core, up)
-    for columns in _matmul_mgpu.COLUMNS:
-        for transposed, label in ((False, ""), (True, " T")):
-            for activation in ("identity", "relu2"):
-                make = kernels.sparse_matmul(transposed, activation, columns)
-                right = up if transposed else up[::-1]
-                name = f"sparse{label} {activation} {columns}"
-                cases[name] = partial(_low_rank, make, values, right, words=True)
+    # Those that a packed MLP launches.
+    for columns in COLUMNS:
+        for transposed, activation in PACKED_PRODUCTS:
+            make = sparse_matmul(transposed, activation, columns)
+            right = up if transposed else up[::-1]
+            name = f"sparse{' T' if transposed else ''} {activation} {columns}"
+            cases[name] = partial(_low_rank, make, values, right, words=True)
     return cases
 
 
+@cache
 def every_case() -> Cases:
     low_rank = matmul_cases() | sparse_cases()
     return flash_mlp_cases() | attention_cases() | masked_cases() | low_rank
 
 
-def measure(name: str, build: Callable[[], Any], tools: tuple[Any, ...]) -> Row:
-    """One row; a kernel that fails is a failed row."""
+def figures(kernel: CompiledKernel) -> Row:
+    """The columns of a row."""
+    return {
+        "registers": kernel.registers,
+        "stack_bytes": kernel.stack_bytes,
+        "spill_stores_bytes": kernel.spill_stores_bytes,
+        "spill_loads_bytes": kernel.spill_loads_bytes,
+        "barriers": kernel.barriers,
+        "wgmma": kernel.wgmma,
+        "serialized": kernel.is_serialized,
+        "compile_s": round(kernel.seconds, 3),
+        "smem_bytes": kernel.smem_bytes,
+    } | {name: kernel.count(opcode) for name, opcode in COUNTED.items()}
+
+
+def measure(
+    name: str,
+    tools: Tools,
+    stub: Path,
+    known: Row | None = None,
+    build: Callable[[], Any] | None = None,
+) -> Row:
+    """One row; a kernel that fails is a failed row.
+
+    known: an earlier row, which stays where the module is still the same.
+    build: makes the function and its arguments; by default that of the name.
+    """
     row: Row = {"kernel": name}
     try:
-        fn, args = build()
+        fn, args = (build or every_case()[name])()
         (module,) = lower(fn, args)
-        row |= compile_module(module, *tools)
-        reason = problems(row)
+        row["module"] = fingerprint(module)
+        if known and row["module"] == known["module"]:
+            return known
+        kernel = compile_module(module, tools, stub)
+        row |= figures(kernel)
+        reason = kernel.problem()
     # Whatever a kernel raises is its result, and the others still run.
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
@@ -322,7 +367,77 @@ def measure(name: str, build: Callable[[], Any], tools: tuple[Any, ...]) -> Row:
     return row | {"status": "failed" if reason else "ok", "reason": reason}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def measure_all(
+    names: Sequence[str], tools: Tools, known: Mapping[str, Row]
+) -> Iterator[Row]:
+    """The rows of these kernels.
+
+    Many are for processes: lowering takes most of the time, at which threads would take
+    turns.
+    """
+    with tempfile.TemporaryDirectory() as stub, ExitStack() as stack:
+        build_stub(Path(stub))
+        work = [(name, tools, Path(stub), known.get(name)) for name in names]
+        if len(names) < FEW:
+            yield from starmap(measure, work)
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(WORKERS, context, on_cpu)
+        yield from stack.enter_context(pool).map(measure, *zip(*work, strict=True))
+
+
+def on_cpu() -> None:
+    """Nothing runs on a device, and JAX is not to look for one."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def sources() -> str:
+    """A hash of every source that a kernel's module may depend on."""
+    root = Path(jaxkern.__file__).parent
+    found = [p for p in root.rglob("*.py") if root / "testing" not in p.parents]
+    names = [str(p.relative_to(root)) for p in found]
+    digest = hashlib.sha256()
+    for name, path in sorted(zip([*names, ""], [*found, Path(__file__)], strict=True)):
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Record:
+    """The rows of earlier runs by name, and of which sources and compilers they are.
+
+    Attributes:
+        rows: By the kernel's name.
+        sources: Of which all rows are; None if some are of others.
+        versions: Of JAX and of the assembler.
+    """
+
+    rows: dict[str, Row]
+    sources: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """What the file holds; nothing if it is not there."""
+        if not path.exists():
+            return cls({})
+        whole = json.loads(path.read_text())
+        rows = {row["kernel"]: row for row in whole["rows"]}
+        return cls(rows, whole["meta"].get("sources"), whole["meta"].get("versions"))
+
+    def good(self, versions: dict[str, str]) -> dict[str, Row]:
+        """By name, the rows that these compilers would give again, of the same
+        modules."""
+        if versions != self.versions:
+            return {}
+        return {
+            name: row
+            for name, row in self.rows.items()
+            if row["status"] == "ok" and "module" in row
+        }
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",
         description=__doc__,
@@ -330,42 +445,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--only", type=pattern, default="", metavar="REGEX", help="of the names")
-    add("--json", type=writable, metavar="FILE", help="save the rows as they come")
+    add("--all", action="store_true", help="compile what is unchanged too")
+    text = "where the rows of earlier runs are, and this one's go (%(default)s)"
+    add("--json", type=writable, default=str(RECORD), metavar="FILE", help=text)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     args = parser.parse_args(argv)
+    names = [name for name in every_case() if re.search(args.only, name)]
+    if not names:
+        parser.error(f"--only must be found in the name of a kernel, got {args.only!r}")
     try:
-        plugin, disassembler = requirements()
-    except Missing as missing:
+        found = tools()
+    except MissingCompiler as missing:
         print(f"benchmarks.kernels: {missing}", file=sys.stderr)
         return 3
-    # Nothing runs on a device, and the plugin is not to look for one.
-    jax.config.update("jax_platforms", "cpu")
-    cases = {n: b for n, b in every_case().items() if re.search(args.only, n)}
-    results = Results(args.json, metadata("kernels", arch="sm_90a"))
+    on_cpu()
+    record, new = Record.read(args.json), Record({}, sources(), versions(found))
+    good = {} if args.all else record.good(new.versions)
+    kept = good if record.sources == new.sources else {}
+    start, fresh = time.perf_counter(), {}
+    todo = [name for name in names if name not in kept]
+    try:
+        for row in measure_all(todo, found, good):
+            fresh[row["kernel"]] = row
+    finally:
+        new.rows = fresh | {name: kept[name] for name in names if name in kept}
+        # Without this, a run that changed nothing would change its date in the file.
+        error = save(args.json, record, new) if fresh else None
     console = make_console()
-    title = "compiled for sm_90a; counts are static, a loop counts once"
-    result = table(title, ["", *COLUMNS])
-    # A long name takes two lines, so that no figure is cut off.
-    result.columns[0].no_wrap = False
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as stub, ThreadPoolExecutor(WORKERS) as pool:
-        build_stub(Path(stub))
-        tools = plugin, disassembler, Path(stub)
-        rows = pool.map(lambda case: measure(case[0], case[1], tools), cases.items())
-        for row in rows:
-            results.add(row)
-            cells = [str(row.get(field, "-")) for field in COLUMNS.values()]
-            result.add_row(row["kernel"], *cells)
-    print_table(console, result)
-    failed = [row for row in results.rows if row["status"] == "failed"]
+    print_table(console, make_table([new.rows[name] for name in names]))
+    failed = [row for row in new.rows.values() if row["status"] == "failed"]
     for row in failed:
         console.print(f"failed: {row['kernel']}: {row['reason']}", markup=False)
-    seconds = time.perf_counter() - start
+    compiled = sum(row != good.get(row["kernel"]) for row in fresh.values())
     console.print(
-        f"{len(results.rows)} kernels in {seconds:.0f} s, {len(failed)} failed"
+        f"{len(names)} kernels in {time.perf_counter() - start:.0f} s: {compiled} "
+        f"compiled, {len(names) - compiled} unchanged, {len(failed)} failed"
     )
-    results.meta["complete"] = True
+    return int(bool(failed) or error is not None)
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    result = table(
+        "compiled for sm_90a; counts are static, a loop counts once", list(SHOWN)
+    )
+    # A long name takes two lines, so that no figure is cut off.
+    result.columns[0].no_wrap = False
+    for row in rows:
+        result.add_row(*[str(row.get(column, "-")) for column in SHOWN.values()])
+    return result
+
+
+def save(path: Path, record: Record, new: Record) -> OSError | None:
+    """Write the new rows, and the earlier ones that these compilers gave too.
+
+    Kernels that there are no more have no row.
+    """
+    earlier = record.rows if record.versions == new.versions else {}
+    rows = [row for n in every_case() if (row := new.rows.get(n) or earlier.get(n))]
+    is_current = record.sources == new.sources or all(
+        row["kernel"] in new.rows for row in rows
+    )
+    meta = metadata("kernels", arch="sm_90a", versions=new.versions)
+    results = Results(path, meta | {"sources": new.sources if is_current else None})
+    results.rows, results.meta["complete"] = rows, len(rows) == len(every_case())
     results.save()
-    return int(bool(failed) or results.error is not None)
+    return results.error
 
 
 if __name__ == "__main__":

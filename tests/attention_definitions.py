@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import assert_as_exact, to_float64, value_and_vjp
 
+from jaxkern.testing import plain
+
 
 def see(mask, is_causal, shape):
     """The full boolean mask; `shape` is (batch, heads, seq_q, seq_kv)."""
@@ -45,14 +47,8 @@ def attention_float64(args, cotangents, visible, scale):
 
 def plain_attention(query, key, value, visible, scale):
     """Float32 logits and softmax, weights in the dtype of `value`."""
-    key, value = repeat_heads(query, key, value)
-    float32 = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=float32)
-    logits = jnp.where(visible, logits * scale, -1e30)
-    some = visible.any(-1)
-    weights = jax.nn.softmax(logits, axis=-1) * some[..., None]
-    lse = jnp.where(some, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    bias = jnp.where(visible, 0.0, -jnp.inf)
+    out, lse = plain.attention(query, key, value, bias, scale=scale)
     return out, lse.swapaxes(1, 2)
 
 

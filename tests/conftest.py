@@ -89,9 +89,9 @@ def unchecked_types():
 @pytest.fixture
 def interpreted():
     """Mosaic GPU kernels run on the CPU, and their races are errors."""
-    from mgpu_interpret import interpret
+    from jaxkern.testing import emulate_gpu
 
-    with interpret():
+    with emulate_gpu():
         yield
 
 

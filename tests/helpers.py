@@ -13,10 +13,14 @@ import numpy as np
 from jax.sharding import AxisType
 
 import jaxkern
-from benchmarks import _mlp_definitions as definitions
-from benchmarks._harness import relative_error as relative_error
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core.activations import ACTIVATIONS
+from jaxkern.testing import assert_as_close
+from jaxkern.testing import plain as definitions
+from jaxkern.testing import relative_error as relative_error
+
+# The largest error of a row, against that of the plain form.
+assert_as_exact = assert_as_close
 
 # For tests of what happens to arguments of the wrong type.
 untyped: Any = jaxkern
@@ -38,21 +42,6 @@ def assert_near(got, expected, bound=1e-5):
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         assert a.shape == b.shape
         assert relative_error(a, b) <= bound
-
-
-def assert_as_exact(got, plain, exact):
-    """No more than twice the error of the plain form in the same dtype.
-
-    One rounding is always allowed: on few elements the plain form may be exact by luck.
-    """
-    for i, (a, b, c) in enumerate(
-        zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
-    ):
-        assert a.shape == c.shape, f"leaf {i}"
-        assert a.dtype == b.dtype, f"leaf {i}"
-        bound = 2 * relative_error(b, c) + float(jnp.finfo(a.dtype).eps) / 2
-        error = relative_error(a, c)
-        assert error <= bound, f"leaf {i}: error {error:.3g} above {bound:.3g}"
 
 
 def mesh(kind="auto", **axes: int):
@@ -235,15 +224,7 @@ def flash_mlp_float64(args, g, activation) -> Any:
 
 def flash_mlp_plain(activation):
     """As one writes it: the activation in float32, every result rounded once."""
-
-    def mlp(x, w1, w2, w_gate=None):
-        z = jnp.einsum("hbd,hde->hbe", x, w1 if w_gate is None else w_gate)
-        hidden = ACTIVATIONS[activation].value(z.astype(jnp.float32))
-        if w_gate is not None:
-            hidden = hidden * jnp.einsum("hbd,hde->hbe", x, w1).astype(jnp.float32)
-        return jnp.einsum("hbe,hed->hbd", hidden.astype(x.dtype), w2)
-
-    return mlp
+    return partial(definitions.flash_mlp, activation=activation)
 
 
 def free_port() -> int:

@@ -1,7 +1,6 @@
 """What the Mosaic GPU kernels share."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,16 +84,6 @@ def zeros(rows: int, columns: int):
     return plgpu.layout_cast(
         jnp.zeros((rows, columns), jnp.float32), plgpu.Layout.WGMMA
     )
-
-
-def emulated(meaning: Callable[..., Any]):
-    """Of a function for `inline_mgpu`: what it computes, for an emulator."""
-
-    def mark(fn):
-        fn.emulated = meaning
-        return fn
-
-    return mark
 
 
 def _sigmoid(z):

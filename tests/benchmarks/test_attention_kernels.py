@@ -17,6 +17,7 @@ from benchmarks._attention_model import Dense, Masked, Shape, Task, known_mask
 from benchmarks._harness import Options, Row, Skip, run
 from benchmarks._report import make_console
 from jaxkern._attention.hopper.schedule import make_schedule
+from jaxkern.testing import plain
 
 DENSE = Task(Shape(4, 4096, 16, 128), Dense())
 CAUSAL = Task(Shape(4, 4096, 16, 128), Dense(is_causal=True))
@@ -193,9 +194,9 @@ def test_shared_key_heads_in_the_definition():
     )
     assert [x.shape[2] for x in args] == [4, 4, 2, 2]
     _, query, key, value = args
-    out, _ = definitions.weigh(query, key, value)
+    out, _ = plain.attention(query, key, value)
     for head in range(4):
-        one = definitions.weigh(
+        one = plain.attention(
             *(
                 x[:, :, [h]]
                 for x, h in zip(

@@ -1,76 +1,37 @@
 """Tier 3: kernels compile for sm_90a. `make kernels` does all of them."""
 
+import json
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from benchmarks import _kernel_compile as compiler
 from benchmarks import kernels
 from jaxkern import masked_matmul, pack_mask, reinmax, seed_reinmax, straight_through
-from jaxkern._masked import masked as _masked
-from jaxkern._masked.hopper import multiply as masked
-from jaxkern._mlp.hopper import flash as flash_mlp
-from jaxkern._mlp.hopper import fused as matmul
-from jaxkern._sparsity.hopper import product as sparsity
+from jaxkern._core import device
+from jaxkern._masked.hopper.product import choose_tiles
+from jaxkern._mlp.hopper import flash, sparse
+from jaxkern._mosaic.matmul import GATED_COLUMNS, Work, choose_columns
+from jaxkern.testing import MissingCompiler, compiler
 
 BF16 = jnp.bfloat16
-PTXAS = """
-  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p, 1, 1, 0, 1;
-ptxas info    : Compiling entry function 'flash_mlp_forward' for 'sm_90a'
-ptxas info    : Function properties for flash_mlp_forward
-    8 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads
-ptxas info    : Used 168 registers, used 16 barriers, 8 bytes cumulative stack size
-"""
-CLEAN = {"spill_stores_bytes": 0, "spill_loads_bytes": 0}
-CLEAN |= {"serialized": False, "smem_bytes": 1000}
-
-
-def test_what_is_read_from_the_compiler():
-    assert compiler._count_ptx(PTXAS) == {
-        "registers": 168,
-        "stack_bytes": 8,
-        "spill_stores_bytes": 16,
-        "spill_loads_bytes": 24,
-        "barriers": 16,
-        "wgmma": 1,
-        "serialized": False,
-    }
-    with pytest.raises(RuntimeError, match="ptxas printed nothing like"):
-        compiler._count_ptx("")
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({}, None),
-        ({"spill_loads_bytes": 4}, "spills registers: 0 bytes stored, 4 loaded"),
-        ({"serialized": True}, "wgmmas run one after the other"),
-        ({"smem_bytes": 300_000}, "needs 300000 bytes of shared memory of 232448"),
-    ],
-)
-def test_what_must_not_be_shipped(change, reason):
-    got = compiler.problems(CLEAN | change)
-    assert got is None if reason is None else got and got.startswith(reason)
+ALL = tuple(kernels.every_case())
 
 
 def test_every_configuration_that_can_be_chosen_is_compiled():
     cases = kernels.flash_mlp_cases()
     for dim in range(1, 257):
         shapes = (1, 8, dim), (1, dim, 8)
-        # NumPy's, as jnp would compile each.
-        x, w1 = (jnp.asarray(np.zeros(s, jnp.bfloat16)) for s in shapes)
-        assert flash_mlp.unsupported(x, [w1], on_hopper=True) is None
-        _, dim, _ = flash_mlp.padded_sizes(8, dim, 8)
+        x, w1 = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
+        assert flash.unsupported(x, w1) is None
+        _, dim, _ = flash.padded_sizes(8, dim, 8)
         for kernel, label in (("forward", "forward"), ("backward_x", "dx")):
-            for config in flash_mlp.configs(kernel, dim, 1):
+            for config in flash.configs(kernel, dim, 1):
                 split = " split" * config.split
                 name = f"flash_mlp {label} {dim} {config.rows}x{config.columns}{split}"
                 assert name in cases
-        for wanted in flash_mlp.weight_passes(dim, 1):
+        for wanted in flash.weight_passes(dim, 1):
             label = " ".join(("dw1", "dw2")[n] for n in wanted)
             assert any(name.startswith(f"flash_mlp {label} {dim} ") for name in cases)
 
@@ -82,7 +43,7 @@ def test_every_tile_of_masked_products_is_compiled():
         for seq in (1, 100, 256, 4096):
             for label, name in read.items():
                 mask_bytes = 1 / 8 if name == "bits" else 4.0
-                config = masked.choose(samples, seq, 512, 2048, mask_bytes)
+                config = choose_tiles(samples, seq, 512, 2048, mask_bytes)
                 split = " split" * (config.splits > 1)
                 assert f"masked {label} {config.tokens}{split} {name}" in cases
 
@@ -95,11 +56,13 @@ def launched(fn, *args):
 
 def test_every_launch_of_masked_products_is_compiled(monkeypatch):
     """And none besides, whatever is trained."""
-    monkeypatch.setattr(_masked, "on_hopper", lambda: True)
+    monkeypatch.setattr(device, "on_hopper", lambda: True)
     compiled = set()
-    for case in kernels.masked_cases().values():
-        run, args = case()
-        compiled |= launched(run, *args)
+    for name, case in kernels.masked_cases().items():
+        # The other tiles have the same name.
+        if not re.search(r"(forward|packing|dx) (128|64|256 split)", name):
+            run, args = case()
+            compiled |= launched(run, *args)
     x, w = jnp.ones((2, 8, 64), BF16), jnp.ones((64, 64), BF16)
     logits = jnp.ones((2, 64, 64))
     packed = pack_mask(logits)
@@ -113,10 +76,16 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
         run = jax.grad(loss, trained) if trained else loss
         found.update(launched(run, x, w, masks))
 
-    drawn = partial(reinmax, temperature=1.0)
+    def own(x):
+        return reinmax(x)
+
     for trained in ((), (0,), (1,), (2,), (0, 2), (0, 1, 2)):
-        for estimator in (straight_through, seed_reinmax, reinmax, drawn):
-            note(logits, estimator, trained)
+        note(logits, straight_through, trained)
+        note(logits, own, trained)
+        # Without a gradient of the masks these are as straight-through.
+        if 2 in trained:
+            note(logits, seed_reinmax, trained)
+            note(logits, reinmax, trained)
         if 2 not in trained:
             note(packed, None, trained)
     assert found == compiled
@@ -125,35 +94,178 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
 def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(compiler, "_search", lambda *patterns: None)
     assert kernels.main([]) == 3
-    assert (
-        "jax-cuda13-pjrt is not installed: run `make kernels`"
-        in capsys.readouterr().err
-    )
+    assert "JAX's CUDA plugin must be installed" in capsys.readouterr().err
 
 
-def test_no_figure_is_cut_off(monkeypatch, capsys):
-    names = sorted(kernels.every_case(), key=len)[-2:]
-    figures = dict.fromkeys(kernels.COLUMNS.values(), 123456) | {"status": "ok"}
-    monkeypatch.setattr(kernels, "requirements", lambda: ("", None))
+def test_a_pattern_of_no_kernel_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--only", "nothing"])
+    message = "--only must be found in the name of a kernel, got 'nothing'"
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def record(tmp_path):
+    return tmp_path / "kernels.json"
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels a, b and c, whose modules are the values; and what has been compiled.
+
+    What cannot be compiled is bad.
+    """
+    modules = {"a": b"a", "b": b"b", "c": b"c"}
+    done = []
+
+    def compile_module(module, tools, stub):
+        done.append(module)
+        if module == b"bad":
+            raise RuntimeError("does not compile")
+        return compiler.CompiledKernel(
+            **compiler.count_ptx(PTXAS), smem_bytes=1, instructions={}, seconds=1.0
+        )
+
+    def cases():
+        return {name: lambda n=name: (n, ()) for name in modules}
+
+    monkeypatch.setattr(kernels, "every_case", cases)
+    monkeypatch.setattr(kernels, "lower", lambda fn, args: [modules[fn]])
+    monkeypatch.setattr(kernels, "fingerprint", lambda module: module.decode())
+    monkeypatch.setattr(kernels, "compile_module", compile_module)
     monkeypatch.setattr(kernels, "build_stub", lambda folder: None)
-    monkeypatch.setattr(kernels, "measure", lambda n, *_: {"kernel": n, **figures})
+    monkeypatch.setattr(kernels, "tools", lambda: None)
+    monkeypatch.setattr(kernels, "versions", lambda tools: {"jax": "1"})
+    monkeypatch.setattr(kernels, "sources", lambda: "first")
+
+    return Compiled(modules, done)
+
+
+class Compiled:
+    """A run of the command: its status, and the modules that it compiled."""
+
+    def __init__(self, modules, done):
+        self.modules, self.done = modules, done
+
+    def __call__(self, record, *args):
+        self.done.clear()
+        status = kernels.main(["--json", str(record), *args])
+        return status, [module.decode() for module in self.done]
+
+
+PTXAS = """
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+"""
+
+
+def rows_of(record):
+    return {row["kernel"]: row for row in json.loads(record.read_text())["rows"]}
+
+
+def test_what_is_unchanged_is_not_compiled_again(compiled, record, monkeypatch):
+    assert compiled(record) == (0, ["a", "b", "c"])
+    first = record.read_text()
+    # Nothing is lowered where no source changed.
+    monkeypatch.setattr(kernels, "lower", None)
+    assert compiled(record) == (0, [])
+    assert record.read_text() == first
+    assert compiled(record, "--only", "b") == (0, [])
+
+
+def test_all_compiles_what_is_unchanged(compiled, record):
+    compiled(record)
+    assert compiled(record, "--all") == (0, ["a", "b", "c"])
+
+
+def test_a_changed_module_is_compiled_again(compiled, record, monkeypatch):
+    compiled(record)
+    compiled.modules["b"] = b"B"
+    monkeypatch.setattr(kernels, "sources", lambda: "second")
+    assert compiled(record) == (0, ["B"])
+    assert rows_of(record)["b"]["module"] == "B"
+    assert compiled(record) == (0, [])
+
+
+def test_other_compilers_compile_everything_again(compiled, record, monkeypatch):
+    compiled(record)
+    monkeypatch.setattr(kernels, "versions", lambda tools: {"jax": "2"})
+    # A row of other compilers is not kept beside one of these.
+    assert compiled(record, "--only", "b") == (0, ["b"])
+    assert list(rows_of(record)) == ["b"]
+    assert compiled(record) == (0, ["a", "c"])
+
+
+def test_rows_of_some_kernels_do_not_vouch_for_the_others(
+    compiled, record, monkeypatch
+):
+    compiled(record)
+    compiled.modules |= {"a": b"A", "b": b"B"}
+    monkeypatch.setattr(kernels, "sources", lambda: "second")
+    assert compiled(record, "--only", "b") == (0, ["B"])
+    assert list(rows_of(record)) == ["a", "b", "c"]
+    assert compiled(record) == (0, ["A"])
+    # And back: those that were compiled in between are compiled again.
+    compiled.modules["b"] = b"b"
+    monkeypatch.setattr(kernels, "sources", lambda: "first")
+    assert compiled(record) == (0, ["b"])
+
+
+def test_what_failed_is_compiled_again(compiled, record):
+    compiled.modules["b"] = b"bad"
+    assert compiled(record) == (1, ["a", "bad", "c"])
+    assert rows_of(record)["b"]["reason"] == "RuntimeError: does not compile"
+    assert compiled(record) == (1, ["bad"])
+
+
+def test_rows_stay_when_a_run_is_interrupted(compiled, record, monkeypatch):
+    def lower(fn, args):
+        if fn == "c":
+            raise KeyboardInterrupt
+        return [compiled.modules[fn]]
+
+    monkeypatch.setattr(kernels, "lower", lower)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(record)
+    assert list(rows_of(record)) == ["a", "b"]
+
+
+def test_kernels_that_there_are_no_more_have_no_row(compiled, record):
+    compiled(record)
+    del compiled.modules["a"]
+    assert compiled(record, "--all")[0] == 0
+    assert list(rows_of(record)) == ["b", "c"]
+
+
+def test_no_figure_is_cut_off(compiled, record, monkeypatch, capsys):
+    names = sorted(ALL, key=len)[-2:]
+    figures = dict.fromkeys(list(kernels.SHOWN.values())[1:], 123456)
+
+    def measure(name, *_):
+        return {"kernel": name, "status": "ok", **figures}
+
+    monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "every_case", lambda: dict.fromkeys(names))
-    assert kernels.main([]) == 0
+    assert compiled(record) == (0, [])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.count("123456") for line in lines) == 2 * len(kernels.COLUMNS)
+    assert sum(line.count("123456") for line in lines) == 2 * len(figures)
 
 
-def test_a_kernel_that_fails_is_a_failed_row():
+def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path):
     def build():
         raise ValueError("rows must be a multiple of 64\nmore")
 
-    row = kernels.measure("bad", build, ())
+    row = kernels.measure("bad", kernels.tools(), tmp_path, build=build)
     assert row == {
         "kernel": "bad",
         "status": "failed",
         "reason": "ValueError: rows must be a multiple of 64",
     }
+
+
+def test_sources_are_those_of_kernels():
+    assert kernels.sources() == kernels.sources()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +279,7 @@ def test_a_kernel_that_fails_is_a_failed_row():
         "dmask dw 64 bits",
         "forward kept 128",
         "soft kept 128",
-        "T relu2 64",
+        "T identity 64",
     ],
 )
 def test_each_kernel_is_one_module(name):
@@ -182,50 +294,43 @@ def test_every_tile_of_low_rank_mlps_is_compiled():
     cases = kernels.every_case()
     for tokens in (1, 512, 2048, 16384):
         for rank, hidden in ((64, 128), (512, 8192), (2048, 33024)):
-            work = matmul.Work(tokens, rank, hidden)
-            columns = matmul.choose_columns(work)
-            names = "relu2 forward", "relu2 backward", "matmul NN", "sparse identity"
+            work = Work(tokens, rank, hidden)
+            columns = choose_columns(work)
+            names = "relu2 forward", "relu2 backward", "sparse relu2"
+            names = *names, "sparse identity", "sparse T identity"
             assert all(f"{name} {columns}" in cases for name in names)
-            columns = matmul.choose_columns(work, matmul.GATED_COLUMNS)
+            columns = choose_columns(work, GATED_COLUMNS)
             names = "gated forward", "gated forward kept", "gated backward"
             assert all(f"{name} {columns}" in cases for name in names)
-            columns = matmul.choose_columns(work, sparsity.SELECT_COLUMNS)
+            columns = choose_columns(work, sparse.SELECT_COLUMNS)
             assert f"select soft kept {columns}" in cases
 
 
 @pytest.fixture
 def tools(tmp_path):
     try:
-        plugin, disassembler = compiler.requirements()
-    except compiler.Missing as missing:
+        found = compiler.tools()
+    except MissingCompiler as missing:
         pytest.skip(str(missing))
     compiler.build_stub(tmp_path)
-    return plugin, disassembler, tmp_path
+    return found, tmp_path
 
 
 def test_sparse_products_are_sparse_instructions(tools):
-    cases = kernels.sparse_cases()
-    row = kernels.measure("sparse", cases["sparse identity 128"], tools)
+    row = kernels.measure("sparse identity 128", *tools)
     assert row["status"] == "ok", row["reason"]
-    if tools[1]:
+    if tools[0].disassembler:
         assert row["hgmma_sparse"] == row["hgmma"] == row["wgmma"] == 4
-    row = kernels.measure("select", cases["select top2 128"], tools)
+    row = kernels.measure("select top2 128", *tools)
     assert row["status"] == "ok", row["reason"]
-    if tools[1]:
+    if tools[0].disassembler:
         assert row["hgmma_sparse"] == 0 < row["hgmma"]
 
 
-def test_compile_one(tools):
-    plugin, disassembler, folder = tools
-    args = [
-        jax.ShapeDtypeStruct(s, jnp.bfloat16)
-        for s in ((2, 256, 64), (2, 64, 512), (2, 512, 64))
-    ]
-    config = flash_mlp.WalkTiles(64, 128)
-    (module,) = compiler.lower(flash_mlp.forward("silu", config), tuple(args))
-    row = compiler.compile_module(module, plugin, disassembler, folder)
-    assert compiler.problems(row) is None
-    if disassembler:
+def test_special_functions_are_counted(tools):
+    row = kernels.measure("flash_mlp forward 64 64x128", *tools)
+    assert row["status"] == "ok", row["reason"]
+    if tools[0].disassembler:
         # One special function operation for each of the 64 elements a thread has of a
         # tile, before the loop and in it.
         assert row["mufu"] == 2 * 64

@@ -15,7 +15,6 @@ import pytest
 import jaxkern
 from benchmarks import _mlp_break_even as break_even
 from benchmarks import _mlp_cost as cost
-from benchmarks import _mlp_definitions as definitions
 from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_predictions as predictions
@@ -29,6 +28,7 @@ from jaxkern._mlp import thresholds
 from jaxkern._mlp.hopper import fused, sparse
 from jaxkern._mosaic.matmul import choose_columns
 from jaxkern._sparsity.hopper import product
+from jaxkern.testing import plain
 
 # Features are to be padded.
 TINY = shapes.Model(32, 46, 8, 1)
@@ -311,7 +311,7 @@ def test_options_that_do_not_go_together(argv, capsys):
 def test_unpack_by_hand():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 23)), jnp.float32)
     packed = jaxkern.pack_2_4(x)
-    np.testing.assert_array_equal(definitions.unpack(packed), definitions.top2(x))
+    np.testing.assert_array_equal(plain.unpack(packed), plain.top2(x))
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_definitions import DOWN, UP, V, W, X, low_rank_swiglu_float64
 
-from benchmarks import _mlp_definitions as definitions
 from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core import precision
+from jaxkern.testing import plain as definitions
 
 # (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
 SIZES = [

@@ -18,10 +18,10 @@ from helpers import (
     untyped,
 )
 
-from benchmarks import _mlp_definitions as definitions
-from benchmarks._kernel_compile import lower
 from jaxkern import nn, pack_2_4, packed_relu2, sparsify_2_4, unpack_2_4
 from jaxkern._mlp import packed_mlp
+from jaxkern.testing import plain as definitions
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 

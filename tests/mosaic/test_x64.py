@@ -9,8 +9,8 @@ import pytest
 from helpers import normal, with_vjp
 
 import jaxkern
-from benchmarks._kernel_compile import lower
 from jaxkern import BlockMask, pack_2_4, pack_mask, straight_through
+from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 HIDDEN, RANK, WIDTH, TOKENS = 512, 64, 256, 128

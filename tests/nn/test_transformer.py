@@ -11,7 +11,6 @@ from helpers import assert_near, normal, relative_error, to_float64
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks._transformer_definitions import from_state
 from jaxkern import (
     BlockMask,
     attention,
@@ -27,6 +26,7 @@ from jaxkern.nn import (
     MultiHeadMLP,
     TransformerLM,
 )
+from jaxkern.testing.plain.transformer import from_state
 
 VOCAB, CONTEXT, SEQ = 50, 16, 12
 SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}

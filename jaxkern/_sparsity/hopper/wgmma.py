@@ -13,6 +13,7 @@ After a quad has transposed what its threads hold, each has just those 16 column
 two rows: it selects, packs and stores them without asking another one.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ from jax.experimental.mosaic.gpu.wgmma import wgmma_fence
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from ..._mosaic.base import emulated, plgpu
-from ..packed import GROUP, KEPT, Packed24, pack_bits, unpack, unpack_bits
+from ..._mosaic.base import plgpu
+from ..packed import GROUP, KEPT
 
 # Threads of a warpgroup.
 THREADS = 128
@@ -42,6 +43,10 @@ SPARSE_DEPTH = 32
 # Positions 0 and 1, in every group of a word: for what lies past the end.
 FIRST_TWO = 0x44444444
 LAYOUT = plgpu.Layout.WGMMA
+# Shapes and layouts of what `select` returns.
+VALUES = (ROWS, STORED), plgpu.Layout.WGMMA_UPCAST_4X
+WORDS = (THREADS,), plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+SUMS = (ROWS, 8), LAYOUT
 
 
 def words_of(indices: jax.Array, columns: int) -> jax.Array:
@@ -71,28 +76,6 @@ def indices_of(words: jax.Array) -> jax.Array:
     return halves.transpose(0, 2, 5, 3, 1, 4, 6).reshape(blocks * ROWS, columns * 8)
 
 
-def _selected(x, shrink: bool) -> Any:
-    """What `select` does to (64, 64) numbers, in jnp."""
-    groups = x.reshape(ROWS, COLUMNS // GROUP, GROUP)
-    # By their bits, as threads do: a NaN is the largest.
-    bits = lax.bitcast_convert_type(groups, jnp.uint16).astype(jnp.int32)
-    order = jnp.argsort(-bits, axis=-1, stable=True)
-    kept = jnp.sort(order[..., :KEPT], axis=-1)
-    values = jnp.take_along_axis(groups, kept, axis=-1).astype(jnp.float32)
-    indices = pack_bits(kept.reshape(ROWS, STORED).astype(jnp.uint8))
-    padded = jnp.pad(indices, [(0, ROWS), (0, 8)])
-    words = words_of(padded, 2 * COLUMNS)[0, 0]
-    if not shrink:
-        return values.astype(x.dtype).reshape(ROWS, STORED), words
-    third = jnp.take_along_axis(groups, order[..., 2:3], axis=-1).astype(jnp.float32)
-    shrunk = (values - third).astype(x.dtype)
-    wide = shrunk.astype(jnp.float32)
-    per_chunk = ROWS, COLUMNS // CHUNK, -1
-    sums = [(values * wide).reshape(per_chunk), (wide * wide).reshape(per_chunk)]
-    sums = jnp.stack([one.sum(-1) for one in sums], axis=-1).reshape(ROWS, 8)
-    return shrunk.reshape(ROWS, STORED), words, sums
-
-
 def select(x, shrink: bool = False):
     """Two of each four of x, (64, 64) numbers >= 0 in 16 bits.
 
@@ -100,56 +83,48 @@ def select(x, shrink: bool = False):
     where they shrink by the group's second smallest, S-STE's sums of x S and S S over
     the 16 columns of a thread, float32 (64, 8). Of equal ones the first are kept.
     """
-    returns = [
-        plgpu.ShapeDtypeStruct(
-            (ROWS, STORED), x.dtype, layout=plgpu.Layout.WGMMA_UPCAST_4X
-        ),
-        plgpu.ShapeDtypeStruct(
-            (THREADS,),
-            jnp.int32,
-            layout=plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1),
-        ),
-    ]
+    returns = [_struct(x.dtype, *VALUES), _struct(jnp.int32, *WORDS)]
     if shrink:
-        returns.append(plgpu.ShapeDtypeStruct((ROWS, 8), jnp.float32, layout=LAYOUT))
-
-    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=tuple(returns))
-    @emulated(lambda x: _selected(x, shrink))
-    def select_two_of_four(ctx, x):
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
-        pairs = [mgpu.bitcast(r, i32) for r in x.registers.flat]
-        # By block of 8 columns, and by row r or r + 8.
-        mine = _transpose_in_quad([pairs[i::2] for i in range(2)])
-        element = x.mlir_dtype
-        stored, halves, sums = [], [], []
-        for row in mine:
-            values, positions, of_row = _select_chunk(row, element, shrink)
-            eight = ir.VectorType.get((8,), element)
-            four = ir.VectorType.get((4,), i32)
-            stored.append(mgpu.bitcast(vector.from_elements(four, values), eight))
-            halves.append(positions)
-            if shrink:
-                two = ir.VectorType.get((2,), ir.F32Type.get())
-                sums.append(vector.from_elements(two, of_row))
-        word = arith.ori(halves[0], arith.shli(halves[1], _i32(16)))
-        one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-        results = [(stored, None), ([one], True), (sums, None)]
-        return tuple(
-            _array(registers, of, is_signed)
-            for (registers, is_signed), of in zip(results, returns, strict=False)
-        )
-
-    return select_two_of_four(x)
+        returns.append(_struct(jnp.float32, *SUMS))
+    inline = plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=tuple(returns))
+    return inline(partial(select_two_of_four, shrink=shrink))(x)
 
 
-def _array(registers, like, is_signed):
-    layout = like.layout.to_mgpu()
-    shape = layout.registers_shape(like.shape)
+def _struct(dtype, shape, layout):
+    return plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+
+
+def select_two_of_four(ctx, x, *, shrink: bool):
+    """`select` in Mosaic GPU's own language."""
+    del ctx
+    i32 = ir.IntegerType.get_signless(32)
+    pairs = [mgpu.bitcast(r, i32) for r in x.registers.flat]
+    # By block of 8 columns, and by row r or r + 8.
+    mine = _transpose_in_quad([pairs[i::2] for i in range(2)])
+    element = x.mlir_dtype
+    stored, halves, sums = [], [], []
+    for row in mine:
+        values, positions, of_row = _select_chunk(row, element, shrink)
+        eight = ir.VectorType.get((8,), element)
+        four = ir.VectorType.get((4,), i32)
+        stored.append(mgpu.bitcast(vector.from_elements(four, values), eight))
+        halves.append(positions)
+        if shrink:
+            two = ir.VectorType.get((2,), ir.F32Type.get())
+            sums.append(vector.from_elements(two, of_row))
+    word = arith.ori(halves[0], arith.shli(halves[1], _i32(16)))
+    one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
+    found = [_array(stored, *VALUES), _array([one], *WORDS, is_signed=True)]
+    if shrink:
+        found.append(_array(sums, *SUMS))
+    return tuple(found)
+
+
+def _array(registers, shape, layout, is_signed=None):
+    layout = layout.to_mgpu()
+    registers = np.array(registers, dtype=object).reshape(layout.registers_shape(shape))
     return fragmented_array.FragmentedArray(
-        _registers=np.array(registers, dtype=object).reshape(shape),
-        _layout=layout,
-        _is_signed=is_signed,
+        _registers=registers, _layout=layout, _is_signed=is_signed
     )
 
 
@@ -265,17 +240,6 @@ def _unpack(register, element):
     ]
 
 
-def _dense(values, words):
-    """(64, columns) of values (64, columns / 2) and words (columns / 64, 128).
-
-    NaN where the two positions of a group do not rise: hardware does not define that.
-    """
-    columns, indices = values.shape[1] * GROUP // KEPT, indices_of(words[None])
-    positions = unpack_bits(indices, values.shape[1]).reshape(ROWS, -1, KEPT)
-    rise = jnp.repeat(positions[..., 0] < positions[..., 1], GROUP, axis=1)
-    return jnp.where(rise, unpack(Packed24(values, indices, columns)), jnp.nan)
-
-
 def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
     """acc + S right for 64 rows, awaited, on the sparse tensor cores.
 
@@ -283,18 +247,11 @@ def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
     values: of S, (64, 64), tiled in shared memory; words: int32 (2, 128) there.
     right: (128, n), or (n, 128) if transposed, tiled in shared memory.
     """
-    n, dtype = acc.shape[1], values.dtype
     transforms = (
-        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
+        plgpu.TilingTransform((8, swizzle // jnp.dtype(values.dtype).itemsize)),
         plgpu.SwizzleTransform(swizzle),
     )
-
-    def meaning(acc, values, words, right):
-        right = right.T if transposed else right
-        sparse = _dense(values, words).astype(jnp.float32)
-        return acc + jnp.dot(sparse, right.astype(jnp.float32), precision="highest")
-
-    @plgpu.inline_mgpu(
+    inline = plgpu.inline_mgpu(
         arg_types=(
             LAYOUT,
             plgpu.RefType(transforms),
@@ -303,60 +260,62 @@ def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
         ),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=LAYOUT),
     )
-    @emulated(meaning)
-    def sparse_wgmma(ctx, acc, values, words, right):
-        del ctx
-        if transposed:
-            right = mgpu.memref_transpose(right, (1, 0, 3, 2))
-        a = _descriptor(values, (ROWS, COLUMNS), False, swizzle)
-        b = _descriptor(right, (COLUMNS, n), True, swizzle)
-        word = ir.MemRefType(words.type).shape[0]
-        index = ir.IndexType.get()
-        at = arith.index_cast(index, _thread())
-        loaded = [
-            memref.load(words, [arith.constant(index, i), at]) for i in range(word)
-        ]
-        # Through the fence, so that nothing is loaded between the instructions.
-        i32 = ir.IntegerType.get_signless(32)
-        loaded = [
-            llvm.inline_asm(
-                i32,
-                [w],
-                "mov.b32 $0, $1;",
-                "=r,r",
-                asm_dialect=0,
-                has_side_effects=True,
-            )
-            for w in loaded
-        ]
-        wide = acc.to_layout(fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
-        wide = wgmma_fence(wide)
-        registers = list(wide.registers.flat)
-        for step in range(2 * word):
-            # 16 stored columns of one tile of 64, and 32 rows of two tiles of 64.
-            a_at = _advance(a, step // 4, step % 4)
-            b_at = _advance(b, step // 2, 2 * (step % 2))
-            registers = _issue(
-                registers, a_at, b_at, loaded[step // 2], step % 2, n, dtype, b[3]
-            )
-        for text in ("wgmma.commit_group", "wgmma.wait_group"):
-            count = " 0" * text.endswith("wait_group")
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [],
-                f"{text}.sync.aligned{count};",
-                "",
-                has_side_effects=True,
-            )
-        done = fragmented_array.FragmentedArray(
-            _registers=np.array(registers, dtype=object).reshape(wide.registers.shape),
-            _layout=wide.layout,
-            _is_signed=None,
-        )
-        done = fragmented_array.optimization_barrier(done)
-        return done.to_layout(fragmented_array.WGMMA_LAYOUT)
+    fn = partial(sparse_wgmma, transposed=transposed, swizzle=swizzle)
+    return inline(fn)(acc, values, words, right)
 
-    return sparse_wgmma(acc, values, words, right)
+
+def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: int):
+    """`sparse_dot` in Mosaic GPU's own language."""
+    del ctx
+    n = acc.shape[1]
+    if transposed:
+        right = mgpu.memref_transpose(right, (1, 0, 3, 2))
+    a = _descriptor(values, (ROWS, COLUMNS), False, swizzle)
+    b = _descriptor(right, (COLUMNS, n), True, swizzle)
+    word = ir.MemRefType(words.type).shape[0]
+    kind = str(ir.MemRefType(values.type).element_type)
+    index = ir.IndexType.get()
+    at = arith.index_cast(index, _thread())
+    loaded = [memref.load(words, [arith.constant(index, i), at]) for i in range(word)]
+    # Through the fence, so that nothing is loaded between the instructions.
+    i32 = ir.IntegerType.get_signless(32)
+    loaded = [
+        llvm.inline_asm(
+            i32,
+            [w],
+            "mov.b32 $0, $1;",
+            "=r,r",
+            asm_dialect=0,
+            has_side_effects=True,
+        )
+        for w in loaded
+    ]
+    wide = acc.to_layout(fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
+    wide = wgmma_fence(wide)
+    registers = list(wide.registers.flat)
+    for step in range(2 * word):
+        # 16 stored columns of one tile of 64, and 32 rows of two tiles of 64.
+        a_at = _advance(a, step // 4, step % 4)
+        b_at = _advance(b, step // 2, 2 * (step % 2))
+        registers = _issue(
+            registers, a_at, b_at, loaded[step // 2], step % 2, n, kind, b[3]
+        )
+    for text in ("wgmma.commit_group", "wgmma.wait_group"):
+        count = " 0" * text.endswith("wait_group")
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [],
+            f"{text}.sync.aligned{count};",
+            "",
+            has_side_effects=True,
+        )
+    done = fragmented_array.FragmentedArray(
+        _registers=np.array(registers, dtype=object).reshape(wide.registers.shape),
+        _layout=wide.layout,
+        _is_signed=None,
+    )
+    done = fragmented_array.optimization_barrier(done)
+    return done.to_layout(fragmented_array.WGMMA_LAYOUT)
 
 
 def _descriptor(ref, group, is_right: bool, swizzle: int):
@@ -379,9 +338,9 @@ def _advance(descriptor, tiles: int, instructions: int):
     return llvm.add(base, more, overflow_flags=llvm.IntegerOverflowFlags.none)
 
 
-def _issue(registers, a, b, word, selector: int, n: int, dtype, b_transposed: bool):
+def _issue(registers, a, b, word, selector: int, n: int, kind: str, b_transposed: bool):
     """One wgmma.sp: sums += 64 x 32 of the sparse matrix by 32 x n."""
-    count, kind = len(registers), {"bfloat16": "bf16", "float16": "f16"}[str(dtype)]
+    count = len(registers)
     sums = ", ".join(f"${i}" for i in range(count))
     a_at, b_at, word_at = (f"${2 * count + i}" for i in range(3))
     # Scale of the sums, signs of both operands, and whether either is transposed.

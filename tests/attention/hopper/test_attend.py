@@ -22,12 +22,12 @@ from attention_definitions import (
 )
 from helpers import assert_as_exact, mesh, value_and_vjp, with_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import BlockMask, block_sparse_attention
 from jaxkern._attention.hopper import attend as kernels
 from jaxkern._attention.hopper.attend import attend
 from jaxkern._core import device
 from jaxkern._mosaic.launch import WalkTiles
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 

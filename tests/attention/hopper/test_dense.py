@@ -15,9 +15,9 @@ from attention_definitions import (
 )
 from helpers import assert_as_exact, mesh, value_and_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import attention, dilated_attention, ring_attention
 from jaxkern._attention import ring_steps
+from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 KERNEL: Any = {"implementation": "mosaic_gpu"}

@@ -22,7 +22,6 @@ from masked_definitions import (
     plain_matmul,
 )
 
-from benchmarks._kernel_compile import lower
 from jaxkern import (
     PackedMask,
     masked_matmul,
@@ -33,6 +32,7 @@ from jaxkern import (
 )
 from jaxkern._masked.hopper import product
 from jaxkern._masked.hopper.product import MaskedTiles
+from jaxkern.testing.compiler import lower
 
 kernel = partial(masked_matmul, implementation="mosaic_gpu")
 hard = partial(kernel, estimator="straight_through")

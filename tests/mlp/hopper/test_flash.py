@@ -18,11 +18,11 @@ from helpers import (
     with_vjp,
 )
 
-from benchmarks._kernel_compile import lower
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._mlp.hopper import flash
 from jaxkern._mosaic.base import IN_KERNEL
 from jaxkern._mosaic.launch import WalkTiles
+from jaxkern.testing.compiler import lower
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 configs = flash.configs

@@ -20,13 +20,13 @@ from helpers import (
 )
 from mlp_definitions import low_rank_swiglu_float64, make
 
-from benchmarks import _mlp_definitions as definitions
-from benchmarks._kernel_compile import lower
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._mlp import thresholds
 from jaxkern._mlp.hopper import fused, sparse
 from jaxkern._mosaic.matmul import MatmulTiles
 from jaxkern._sparsity.hopper import product
+from jaxkern.testing import plain as definitions
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 relu2 = partial(low_rank_relu2, implementation="mosaic_gpu")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from helpers import assert_as_exact, mesh, normal, to_float64, value_and_vjp
 
-from benchmarks._kernel_compile import lower
 from jaxkern import Packed24, matmul_2_4, pack_2_4, unpack_2_4
 from jaxkern._sparsity import matmul
 from jaxkern._sparsity.hopper import product
+from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 kernel = partial(matmul_2_4, implementation="mosaic_gpu")

@@ -11,6 +11,7 @@ from helpers import to_float64
 from jaxkern import pack_2_4
 from jaxkern._sparsity.hopper import wgmma as _mgpu_sparse
 from jaxkern._sparsity.hopper.wgmma import FIRST_TWO, indices_of, words_of
+from jaxkern.testing.emulator import meanings
 
 THREADS = np.arange(128, dtype=np.uint32)
 
@@ -117,7 +118,7 @@ def test_threads_select_what_the_emulator_takes_them_for(dtype, shrink):
         x = numbers(seed, dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             values, words, sums = select_by_threads(x, shrink)
-        expected = _mgpu_sparse._selected(jnp.asarray(x), shrink)
+        expected = meanings.selected(jnp.asarray(x), shrink=shrink)
         assert_equal((values, words), expected[:2])
         if shrink:
             # The largest numbers' are rounded, in another order.
@@ -127,7 +128,7 @@ def test_threads_select_what_the_emulator_takes_them_for(dtype, shrink):
 def test_the_emulator_selects_as_pack_2_4_does():
     for seed in range(4):
         x = jnp.asarray(numbers(seed, jnp.bfloat16))
-        values, words = _mgpu_sparse._selected(x, False)
+        values, words = meanings.selected(x, shrink=False)
         packed = pack_2_4(x)
         assert_equal([values], [packed.values])
         of_both = words_of(packed.indices, 128)[0]
@@ -137,9 +138,9 @@ def test_the_emulator_selects_as_pack_2_4_does():
 
 def test_soft_sums_are_those_of_s_ste():
     x = jnp.asarray(numbers(0, jnp.bfloat16, extremes=False))
-    shrunk, words, sums = _mgpu_sparse._selected(x, True)
+    shrunk, words, sums = meanings.selected(x, shrink=True)
     wide = np.asarray(x, np.float64)
-    dense = np.asarray(_mgpu_sparse._dense(shrunk, words[None]), np.float64)
+    dense = np.asarray(meanings.dense(shrunk, words[None]), np.float64)
     sums = np.asarray(sums, np.float64).reshape(64, 4, 2).sum(1)
     np.testing.assert_allclose(sums[:, 0], (wide * dense).sum(1), rtol=1e-6)
     np.testing.assert_allclose(sums[:, 1], (dense * dense).sum(1), rtol=1e-6)
@@ -157,7 +158,7 @@ def test_every_pattern_of_a_group_goes_there_and_back():
     words = words_of(packed.indices, 128)
     assert words.shape == (2, 2, 128)
     np.testing.assert_array_equal(indices_of(words)[:64], packed.indices)
-    dense = _mgpu_sparse._dense(packed.values, words[0])
+    dense = meanings.dense(packed.values, words[0])
     np.testing.assert_array_equal(np.asarray(dense, np.float32), x)
 
 

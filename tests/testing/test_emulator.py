@@ -1,17 +1,17 @@
-"""The kernels' test bench must find what it is there to find."""
+"""The emulator must find what it is there to find."""
 
 import re
 
 import jax
 import jax.numpy as jnp
-import mgpu_interpret
 import numpy as np
 import pytest
 from helpers import normal, relative_error
 from jax.experimental import pallas as pl
-from mgpu_copies import check_bulk_copy
 
 from jaxkern._mosaic.base import add_dots, dots, plgpu, slot, swizzle_of, tiles, zeros
+from jaxkern.testing import DeadlockError, RaceError, emulate_gpu
+from jaxkern.testing.emulator.copies import check_bulk_copy
 
 ROWS, DEPTH, COLUMNS, COUNT, STEPS = 64, 64, 64, 4, 2
 
@@ -96,14 +96,13 @@ def test_a_right_kernel_passes(interpreted):
 @pytest.mark.parametrize(
     "mistake, error, message",
     [
-        ("released before it is read", mgpu_interpret.RaceError, "RACE DETECTED"),
-        ("stored before it is written", mgpu_interpret.RaceError, "RACE DETECTED"),
-        ("never released", RuntimeError, r"DEADLOCK\? .* barrier_wait at .*test_mgpu"),
+        ("released before it is read", RaceError, "RACE DETECTED"),
+        ("stored before it is written", RaceError, "RACE DETECTED"),
+        ("never released", DeadlockError, r"DEADLOCK\? .* barrier_wait at .*test_emul"),
     ],
 )
-def test_a_wrong_kernel_is_found(mistake, error, message, monkeypatch):
-    monkeypatch.setattr(mgpu_interpret, "DEADLOCK_SECONDS", 3.0)
-    with pytest.raises(error, match=message), mgpu_interpret.interpret():
+def test_a_wrong_kernel_is_found(mistake, error, message):
+    with pytest.raises(error, match=message), emulate_gpu(deadlock_seconds=3):
         jax.block_until_ready(matmul(A, B, mistake))
 
 
@@ -185,7 +184,7 @@ def test_copies_that_do_not(shape, first, mode, message):
     part += re.escape(str(shape))
     with (
         pytest.raises(RuntimeError, match=f"{part}.* {message}"),
-        mgpu_interpret.interpret(),
+        emulate_gpu(),
     ):
         jax.block_until_ready(copy_part(shape, first, mode))
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .attention import attention, causal_bias, rotary
+
 EPSILON = 1e-5
 
 
@@ -17,28 +19,13 @@ def rms_norm(x, scale):
     return (wide * scale).astype(x.dtype)
 
 
-def rotate(x, theta):
-    """Pairs (2i, 2i + 1) of (batch, seq, heads, dim) by position theta^(-2i/dim)."""
-    dim = x.shape[-1]
-    frequencies = theta ** (-jnp.arange(0, dim, 2) / dim)
-    angles = (jnp.arange(x.shape[1])[:, None] * frequencies)[:, None]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    a, b = x[..., 0::2], x[..., 1::2]
-    pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return pairs.reshape(x.shape).astype(x.dtype)
-
-
 def attend(x, layer, theta):
     query, key, value = (
         jnp.einsum("btd,dhe->bthe", x, layer[name])
         for name in ("query", "key", "value")
     )
-    query, key = rotate(query, theta), rotate(key, theta)
-    logits = jnp.einsum("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5
-    wide = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
-    causal = jnp.tri(x.shape[1], dtype=bool)
-    weights = jax.nn.softmax(jnp.where(causal, wide, -jnp.inf)).astype(x.dtype)
-    heads = jnp.einsum("bhqk,bkhe->bqhe", weights, value)
+    query, key = rotary(query, theta), rotary(key, theta)
+    heads, _ = attention(query, key, value, causal_bias(x.shape[1]))
     return jnp.einsum("bthe,hed->btd", heads, layer["out"])
 
 

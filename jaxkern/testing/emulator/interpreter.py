@@ -1,24 +1,19 @@
-"""Run Mosaic GPU kernels on the CPU, with race detection that knows wgmma.
+"""JAX's interpret mode of Mosaic GPU kernels, and what it lacks.
 
-    with interpret():
-        y = jax.block_until_ready(jax.jit(op)(x))     # a race raises RaceError
-
-JAX's own interpret mode emulates barriers, TMA and memory spaces and their races. This
-adds what our kernels use beyond it, so that they need no branch for it:
+It emulates barriers, TMA and memory spaces and their races. This adds:
 
 - accumulators that start from a value (`pl.run_state` on `plgpu.ACC.init`);
 - `plgpu.wgmma` with its left operand in registers;
-- functions for `plgpu.inline_mgpu` that say what they compute (`fn.emulated`), in jnp;
+- functions for `plgpu.inline_mgpu`, by what they mean in jnp (meanings.py);
 - races of wgmma: its reads of SMEM stay pending until they are awaited, so a slot that
   is released or refilled too early is found, and so is a missing `commit_smem`;
 - a barrier nobody arrives at is an error that names the line, after a while;
-- so is a copy that does not stop at the end of a row (mgpu_copies.py).
+- so is a copy that does not stop at the end of a row (copies.py).
 
 It is also faster than JAX's: a kernel is compiled once and not in each thread at once,
 and callbacks get NumPy arrays as they come.
 
-It replaces private functions of JAX, and says so where they have moved. JAX caches
-traces: inside `interpret`, call a fresh `jax.jit`.
+It replaces private functions of JAX while it is on, and says so where they have moved.
 """
 
 import contextlib
@@ -26,12 +21,11 @@ import logging
 import re
 import threading
 import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import jax
-import mgpu_copies
-import mgpu_tensor_cores as cores
 import numpy as np
 from jax._src import callback, source_info_util
 from jax._src import core as jax_core
@@ -40,16 +34,25 @@ from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
+from . import copies
+from . import tensor_cores as cores
+from .errors import DeadlockError, RaceError
+from .meanings import MEANINGS
+
+plgpu: Any = mosaic_gpu
 cb: Any = gpu_callbacks
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
-TOKEN = cb.TOKEN_SHAPE_DTYPE
-DEADLOCK_SECONDS = 20.0
+
+Meanings = Mapping[Any, Callable[..., Any]]
 
 
-class RaceError(AssertionError):
-    """Two accesses of shared memory that nothing orders."""
+@dataclass(frozen=True, kw_only=True)
+class Parameters(mosaic_gpu.InterpretGPUParams):
+    """JAX's, and the meanings of inline functions, in pairs that can be hashed."""
+
+    meanings: tuple[tuple[Any, Callable[..., Any]], ...] = ()
 
 
 _SPECIAL = {
@@ -109,8 +112,14 @@ def _interpret(self, jaxpr, token, *args):
 
 
 class _Condition(threading.Condition):
+    """One that nobody waits for longer than `seconds`."""
+
+    def __init__(self, seconds: int | float):
+        super().__init__()
+        self.seconds = seconds
+
     def wait(self, timeout=None):
-        limit = DEADLOCK_SECONDS if timeout is None else timeout
+        limit = self.seconds if timeout is None else timeout
         if not super().wait(limit):
             raise TimeoutError(f"DEADLOCK? waited {limit:g} s")
         return True
@@ -120,9 +129,12 @@ _upstream_barrier_init = memory.Barrier.__init__
 _upstream_barrier_wait = memory.Barrier.wait
 
 
-def _barrier_init(self, *args, **kwargs):
-    _upstream_barrier_init(self, *args, **kwargs)
-    self.cv = _Condition()
+def _barrier_init(seconds: int | float):
+    def init(self, *args, **kwargs):
+        _upstream_barrier_init(self, *args, **kwargs)
+        self.cv = _Condition(seconds)
+
+    return init
 
 
 def _barrier_wait(self, thread, logging_info=None):
@@ -156,21 +168,46 @@ def _io_callback(*args, result_avals, callback, sharding, ordered):
     return [np.asarray(x) for x in callback(*args)]
 
 
-def _install():
-    replaced = {
-        "interpret": _interpret,
-        "_interpret_wgmma_ref_p": cores.interpret_wgmma,
-        "_interpret_wgmma_accumulator_deref_p": cores.interpret_deref,
-        "_interpret_inline_mgpu_p": cores.interpret_inline,
-        "_interpret_copy_smem_to_gmem_p": mgpu_copies.interpret_store,
-        "_interpret_copy_gmem_to_smem_p": mgpu_copies.interpret_load,
-    }
-    for name, function in replaced.items():
-        if not hasattr(Interpreter, name):
-            raise RuntimeError(f"jax {jax.__version__} has no JaxprInterpreter.{name}")
-        setattr(Interpreter, name, function)
-    barrier: Any = memory.Barrier
-    barrier.__init__, barrier.wait = _barrier_init, _barrier_wait
+def _replacements(deadlock_seconds: int | float):
+    """(object, name, ours) of all that is replaced in JAX."""
+    yield Interpreter, "interpret", _interpret
+    yield Interpreter, "_interpret_wgmma_ref_p", cores.interpret_wgmma
+    yield Interpreter, "_interpret_wgmma_accumulator_deref_p", cores.interpret_deref
+    yield Interpreter, "_interpret_inline_mgpu_p", cores.interpret_inline
+    yield Interpreter, "_interpret_copy_smem_to_gmem_p", copies.interpret_store
+    yield Interpreter, "_interpret_copy_gmem_to_smem_p", copies.interpret_load
+    yield memory.Barrier, "__init__", _barrier_init(deadlock_seconds)
+    yield memory.Barrier, "wait", _barrier_wait
+    yield thread_map, "_run_jaxpr", _run_jaxpr
+    yield callback, "io_callback_impl", _io_callback
+
+
+@contextlib.contextmanager
+def _replaced(deadlock_seconds: int | float):
+    found = []
+    try:
+        for owner, name, ours in _replacements(deadlock_seconds):
+            if not hasattr(owner, name):
+                where = getattr(owner, "__name__", owner)
+                raise RuntimeError(f"jax {jax.__version__} has no {where}.{name}")
+            found.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, ours)
+        yield
+    finally:
+        for owner, name, theirs in reversed(found):
+            setattr(owner, name, theirs)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Each failure of a kernel would be logged five times."""
+    logger = logging.getLogger("jax._src.callback")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _shortened(error: Exception) -> Exception:
@@ -179,7 +216,7 @@ def _shortened(error: Exception) -> Exception:
     if "RACE DETECTED" in text:
         return RaceError(text[text.rindex("RACE DETECTED") :].split("\n\n")[0])
     if deadlock := re.search(r"DEADLOCK\?.*", text):
-        return RuntimeError(deadlock.group(0))
+        return DeadlockError(deadlock.group(0))
     lines = [
         line
         for line in text.splitlines()
@@ -191,26 +228,26 @@ def _shortened(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def interpret():
+def interpret(meanings: Meanings, deadlock_seconds: int | float):
     """Every `plgpu.kernel` traced inside runs here, and its races are errors."""
-    _install()
+    pairs = tuple((MEANINGS | dict(meanings)).items())
+    parameters = Parameters(detect_races=True, meanings=pairs)
     cores.pending.clear()
-    # Each failure would be logged five times.
-    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
-    parameters = plgpu.InterpretGPUParams(detect_races=True)
     _compiled.clear()
     try:
         with (
+            _replaced(deadlock_seconds),
+            _quiet(),
             plgpu.force_gpu_interpret_mode(parameters),
-            mock.patch.object(thread_map, "_run_jaxpr", _run_jaxpr),
-            mock.patch.object(callback, "io_callback_impl", _io_callback),
         ):
             yield
         # jax 0.11 prints races and goes on; 0.12 raises.
         races = cb._races
         if races is not None and races.races_found:
             raise RaceError("RACE DETECTED, see stdout")
-    except Exception as error:
+    except (RaceError, DeadlockError):
+        raise
+    except RuntimeError as error:
         short = _shortened(error)
         if short is error:
             raise

@@ -1,4 +1,4 @@
-"""Tensor cores for `mgpu_interpret`: wgmma, accumulators and inline functions.
+"""Tensor cores in the emulator: wgmma, accumulators and inline functions.
 
 What a wgmma reads of shared memory stays pending until it is awaited.
 """
@@ -202,6 +202,33 @@ def _read_for_inline(
     return token, [np.asarray(value) for _, _, value in found]
 
 
+def _meaning(meanings, fn):
+    """Find the meaning of an inline function, with the options bound to it.
+
+    Raises:
+        NotImplementedError: It has none.
+    """
+    options = {}
+    while isinstance(fn, functools.partial):
+        if fn.args:
+            raise NotImplementedError(
+                f"emulate_gpu: an inline function's options must be bound by keyword, "
+                f"got functools.partial of {fn.func.__qualname__} and {fn.args}"
+            )
+        fn, options = fn.func, fn.keywords | options
+    known = dict(meanings)
+    meaning = known.get(fn, known.get(fn.__name__))
+    if meaning is None:
+        code = fn.__code__
+        raise NotImplementedError(
+            f"emulate_gpu: inline function {fn.__qualname__} must have a meaning, a "
+            f"function of the same arrays in jnp, got none; give one as emulate_gpu("
+            f"meanings={{{fn.__name__!r}: ...}}). It is defined at "
+            f"{code.co_filename}:{code.co_firstlineno}"
+        )
+    return functools.partial(meaning, **options)
+
+
 def interpret_inline(self, eqn, token, get_invals):
     params, invals = eqn.params, list(get_invals())
     count = params["pytree_args"].num_leaves
@@ -231,7 +258,7 @@ def interpret_inline(self, eqn, token, get_invals):
         )
         for i, value in zip(refs, found, strict=True):
             values[i] = value
-    meaning = params["mgpu_fn"].emulated
+    meaning = _meaning(self.interpret_params.meanings, params["mgpu_fn"])
     results = meaning(*jax.tree.unflatten(params["pytree_args"], values))
     return token, jax.tree.leaves(results)
 

@@ -1,0 +1,20 @@
+"""Checks of kernels and of what they compute, on any machine.
+
+- `emulate_gpu` runs Pallas Mosaic GPU kernels on a CPU and finds their races.
+- `compile_for` compiles them for a GPU that is not there, and counts registers, spills,
+  shared memory and instructions.
+- `relative_error` and `assert_as_close` hold results to a definition in float64.
+- `plain` has our ops as one writes them in jnp.
+
+Your own kernels work with all of them. `import jaxkern` does not import this.
+"""
+
+from . import plain as plain
+from .closeness import assert_as_close as assert_as_close
+from .closeness import relative_error as relative_error
+from .compiler import CompiledKernel as CompiledKernel
+from .compiler import MissingCompiler as MissingCompiler
+from .compiler import compile_for as compile_for
+from .emulator.emulate import emulate_gpu as emulate_gpu
+from .emulator.errors import DeadlockError as DeadlockError
+from .emulator.errors import RaceError as RaceError

@@ -1,0 +1,103 @@
+"""How near results are to a definition."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def relative_error(got: Any, exact: Any) -> float:
+    r"""Return the worst row's norm of the difference over its norm, of all leaves.
+
+    $$\max_i \frac{\lVert a_i - b_i \rVert}{\max(\lVert b_i \rVert,\ 10^{-3} \bar b)},
+    \quad \bar b^2 = \mathrm{mean}_i \lVert b_i \rVert^2$$
+
+    Rows $a_i$ of `got` and $b_i$ of `exact` are vectors along the last axis: the result
+    of one token, the weights of one feature. One that is almost zero counts as a
+    thousandth of the usual one. It is computed in float64, on the GPU where that is
+    JAX's default device. A NaN on either side makes it NaN.
+
+    Args:
+        got: A tree of arrays.
+        exact: A tree of arrays with the same leaves.
+
+    Raises:
+        ValueError: The numbers of leaves differ, or shapes do not broadcast.
+
+    >>> import numpy as np
+    >>> from jaxkern import testing
+    >>> testing.relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    0.1
+    """
+    # NumPy has one thread for what a GPU has at hand, and takes seconds.
+    error = _error_on_device if jax.default_backend() == "gpu" else _error_on_host
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
+    # np.max and not max(), which may drop a NaN.
+    return float(np.max([error(a, b) for a, b in pairs]))
+
+
+def _error_on_host(a: Any, b: Any) -> float:
+    """`relative_error` of one leaf, in NumPy."""
+    a, b = (np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b))
+    # A tenth of the time of `np.linalg.norm`, which writes the squares to memory.
+    norms, errors = (np.sqrt(np.vecdot(x, x)) for x in (b, a - b))
+    usual = np.sqrt(np.mean(norms**2))
+    norms = np.maximum(norms, max(1e-3 * usual, 1e-30))
+    return float(np.max(errors / norms, initial=0.0))
+
+
+def _error_on_device(a: Any, b: Any) -> float:
+    """The same in one program."""
+
+    @jax.jit
+    def worst(a, b):
+        a, b = (jnp.atleast_1d(x.astype(jnp.float64)) for x in (a, b))
+        norms, errors = (jnp.sqrt((x * x).sum(-1)) for x in (b, a - b))
+        usual = jnp.sqrt(jnp.mean(norms**2))
+        norms = jnp.maximum(norms, jnp.maximum(1e-3 * usual, 1e-30))
+        return jnp.max(errors / norms, initial=0.0)
+
+    with jax.enable_x64(True):
+        return float(worst(*(jnp.asarray(x) for x in (a, b))))
+
+
+def assert_as_close(got: Any, plain: Any, exact: Any) -> None:
+    r"""Assert that each leaf has no more than twice the error of its plain form.
+
+    $$e(\mathrm{got}) \le 2\, e(\mathrm{plain}) + \tfrac12 \epsilon$$
+
+    with $e$ the `relative_error` against `exact`, and $\epsilon$ that of the dtype. So
+    the bound need not be guessed: it is what the arithmetic of the dtype costs who
+    writes the same in jnp. One rounding is always allowed, since on few elements the
+    plain form may be exact by luck.
+
+    Args:
+        got: A tree of arrays, as computed by a kernel.
+        plain: The same by the plain form, in the same dtypes.
+        exact: The same in float64.
+
+    Raises:
+        AssertionError: A leaf's error is above its bound, or its shape is not that of
+            `exact`, or its dtype not that of `plain`.
+        ValueError: The numbers of leaves differ.
+
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from jaxkern import testing
+    >>> x = np.linspace(0, 1, 8)
+    >>> plain = jnp.asarray(x, jnp.bfloat16) ** 2
+    >>> testing.assert_as_close(plain, plain, x**2)
+    >>> testing.assert_as_close(0.9 * plain, plain, x**2)
+    Traceback (most recent call last):
+        ...
+    AssertionError: leaf 0: error ... above ...
+    """
+    trees = map(jax.tree.leaves, (got, plain, exact))
+    for i, (a, b, c) in enumerate(zip(*trees, strict=True)):
+        assert a.shape == c.shape, f"leaf {i}: shape {a.shape}, exact {c.shape}"
+        assert a.dtype == b.dtype, f"leaf {i}: dtype {a.dtype}, plain {b.dtype}"
+        bound = 2 * relative_error(b, c) + float(jnp.finfo(a.dtype).eps) / 2
+        error = relative_error(a, c)
+        # Written so that a NaN fails.
+        assert error <= bound, f"leaf {i}: error {error:.3g} above {bound:.3g}"

@@ -1,0 +1,393 @@
+"""Compile Mosaic GPU kernels for sm_90a, with or without a GPU, and count.
+
+JAX lowers on the CPU to a module a kernel; the CUDA plugin compiles it all the way to
+machine code in a process of its own, against a stub of the driver that also tells how
+much shared memory is asked for.
+"""
+
+import glob
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+HERE = Path(__file__).parent
+ARCHITECTURES = ("sm_90a",)
+# Of one block on Hopper: CUDA's programming guide, table of compute capabilities.
+SMEM_BYTES = 232448
+TIMEOUT_SECONDS = 300
+# Names a folder of packages that is not on Python's path.
+FOLDER = "JAXKERN_COMPILER"
+TOOLS = "pip install 'jaxkern[testing]'"
+
+
+class MissingCompiler(ImportError):
+    """A tool or package that compiling needs is not installed."""
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What one kernel needs of the chip. Counts are static: a loop counts once.
+
+    Attributes:
+        registers: Of one thread at launch.
+        stack_bytes: Of one thread.
+        spill_stores_bytes: Of registers that one thread writes to memory.
+        spill_loads_bytes: Of registers that one thread reads back.
+        smem_bytes: Of shared memory that one block asks for.
+        barriers: Named barriers of the hardware.
+        wgmma: Tensor-core instructions, as PTX has them.
+        is_serialized: Whether the compiler lets wgmmas run one after the other only.
+        instructions: How often each instruction of the machine occurs, by its name with
+            all modifiers; empty without the disassembler.
+        seconds: The time it took to compile.
+    """
+
+    registers: int
+    stack_bytes: int
+    spill_stores_bytes: int
+    spill_loads_bytes: int
+    smem_bytes: int
+    barriers: int
+    wgmma: int
+    is_serialized: bool
+    instructions: dict[str, int] = field(repr=False)
+    seconds: float
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of registers that are stored to memory and loaded back, together."""
+        return self.spill_stores_bytes + self.spill_loads_bytes
+
+    def count(self, name: str = "") -> int:
+        """Count the instructions with this name, such as "MUFU" or "HGMMA.SP".
+
+        Args:
+            name: It may lack the last modifiers. Without a name all are counted.
+        """
+        return sum(
+            n
+            for found, n in self.instructions.items()
+            if not name or found == name or found.startswith(f"{name}.")
+        )
+
+    def problem(self) -> str | None:
+        """Say why this kernel is slow or does not run; None if nothing is wrong."""
+        if self.spilled_bytes:
+            return (
+                f"spills registers: {self.spill_stores_bytes} bytes stored, "
+                f"{self.spill_loads_bytes} loaded"
+            )
+        if self.is_serialized:
+            return "wgmmas run one after the other, for want of registers"
+        if self.smem_bytes > SMEM_BYTES:
+            return f"needs {self.smem_bytes} bytes of shared memory of {SMEM_BYTES}"
+        return None
+
+
+def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel:
+    r"""Compile the kernel that `fn(*args)` launches, on a machine that needs no GPU.
+
+    It says what only a compiler knows: whether the kernel compiles, and the registers,
+    spilled bytes, shared memory and instructions it takes. So many blocks of $w$
+    threads run at once on a multiprocessor of Hopper, with $r$ registers a thread and
+    $s$ bytes of shared memory:
+
+    $$\min(\lfloor 65536 / (r w) \rfloor,\ \lfloor 233472 / (s + 1024) \rfloor)$$
+
+    It needs `pip install 'jaxkern[testing]'`, a C compiler, and JAX's CUDA plugin. With
+    a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the plugin apart,
+    since JAX prints an error in every program that finds it and no GPU:
+
+        pip install --no-deps --target CUDA jax-cuda13-plugin==V jax-cuda13-pjrt==V
+        export JAXKERN_COMPILER=CUDA
+
+    with V the version of jax, and CUDA a folder that is not on Python's path.
+
+    Args:
+        arch: "sm_90a", which is Hopper.
+        fn: A function that launches one kernel, for `jax.jit`.
+        args: Its arguments, arrays or `jax.ShapeDtypeStruct`.
+
+    Raises:
+        ValueError: `arch` is unknown, or `fn` does not launch exactly one kernel.
+        MissingCompiler: A tool is not installed; it says which, and how to get it.
+        RuntimeError: The kernel does not compile, in the compiler's words.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jax.experimental.pallas import mosaic_gpu as plgpu
+    >>> from jaxkern import testing
+    >>> def double(x):
+    ...     def kernel(x_gmem, y_gmem):
+    ...         y_gmem[...] = 2 * x_gmem[...]
+    ...
+    ...     return plgpu.kernel(
+    ...         kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype)
+    ...     )(x)
+    >>> x = jax.ShapeDtypeStruct((128,), jnp.float32)
+    >>> kernel = testing.compile_for("sm_90a", double, x)
+    >>> kernel.spilled_bytes, kernel.smem_bytes, kernel.wgmma
+    (0, 0, 0)
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(
+            f"compile_for: arch must be among {', '.join(ARCHITECTURES)}, got {arch!r}"
+        )
+    found = tools()
+    modules = lower(fn, args)
+    if len(modules) != 1:
+        raise ValueError(
+            f"compile_for: fn must launch exactly one kernel, got {len(modules)}"
+        )
+    with tempfile.TemporaryDirectory() as stub:
+        build_stub(Path(stub))
+        return compile_module(modules[0], found, Path(stub))
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Paths of what compiles.
+
+    Attributes:
+        plugin: JAX's CUDA plugin, which holds the compiler.
+        runtime: Mosaic's library that a module is linked with.
+        ptxas: The assembler.
+        cudart: CUDA's runtime library.
+        disassembler: None if there is none.
+    """
+
+    plugin: Path
+    runtime: Path
+    ptxas: Path
+    cudart: Path
+    disassembler: Path | None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where the compiler looks for the rest."""
+        return {
+            "MOSAIC_GPU_RUNTIME_LIB_PATH": str(self.runtime),
+            # Of the toolkit, which has the assembler in `bin`.
+            "MOSAIC_GPU_CUDA_ROOT": str(self.ptxas.parents[1]),
+        }
+
+
+def _search(*patterns: str) -> Path | None:
+    """The first match in the named folder, Python's folders or the CUDA toolkit's."""
+    cuda_home = os.environ.get("CUDA_HOME")
+    roots = [os.environ.get(FOLDER), *sys.path, "/usr/local/cuda", cuda_home]
+    for root in filter(None, roots):
+        for pattern in patterns:
+            found = sorted(glob.glob(os.path.join(root, pattern)))
+            if found:
+                return Path(found[-1]).absolute()
+    return None
+
+
+def tools() -> Tools:
+    """Find what compiles.
+
+    Raises:
+        MissingCompiler: Something without which nothing compiles is not installed.
+    """
+    plugin = _search("jax_plugins/xla_cuda*/xla_cuda_plugin.so")
+    runtime = _search("jax_cuda*_plugin/libmosaic_gpu_runtime.so")
+    if plugin is None or runtime is None:
+        version = jax.__version__
+        raise MissingCompiler(
+            "compile_for: JAX's CUDA plugin must be installed: with a GPU, pip install "
+            "'jax[cuda13]'; without one, apart from this environment, pip install "
+            f"--no-deps --target CUDA jax-cuda13-plugin=={version} "
+            f"jax-cuda13-pjrt=={version}, and {FOLDER}=CUDA in the environment"
+        )
+    _needed(
+        "libdevice (nvidia-nvvm)", "nvidia/cu*/nvvm/libdevice/*", "nvvm/libdevice/*"
+    )
+    if not _c_compiler():
+        raise MissingCompiler("compile_for: a C compiler, gcc or cc, must be installed")
+    on_path = shutil.which("nvdisasm")
+    disassembler = _search("nvidia/cu*/bin/nvdisasm", "bin/nvdisasm")
+    return Tools(
+        plugin=plugin,
+        runtime=runtime,
+        ptxas=_needed("ptxas (nvidia-cuda-nvcc)", "nvidia/cu*/bin/ptxas", "bin/ptxas"),
+        cudart=_needed(
+            "libcudart (nvidia-cuda-runtime)",
+            "nvidia/cu*/lib/libcudart*",
+            "lib*/libcudart*",
+        ),
+        disassembler=Path(on_path) if on_path else disassembler,
+    )
+
+
+def _needed(name: str, *patterns: str) -> Path:
+    path = _search(*patterns)
+    if path is None:
+        raise MissingCompiler(f"compile_for: {name} must be installed: {TOOLS}")
+    return path
+
+
+def _c_compiler() -> str | None:
+    return shutil.which("gcc") or shutil.which("cc")
+
+
+def build_stub(folder: Path) -> None:
+    """Build libcuda.so.1 in the folder."""
+    target = folder / "libcuda.so.1"
+    options = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{target.name}"]
+    command = [_c_compiler() or "cc", *options, "-o", target, HERE / "cuda_stub.c"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
+    """The modules of the kernels that `fn` launches."""
+    lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
+    module: Any = lowered.compiler_ir()
+    found = []
+
+    def visit(operation):
+        for region in operation.regions:
+            for block in region.blocks:
+                for inner in block.operations:
+                    inner = inner.operation
+                    attributes = inner.attributes
+                    is_call = inner.name == "stablehlo.custom_call"
+                    if is_call and "mosaic_gpu" in str(attributes["call_target_name"]):
+                        names = ("mhlo.backend_config", "backend_config")
+                        name = next(name for name in names if name in attributes)
+                        found.append(attributes[name]["module"].value_bytes)
+                    visit(inner)
+
+    with module.context:
+        visit(module.operation)
+    return found
+
+
+def fingerprint(module: bytes) -> str:
+    """A hash of a module, as `lower` returns it, but for where its sources lie.
+
+    Without this, a comment in a source would change it, and so would another folder.
+    """
+    # Mosaic is imported on first use of a kernel.
+    from jax._src.interpreters import mlir
+    from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir import ir, passmanager
+    from jaxlib.mlir.dialects import gpu, llvm, nvvm
+
+    # Whose import registers what a module is made of.
+    del gpu, llvm, nvvm
+    context: Any = mlir.make_ir_context()
+    context.allow_unregistered_dialects = True
+    mosaic: Any = core
+    written = io.BytesIO()
+    with context:
+        mosaic.dialect.register_dialect(context)
+        parsed: Any = ir.Module.parse(module)
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(
+            parsed.operation
+        )
+        parsed.operation.write_bytecode(written, desired_version=0)
+    return hashlib.sha256(written.getvalue()).hexdigest()
+
+
+def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
+    """Compile one kernel, as `lower` returns it.
+
+    Raises:
+        RuntimeError: It does not compile.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "module").write_bytes(module)
+        libraries = [stub, found.cudart.parent, os.environ.get("LD_LIBRARY_PATH", "")]
+        environment = os.environ | found.environment
+        environment |= {
+            "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+            "KERNELS_CUBIN": str(folder / "cubin"),
+            "KERNELS_SMEM": str(folder / "smem"),
+            "MOSAIC_GPU_DUMP_PTX": "1",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+        }
+        command = [sys.executable, "-S", HERE / "compiler_process.py"]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*command, found.plugin, folder / "module"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+        )
+        seconds = time.perf_counter() - start
+        output = done.stdout + "\n" + done.stderr
+        if done.returncode:
+            marks = ("error", "FAILED", "INTERNAL", "INVALID")
+            lines = [
+                s.strip() for s in output.splitlines() if any(m in s for m in marks)
+            ]
+            raise RuntimeError(
+                f"does not compile: {' | '.join(lines[:3]) or output[-300:]}"
+            )
+        smem, cubin = folder / "smem", folder / "cubin"
+        is_readable = found.disassembler and cubin.exists()
+        return CompiledKernel(
+            **count_ptx(output),
+            smem_bytes=int(smem.read_text()) if smem.exists() else 0,
+            instructions=_count_sass(found.disassembler, cubin) if is_readable else {},
+            seconds=seconds,
+        )
+
+
+def count_ptx(output: str) -> dict[str, Any]:
+    """What the compiler prints, as fields of `CompiledKernel`."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, output)
+        if not found:
+            raise RuntimeError(f"ptxas printed nothing like {pattern!r}")
+        return int(found.group(1))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "spill_stores_bytes": number(r"(\d+) bytes spill stores"),
+        "spill_loads_bytes": number(r"(\d+) bytes spill loads"),
+        "barriers": number(r"used (\d+) barriers"),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", output)),
+        "is_serialized": bool(re.search(r"wgmma.*serialized", output)),
+    }
+
+
+def _count_sass(disassembler: Any, cubin: Path) -> dict[str, int]:
+    # Without an analysis of the data's flow, which shows in nothing that is counted.
+    command = [disassembler, "-c", "-ndf", cubin]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return count_sass(text)
+
+
+def count_sass(text: str) -> dict[str, int]:
+    """How often each instruction occurs in disassembled machine code."""
+    # An address, a predicate for some, and the name.
+    line = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
+    return dict(Counter(re.findall(line, text, re.MULTILINE)))
+
+
+def versions(found: Tools) -> dict[str, str]:
+    """The versions on which the machine code of a module depends."""
+    command = [found.ptxas, "--version"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    release = re.search(r"V(\d[\d.]*)", text)
+    return {"jax": jax.__version__, "ptxas": release.group(1) if release else text}

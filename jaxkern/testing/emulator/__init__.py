@@ -1,0 +1,1 @@
+"""Mosaic GPU kernels on a CPU. Import it from `jaxkern.testing`."""

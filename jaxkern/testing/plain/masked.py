@@ -1,0 +1,28 @@
+"""Products with a mask for each sample."""
+
+import jax.numpy as jnp
+
+
+def masked_matmul(x, w, mask):
+    r"""Multiply by masked weights: $y_b = x_b (w \odot m_b)$.
+
+    Args:
+        x: (batch, seq, d_in).
+        w: (d_in, d_out).
+        mask: (batch, d_in, d_out), or (1, d_in, d_out) for all samples together.
+    """
+    return jnp.einsum("bsd,bdm->bsm", x, w * mask)
+
+
+def masked_bilinear(h, weights, masks, biases):
+    r"""A bilinear layer of masked weights and biases.
+
+    $$y = (z_1 \odot z_2)\, W_3 + b_3, \quad z_i = h\, W_i + b_i$$
+
+    with $W_i = w_i \odot m_i$ as in `masked_matmul`.
+    """
+
+    def affine(x, i):
+        return masked_matmul(x, weights[i], masks[i]) + biases[i]
+
+    return affine(affine(h, 0) * affine(h, 1), 2)

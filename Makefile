@@ -4,6 +4,7 @@
 #   make lint           check format, style and types
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels, without a GPU
+#   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: the
 #                       first case of each test and the last; CASES=all for every one
 # PYTHON=python3.13 names another Python.
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 CUDA := .cuda
 READY := $(VENV)/.installed
 
-.PHONY: help bench test lint test-oldest format kernels
+.PHONY: help bench test lint test-oldest format kernels mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +51,10 @@ format: $(READY)
 
 kernels: $(READY) $(CUDA)/.installed
 	PYTHONPATH=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# For who changes tests; too long for every change.
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # The other end of the range of versions that pyproject.toml promises.
 test-oldest:

@@ -143,7 +143,7 @@ def choose_dense(
     mask: jax.Array | None = None,
     rows: int | None = None,
 ) -> Implementation:
-    """What runs attention of all queries to all keys, or to those of a mask.
+    """The implementation that runs attention to all keys, or to those of a mask.
 
     rows: how many queries attend to each other, where those are not all of the arrays.
 
@@ -170,7 +170,7 @@ def choose_dense(
 def dense_blocks(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool
 ) -> BlockMask:
-    """What the kernel's queries see; a mask is one of keys, (batch, heads, 1, seq)."""
+    """The keys that queries see, for the kernel; a mask is (batch, heads, 1, seq)."""
     upper = 0 if is_causal else None
     blocks = band_mask(None, upper, query.shape[1], key.shape[1])
     return blocks if mask is None else with_keys(blocks, mask[:, :, 0])

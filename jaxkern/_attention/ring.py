@@ -92,17 +92,8 @@ def ring_attention(
     _check_layout(op, layout)
     check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
-    seq_q, seq_kv = query.shape[1], key.shape[1]
-    if is_causal and seq_q != seq_kv:
-        raise ValueError(
-            f"{op}: seq_q and seq_kv must be equal with is_causal, "
-            f"got {seq_q} and {seq_kv}"
-        )
-    if is_causal and layout == "zigzag" and seq_q % 2:
-        raise ValueError(
-            f"{op}: seq_q must be even for layout 'zigzag', two parts a device, "
-            f"got {seq_q}"
-        )
+    if is_causal:
+        _check_causal(op, query.shape[1], key.shape[1], layout)
     _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     try:
         ring = DeviceRing(axis_name, lax.axis_size(axis_name))
@@ -113,7 +104,7 @@ def ring_attention(
         ) from None
     if segment_lengths is not None and dilation_rates is not None:
         check_one_length(op, query, key)
-        seq, heads = ring.devices * seq_q, query.shape[2]
+        seq, heads = ring.devices * query.shape[1], query.shape[2]
         patterns = make_patterns(
             op, segment_lengths, dilation_rates, seq, heads, head_offsets
         )
@@ -334,6 +325,19 @@ def _place(x, mesh, axis_name):
     spec = [*jax.typeof(x).sharding.spec]
     spec[1] = axis_name
     return jax.reshard(x, NamedSharding(mesh, P(*spec)))
+
+
+def _check_causal(op: str, seq_q: int, seq_kv: int, layout: Layout) -> None:
+    if seq_q != seq_kv:
+        raise ValueError(
+            f"{op}: seq_q and seq_kv must be equal with is_causal, "
+            f"got {seq_q} and {seq_kv}"
+        )
+    if layout == "zigzag" and seq_q % 2:
+        raise ValueError(
+            f"{op}: seq_q must be even for layout 'zigzag', two parts a device, "
+            f"got {seq_q}"
+        )
 
 
 def _check_layout(op: str, layout: object) -> None:

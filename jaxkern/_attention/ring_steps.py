@@ -131,7 +131,7 @@ def _gradients(
     scale,
     implementation: Implementation,
 ):
-    """What some keys add to d_query, and (d_key, d_value), in float32."""
+    """The share of some keys in d_query, and (d_key, d_value), in float32."""
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
     rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))

@@ -118,10 +118,10 @@ def launch_blocks(
 
 
 def wait_for_last(done, slots: int, barriers, first=0) -> None:
-    """Of a ring of slots from the first on, `done` of which were filled."""
+    """Wait until the last of `done` steps have left a ring's slots, from `first` on."""
 
     @pl.loop(lax.max(done - slots, 0), done)
-    def _(i):
+    def wait_until_empty(i):
         for barrier in barriers:
             plgpu.barrier_wait(barrier.at[first + slot(i, slots)])
 

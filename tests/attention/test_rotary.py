@@ -38,9 +38,9 @@ VALUES = {
     "one token": ((1, 1, 1, 2), None, jnp.float32, "halves"),
     "shifted": (SHAPE, np.arange(7) + 5, jnp.float32, "interleaved"),
 } | {
-    f"{pairs} {dtype.__name__}": (SHAPE, BY_SEQUENCE, dtype, pairs)
+    f"{pairs} {name}": (SHAPE, BY_SEQUENCE, dtype, pairs)
     for pairs in PAIRS
-    for dtype in (jnp.float32, jnp.bfloat16)
+    for name, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16))
 }
 
 

@@ -1,5 +1,7 @@
 """What runs an op: by name, by reason, by speed, and by where the arrays lie."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -122,10 +124,9 @@ def test_inside_shard_map_each_device_has_its_part_whole(kind):
         return x
 
     devices = mesh(kind, data=2, ring=4)
-    specs = {"in_specs": jax.P("ring"), "out_specs": jax.P("ring")}
-    whole = jax.shard_map(note, mesh=devices, **specs)
-    part = jax.shard_map(note, mesh=devices, axis_names={"ring"}, **specs)
-    x = jax.device_put(X, jax.NamedSharding(devices, jax.P("ring")))
-    for run in (whole, part):
+    spec = jax.P("ring")
+    split = partial(jax.shard_map, note, mesh=devices, in_specs=spec, out_specs=spec)
+    x = jax.device_put(X, jax.NamedSharding(devices, spec))
+    for run in (split(), split(axis_names={"ring"})):
         jax.jit(run)(x)
     assert said == [True, False]

@@ -85,7 +85,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
 
 
 def kv_launches(dim: int) -> Sequence[tuple[str, ...]]:
-    """What gradients the launches that walk queries make."""
+    """The gradients that each launch that walks queries makes."""
     if dim <= MAX_DIM_TOGETHER:
         return [("key", "value")]
     return [("key",), ("value",)]
@@ -232,7 +232,7 @@ def part_gradients(
     mask: BlockMask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What these keys add to the three gradients, rounded and then made float32.
+    """The share of these keys in the three gradients, rounded and then made float32.
 
     The roundings of all parts together are as large as that of the sum. Two parts of 16
     bits, as `out` has, would cost the kernel of keys and values a register too many.
@@ -499,7 +499,7 @@ class BackwardKV:
         return added
 
     def _of_columns(self, numbers, n: int):
-        """Of each column the n-th number, for all rows."""
+        """The n-th number of each column, for all rows."""
         column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
         return lax.broadcast_in_dim(column, _shape(self.config), [1])
 

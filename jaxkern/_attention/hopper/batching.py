@@ -1,4 +1,4 @@
-"""What `vmap` makes of attention kernels."""
+"""The rule of `vmap` for attention kernels."""
 
 from dataclasses import replace
 from functools import partial

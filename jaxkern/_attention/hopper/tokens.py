@@ -131,7 +131,7 @@ def make_scratch(
     rings: int,
     takes_turns: bool,
 ) -> Scratch:
-    """What the kernel asks for."""
+    """The shared memory and barriers that the kernel asks for."""
 
     def buffers(operands, size, *slots):
         return [_buffer(o, size, slots, config.columns) for o in operands]

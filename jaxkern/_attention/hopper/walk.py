@@ -42,7 +42,7 @@ from .tokens import Groups, Scratch, Tokens, make_scratch, rings_of, smem_bytes
 
 @dataclass(frozen=True)
 class Walk:
-    """What is walked: lists of blocks, and which heads go with a held one.
+    """The lists of blocks that are walked, and which heads go with a held one.
 
     lists: the partial and the full blocks of the rows of held tokens.
     visible: (refs, batch, head, row, column) to the pairs that attend, of the tile of a
@@ -122,7 +122,7 @@ def _take_turns(turn) -> None:
 
 @runtime_checkable
 class Body(Protocol):
-    """What a warpgroup computes."""
+    """The arithmetic of a warpgroup: it starts, takes steps and finishes."""
 
     @property
     def outs(self) -> Sequence[int | None]:
@@ -192,7 +192,7 @@ class Plan:
         )
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
-        """What the kernel writes."""
+        """The arrays that the kernel writes."""
         batch, seq, heads, _ = self.held[0].result.shape
         # What is contiguous is copied to its end, whatever follows it: so whole tiles.
         whole = pl.cdiv(seq, COMPUTE * self.config.rows) * COMPUTE * self.config.rows
@@ -223,9 +223,18 @@ def walk_lists(
     n_in, n_out = len(leaves), len(body.outs)
 
     def kernel(*refs):
-        given = jax.tree.unflatten(tree, refs[:n_in])
-        scratch = Scratch(*refs[n_in + n_out :])
-        bound = Bound(plan, *given, outs=refs[n_in : n_in + n_out], scratch=scratch)
+        bound_schedule, data, held_refs, walked_refs = jax.tree.unflatten(
+            tree, refs[:n_in]
+        )
+        bound = Bound(
+            plan,
+            schedule=bound_schedule,
+            data=data,
+            held=held_refs,
+            walked=walked_refs,
+            outs=refs[n_in : n_in + n_out],
+            scratch=Scratch(*refs[n_in + n_out :]),
+        )
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < COMPUTE)
@@ -339,7 +348,7 @@ class Bound:
         return carry
 
     def load(self, nth, carry):
-        """What a tile needs; the carry counts the steps of each ring."""
+        """Load what a tile needs; the carry counts the steps of each ring."""
         batch, head, tile = self.place(nth)
         self._load_held(nth, batch, head, tile)
 

@@ -61,7 +61,9 @@ def apply_bilinear(h, weights, logits, biases, **options):
 
 
 # Bilinear is made of the same products, so that one method shows what it adds.
-EACH_METHOD_ONCE: list[Any] = [(apply_matmul, matmul_args, method) for method in METHODS]
+EACH_METHOD_ONCE: list[Any] = [
+    (apply_matmul, matmul_args, method) for method in METHODS
+]
 EACH_METHOD_ONCE.append((apply_bilinear, bilinear_args, "fused"))
 each_method = pytest.mark.parametrize("method", METHODS)
 each_method_once = pytest.mark.parametrize(

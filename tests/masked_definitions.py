@@ -61,7 +61,9 @@ def apply_bilinear(h, weights, logits, biases, **options):
 
 
 # Bilinear is made of the same products, so that one method shows what it adds.
-EACH_METHOD_ONCE = [(apply_matmul, matmul_args, method) for method in METHODS]
+EACH_METHOD_ONCE: list[Any] = [
+    (apply_matmul, matmul_args, method) for method in METHODS
+]
 EACH_METHOD_ONCE.append((apply_bilinear, bilinear_args, "fused"))
 each_method = pytest.mark.parametrize("method", METHODS)
 each_method_once = pytest.mark.parametrize(
@@ -108,8 +110,10 @@ def plain_matmul(x, w, mask):
 
 def plain_bilinear(h, weights, logits, biases):
     masks = [straight_through(one) for one in logits]
-    z1, z2 = (plain_matmul(h, weights[i], masks[i]) + biases[i] for i in (0, 1))
-    return plain_matmul(z1 * z2, weights[2], masks[2]) + biases[2]
+    z1, z2 = (
+        plain_matmul(h, weights[i], masks[i]) + biases[i][None, None] for i in (0, 1)
+    )
+    return plain_matmul(z1 * z2, weights[2], masks[2]) + biases[2][None, None]
 
 
 def kernel_args(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:

@@ -381,7 +381,8 @@ def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
             return reinmax_categorical
         case str():
             raise_unknown(op, "estimator", estimator, get_args(EstimatorName))
-    if not callable(estimator):
+    given: object = estimator
+    if not callable(given):
         names = ", ".join(map(repr, get_args(EstimatorName)))
         raise TypeError(
             f"{op}: estimator must be callable or one of {names}, got {estimator!r}"

@@ -27,7 +27,7 @@ Sum = Callable[[jax.Array, jax.Array], jax.Array]
 Layer = Callable[[jax.Array, Arrays, Product, Sum], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
 
-# What "fused" keeps for the backward, but for the arguments.
+# "fused" keeps what has this name for the backward, beside its arguments.
 KEPT = "jaxkern.masked"
 
 # None picks the kernels for at least so many samples with masks of their own. Of the
@@ -124,9 +124,9 @@ class _Masks:
         """What the kernels make the masks of, and these arrays."""
         if self.packed:
             return "bits", self.arrays
-        return (
-            ("mask", self.draw_all()) if self.rule is None else (self.rule, self.arrays)
-        )
+        if self.rule is None:
+            return "mask", self.draw_all()
+        return self.rule, self.arrays
 
 
 def _by_xla(

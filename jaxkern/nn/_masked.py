@@ -159,7 +159,7 @@ class MaskedLinear(nnx.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.num_masks = num_masks
-        self.estimator = estimator
+        self.estimator: Estimator = estimator
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
@@ -304,7 +304,7 @@ class MaskedBilinear(Bilinear):
         self.right_logits = _make_logits(self.right.kernel, *masks)
         self.down_logits = _make_logits(self.down.kernel, *masks)
         self.num_masks = num_masks
-        self.estimator = estimator
+        self.estimator: Estimator = estimator
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 

@@ -186,9 +186,9 @@ def test_exact_hidden_features(size, dtype):
 
 
 @emulated
-@sparse_kinds
-def test_sparse_with_exact_hidden_features(sparsity):
-    check_relu2((70, 90, 131, 33, 20), sparsity=sparsity, make=make_exact)
+@pytest.mark.parametrize("size, sparsity", [(SIZE, "2:4"), (SIZES[1], "2:4-soft")])
+def test_sparse_with_exact_hidden_features(size, sparsity):
+    check_relu2(size, sparsity=sparsity, make=make_exact)
 
 
 @emulated

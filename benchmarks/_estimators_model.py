@@ -1,17 +1,25 @@
 """What one H200 can do with the masked layer: predictions.
 
-Floors follow from the data sheet; `predicted_us` adds up what the kernels' own model
-says of their launches, and no elementwise work between them.
+Floors follow from the data sheet; `predicted_us` adds up what launches are predicted to
+take, by what their steps have taken there, and no elementwise work between them.
 """
 
-from jaxkern._masked.hopper import multiply as kernels
+from jax.experimental import pallas as pl
+
+from jaxkern._core import device, h200
+from jaxkern._masked.hopper.gradients import ROWS, TOKENS, Wanted
+from jaxkern._masked.hopper.product import choose_tiles
 
 from ._estimators_definitions import Sizes
 
-# Of an H200: dense bfloat16 matmuls and memory, a second.
-TENSOR_FLOPS, MEMORY_BYTES = 989e12, 4.8e12
-# Weights and activations have 16 bits, logits 32.
-ITEM, LOGIT, BIT = 2, 4.0, 1 / 8
+# Dense bfloat16 matmuls of an H200, a second.
+TENSOR_FLOPS = 989e12
+# To and from the memory of an H200, a second.
+MEMORY_BYTES = 4.8e12
+# Bytes of a number of weights and activations, of a logit, and of a packed mask.
+ITEM = 2
+LOGIT = 4.0
+BIT = 1 / 8
 # "masks" is forward and backward where only masks learn, and the input is no result.
 PASSES = ("forward", "all gradients", "masks")
 
@@ -49,23 +57,60 @@ def floors_us(sizes: Sizes, batch: int, which: str) -> dict[str, float]:
     }
 
 
+def product_us(
+    samples: int, seq: int, contracted: int, features: int, mask_bytes: float
+) -> float:
+    """Predicted us of a launch that multiplies by masked weights.
+
+    mask_bytes: of the mask, for each number of W.
+    """
+    sizes = samples, seq, contracted, features, mask_bytes
+    clocks = choose_tiles(*sizes).clocks(*sizes)
+    return h200.LAUNCH_US + clocks / h200.CLOCKS_PER_US
+
+
+def gradients_us(
+    samples: int, seq: int, d_in: int, d_out: int, mask_bytes: float, want_w: bool
+) -> float:
+    """Predicted us of the launch that makes d_mask and maybe dW.
+
+    mask_bytes: of the mask and of its gradient, for each number of W.
+    """
+    columns = Wanted(x=False, w=want_w, mask=True, dtype=None).columns
+    walks = 1 if want_w else samples
+    blocks = walks * pl.cdiv(d_in, ROWS) * pl.cdiv(d_out, columns)
+    tokens = pl.cdiv(seq, TOKENS) * TOKENS
+    turns = pl.cdiv(blocks, device.multiprocessors()) * samples / walks
+    macs = turns * ROWS * columns * tokens
+    rate = h200.MACS_PER_CLOCK * h200.CLOCKS_PER_US * h200.MATMUL_SHARE
+    masks = samples * d_in * d_out * mask_bytes
+    loaded = blocks * samples / walks * 2 * tokens * (ROWS + columns)
+    from_l2 = (loaded + masks) / h200.L2_BYTES_PER_US
+    weights = ITEM * d_in * d_out * (2 if want_w else 1)
+    moved = ITEM * samples * seq * (d_in + d_out) + masks + weights
+    from_memory = moved / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
+    return h200.LAUNCH_US + max(macs / rate, from_l2, from_memory)
+
+
 def predicted_us(
     sizes: Sizes, batch: int, which: str, estimator: str = "straight_through"
 ) -> float:
-    """Of our kernels' launches.
+    """Predicted us of our kernels' launches.
 
     A backward reads bits for logits, and logits where the estimator has a slope at
     them. By straight-through the gradients of masks alone need neither.
     """
     total = 0.0
     train_all = which == "all gradients"
-    read = LOGIT if estimator != "straight_through" else BIT * train_all
+    read = LOGIT
+    if estimator == "straight_through":
+        read = BIT if train_all else 0.0
     for i, (seq, d_in, d_out) in enumerate(products(sizes)):
-        total += kernels.predicted_us(batch, seq, d_in, d_out, LOGIT)
+        total += product_us(batch, seq, d_in, d_out, LOGIT)
         if which == "forward":
             continue
         if train_all or i == 2:
-            total += kernels.predicted_us(batch, seq, d_out, d_in, BIT)
+            total += product_us(batch, seq, d_out, d_in, BIT)
         shape = batch, seq, d_in, d_out
-        total += kernels.predicted_gradients_us(*shape, LOGIT + read, train_all)
+        total += gradients_us(*shape, LOGIT + read, train_all)
     return total

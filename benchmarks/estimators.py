@@ -19,8 +19,8 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkern._core.device import on_hopper
-from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._core import device
+from jaxkern._masked.hopper.multiply import unsupported
 from jaxkern._masked.masked import Method
 
 from . import _estimators_definitions as definitions
@@ -56,7 +56,7 @@ def _skip_unsupported(method: str, args: argparse.Namespace) -> None:
     Raises:
         Skip: the row is of the kernels, and they cannot run here.
     """
-    reason = _masked_mgpu.unsupported(args.dtype, model.LOGIT, on_hopper=on_hopper())
+    reason = unsupported(args.dtype, [jnp.float32]) or device.unsupported()
     if method == report.KERNEL and reason:
         raise Skip(reason)
 

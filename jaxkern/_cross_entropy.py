@@ -86,7 +86,7 @@ def _forward(hidden, head, targets, chunks):
         higher = jnp.maximum(top, logits.max(-1))
         weights = jnp.exp(logits - higher[..., None])
         total = total * jnp.exp(top - higher) + weights.sum(-1)
-        hit = ids == targets[..., None]
+        hit = ids == targets[..., None].astype(ids.dtype)
         return (higher, total, target_logit + jnp.where(hit, logits, 0).sum(-1)), None
 
     zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
@@ -105,7 +105,7 @@ def _backward(chunks, saved, g):
 
     def add(d_hidden, numbered):
         logits, ids = _logits(hidden, numbered, chunks, vocab)
-        hit = ids == targets[..., None]
+        hit = (ids == targets[..., None].astype(ids.dtype)).astype(lse.dtype)
         d_logits = g[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
         d_logits = d_logits.astype(hidden.dtype)
         part, wide = numbered[0], {"preferred_element_type": lse.dtype}
@@ -137,6 +137,7 @@ def _logits(hidden, numbered, chunks, vocab):
     wide = widen(hidden[:0]).dtype
     logits = jnp.matmul(hidden, part, preferred_element_type=wide)
     ids = number + chunks * jnp.arange(part.shape[1])
+    ids = jnp.expand_dims(ids, range(hidden.ndim - 1))
     return jnp.where(ids < vocab, logits, -jnp.inf), ids
 
 

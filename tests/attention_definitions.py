@@ -122,18 +122,27 @@ def assert_attention(got, exact, plain=None):
         assert_as_exact(got, _without_infinity(plain), exact)
 
 
-def check_attention(fn, size, mask, dtype):
-    """`fn(query, key, value)`, (out, lse), and its gradients, as near as plain ones."""
+def check_attention(fn, size, mask, dtype, scale=None):
+    """`fn(query, key, value)`, (out, lse), and its gradients, as near as plain ones.
+
+    Returns those.
+    """
     batch, seq_q, seq_kv, heads, _, dim, _ = size
-    args, (d_out, d_lse) = attention_args(size, dtype)
+    scale = dim**-0.5 if scale is None else scale
     visible = np.broadcast_to(mask, (batch, heads, seq_q, seq_kv))
-    # A row that sees nothing has no gradient of its log-sum-exp.
-    seen = visible.any(-1).swapaxes(1, 2)
-    cotangents = d_out, jnp.asarray(np.where(seen, d_lse, 0), d_lse.dtype)
+    args, cotangents = seen_args(size, visible, dtype)
 
     def plain(query, key, value):
-        return plain_attention(query, key, value, visible, dim**-0.5)
+        return plain_attention(query, key, value, visible, scale)
 
-    exact = attention_float64(args, cotangents, visible, dim**-0.5)
+    exact = attention_float64(args, cotangents, visible, scale)
     got = value_and_vjp(fn, args, cotangents)
     assert_attention(got, exact, value_and_vjp(plain, args, cotangents))
+    return got
+
+
+def seen_args(size, visible, dtype):
+    """`attention_args`; a row that sees nothing has no gradient of its log-sum-exp."""
+    args, (d_out, d_lse) = attention_args(size, dtype)
+    seen = visible.any(-1).swapaxes(1, 2)
+    return args, (d_out, jnp.asarray(np.where(seen, d_lse, 0), d_lse.dtype))

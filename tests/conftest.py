@@ -53,19 +53,10 @@ def collect_garbage():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what the oldest packages are not to run.
-
-    Of a benchmark they run the command, and of any test the first case and the last.
-    """
-    cases = {}
+    """Mark what the oldest packages do not run: of a benchmark, all but commands."""
     for item in items:
-        name = item.name.split("[")[0]
-        cases.setdefault((item.path, item.cls, name), []).append(item)
-        if item.path.name.startswith("test_benchmark_") and "command" not in name:
+        if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
-    for of_one_test in cases.values():
-        for item in of_one_test[1:-1]:
-            item.add_marker("middle")
 
 
 def pytest_runtest_setup(item):

@@ -51,12 +51,17 @@ def mesh(kind="auto", **axes: int):
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(axes))
 
 
-def with_vjp(fn):
-    """Of arguments and a cotangent: `value_and_vjp`, compiled once."""
+def with_vjp(fn, **options):
+    """`value_and_vjp` of `fn` as a program that is compiled once for all such arrays.
+
+    `run(args, cotangent)` gives `fn(*args)` and the gradients of all of `args`, which
+    are any trees of arrays, as are the value and its cotangent. `options` go to `fn` as
+    they are, and none is differentiated.
+    """
 
     @jax.jit
     def run(args, cotangent):
-        value, vjp = jax.vjp(fn, *args)
+        value, vjp = jax.vjp(partial(fn, **options), *args)
         return value, vjp(cotangent)
 
     return run

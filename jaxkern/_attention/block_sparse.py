@@ -270,7 +270,7 @@ def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..
     """Of a partial block, which pairs attend."""
     size = mask.block_size
     q = i * size + jnp.arange(size)[:, None]
-    k = j * size + jnp.arange(size)
+    k = j * size + jnp.arange(size)[None]
     return mask.mask_fn(b, h, q, k) & (k < mask.kv_len)
 
 

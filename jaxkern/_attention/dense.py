@@ -262,6 +262,10 @@ def merge_attention(
         check_shape(op, name, lse, out_a.shape[:3])
     top = finite(lax.stop_gradient(jnp.maximum(lse_a, lse_b)))
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
-    summed = weight_a[..., None] * out_a + weight_b[..., None] * out_b
-    out, lse = normalize(summed, top, weight_a + weight_b)
+    wide = max(out_a.dtype, lse_a.dtype, key=lambda dtype: dtype.itemsize)
+    part_a, part_b = (
+        weight[..., None].astype(wide) * out.astype(wide)
+        for weight, out in [(weight_a, out_a), (weight_b, out_b)]
+    )
+    out, lse = normalize(part_a + part_b, top, weight_a + weight_b)
     return out.astype(out_a.dtype), lse

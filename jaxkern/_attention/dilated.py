@@ -188,8 +188,8 @@ def mix(
     )
     reached = ~jnp.isneginf(stacked).all(0)
     # Without the inner guard its gradient is 0/0 where no pattern reaches.
-    total = jax.nn.logsumexp(jnp.where(reached, stacked, 0), axis=0)
-    shares = jnp.exp(stacked - total)
+    total = jax.nn.logsumexp(jnp.where(reached[None], stacked, 0), axis=0)
+    shares = jnp.exp(stacked - total[None])
     if stop_gradient_mix:
         shares = jax.lax.stop_gradient(shares)
     # Weighted before they are spread, so that no pattern keeps rows that it left out.

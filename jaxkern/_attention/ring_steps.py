@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._core.dispatch import Implementation
+from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask, band_mask
 from .dense import merge_attention
@@ -196,7 +197,7 @@ def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     parts = _parts(layout, query.shape[1], key.shape[1])
     # Without this barrier XLA would sum inside of what transposes and stacks it for the
     # kernels.
-    delta = lax.optimization_barrier((d_out * out).sum(-1)) - d_lse
+    delta = lax.optimization_barrier((widen(d_out) * out).sum(-1)) - d_lse
 
     def gradients(keys_values, part):
         return _gradients(

@@ -77,7 +77,9 @@ def rotary_embedding(
     omega = float(theta) ** (-2 * np.arange(dim // 2) / dim)
     omega = np.repeat(omega, 2) if pairs == "interleaved" else np.tile(omega, 2)
     wide = widen(x)
-    angles = _angles(positions, omega, wide.dtype)[..., None, :]
+    if positions.ndim == 1:
+        positions = positions[None]
+    angles = _angles(positions, omega[None, None], wide.dtype)[:, :, None]
     rotated = wide * jnp.cos(angles) + _quarter_turn(wide, pairs) * jnp.sin(angles)
     return rotated.astype(x.dtype)
 

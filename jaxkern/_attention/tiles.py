@@ -61,7 +61,7 @@ def zeros_of(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def _multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Accumulated in float32 or wider; `a` is rounded to the dtype of `b` before."""
-    wide = jnp.promote_types(b.dtype, jnp.float32)
+    wide = b.dtype if b.dtype.itemsize > 4 else jnp.float32
     return jnp.einsum(pattern, a.astype(b.dtype), b, preferred_element_type=wide)
 
 
@@ -73,7 +73,10 @@ def tile_logits(
 ) -> Float[Array, "*batch groups rows columns"]:
     """The logits of one tile, -inf where a query does not see a key."""
     logits = _multiply("...gqd,...sd->...gqs", query, key) * scale
-    return logits if visible is None else jnp.where(visible, logits, -jnp.inf)
+    if visible is None:
+        return logits
+    visible = jnp.expand_dims(visible, range(logits.ndim - visible.ndim))
+    return jnp.where(visible, logits, -jnp.inf)
 
 
 def add_tile(
@@ -147,7 +150,7 @@ class Tiling(NamedTuple):
         self, i: jax.Array, j: jax.Array, mask: Bool[Array, "..."] | None
     ) -> Bool[Array, "..."] | None:
         """Where in tile (i, j) a query sees a key; None is everywhere."""
-        column = j * self.columns + jnp.arange(self.columns)
+        column = j * self.columns + jnp.arange(self.columns)[None]
         parts = []
         if self.seq_kv % self.columns:
             parts.append(column < self.seq_kv)
@@ -155,6 +158,7 @@ class Tiling(NamedTuple):
             row = i * self.rows + jnp.arange(self.rows)
             parts.append(column <= row[:, None] + self.diagonal)
         if mask is not None:
+            parts = [part[None, None, None] for part in parts]
             for axis, start, size in [(3, i, self.rows), (4, j, self.columns)]:
                 if mask.shape[axis] > 1:
                     mask = lax.dynamic_slice_in_dim(mask, start * size, size, axis)
@@ -321,7 +325,7 @@ def _tiled_forward(query, key, value, mask, scale, tiling):
 def _tiled_backward(scale, tiling, saved, cotangents):
     query, key, value, mask, out, lse = saved
     d_out, d_lse = cotangents
-    delta = (d_out * out).sum(-1) - d_lse
+    delta = (widen(d_out) * out).sum(-1) - d_lse
     gradients = attend_gradients(
         query, key, value, mask, d_out, lse, delta, scale, tiling
     )

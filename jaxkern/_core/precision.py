@@ -35,7 +35,8 @@ def add(
     y: Float[Array, "*rows n"], bias: Float[Array, " n"]
 ) -> Float[Array, "*rows n"]:
     """y + bias, added in float32 or wider and rounded to the dtype of `y`."""
-    return (widen(y) + bias).astype(y.dtype)
+    bias = jnp.expand_dims(bias, range(y.ndim - 1))
+    return (widen(y) + widen(bias)).astype(y.dtype)
 
 
 def relu2(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

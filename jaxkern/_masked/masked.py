@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -100,6 +100,7 @@ class _Masks:
     def packed(self) -> bool:
         return isinstance(self.logits[0], PackedMask)
 
+    @cached_property
     def keys(self) -> jax.Array | None:
         """A key for each mask of each sample."""
         if self.key is None:
@@ -117,7 +118,7 @@ class _Masks:
     def draw_all(self) -> Arrays:
         """The masks of all samples."""
         draw = self.draw if self.shared else jax.vmap(self.draw)
-        return draw(self.logits, self.keys())
+        return draw(self.logits, self.keys)
 
     def for_kernels(self) -> tuple[Rule | Literal["mask", "bits"], Arrays]:
         """What the kernels make the masks of, and these arrays."""
@@ -136,7 +137,7 @@ def _by_xla(
     def sample(x: jax.Array, logits: Logits, keys: jax.Array | None) -> jax.Array:
         return layer(x, masks.draw(logits, keys), _by_matmul, add)
 
-    each = x, masks.logits, masks.keys()
+    each = x, masks.logits, masks.keys
     if masks.shared:
         return sample(*each)
     match method:

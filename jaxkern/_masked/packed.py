@@ -59,11 +59,13 @@ def pack_mask(
     bits = jnp.pad(jnp.asarray(mask) > 0, missing)
     bits = bits.reshape(*batch, count, WORD, d_out).astype(jnp.uint32)
     # Each bit has its own place, so that the sum is the word.
-    return PackedMask((bits << _places()).sum(-2, dtype=jnp.uint32), d_in)
+    return PackedMask((bits << _places(bits.ndim)).sum(-2, dtype=jnp.uint32), d_in)
 
 
-def _places() -> jax.Array:
-    return jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+def _places(ndim: int) -> jax.Array:
+    """The place of each bit of a word, along the last axis but one."""
+    places = jnp.arange(WORD, dtype=jnp.uint32)
+    return jnp.expand_dims(places, (*range(ndim - 2), ndim - 1))
 
 
 def unpack_mask(packed: PackedMask) -> Bool[Array, "*batch d_in d_out"]:
@@ -75,7 +77,8 @@ def unpack_mask(packed: PackedMask) -> Bool[Array, "*batch d_in d_out"]:
     """
     check_packed("unpack_mask", "packed", packed)
     *batch, count, d_out = packed.words.shape
-    bits = (packed.words[..., None, :] >> _places()) & 1
+    words = packed.words[..., None, :]
+    bits = (words >> _places(words.ndim)) & 1
     return bits.reshape(*batch, count * WORD, d_out)[..., : packed.d_in, :] > 0
 
 

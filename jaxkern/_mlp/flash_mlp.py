@@ -46,10 +46,10 @@ def flash_mlp(
     None picks the kernel where it can run, on one device or inside `jax.shard_map`
     (XLA cannot split a kernel over devices), from 2^23 hidden features of all heads and
     tokens on, and from so many heads x batch and heads x hidden: 2048 with `dim` up to
-    96, 4096 up to 128 (16384 if gated), and 16384 up to 160 (never if gated). Forward
-    and backward it was measured to be faster on an H200 at dims 64 and 128; the rest is
-    predicted. At (8, 512, 64, 512) it took less time of the device than XLA but more by
-    wall clock, and is not picked.
+    64, 4096 up to 96 and 8192 (16384 if gated) up to 128. Forward and backward it was
+    measured to be faster on an H200 at dims 64 and 128; the rest is predicted. At
+    (8, 512, 64, 512) it took less time of the device than XLA but more by wall clock,
+    and is not picked.
 
     Args:
         activation: "silu", "gelu" (tanh form), "relu", "relu2", "leaky_relu" (slope

@@ -29,10 +29,10 @@ LEAST_HIDDEN_NUMBERS = 2**23
 # backward, at dim 64: (16, 2048, 64, 1024) 89 against 221 us, (32, 4096, 64, 512) 168
 # against 441; at 128: (16, 4096, 128, 1024) 261 against 438; at 256 it lost:
 # (8, 4096, 256, 1024) 460 against 266. Dims between are predicted.
-FLASH_MLP_ROWS = ((96, 2048), (128, 4096), (160, 16384))
+FLASH_MLP_ROWS = ((64, 2048), (96, 4096), (128, 8192))
 # The same with a gate, where (16, 4096, 128, 1024) took 622 against 707 us; the rest is
 # predicted.
-GATED_FLASH_MLP_ROWS = ((96, 2048), (128, 16384))
+GATED_FLASH_MLP_ROWS = ((64, 2048), (96, 4096), (128, 16384))
 
 
 def flash_mlp_is_faster(

@@ -34,7 +34,7 @@ DTYPES = ("bfloat16", "float16")
 ROWS = 64
 # Columns of a result that an epilogue takes at once.
 PIECE = 64
-# Of the contracted axis, in a step: rows of 128 bytes, the widest swizzle.
+# Numbers of the contracted axis in a step: rows of 128 bytes, the widest swizzle.
 DEPTH = 64
 # Tiles of rows in a band.
 BAND = 16
@@ -42,6 +42,8 @@ BAND = 16
 # results share these slots: with slots for each of the gate's three, shared memory has
 # room for two steps of its factors only.
 OUT_SLOTS = 2
+# Steps in flight at most. On an H200, 16384 x 1024 x 16512 took 1066 us with 2 of them,
+# 771 with 3 and 784 with 4.
 MAX_STEPS = 4
 # Shared memory for barriers, and for what aligns the buffers.
 SPARE_BYTES = 2048
@@ -361,9 +363,19 @@ def multiply(
 
     def bind(*refs):
         *refs, step_ring, piece_ring = refs
-        gmem, aux, out, smem, staged_smem = _split(refs, map(len, parts))
-        arrays = gmem, aux, out, smem, staged_smem
-        block = _Block(products, epilogue, tiles, *arrays, step_ring, piece_ring)
+        gmem, aux, out, smem, pieces = _split(refs, map(len, parts))
+        block = _Block(
+            products,
+            epilogue,
+            tiles,
+            gmem,
+            aux,
+            out,
+            smem,
+            pieces,
+            step_ring,
+            piece_ring,
+        )
         return Roles(block.compute, block.load, block.drain)
 
     rings = Slots(tiles.steps, products.copies), epilogue.ring(tiles)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_floating
 from .._core.dispatch import Implementation
-from .._masked.estimators import straight_through
-from .._masked.masked import Estimator, Method, masked_bilinear, masked_matmul
+from .._masked.estimators import Estimator, straight_through
+from .._masked.masked import Method, masked_bilinear, masked_matmul
 from ._common import (
     axis_metadata,
     check_arguments,
@@ -49,8 +49,9 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
     if not logits:
         return {}
     fractions = {name: (x <= 0).mean((-2, -1)) for name, x in logits.items()}
-    sizes = jnp.array([x.shape[-2] * x.shape[-1] for x in logits.values()])
-    total = jnp.average(jnp.stack(list(fractions.values())), 0, weights=sizes)
+    parts = jnp.stack(list(fractions.values()))
+    sizes = [x.shape[-2] * x.shape[-1] for x in logits.values()]
+    total = jnp.average(parts, 0, weights=jnp.array(sizes, parts.dtype))
     return fractions | {"total": total}
 
 
@@ -133,7 +134,7 @@ class MaskedLinear(nnx.Module):
         *,
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
-        method: Method = "fused",
+        method: Method | None = None,
         initial_logit: float = 1.0,
         use_bias: bool = True,
         dtype: Dtype | None = None,
@@ -159,7 +160,7 @@ class MaskedLinear(nnx.Module):
         self.dtype = dtype
         self.num_masks = num_masks
         self.estimator = estimator
-        self.method: Method = method
+        self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
     def __call__(
@@ -185,7 +186,9 @@ class MaskedLinear(nnx.Module):
             key=key,
             implementation=self.implementation,
         ).reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
     def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
         """As `mask_sparsity`."""
@@ -289,7 +292,7 @@ class MaskedBilinear(Bilinear):
         *,
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
-        method: Method = "fused",
+        method: Method | None = None,
         initial_logit: float = 1.0,
         implementation: Implementation | None = None,
         **options: Any,
@@ -302,7 +305,7 @@ class MaskedBilinear(Bilinear):
         self.down_logits = _make_logits(self.down.kernel, *masks)
         self.num_masks = num_masks
         self.estimator = estimator
-        self.method: Method = method
+        self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
     def __call__(

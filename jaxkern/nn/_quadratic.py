@@ -13,8 +13,8 @@ from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._core.checks import check_shape
 from .._core.dispatch import Implementation
-from .._masked.estimators import straight_through
-from .._masked.masked import Estimator, Method
+from .._masked.estimators import Estimator, straight_through
+from .._masked.masked import Method
 from ._common import axis_metadata, check_arguments
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity
 
@@ -177,7 +177,7 @@ class QuadraticTransformer(nnx.Module):
         masked_layers: Sequence[int] = (),
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
-        method: Method = "fused",
+        method: Method | None = None,
         initial_logit: float = 1.0,
         rotary_pairs: Pairs = "interleaved",
         dtype: Dtype | None = None,

@@ -122,11 +122,13 @@ class TransformerBlock(nnx.Module):
         of = self.attention
         normed = self.attention_norm(x)
         # (seq,), or (batch, seq) where sequences differ in length
-        positions = length[..., None] + jnp.arange(x.shape[1])
+        order = jnp.expand_dims(jnp.arange(x.shape[1]), range(length.ndim))
+        positions = length[..., None] + order
         rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
         query, key, value = rotate(of.query(normed)), of.key(normed), of.value(normed)
         keys, values = _put(keys, rotate(key), length), _put(values, value, length)
-        seen = positions[..., None] >= jnp.arange(keys.shape[1])
+        places = jnp.expand_dims(jnp.arange(keys.shape[1]), range(positions.ndim))
+        seen = positions[..., None] >= places
         mask = seen.reshape(-1, 1, *seen.shape[-2:])
         args = promote_dtype((query, keys, values), dtype=query.dtype)
         heads: Any = attention(*args, mask=mask)

@@ -12,7 +12,7 @@ from attention_definitions import (
     attention_float64,
     plain_attention,
 )
-from helpers import DTYPES, assert_near, untyped, value_and_vjp
+from helpers import DTYPES, assert_near, mesh, untyped, value_and_vjp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -96,7 +96,7 @@ def test_one_key_head_other_value_dim_and_scale(leading):
     assert_is_dense_attention(mask, args, cotangents, scale=0.7)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     seed=st.integers(0, 100),
     block_size=st.sampled_from([1, 3, 8, 64]),
@@ -233,11 +233,19 @@ def test_blocks_chosen_under_jit_compile_once():
         mask = BlockMask.from_blocks(scores > 0.6, block_size=16, q_len=77, kv_len=61)
         return jax.value_and_grad(loss)(args, mask)
 
+    @jax.jit
+    def plain(args, visible):
+        def plain_loss(args):
+            out, lse = plain_attention(*args, visible=visible, scale=8**-0.5)
+            return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
+
+        return jax.value_and_grad(plain_loss)(args)
+
     for seed in range(3):
         scores = np.random.default_rng(seed).random((4, 5, 4))
         mask = BlockMask.from_blocks(scores > 0.6, block_size=16, q_len=77, kv_len=61)
         args, _ = make_args(mask)
-        assert_near(run(args, scores), value_and_grads(args, mask))
+        assert_near(run(args, scores), plain(args, np.asarray(mask.to_dense())))
     traced: Any = run
     assert traced._cache_size() == 1
 
@@ -256,6 +264,7 @@ def test_vmap():
 def test_vmap_over_masks():
     blocks = random_blocks(0, 3, 4, 5, 4)
 
+    @jax.jit
     def run(blocks, args):
         return jax.value_and_grad(loss)(
             args, BlockMask.from_blocks(blocks, block_size=16)
@@ -287,17 +296,12 @@ def test_remat_and_scan():
     assert_near(got, expected)
 
 
-def make_mesh(kind="Auto"):
-    kinds = (jax.sharding.AxisType[kind],) * 2
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
-
-
 @pytest.mark.parametrize(
     "name, kv_heads",
-    [("shared", 4), ("heads", 4), ("batch", 4), ("batch and heads", 8)],
+    [("shared", 4), ("batch and heads", 8)],
 )
 def test_shard_map_over_batch_and_heads(name, kv_heads):
-    leading = {"heads": (8,), "batch": (2, 1), "batch and heads": (2, 8), "shared": ()}
+    leading = {"shared": (), "batch and heads": (2, 8)}
     blocks = random_blocks(0, *leading[name], 5, 4)
     mask = BlockMask.from_blocks(blocks, block_size=16, q_len=77, kv_len=61)
     mask |= BlockMask.local_window(77, 61, window=9, block_size=16)
@@ -305,7 +309,7 @@ def test_shard_map_over_batch_and_heads(name, kv_heads):
     tensors = P("data", None, "model")
     sharded = jax.shard_map(
         attend,
-        mesh=make_mesh(),
+        mesh=mesh(data=2, model=4),
         in_specs=(tensors, tensors, tensors, mask.partition_specs("data", "model")),
         out_specs=tensors,
     )
@@ -330,7 +334,7 @@ def test_shard_map_with_whole_keys():
 
     sharded = jax.shard_map(
         local,
-        mesh=make_mesh(),
+        mesh=mesh(data=2, model=4),
         in_specs=(P(("data", "model")), P(), P()),
         out_specs=P(("data", "model")),
     )
@@ -348,14 +352,14 @@ def test_shard_map_with_whole_keys():
 
 @pytest.mark.parametrize(
     "leading, kind",
-    [((), "Auto"), ((), "Explicit"), ((4,), "Auto"), ((2, 1), "Auto")],
-    ids=["shared", "shared-explicit", "heads", "batch"],
+    [((), "explicit"), ((4,), "auto"), ((2, 1), "auto")],
+    ids=["shared-explicit", "heads", "batch"],
 )
 def test_sharded_arguments(leading, kind):
     mask = random_mask(*leading)
     args, cotangents = make_args(mask, kv_heads=4)
     expected = value_and_vjp(partial(attend, mask=mask), args, cotangents)
-    place = NamedSharding(make_mesh(kind), P("data", None, "model"))
+    place = NamedSharding(mesh(kind, data=2, model=4), P("data", None, "model"))
     args, cotangents = jax.device_put((args, cotangents), place)
     got = value_and_vjp(partial(attend, mask=mask), args, cotangents)
     assert_attention(got, expected)

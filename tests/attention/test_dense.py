@@ -13,7 +13,7 @@ from attention_definitions import (
     random_mask,
     see,
 )
-from helpers import DTYPES, normal, value_and_vjp
+from helpers import DTYPES, mesh, normal, value_and_vjp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -77,8 +77,14 @@ def test_values_and_gradients(form, case):
     check(form, case, jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("name", ["17x65-causal", "130-causal", "65-mask-causal"])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("17x65-causal", jnp.bfloat16),
+        ("130-causal", jnp.bfloat16),
+        ("65-mask-causal", jnp.float16),
+    ],
+)
 @forms
 def test_error_in_16_bits_is_that_of_the_plain_form(form, name, dtype):
     check(form, CASES[name], dtype)
@@ -124,7 +130,7 @@ def test_queries_that_see_nothing(form):
     is_causal=st.booleans(),
     masked=st.sampled_from([None, (1, 1, 0, 0), (1, 1, 0, 1), (1, 0, 1, 0)]),
 )
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_any_tiles_give_the_same(
     batch, seq_q, seq_kv, heads, dims, limit, is_causal, masked
 ):
@@ -285,14 +291,13 @@ def test_float64(form):
 
 
 @forms
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_sharded_batch_and_heads_need_no_collective(form, kind):
-    axis_type = jax.sharding.AxisType[kind]
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    devices = mesh(kind, data=2, model=4)
     args, cotangents = attention_args((2, 33, 20, 8, 4, 8, 8))
     run = partial(form, is_causal=True)
     expected = value_and_vjp(run, args, cotangents)
-    place = NamedSharding(mesh, P("data", None, "model"))
+    place = NamedSharding(devices, P("data", None, "model"))
     args, cotangents = jax.device_put((args, cotangents), place)
 
     @jax.jit
@@ -310,17 +315,17 @@ def test_sharded_batch_and_heads_need_no_collective(form, kind):
 
 @forms
 def test_shard_map_sums_the_gradients_of_shared_keys(form):
-    mesh = jax.make_mesh((8,), ("data",))
+    devices = mesh("explicit", data=8)
     args, cotangents = attention_args((1, 64, 20, 4, 2, 8, 8))
     split, shared = P(None, "data"), P()
     sharded = jax.shard_map(
-        form, mesh=mesh, in_specs=(split, shared, shared), out_specs=(split, split)
+        form, mesh=devices, in_specs=(split, shared, shared), out_specs=(split, split)
     )
     args, cotangents = (
-        jax.device_put(x, NamedSharding(mesh, spec))
+        jax.device_put(x, NamedSharding(devices, spec))
         for x, spec in [(args, shared), (cotangents, split)]
     )
-    query = jax.device_put(args[0], NamedSharding(mesh, split))
+    query = jax.device_put(args[0], NamedSharding(devices, split))
     got = value_and_vjp(sharded, (query, *args[1:]), cotangents)
     visible = see(None, False, (1, 4, 64, 20))
     assert_attention(got, attention_float64(args, cotangents, visible, 8**-0.5))
@@ -335,7 +340,7 @@ def merged(query, key, value, *, split, mask=None):
     return merge_attention(*parts)
 
 
-@pytest.mark.parametrize("split", [1, 20, 39])
+@pytest.mark.parametrize("split", [1, 20])
 def test_merge_of_two_halves_is_the_whole(split):
     size = (2, 9, 40, 4, 2, 8, 8)
     args, cotangents = attention_args(size)

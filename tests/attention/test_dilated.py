@@ -10,6 +10,7 @@ from helpers import (
     DTYPES,
     assert_as_exact,
     assert_near,
+    mesh,
     normal,
     to_float64,
     value_and_vjp,
@@ -120,21 +121,10 @@ def with_lse(**options):
     return run
 
 
-def values_and_gradients(fn, args, g):
-    """As `value_and_vjp`, but compiled in half the time."""
-
-    def run(args, g):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(g)
-
-    quick = {"xla_backend_optimization_level": 0}
-    return jax.jit(run).lower(args, g).compile(compiler_options=quick)(args, g)
-
-
 def assert_exact(case, is_causal=False, key_mask=None, batch=2, **options):
     args, g, patterns = inputs(case, batch=batch)
     run = with_lse(is_causal=is_causal, key_mask=key_mask, **patterns, **options)
-    got = values_and_gradients(run, args, g)
+    got = value_and_vjp(run, args, g)
     rule = options.get("head_offsets", "paper")
     seq, heads, _, lengths, rates = case
     count = multiplicity(seq, heads, lengths, rates, rule)
@@ -148,8 +138,12 @@ def test_is_one_softmax_with_multiplicities(case):
     assert_exact(case)
 
 
-@cases
-def test_causal_with_a_key_mask(case):
+@pytest.mark.parametrize(
+    "name",
+    ["ragged tail", "offset beyond segment", "two heads a key", "single token"],
+)
+def test_causal_with_a_key_mask(name):
+    case = CASES[name]
     # The second sequence is padding only.
     key_mask = np.random.default_rng(5).random((2, case[0])) < [[0.6], [0.0]]
     got = assert_exact(case, is_causal=True, key_mask=jnp.asarray(key_mask))
@@ -194,7 +188,7 @@ def test_low_precision_is_within_twice_the_plain_form(dtype):
     assert_as_exact(got, value_and_vjp(plain, args, g), exact(args, g, count))
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     seq=st.integers(1, 33),
     heads=st.integers(1, 5),
@@ -222,7 +216,7 @@ def test_gradients_by_finite_differences_through_the_mixture():
             out, lse = run(*moved)
             return (out * g[0]).sum() + (lse * g[1]).sum()
 
-        _, gradients = values_and_gradients(run, args, g)
+        _, gradients = value_and_vjp(run, args, g)
         slope = sum(np.vdot(a, b) for a, b in zip(gradients, along, strict=True))
         step = 1e-5
         difference = (loss(step) - loss(-step)) / (2 * step)
@@ -234,7 +228,7 @@ def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
     args, (g, _), patterns = inputs(case)
     stopped = partial(dilated_attention, **patterns, stop_gradient_mix=True)
     ours = partial(dilated_attention, **patterns)
-    got, gradients = values_and_gradients(stopped, args, g)
+    got, gradients = value_and_vjp(stopped, args, g)
     masks = [
         jnp.asarray(multiplicity(case[0], case[1], [w], [r]) > 0)[None]
         for w, r in zip(*case[3:], strict=True)
@@ -246,8 +240,8 @@ def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
         shares = jax.lax.stop_gradient(jax.nn.softmax(lse, axis=0))
         return sum(s[..., None] * o for s, (o, _) in zip(shares, parts, strict=True))
 
-    assert_near((got, gradients), values_and_gradients(frozen, args, g), 3e-5)
-    _, true_gradients = values_and_gradients(ours, args, g)
+    assert_near((got, gradients), value_and_vjp(frozen, args, g), 3e-5)
+    _, true_gradients = value_and_vjp(ours, args, g)
     assert abs(np.asarray(gradients[0] - true_gradients[0])).max() > 1e-2
 
 
@@ -265,7 +259,7 @@ def test_heads_split_among_patterns(heads, kv_heads, sizes, head_offsets):
     case = 13, heads, kv_heads, [4, 8, 16], [1, 2, 3]
     args, g, patterns = inputs(case)
     options = {"head_groups": True, "head_offsets": head_offsets}
-    got = values_and_gradients(with_lse(**options, **patterns), args, g)
+    got = value_and_vjp(with_lse(**options, **patterns), args, g)
     runs = np.repeat(np.arange(3), sizes)[:, None]
     count = multiplicity(13, heads, *case[3:], head_offsets, runs)
     assert_near(got, exact(args, g, allowed(count, False)), 3e-5)
@@ -281,7 +275,7 @@ def test_large_logits_do_not_overflow():
     case = CASES["uncovered rows"]
     args, g, patterns = inputs(case)
     args = (100 * args[0], 100 * args[1], args[2])
-    got = values_and_gradients(with_lse(**patterns), args, g)
+    got = value_and_vjp(with_lse(**patterns), args, g)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
@@ -295,9 +289,9 @@ def test_transforms():
     def scanned(*args):
         return jax.lax.scan(lambda _, a: (None, one(*a)), None, args)[1]
 
-    expected = values_and_gradients(run, args, g)
+    expected = value_and_vjp(run, args, g)
     for transformed in (jax.checkpoint(run), jax.vmap(one), scanned):
-        assert_near(values_and_gradients(transformed, args, g), expected)
+        assert_near(value_and_vjp(transformed, args, g), expected)
 
 
 @pytest.mark.parametrize("name", ["rate does not divide segment", "two heads a key"])
@@ -357,12 +351,10 @@ def test_cost_of_a_mixture_beside_dense_attention():
 
 
 def test_needs_no_collective_where_batch_and_heads_are_sharded():
-    mesh = jax.make_mesh(
-        (2, 4), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+    devices = mesh(data=2, heads=4)
     args, (g, _), patterns = inputs((16, 8, 8, [8, 16], [1, 3]))
     run = partial(dilated_attention, **patterns)
-    place = NamedSharding(mesh, P("data", None, "heads", None))
+    place = NamedSharding(devices, P("data", None, "heads", None))
     placed = jax.device_put((args, g), place)
     gradients = jax.jit(lambda args, g: jax.vjp(run, *args)[1](g))
     text: Any = gradients.lower(*placed).compile().as_text()
@@ -371,27 +363,21 @@ def test_needs_no_collective_where_batch_and_heads_are_sharded():
 
 
 def test_batch_on_an_explicit_mesh_axis():
-    kind = jax.sharding.AxisType.Explicit
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    devices = mesh("explicit", data=2)
     args, (g, _), patterns = inputs(CASES["two heads a key"])
     run = partial(dilated_attention, **patterns)
-    expected = values_and_gradients(run, args, g)
-    placed = jax.device_put((args, g), NamedSharding(mesh, P("data")))
-    got = values_and_gradients(run, *placed)
+    expected = value_and_vjp(run, args, g)
+    placed = jax.device_put((args, g), NamedSharding(devices, P("data")))
+    got = value_and_vjp(run, *placed)
     assert_near(got, expected)
     assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(got))
 
 
 def test_shard_map_over_batch_and_heads():
-    mesh = jax.make_mesh(
-        (2, 2),
-        ("data", "heads"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=jax.devices()[:4],
-    )
+    devices = mesh(data=2, heads=2)
     args, (g, _), patterns = inputs((16, 4, 4, [4, 16], [1, 2]))
     run = partial(dilated_attention, **patterns)
     spec = P("data", None, "heads", None)
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
-    expected = values_and_gradients(run, args, g)
-    assert_near(values_and_gradients(sharded, args, g), expected)
+    sharded = jax.shard_map(run, mesh=devices, in_specs=(spec,) * 3, out_specs=spec)
+    expected = value_and_vjp(run, args, g)
+    assert_near(value_and_vjp(sharded, args, g), expected)

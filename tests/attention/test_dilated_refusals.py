@@ -54,17 +54,17 @@ REFUSALS = [
     (
         {"segment_lengths": [4, 0]},
         ValueError,
-        "segment_lengths must hold integers of at least 1",
+        r"segment_lengths\[1\] must be an integer of at least 1, got 0",
     ),
     (
         {"dilation_rates": [1, 2.0]},
         ValueError,
-        "must hold integers of at least 1, got 2.0",
+        r"dilation_rates\[1\] must be an integer of at least 1, got 2.0",
     ),
     (
         {"dilation_rates": [True, 2]},
         ValueError,
-        "must hold integers of at least 1, got True",
+        r"dilation_rates\[0\] must be an integer of at least 1, got True",
     ),
     ({"segment_lengths": []}, TypeError, r"must be a sequence of integers, got \[\]"),
     ({"segment_lengths": 8}, TypeError, "must be a sequence of integers, got 8"),
@@ -88,8 +88,8 @@ REFUSALS = [
         ValueError,
         "heads of query must be at least the 5 patterns for head_groups, got 4",
     ),
-    ({"key_mask": X}, TypeError, "key_mask must be an array of bool, got float32"),
-    ({"key_mask": [True]}, TypeError, "key_mask must be an array of bool, got list"),
+    ({"key_mask": X}, TypeError, "key_mask must be a boolean array, got float32"),
+    ({"key_mask": [True]}, TypeError, "key_mask must be an array, got list"),
     (
         {"key_mask": X[..., 0] > 0},
         ValueError,

@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DTYPES, assert_as_exact, normal, to_float64, value_and_vjp
+from helpers import assert_as_exact, normal, to_float64, value_and_vjp
 
 from jaxkern._attention.quadratic import quadratic_attention
 
 SIZES = [(2, 7, 7, 3, 4), (1, 1, 1, 1, 1), (2, 5, 9, 2, 6)]
-each_size = pytest.mark.parametrize(
-    "size", SIZES, ids=["b{}-q{}-k{}-h{}-d{}".format(*size) for size in SIZES]
-)
+# Size, is_causal, masked, dtype: all sizes in 16 bits, all masks in 32.
+CASES = [(size, True, True, jnp.bfloat16) for size in SIZES] + [
+    (SIZES[2], is_causal, masked, jnp.float32)
+    for is_causal in (False, True)
+    for masked in (False, True)
+]
 
 
 def make(size, dtype=jnp.float32) -> tuple[Any, Any]:
@@ -49,10 +52,7 @@ def plain(seen):
     return attend
 
 
-@each_size
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("size, is_causal, masked, dtype", CASES)
 def test_values_and_gradients(size, is_causal, masked, dtype):
     args, g = make(size, dtype)
     key_mask = None
@@ -84,7 +84,7 @@ def test_a_query_that_sees_no_key_has_no_result():
         ({"query": 3}, TypeError, "query must be an array, got int"),
         ({"key": jnp.ones((2, 7, 3, 5))}, ValueError, r"key must have shape \(2, seq"),
         ({"value": jnp.ones((2, 6, 3, 4))}, ValueError, r"value must have .*\(2, 7, 3"),
-        ({"key_mask": jnp.ones((2, 7))}, TypeError, "must be boolean, got float32"),
+        ({"key_mask": jnp.ones((2, 7))}, TypeError, "a boolean array, got float32"),
         ({"key_mask": jnp.ones((7,), bool)}, ValueError, r"shape \(2, 7\), got \(7,"),
     ],
 )

@@ -2,6 +2,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_definitions import (
     attention_args,
@@ -53,7 +54,7 @@ REFUSALS = {
     "mask list": (TypeError, "mask must be an array, got list", GOOD, {"mask": [True]}),
     "mask dtype": (
         TypeError,
-        "mask must be boolean, True where a query sees a key, got float32",
+        "mask must be a boolean array, got float32",
         GOOD,
         {"mask": f32(2, 6, 8, 9)},
     ),
@@ -69,8 +70,9 @@ REFUSALS = {
         GOOD,
         {"mask": jnp.ones((8, 9), bool)},
     ),
-    "scale": (ValueError, "a finite number, got nan", GOOD, {"scale": float("nan")}),
-    "scale text": (ValueError, "a finite number, got '1'", GOOD, {"scale": "1"}),
+    "scale": (ValueError, "scale must be finite, got nan", GOOD, {"scale": np.nan}),
+    "scale text": (TypeError, "must be one number, got '1'", GOOD, {"scale": "1"}),
+    "scale flag": (TypeError, "must be one number, got True", GOOD, {"scale": True}),
     "name": (
         ValueError,
         "one of None, 'xla', 'cudnn', 'mosaic_gpu', got 'triton'",
@@ -102,7 +104,7 @@ def test_refusals(refusal):
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_traced_scale_is_refused():
-    with pytest.raises(ValueError, match="attention: scale must be None or a finite"):
+    with pytest.raises(TypeError, match="attention: scale must be one number, got "):
         jax.jit(lambda scale: untyped.attention(*GOOD, scale=scale))(0.5)
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxkern._ring_steps
 import numpy as np
 import pytest
 from attention_definitions import (
@@ -16,7 +15,7 @@ from attention_definitions import (
     plain_attention,
     see,
 )
-from helpers import free_port, run_together, untyped, value_and_vjp
+from helpers import free_port, mesh, run_together, untyped, value_and_vjp
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -28,7 +27,7 @@ from jaxkern import (
     ring_attention,
     ring_permutation,
 )
-from jaxkern._attention.ring_steps import _parts
+from jaxkern._attention import ring_steps
 from jaxkern._attention.tiles import make_tiling
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
@@ -40,14 +39,9 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 def make_ring(devices, layout, is_causal, **options):
     """The whole function of permuted tokens, a device a part."""
-    mesh = jax.make_mesh(
-        (devices,),
-        ("ring",),
-        axis_types=(jax.sharding.AxisType.Auto,),
-        devices=jax.devices()[:devices],
-    )
     ring = partial(ring_attention, axis_name="ring", is_causal=is_causal, layout=layout)
-    return jax.shard_map(ring, mesh=mesh, in_specs=RING, out_specs=RING, **options)
+    specs = {"in_specs": RING, "out_specs": RING}
+    return jax.shard_map(ring, mesh=mesh(ring=devices), **specs, **options)
 
 
 def in_order(run, devices, layout):
@@ -75,29 +69,28 @@ def check(run, size, is_causal, dtype=jnp.float32):
     assert_attention(((out, lse), gradients), exact, plain)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-@layouts
+@pytest.mark.parametrize(
+    "layout, devices", [*((layout, 8) for layout in LAYOUTS), ("zigzag", 2)]
+)
 def test_causal_equals_dense(layout, devices):
     run = in_order(make_ring(devices, layout, True), devices, layout)
     check(run, SIZE, True)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_full_equals_dense(devices):
     check(make_ring(devices, "contiguous", False), SIZE, False)
     if devices == 4:
         check(make_ring(4, "striped", False), (1, 8, 20, 3, 1, 5, 5), False)
 
 
-@layouts
-def test_one_device(layout):
-    check(make_ring(1, layout, True), SIZE, True)
+def test_one_device():
+    check(make_ring(1, "zigzag", True), SIZE, True)
 
 
 @layouts
 def test_several_tiles_a_part(layout, monkeypatch):
-    steps = jaxkern._ring_steps
-    monkeypatch.setattr(steps, "make_tiling", partial(make_tiling, limit=8))
+    monkeypatch.setattr(ring_steps, "make_tiling", partial(make_tiling, limit=8))
     run = in_order(make_ring(4, layout, True), 4, layout)
     check(run, (1, 88, 88, 2, 1, 8, 8), True)
 
@@ -108,19 +101,19 @@ def test_error_in_16_bits_is_that_of_the_plain_form(dtype):
     check(run, (1, 128, 128, 2, 1, 32, 32), True, dtype)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@layouts
+@pytest.mark.parametrize(
+    "layout, kind", [*((layout, "explicit") for layout in LAYOUTS), ("zigzag", "auto")]
+)
 def test_context_parallel_attention(layout, kind):
     """The batch stays split over the other axis of the mesh."""
-    axis_types = (jax.sharding.AxisType[kind],) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "ring"), axis_types=axis_types)
+    devices = mesh(kind, data=2, ring=4)
     run = partial(
-        context_parallel_attention, mesh=mesh, axis_name="ring", layout=layout
+        context_parallel_attention, mesh=devices, axis_name="ring", layout=layout
     )
     args, (d_out, d_lse) = attention_args(SIZE)
     cotangents = d_out, jnp.zeros_like(d_lse)
-    args = jax.device_put(args, NamedSharding(mesh, P("data")))
-    d_out = jax.device_put(d_out, NamedSharding(mesh, P("data", "ring")))
+    args = jax.device_put(args, NamedSharding(devices, P("data")))
+    d_out = jax.device_put(d_out, NamedSharding(devices, P("data", "ring")))
     for is_causal in (False, True) if layout == "zigzag" else (True,):
         visible = see(None, is_causal, (2, 4, 48, 48))
         exact = attention_float64(args, cotangents, visible, 8**-0.5)
@@ -131,13 +124,13 @@ def test_context_parallel_attention(layout, kind):
 
 def test_keys_shared_along_another_axis():
     """Their gradients are summed over it; explicit axes and checked types."""
-    mesh = jax.make_mesh((2, 4), ("data", "ring"))
+    devices = mesh("explicit", data=2, ring=4)
     args, (d_out, _) = attention_args((1, 16, 16, 4, 2, 8, 8))
     query = jnp.concatenate([args[0], 2 * args[0]], 2)
     specs = P(None, "ring", "data"), RING, RING
     ring = jax.shard_map(
         partial(ring_attention, axis_name="ring", is_causal=True, layout="zigzag"),
-        mesh=mesh,
+        mesh=devices,
         in_specs=specs,
         out_specs=specs[0],
     )
@@ -151,7 +144,7 @@ def test_keys_shared_along_another_axis():
     expected = value_and_vjp(dense, (query, *args[1:]), d_out)
     indices, inverse = ring_permutation(16, 4, "zigzag")
     placed = [
-        jax.device_put(x[:, indices], NamedSharding(mesh, spec))
+        jax.device_put(x[:, indices], NamedSharding(devices, spec))
         for x, spec in zip((query, *args[1:], d_out), (*specs, specs[0]), strict=True)
     ]
     got = value_and_vjp(ring, placed[:3], placed[3])
@@ -224,7 +217,7 @@ def test_zigzag_gives_every_device_the_same_work_in_every_step(devices, half):
     seq = 2 * half
     work = {}
     for layout in LAYOUTS:
-        own, earlier, later = _parts(layout, seq, seq)
+        own, earlier, later = ring_steps._parts(layout, seq, seq)
         work[layout] = np.array(
             [
                 [scores(own, seq)]
@@ -263,7 +256,7 @@ def test_permutation(devices, half, layout):
 
 
 def test_two_processes():
-    program, port = Path(__file__).with_name("ring_process.py"), str(free_port())
+    program, port = Path(__file__).parents[1] / "ring_process.py", str(free_port())
     outputs = run_together([[sys.executable, program, str(i), port] for i in range(2)])
     for i, output in enumerate(outputs):
         assert f"equal on process {i}" in output, output
@@ -278,7 +271,7 @@ def test_refusals():
         untyped.ring_attention(x, x, x, axis_name="ring", layout="brick")
     with pytest.raises(ValueError, match="heads of query must be a multiple"):
         ring_attention(x, *[jnp.zeros((1, 12, 3, 4))] * 2, axis_name="ring")
-    with pytest.raises(ValueError, match="scale must be None or a finite"):
+    with pytest.raises(ValueError, match="scale must be finite, got inf"):
         ring_attention(x, x, x, axis_name="ring", scale=float("inf"))
     with pytest.raises(ValueError, match="seq_q and seq_kv must be equal with is_cau"):
         make_ring(2, "striped", True)(x, x[:, :8], x[:, :8])
@@ -289,8 +282,7 @@ def test_refusals():
 @pytest.mark.usefixtures("unchecked_types")
 def test_context_parallel_refusals():
     x = jnp.zeros((1, 100, 2, 4))
-    mesh = jax.make_mesh((8,), ("ring",), axis_types=(jax.sharding.AxisType.Auto,))
-    run = partial(context_parallel_attention, x, x, x, mesh=mesh)
+    run = partial(context_parallel_attention, x, x, x, mesh=mesh(ring=8))
     with pytest.raises(ValueError, match="axis_name must be one of 'ring', got 'seq'"):
         run(axis_name="seq")
     with pytest.raises(ValueError, match="multiple of 16 .* got 100: pad it by 12"):

@@ -32,18 +32,19 @@ def rotary_float64(x, positions, theta, pairs):
     return y
 
 
-@pytest.mark.parametrize("pairs", PAIRS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
-    "shape, positions",
-    [
-        (SHAPE, None),
-        ((1, 1, 1, 2), None),
-        (SHAPE, np.arange(7) + 5),
-        (SHAPE, np.array([[0, 3, 3, 9, -1, 4, 100], [7, 6, 5, 4, 3, 2, 1]])),
-    ],
-    ids=["from zero", "one token", "shifted", "by sequence"],
-)
+BY_SEQUENCE = np.array([[0, 3, 3, 9, -1, 4, 100], [7, 6, 5, 4, 3, 2, 1]])
+VALUES = {
+    "from zero": (SHAPE, None, jnp.float32, "interleaved"),
+    "one token": ((1, 1, 1, 2), None, jnp.float32, "halves"),
+    "shifted": (SHAPE, np.arange(7) + 5, jnp.float32, "interleaved"),
+} | {
+    f"{pairs} {dtype.__name__}": (SHAPE, BY_SEQUENCE, dtype, pairs)
+    for pairs in PAIRS
+    for dtype in (jnp.float32, jnp.bfloat16)
+}
+
+
+@pytest.mark.parametrize("shape, positions, dtype, pairs", VALUES.values(), ids=VALUES)
 def test_values(shape, positions, dtype, pairs):
     x = normal(0, shape, dtype)
     given = None if positions is None else jnp.asarray(positions)
@@ -123,15 +124,16 @@ X = jnp.ones(SHAPE)
         ((X.astype(int),), {}, TypeError, "x must have a floating-point dtype"),
         ((X[..., :5],), {}, ValueError, "rotary_embedding: dim must be even, got 5"),
         ((X, jnp.ones(7)), {}, TypeError, "positions must be an integer array, got fl"),
-        ((X, [1] * 7), {}, TypeError, "positions must be an integer array, got list"),
+        ((X, [1] * 7), {}, TypeError, "positions must be an array, got list"),
         (
             (X, jnp.arange(6)),
             {},
             ValueError,
             r"positions must have shape \(7,\) or \(2, 7\), got \(6,\)",
         ),
-        ((X,), {"theta": 0.0}, ValueError, "theta must be positive and finite, got 0"),
-        ((X,), {"theta": "10"}, ValueError, "theta must be positive and finite"),
+        ((X,), {"theta": 0.0}, ValueError, "theta must be positive, got 0"),
+        ((X,), {"theta": np.inf}, ValueError, "theta must be finite, got inf"),
+        ((X,), {"theta": "10"}, TypeError, "theta must be one number, got '10'"),
         ((X,), {"pairs": "half"}, ValueError, "pairs must be one of 'interleaved', 'h"),
     ],
 )

@@ -211,7 +211,7 @@ def test_command(small, tmp_path, capsys):
     path, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     argv = ["--iterations", "2", "--json", str(path), "--plot", str(picture)]
     only = (
-        r"256, [24]\) (ring_v2|multihead_st|plain jnp$)|real .* (attention|ring of 8)$"
+        r"256, [24]\) (ring_v2|multihead_st|plain jnp$)|real .* (attention|ring of 2)$"
     )
     assert attention.main([*argv, "--devices", "2", "--only", only]) == 0
     printed = capsys.readouterr().out

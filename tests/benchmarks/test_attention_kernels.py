@@ -23,7 +23,7 @@ DENSE = Task(Shape(4, 4096, 16, 128), Dense())
 CAUSAL = Task(Shape(4, 4096, 16, 128), Dense(is_causal=True))
 MASKED = Shape(1, 16384, 16, 128)
 TENTH = Task(MASKED, Masked(10, 16))
-NO_HOPPER = "mosaic_gpu needs an H100 or H200, and the default device is none"
+NO_HOPPER = "mosaic_gpu needs an H100 or H200, but the default device is cpu"
 
 
 @pytest.fixture

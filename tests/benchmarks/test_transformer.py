@@ -85,8 +85,7 @@ BACKWARD = ["--no-peers", "--warmup", "1", "--only", "backward"]
     "argv",
     [
         ["--dtype", "bfloat16", "--remat"],
-        ["--attention", "dilated"],
-        ["--mlp", "2:4"],
+        ["--attention", "dilated", "--mlp", "2:4"],
     ],
     ids=lambda argv: argv[1],
 )

@@ -1,144 +1,84 @@
 from functools import cache, partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    DTYPES,
     assert_as_exact,
     assert_near,
-    normal,
-    sigmoid,
+    mesh,
     to_float64,
     value_and_vjp,
+    with_vjp,
 )
 from jax.sharding import PartitionSpec as P
+from masked_definitions import (
+    BF16,
+    FLOAT64,
+    KEY,
+    METHODS,
+    SIZES,
+    SLOPES,
+    apply_bilinear,
+    apply_matmul,
+    bilinear_args,
+    each_method,
+    each_method_once,
+    matmul_args,
+    matmul_float64,
+    plain_bilinear,
+    plain_matmul,
+)
 
 from jaxkern import (
     gumbel_softmax,
-    masked_bilinear,
     masked_matmul,
     reinmax,
     seed_reinmax,
     straight_through,
 )
-from jaxkern._masked.masked import Method
-
-METHODS = get_args(Method)
-each_method = pytest.mark.parametrize("method", METHODS)
-KEY = jax.random.key(7)
-# (batch, seq, d_in, d_out or hidden, d_out)
-SIZES = [(3, 5, 7, 11, 4), (1, 1, 1, 1, 1), (5, 2, 8, 3, 6)]
-each_size = pytest.mark.parametrize(
-    "size, estimator",
-    list(zip(SIZES, (reinmax, straight_through, seed_reinmax), strict=True)),
-    ids=["b{}-s{}-d{}-h{}-o{}".format(*size) for size in SIZES],
-)
-SLOPES = {
-    straight_through: np.ones_like,
-    seed_reinmax: lambda x: 1 + sigmoid(x) * sigmoid(-x),
-    reinmax: lambda x: sigmoid(-abs(x)) / 2,
-}
-
-
-def matmul_args(size, dtype=jnp.float32, shared=False) -> tuple[Any, Any]:
-    batch, seq, d_in, d_out, _ = size
-    x = normal(0, (batch, seq, d_in), dtype)
-    w = normal(1, (d_in, d_out), dtype, d_in**-0.5)
-    logits = normal(2, w.shape if shared else (batch, *w.shape), dtype)
-    return (x, w, logits), normal(3, (batch, seq, d_out), dtype)
-
-
-def bilinear_args(size, dtype=jnp.float32, shared=False) -> tuple[Any, Any]:
-    """(h, weights, mask_logits, biases) and the result's cotangent."""
-    batch, seq, d_in, hidden, d_out = size
-    shapes = [(d_in, hidden), (d_in, hidden), (hidden, d_out)]
-    weights = tuple(
-        normal(i, s, dtype, s[0] ** -0.5) for i, s in enumerate(shapes, start=1)
-    )
-    lead = () if shared else (batch,)
-    logits = tuple(normal(i, (*lead, *s), dtype) for i, s in enumerate(shapes, 4))
-    biases = tuple(normal(i, s[1:], dtype) for i, s in enumerate(shapes, start=7))
-    args = normal(0, (batch, seq, d_in), dtype), weights, logits, biases
-    return args, normal(10, (batch, seq, d_out), dtype)
-
-
-def apply_matmul(x, w, logits, **options):
-    return masked_matmul(x, w, logits, **options)
-
-
-def apply_bilinear(h, weights, logits, biases, **options):
-    return masked_bilinear(h, weights, logits, biases=biases, **options)
-
 
 OPS: dict[str, Any] = {
     "matmul": (apply_matmul, matmul_args),
     "bilinear": (apply_bilinear, bilinear_args),
 }
 each_op = pytest.mark.parametrize("op, make", OPS.values(), ids=OPS)
-
-
-# Bilinear is made of the same products.
-each_method_once = pytest.mark.parametrize(
+# One that walks the samples, and one that takes all at once.
+each_kind = pytest.mark.parametrize("method", ["fused", "bmm"])
+each_kind_once = pytest.mark.parametrize(
     "op, make, method",
-    [(*OPS["matmul"], method) for method in METHODS] + [(*OPS["bilinear"], "fused")],
-    ids=[*METHODS, "bilinear"],
+    [
+        (apply_matmul, matmul_args, "fused"),
+        (apply_matmul, matmul_args, "bmm"),
+        (apply_bilinear, bilinear_args, "fused"),
+    ],
+    ids=["fused", "bmm", "bilinear"],
 )
 
 
-def matmul_float64(x, w, logits, g, slope) -> Any:
-    """By hand, one sample at a time; logits (batch, d_in, d_out)."""
-    y, d_x, d_logits = np.zeros(g.shape), np.zeros(x.shape), np.zeros(logits.shape)
-    d_w = np.zeros(w.shape)
-    for b in range(len(x)):
-        mask = logits[b] > 0
-        y[b] = x[b] @ (w * mask)
-        d_x[b] = g[b] @ (w * mask).T
-        d_masked = x[b].T @ g[b]
-        d_w += d_masked * mask
-        d_logits[b] = d_masked * w * slope(logits[b])
-    return y, (d_x, d_w, d_logits)
-
-
-def bilinear_float64(h, weights, logits, biases, g, slope) -> Any:
-    none = np.zeros((len(h), h.shape[1], weights[0].shape[1]))
-    z1, z2 = (
-        matmul_float64(h, weights[i], logits[i], none, slope)[0] + biases[i]
-        for i in (0, 1)
-    )
-    y, (d_p, d_w3, d_l3) = matmul_float64(z1 * z2, weights[2], logits[2], g, slope)
-    d_z = d_p * z2, d_p * z1
-    (d_h1, d_w1, d_l1), (d_h2, d_w2, d_l2) = (
-        matmul_float64(h, weights[i], logits[i], d_z[i], slope)[1] for i in (0, 1)
-    )
-    d_biases = tuple(d.sum((0, 1)) for d in (*d_z, g))
-    gradients = d_h1 + d_h2, (d_w1, d_w2, d_w3), (d_l1, d_l2, d_l3), d_biases
-    return y + biases[2], gradients
-
-
-FLOAT64 = {apply_matmul: matmul_float64, apply_bilinear: bilinear_float64}
-
-
-@each_op
-@each_method
-@each_size
-def test_values_and_gradients(op, make, method, size, estimator):
+def check_values_and_gradients(op, make, method, size, estimator, rule):
     args, g = make(size)
     got = value_and_vjp(partial(op, estimator=estimator, method=method), args, g)
-    exact = FLOAT64[op](*to_float64(args), to_float64(g), SLOPES[estimator])
-    assert_near(got, exact)
+    assert_near(got, FLOAT64[op](*to_float64(args), to_float64(g), SLOPES[rule]))
 
 
-def plain_matmul(x, w, mask):
-    return jnp.stack([a @ (w * m) for a, m in zip(x, mask, strict=True)])
+@each_method_once
+def test_values_and_gradients(op, make, method):
+    check_values_and_gradients(op, make, method, SIZES[0], reinmax, reinmax)
 
 
-def plain_bilinear(h, weights, logits, biases):
-    masks = [straight_through(one) for one in logits]
-    z1, z2 = (plain_matmul(h, weights[i], masks[i]) + biases[i] for i in (0, 1))
-    return plain_matmul(z1 * z2, weights[2], masks[2]) + biases[2]
+@each_kind
+@pytest.mark.parametrize(
+    "size, estimator",
+    list(zip(SIZES[1:], (straight_through, seed_reinmax), strict=True)),
+    ids=["one of each", "wide"],
+)
+def test_values_and_gradients_of_other_sizes(method, size, estimator):
+    """With the estimator's name."""
+    each = apply_matmul, matmul_args, method, size
+    check_values_and_gradients(*each, estimator.__name__, estimator)
 
 
 def plain(x, w, logits, *biases):
@@ -153,14 +93,12 @@ def run_plain(make, dtype):
     return value_and_vjp(plain, args, g)
 
 
-@each_op
-@each_method
-@pytest.mark.parametrize("dtype", DTYPES[1:2])
-def test_16_bit_is_as_exact_as_the_plain_form(op, make, method, dtype):
-    args, g = make((4, 6, 16, 12, 5), dtype)
+@each_method_once
+def test_16_bit_is_as_exact_as_the_plain_form(op, make, method):
+    args, g = make((4, 6, 16, 12, 5), BF16)
     exact = FLOAT64[op](*to_float64(args), to_float64(g), np.ones_like)
     fn = partial(op, estimator=straight_through, method=method)
-    assert_as_exact(value_and_vjp(fn, args, g), run_plain(make, dtype), exact)
+    assert_as_exact(value_and_vjp(fn, args, g), run_plain(make, BF16), exact)
 
 
 def test_logits_may_have_another_dtype():
@@ -185,8 +123,11 @@ def run_drawn(op, make, method):
     return value_and_vjp(fn, (x, args[1], logits, *args[3:]), g)
 
 
-@each_op
-@each_method
+@pytest.mark.parametrize(
+    "op, make, method",
+    [(*OPS["matmul"], method) for method in METHODS if method != "loop"]
+    + [(*OPS["bilinear"], "fused")],
+)
 def test_draws_are_the_same_by_every_method_and_of_each_samples_own(op, make, method):
     got = run_drawn(op, make, method)
     assert_near(got, run_drawn(op, make, "loop"))
@@ -202,7 +143,7 @@ def test_an_estimator_that_holds_a_key_draws_one_noise_for_all(method):
     assert_near(got, x @ (w * estimator(logits[0])))
 
 
-@each_method
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "loop"])
 def test_estimator_sees_one_sample(method):
     """So one that is not elementwise means the same by every method."""
     (x, w, logits), g = matmul_args(SIZES[0])
@@ -214,7 +155,7 @@ def test_estimator_sees_one_sample(method):
     assert_near(got, value_and_vjp(expected, (x, w, logits), g))
 
 
-@each_method_once
+@each_kind_once
 def test_one_sample_equals_shared_logits(op, make, method):
     size = 1, 5, 7, 6, 4
     args, g = make(size)
@@ -226,8 +167,7 @@ def test_one_sample_equals_shared_logits(op, make, method):
     assert_near(got, (y, batched))
 
 
-@each_op
-@pytest.mark.parametrize("method", ["bmm", "fused"])
+@each_kind_once
 def test_shared_logits_are_one_mask_for_all(op, make, method):
     args, g = make(SIZES[0], shared=True)
     fn = partial(op, estimator=reinmax, method=method)
@@ -244,22 +184,13 @@ def test_shared_logits_are_one_mask_for_all(op, make, method):
     )
 
 
-def jitted_pull(fn):
-    """`value_and_vjp` of `fn`, compiled once."""
-
-    @jax.jit
-    def pull(args, g):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(g)
-
-    return pull
-
-
-@each_method_once
+@pytest.mark.parametrize(
+    "op, make, method", [(*of, "fused") for of in OPS.values()], ids=OPS
+)
 def test_permuting_samples_permutes_results(op, make, method):
     args, g = make(SIZES[2])
     order = jnp.array([3, 0, 4, 2, 1])
-    pull = jitted_pull(partial(op, estimator=reinmax, method=method))
+    pull = with_vjp(partial(op, estimator=reinmax, method=method))
     y, gradients = pull(args, g)
     x, logits = jax.tree.map(lambda a: a[order], (args[0], args[2]))
     got, moved = pull((x, args[1], logits, *args[3:]), g[order])
@@ -269,7 +200,7 @@ def test_permuting_samples_permutes_results(op, make, method):
     assert_near(moved[1], gradients[1])
 
 
-@each_method
+@each_kind
 def test_unused_logits_get_zero_gradients(method):
     (x, w, logits), g = matmul_args(SIZES[2])
 
@@ -283,12 +214,11 @@ def test_unused_logits_get_zero_gradients(method):
     assert (gradient[:2] != 0).all() and (gradient[2:] == 0).all()
 
 
-@each_method
+@each_kind
 def test_dead_masks(method):
     args, g = bilinear_args(SIZES[0])
-    pull = jitted_pull(
-        partial(apply_bilinear, estimator=straight_through, method=method)
-    )
+    options = {"estimator": straight_through, "method": method}
+    pull = with_vjp(partial(apply_bilinear, **options))
     for value in (0.0, -1.0, -jnp.inf):
         logits = jax.tree.map(lambda a, v=value: jnp.full_like(a, v), args[2])
         y, gradients = pull((*args[:2], logits, args[3]), g)
@@ -348,13 +278,13 @@ def test_fused_keeps_no_array_but_the_arguments(estimator):
     assert temporary <= masked + sample + y + 1024
 
 
-@each_method_once
+@each_kind_once
 def test_transforms(op, make, method):
     args, g = make((2, 3, 4, 5, 6))
     fn = partial(op, estimator=reinmax, method=method, key=KEY)
-    pull: Any = jitted_pull(fn)
+    pull: Any = with_vjp(fn)
     y, gradients = pull(args, g)
-    assert_near(jitted_pull(jax.checkpoint(fn))(args, g), (y, gradients))
+    assert_near(with_vjp(jax.checkpoint(fn))(args, g), (y, gradients))
     two = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (args, g))
     _, expected = jax.lax.scan(lambda _, part: (None, pull(*part)), None, two)
     assert_near(jax.tree.map(lambda a: a[0], expected), (y, gradients))
@@ -367,18 +297,20 @@ def test_transforms(op, make, method):
     np.testing.assert_allclose((pushed * g).sum(), total, rtol=1e-4, atol=1e-4)
 
 
-@each_method
-@pytest.mark.parametrize("manual", [True, False], ids=["shard_map", "automatic"])
+@pytest.mark.parametrize(
+    "method, manual",
+    [*((method, False) for method in METHODS), ("fused", True), ("bmm", True)],
+)
 def test_sharded_batch(method, manual):
     (x, w, logits), g = matmul_args((8, 3, 4, 5, 0))
     fn = partial(masked_matmul, estimator=reinmax, method=method)
     exact = to_float64((x, w, logits, g))
     expected = matmul_float64(*exact, slope=SLOPES[reinmax])
-    mesh: Any = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = (jax.NamedSharding(mesh, spec) for spec in (P("data"), P()))
+    devices = mesh(data=4)
+    rows, whole = (jax.NamedSharding(devices, spec) for spec in (P("data"), P()))
     x, logits, g = (jax.device_put(a, rows) for a in (x, logits, g))
     w = jax.device_put(w, whole)
     if manual:
         specs = P("data"), P(), P("data")
-        fn = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P("data"))
+        fn = jax.shard_map(fn, mesh=devices, in_specs=specs, out_specs=P("data"))
     assert_near(value_and_vjp(fn, (x, w, logits), g), expected)

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 from helpers import untyped
-from test_masked import bilinear_args, matmul_args
+from masked_definitions import bilinear_args, matmul_args
 
 from jaxkern import reinmax
 
@@ -35,9 +35,18 @@ from jaxkern import reinmax
         (
             {"method": "scan"},
             ValueError,
-            "method must be one of 'loop', .*, got 'scan'",
+            "method must be one of None, 'loop', .*, got 'scan'",
         ),
-        ({"estimator": 3}, TypeError, "estimator must be callable, got 3"),
+        (
+            {"estimator": 3},
+            TypeError,
+            "estimator must be callable or one of 'straight_through', .*, got 3",
+        ),
+        (
+            {"estimator": "reinmaxx"},
+            ValueError,
+            "estimator must be one of 'straight_through', .*, got 'reinmaxx'",
+        ),
         (
             {"estimator": lambda a: a[0]},
             ValueError,

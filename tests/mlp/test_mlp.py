@@ -24,7 +24,7 @@ from helpers import (
     untyped,
     value_and_vjp,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_definitions import DOWN, UP, V, W, X, low_rank_swiglu_float64
 
@@ -150,16 +150,15 @@ def test_exact_gradient_of_soft():
     np.testing.assert_allclose(slope, (value(1e-6) - value(-1e-6)) / 2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("width", [5, 6, 7, 131])
+@pytest.mark.parametrize("width", [5, 6, 131])
 def test_2_4_of_a_ragged_width_is_that_of_the_padded_one(width):
     x, up, _, down, _ = low_rank_args((9, 24, width, 4, 24), jnp.float32)
     missing = -width % 4
     padded_up = up[0], jnp.pad(up[1], ((0, 0), (0, missing)))
     padded_down = jnp.pad(down[0], ((0, missing), (0, 0))), down[1]
     for sparsity in ("2:4", "2:4-soft", "2:4-static"):
-        got = low_rank_relu2(x, up, down, sparsity=sparsity)
-        padded = low_rank_relu2(x, padded_up, padded_down, sparsity=sparsity)
-        assert_near(got, padded)
+        run = jax.jit(partial(low_rank_relu2, sparsity=sparsity))
+        assert_near(run(x, up, down), run(x, padded_up, padded_down))
 
 
 def flops(fn, *args):
@@ -215,8 +214,8 @@ def test_nothing_wider_than_the_input_is_saved_for_the_backward():
 
 @ops
 def test_transforms(op):
-    x, weights = op_args()
-    y = jax.jit(op)(x, weights)
+    op, (x, weights) = jax.jit(op), op_args()
+    y = op(x, weights)
     assert_near(op(x.reshape(2, 2, 4, -1), weights).reshape(y.shape), y)
     assert_near(op(x[0], weights), y[0])
     assert_near(jax.vmap(op, (0, None))(x, weights), y)
@@ -236,6 +235,7 @@ def test_transforms(op):
     np.testing.assert_allclose((tangent * cotangent).sum(), pulled.sum(), rtol=1e-4)
 
 
+@settings(max_examples=12)
 @given(
     st.sampled_from([(), (1,), (2, 3), (1, 3, 2)]),
     st.sampled_from([(6, 7), (12, 16)]),

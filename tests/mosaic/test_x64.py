@@ -1,33 +1,22 @@
 """Kernels in programs whose integers have 64 bits: 16-bit arrays are what they were."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import normal
+from helpers import normal, with_vjp
 
 import jaxkern
 from jaxkern import BlockMask, pack_2_4, pack_mask, straight_through
-from jaxkern._attention import block_sparse as _block_sparse
-from jaxkern._attention import dense as _attention
-from jaxkern._masked import masked as _masked
-from jaxkern._mlp import flash_mlp as _flash_mlp
-from jaxkern._mlp import packed_mlp as _packed_mlp
-from jaxkern._mlp.hopper import choose as _mlp_mgpu
-from jaxkern._sparsity import select as _sparsity
 from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
-MODULES = _attention, _block_sparse, _flash_mlp, _masked, _mlp_mgpu, _packed_mlp
 HIDDEN, RANK, WIDTH, TOKENS = 512, 64, 256, 128
 
 
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    for module in (*MODULES, _sparsity):
-        monkeypatch.setattr(module, "on_hopper", lambda: True)
+pytestmark = pytest.mark.usefixtures("chooses_hopper")
 
 
 def array(seed: int, *shape: int) -> Any:
@@ -77,14 +66,12 @@ INPUTS |= dict.fromkeys(("masked", "packed mask"), SAMPLES)
 INPUTS |= dict.fromkeys(("relu2", "2:4", "2:4-soft"), WIDE)
 
 
-def with_gradient(call, x):
-    value, pull = jax.vjp(call, x)
-    return value, pull(jnp.ones_like(value))
-
-
+@cache
 def lowered(name: str, is_wide: bool) -> list[bytes]:
+    """The kernels of both passes."""
+    call, x = CALLS[name], INPUTS.get(name, X)
     with jax.enable_x64(is_wide):
-        return lower(partial(with_gradient, CALLS[name]), (INPUTS.get(name, X),))
+        return lower(with_vjp(call), ((x,), jax.eval_shape(call, x)))
 
 
 @pytest.mark.parametrize("name", CALLS)

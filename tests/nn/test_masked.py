@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_near, normal, untyped
+from helpers import assert_near, mesh, normal, untyped
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,12 +71,12 @@ def by_op(module, x, key=None):
 
 @modules
 @pytest.mark.parametrize(
-    "num_masks, method",
-    [(None, "fused"), (BATCH, "einsum"), (7, "fused")],
+    "num_masks, method, estimator",
+    [(None, "fused", reinmax), (BATCH, "einsum", reinmax), (7, None, "reinmax")],
     ids=["shared", "each", "more"],
 )
-def test_calls_its_op_with_the_first_masks(build, num_masks, method):
-    module = build(num_masks=num_masks, estimator=reinmax, method=method)
+def test_calls_its_op_with_the_first_masks(build, num_masks, method, estimator):
+    module = build(num_masks=num_masks, estimator=estimator, method=method)
     randomize(module)
     x = normal(50, (BATCH, 4, D_IN))
     for key in (None, KEY):
@@ -188,9 +188,16 @@ def test_sparsity_by_logits_and_in_total():
     )
 
 
-@modules
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "build, dtype, param_dtype",
+    [
+        (linear, None, jnp.float32),
+        (linear, None, jnp.bfloat16),
+        (linear, jnp.bfloat16, jnp.float32),
+        (bilinear, None, jnp.bfloat16),
+        (bilinear, jnp.bfloat16, jnp.float32),
+    ],
+)
 def test_dtypes(build, dtype, param_dtype):
     module = build(num_masks=BATCH, dtype=dtype, param_dtype=param_dtype)
     leaves = jax.tree.leaves(nnx.state(module))
@@ -234,16 +241,15 @@ def test_partition_specs():
 def test_sharded_by_its_own_metadata_equals_one_device(method):
     module = randomize(bilinear(num_masks=4, method=method))
     x = normal(50, (4, 3, D_IN))
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axis_types)
+    devices = mesh(data=4, model=2)
     graph, state = nnx.split(module)
     rules = [("batch", "data"), ("embed", None), ("mlp", "model")]
     with nnx.logical_axis_rules(rules):
-        placed = jax.device_put(state, nnx.get_named_sharding(state, mesh))
+        placed = jax.device_put(state, nnx.get_named_sharding(state, devices))
     part = placed["left_logits"][...].addressable_shards[0].data
     assert part.shape == (1, D_IN, HIDDEN // 2)
     run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
-    got = run(placed, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    got = run(placed, jax.device_put(x, NamedSharding(devices, P("data"))))
     assert_near(got, run(state, x))
 
 
@@ -277,7 +283,7 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
         (
             lambda: bilinear(method="scan")(jnp.ones((1, D_IN))),
             ValueError,
-            "masked_bilinear: method must be one of 'loop'",
+            "masked_bilinear: method must be one of None, 'loop'",
         ),
         (
             lambda: bilinear(estimator=binary_concrete)(jnp.ones((1, D_IN))),

@@ -205,7 +205,7 @@ def dense(
     q, k = (jnp.arange(length) for length in pairs)
 
     def head(n):
-        attends = mask_fn(n // heads, n % heads, q[:, None], k)
+        attends = mask_fn(n // heads, n % heads, q[:, None], k[None])
         return jnp.broadcast_to(attends, pairs)
 
     return lax.map(head, jnp.arange(batch * heads)).reshape(shape)

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
+from ..._core.precision import widen
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, zeros
 from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
@@ -189,7 +190,7 @@ def _attend_backward(scale, dilation, saved, cotangents):
     d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
     # Without this barrier XLA sums inside of what transposes and stacks: 451 us on an
     # H200 at (4, 4096, 16, 128), where to read the arrays takes about 60.
-    summed = lax.optimization_barrier((d_out * _sum(outs)).sum(-1))
+    summed = lax.optimization_barrier((widen(d_out) * _sum(outs)).sum(-1))
     delta = summed.mT - d_lse
     gradients = _gradients(
         query, key, value, d_out, lse2, delta, mask=mask, scale=scale, dilation=dilation

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,7 @@ def _take_turns(turn) -> None:
         plgpu.barrier_wait(barrier)
 
 
+@runtime_checkable
 class Body(Protocol):
     """What a warpgroup computes."""
 
@@ -434,9 +435,9 @@ class HeldPart:
 
     def walk_head(self, nth, batch, head, first_row, g, state):
         """The state after the lists of the g-th walked head: (steps so far, carry)."""
-        partial_blocks, full_blocks = self.bound.lists(nth, self.lane, g)
         walk = self.bound.plan.walk
         query_head = head * walk.heads + g
+        partial_blocks, full_blocks = self.bound.lists(nth, self.lane, g)
 
         def step_of_partial(n, state):
             column = self.bound.column(partial_blocks, n)

@@ -33,6 +33,11 @@ def under_jit(fn, *args):
             "BlockMask.local_window: window must be an integer of at least 0, got -1",
         ),
         (
+            lambda: untyped.BlockMask.local_window(64, 64, window=True),
+            ValueError,
+            "local_window: window must be an integer of at least 0, got True",
+        ),
+        (
             lambda: untyped.BlockMask.dilated(4, 4, rates=[1, 0]),
             ValueError,
             r"BlockMask.dilated: rates\[1\] must be an integer of at least 1, got 0",
@@ -55,7 +60,7 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.document(np.zeros(4)),
             TypeError,
-            "segment_ids must be of integers, got float64",
+            "segment_ids must be an integer array, got float64",
         ),
         (
             lambda: untyped.BlockMask.document(IDS.reshape(2, 2, 16)),
@@ -65,7 +70,7 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.from_blocks(np.ones((2, 2))),
             TypeError,
-            "BlockMask.from_blocks: blocks must be boolean, got float64",
+            "BlockMask.from_blocks: blocks must be a boolean array, got float64",
         ),
         (
             lambda: untyped.BlockMask.from_blocks(np.ones(2, bool)),
@@ -80,7 +85,7 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.from_dense(IDS.reshape(8, 8)),
             TypeError,
-            "BlockMask.from_dense: mask must be boolean, got int32",
+            "BlockMask.from_dense: mask must be a boolean array, got int32",
         ),
         (
             under_jit(BlockMask.from_dense, np.ones((4, 4), bool)),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_mask_definitions import states_listed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -24,6 +25,13 @@ SIZES = {
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 
 
+def each_size_and(name, first, *others):
+    """Every size with the first value, and one size with each other one."""
+    cases = {f"{size}-{first}": (SIZES[size], first) for size in SIZES}
+    cases |= {f"ragged-{value}": (SIZES["ragged"], value) for value in others}
+    return pytest.mark.parametrize(f"size, {name}", cases.values(), ids=cases)
+
+
 def states_of(dense, block_size):
     """0, 1, 2 for empty, partial and full blocks; what lies past an end is False."""
     *leading, rows, columns = dense.shape
@@ -32,29 +40,6 @@ def states_of(dense, block_size):
     rows, columns = (n // block_size for n in padded.shape[-2:])
     tiles = padded.reshape(*leading, rows, block_size, columns, block_size)
     return tiles.any((-3, -1)).astype(int) + tiles.all((-3, -1))
-
-
-def listed(num_blocks, indices, columns):
-    """The blocks on the lists, of which each must ascend."""
-    num_blocks, indices = np.asarray(num_blocks), np.asarray(indices)
-    on = np.zeros((*num_blocks.shape, columns), bool)
-    for row in np.ndindex(num_blocks.shape):
-        columns_of_row = indices[row][: num_blocks[row]]
-        assert (np.diff(columns_of_row) > 0).all()
-        on[row][columns_of_row] = True
-    return on
-
-
-def states_listed(mask):
-    rows, columns = mask.grid
-    part = listed(mask.kv_num_blocks, mask.kv_indices, columns)
-    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
-    part_across = listed(mask.q_num_blocks, mask.q_indices, rows)
-    full_across = listed(mask.full_q_num_blocks, mask.full_q_indices, rows)
-    np.testing.assert_array_equal(part_across, part.swapaxes(2, 3))
-    np.testing.assert_array_equal(full_across, full.swapaxes(2, 3))
-    assert not (part & full).any()
-    return part + 2 * full
 
 
 def assert_is(mask, dense, exact_lists=True):
@@ -81,16 +66,14 @@ def test_causal(size):
     assert_is(BlockMask.causal(*size[:2], block_size=size[2]), k <= q)
 
 
-@sizes
-@pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 40, 1000])
+@each_size_and("window", 17, 0, 1, 15, 16, 40, 1000)
 def test_local_window(size, window):
     q, k = positions(size)
     mask = BlockMask.local_window(*size[:2], window=window, block_size=size[2])
     assert_is(mask, abs(q - k) <= window)
 
 
-@sizes
-@pytest.mark.parametrize("rates", [(), (1,), (1, 2, 4), (3, 3)], ids=str)
+@each_size_and("rates", (1, 2, 4), (), (1,), (3, 3))
 def test_dilated(size, rates):
     q, k = (x // size[2] for x in positions(size))
     mask = BlockMask.dilated(*size[:2], rates=rates, block_size=size[2])
@@ -105,18 +88,18 @@ def test_dilated_has_the_published_densities():
     assert densities == [10 / 16, 22 / 64]
 
 
-@sizes
-@pytest.mark.parametrize("stride", [1, 2, 3, 100])
+@each_size_and("stride", 2, 1, 3, 100)
 def test_strided(size, stride):
     q, k = (x // size[2] for x in positions(size))
     mask = BlockMask.strided(*size[:2], stride=stride, block_size=size[2])
     assert_is(mask, (q - k) % stride == 0)
 
 
-@sizes
-@pytest.mark.parametrize("tokens", [0, 1, 16, 20, 1000])
-@pytest.mark.parametrize("window", [0, 20])
-def test_global_local(size, tokens, window):
+@each_size_and(
+    "both", (20, 20), (0, 0), (0, 20), (1, 0), (1, 20), (16, 0), (20, 0), (1000, 20)
+)
+def test_global_local(size, both):
+    tokens, window = both
     q, k = positions(size)
     mask = BlockMask.global_local(
         *size[:2], global_tokens=tokens, window=window, block_size=size[2]
@@ -144,10 +127,16 @@ DOCUMENTS = {
     "scattered": np.random.default_rng(1).integers(0, 9, (2, 70)),
 }
 documents = pytest.mark.parametrize("ids", DOCUMENTS.values(), ids=DOCUMENTS)
+DOCUMENTS_AND_SIZES = {name: (ids, 16) for name, ids in DOCUMENTS.items()} | {
+    f"{name}-{size}": (DOCUMENTS[name], size)
+    for name in ("returning", "scattered")
+    for size in (1, 100)
+}
 
 
-@documents
-@pytest.mark.parametrize("block_size", [1, 16, 100])
+@pytest.mark.parametrize(
+    "ids, block_size", DOCUMENTS_AND_SIZES.values(), ids=DOCUMENTS_AND_SIZES
+)
 def test_document(ids, block_size):
     expected = (ids[..., :, None] == ids[..., None, :])[..., None, :, :]
     expected = expected.reshape(-1, 1, *expected.shape[-2:])
@@ -182,8 +171,11 @@ def test_document_and_from_blocks_under_jit(ids):
 LEADING = {"shared": (), "heads": (3,), "batch and heads": (2, 3), "batch": (2, 1)}
 
 
-@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-@pytest.mark.parametrize("lengths", [(64, 48), (50, 47)], ids=str)
+@pytest.mark.parametrize(
+    "leading, lengths",
+    [(leading, (50, 47)) for leading in LEADING.values()] + [((2, 3), (64, 48))],
+    ids=[*LEADING, "whole"],
+)
 def test_from_blocks(leading, lengths):
     blocks = np.random.default_rng(0).random((*leading, 4, 3)) < 0.5
     dense = np.kron(blocks, np.ones((16, 16), bool))[..., : lengths[0], : lengths[1]]
@@ -223,9 +215,8 @@ def test_from_blocks_fills_the_lengths():
     assert BlockMask.from_blocks(np.ones((2, 3), bool)).shape == (1, 1, 256, 384)
 
 
-@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-@sizes
-def test_from_dense(leading, size):
+@each_size_and("leading", (2, 3), (), (3,), (2, 1))
+def test_from_dense(size, leading):
     rng = np.random.default_rng(0)
     dense = rng.random((*leading, *size[:2])) < 0.5
     dense[..., size[2] :, :] = True

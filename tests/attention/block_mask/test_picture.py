@@ -2,7 +2,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_block_mask import states_listed
+from block_mask_definitions import states_listed
 
 from jaxkern import BlockMask
 

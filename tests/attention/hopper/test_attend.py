@@ -1,4 +1,8 @@
-"""The Hopper kernels of attention, in an emulator that detects races."""
+"""The Hopper kernels of attention, in an emulator that detects races.
+
+A run of both passes takes its time to trace and compile, whatever the size: so each run
+here checks several things that have nothing to do with each other.
+"""
 
 from functools import partial
 from typing import Any
@@ -14,39 +18,30 @@ from attention_definitions import (
     attention_float64,
     check_attention,
     plain_attention,
+    seen_args,
 )
-from helpers import assert_as_exact, value_and_vjp
+from helpers import assert_as_exact, mesh, value_and_vjp, with_vjp
 
 from jaxkern import BlockMask, block_sparse_attention
-from jaxkern._attention import block_sparse as _block_sparse
-from jaxkern._attention.hopper import attend as _block_sparse_mgpu
-from jaxkern._attention.hopper import schedule as _mgpu_schedule
-from jaxkern._mosaic import base as _mgpu
+from jaxkern._attention.hopper import attend as kernels
+from jaxkern._attention.hopper.attend import attend
+from jaxkern._core import device
 from jaxkern._mosaic.launch import WalkTiles
 from jaxkern.testing.compiler import lower
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
 
-@pytest.fixture(autouse=True)
-def few_blocks(request, monkeypatch):
-    """Each takes several tiles, one after the other."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(_mgpu_schedule, "multiprocessors", lambda: 3)
+def check(size, mask, dtype=BF16, scale=None):
+    """The op by its kernel."""
 
+    def op(query, key, value):
+        options: Any = {"mask": mask, "scale": scale, "return_lse": True}
+        return block_sparse_attention(
+            query, key, value, implementation="mosaic_gpu", **options
+        )
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """As if the default device were one."""
-    monkeypatch.setattr(_block_sparse, "on_hopper", lambda: True)
-
-
-def check(size, mask, dtype=BF16, fn=None):
-    def kernel(query, key, value):
-        scale = size[5] ** -0.5
-        return _block_sparse_mgpu.attend(query, key, value, mask, scale)
-
-    check_attention(fn or kernel, size, mask.to_dense(), dtype)
+    return check_attention(op, size, mask.to_dense(), dtype, scale)
 
 
 def some_blocks(seed, heads, rows, columns):
@@ -54,6 +49,12 @@ def some_blocks(seed, heads, rows, columns):
     blocks = np.random.default_rng(seed).random((heads, rows, columns)) < 0.5
     blocks[0, -1] = blocks[0, :, 0] = False
     return blocks
+
+
+def in_blocks(seed, n, fn=None):
+    count = -(-n // 128)
+    blocks = some_blocks(seed, 2, count, count)
+    return BlockMask.from_blocks(blocks, q_len=n, kv_len=n, mask_fn=fn)
 
 
 def every_third(b, h, q, k):
@@ -70,16 +71,9 @@ MASKS = {
     "dilated or strided": lambda n: (
         BlockMask.dilated(n, n, rates=(2,)) | BlockMask.strided(n, n, stride=2)
     ),
-    "blocks": lambda n: BlockMask.from_blocks(
-        some_blocks(0, 2, 2, 2), q_len=n, kv_len=n
-    ),
-    "causal in blocks": lambda n: (
-        BlockMask.from_blocks(some_blocks(1, 2, 2, 2), q_len=n, kv_len=n)
-        & BlockMask.causal(n, n)
-    ),
-    "a function in blocks": lambda n: BlockMask.from_blocks(
-        some_blocks(2, 2, 2, 2), q_len=n, kv_len=n, mask_fn=every_third
-    ),
+    "blocks": lambda n: in_blocks(0, n),
+    "causal in blocks": lambda n: in_blocks(1, n) & BlockMask.causal(n, n),
+    "a function in blocks": lambda n: in_blocks(2, n, every_third),
     "a function": lambda n: BlockMask.from_mask_fn(every_third, n, n, heads=2),
     "dense": lambda n: BlockMask.from_dense(
         np.random.default_rng(3).random((2, n, n)) < 0.4
@@ -90,162 +84,164 @@ MASKS = {
 }
 
 
-# The others are in tests below and in test_attention_mgpu.
-HERE = [name for name in MASKS if name not in ("causal", "no mask", "window", "blocks")]
+# Every kind of predicate has pairs that it alone decides.
+IDS = np.stack([np.arange(200) // 50, np.arange(200) // 90])
+TOGETHER = {
+    "bands and diagonals": lambda: (
+        MASKS["global and local"](200) | MASKS["dilated or strided"](200)
+    ),
+    "functions in blocks": lambda: (
+        MASKS["causal in blocks"](200) | MASKS["a function in blocks"](200)
+    ),
+    "bits and documents": lambda: (
+        (MASKS["dense"](200) | BlockMask.document(IDS)) & BlockMask.causal(200, 200)
+    ),
+}
+# The masks are on both sides of the largest dim that needs two launches, not three.
+DIMS = {
+    "bands and diagonals": 32,
+    "functions in blocks": 128,
+    "bits and documents": 192,
+}
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", TOGETHER)
 def test_masks(name):
-    check((1, 200, 200, 2, 1, 32, 32), MASKS[name](200))
+    dim, batch = DIMS[name], 2 if "documents" in name else 1
+    check((batch, 200, 200, 2, 1, dim, dim), TOGETHER[name]())
 
 
-@pytest.mark.usefixtures("interpreted")
+def whole(size, block_size):
+    return BlockMask.local_window(*size[1:3], window=999, block_size=block_size)
+
+
+def causal(size, block_size):
+    return BlockMask.causal(*size[1:3], block_size=block_size)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    "size, block_size, dtype",
+    "size, block_size, mask, dtype, scale",
     [
-        ((1, 130, 70, 2, 2, 16, 16), 64, BF16),
-        ((2, 70, 200, 4, 2, 24, 40), 64, F16),
-        ((1, 290, 150, 1, 1, 48, 48), 256, BF16),
-        ((1, 100, 300, 2, 1, 80, 40), 192, BF16),
-        ((1, 1, 7, 3, 3, 1, 1), 128, F16),
-        ((1, 130, 130, 2, 1, 128, 128), 128, BF16),
-        ((1, 70, 130, 1, 1, 192, 192), 128, BF16),
-        ((1, 130, 70, 1, 1, 256, 256), 64, BF16),
+        # Rows of keys, and of queries, are longer than the ring.
+        ((2, 70, 200, 4, 2, 24, 40), 64, whole, F16, None),
+        ((1, 290, 150, 1, 1, 48, 48), 256, causal, BF16, None),
+        ((1, 100, 300, 2, 1, 80, 40), 192, whole, BF16, None),
+        ((1, 1, 7, 3, 3, 1, 1), 128, causal, F16, -0.5),
+        ((1, 130, 70, 1, 1, 256, 256), 64, causal, BF16, None),
     ],
     ids=str,
 )
-def test_sizes(size, block_size, dtype):
-    mask = BlockMask.causal(size[1], size[2], block_size=block_size)
-    check(size, mask, dtype)
+def test_sizes(size, block_size, mask, dtype, scale):
+    check(size, mask(size, block_size), dtype, scale)
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "size, block_size", [((40, 700), 64), ((500, 40), 128)], ids=str
-)
-def test_rows_and_columns_longer_than_the_ring(size, block_size):
-    mask = BlockMask.local_window(*size, window=999, block_size=block_size)
-    check((1, *size, 1, 1, 16, 16), mask)
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_the_kernels_scale_is_positive(scale):
+    query = attention_args((1, 4, 4, 2, 1, 8, 8))[0][0]
+    scaled, factor = kernels._positive(query, scale)
+    assert factor > 0
+    np.testing.assert_array_equal(scaled * factor, query * scale)
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("scale", [-0.5, 0.0])
-def test_scale_that_is_not_positive(scale):
-    mask = BlockMask.causal(70, 70)
-    visible = np.asarray(mask.to_dense())
-    args, cotangents = attention_args((1, 70, 70, 1, 1, 16, 16), BF16)
-    kernel = partial(_block_sparse_mgpu.attend, mask=mask, scale=scale)
-    plain = partial(plain_attention, visible=visible, scale=scale)
-    exact = attention_float64(args, cotangents, visible, scale)
-    got, bound = (value_and_vjp(fn, args, cotangents) for fn in (kernel, plain))
-    assert_as_exact(got, bound, exact)
+@pytest.mark.usefixtures("hopper")
+def test_known_and_traced_masks_give_the_same_under_vmap():
+    """The batches of a mask repeat; large logits too, by the same program.
 
-
-@pytest.mark.usefixtures("interpreted")
-def test_masks_of_each_batch():
+    Weights are exp(logit - lse) in the backward, no nearer than lse is rounded.
+    """
     ids = np.stack([np.arange(140) // 50, np.arange(140) // 90])
-    check((2, 140, 140, 2, 1, 16, 16), BlockMask.document(ids))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_mask_computed_under_jit():
-    args, cotangents = attention_args((2, 140, 140, 2, 1, 16, 16), BF16)
-    ids = jnp.stack([jnp.arange(140) // 50, jnp.arange(140) // 90])
-
-    def kernel(ids, *args):
-        mask = BlockMask.document(ids)
-        return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
-
-    def plain(ids, *args):
-        visible = (ids[:, None, :, None] == ids[:, None, None]).repeat(2, 1)
-        return plain_attention(*args, visible=visible, scale=0.25)
-
-    visible = np.asarray(BlockMask.document(ids).to_dense())
-    exact = attention_float64(args, cotangents, visible.repeat(2, 1), 0.25)
-
-    def run(fn):
-        @jax.jit
-        def gradients(ids):
-            return value_and_vjp(lambda *args: fn(ids, *args), args, cotangents)
-
-        return gradients(ids)
-
-    assert_attention(run(kernel), exact, run(plain))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_large_logits():
-    """Weights are exp(logit - lse) in the backward, no nearer than lse is rounded."""
-    mask = BlockMask.causal(130, 130)
-    args, cotangents = attention_args((1, 130, 130, 2, 1, 16, 16), BF16, spread=30)
+    mask = BlockMask.document(ids) & BlockMask.causal(140, 140)
+    size, scale = (2, 140, 140, 2, 1, 16, 16), 0.25
     visible = np.asarray(mask.to_dense()).repeat(2, 1)
+    plain = with_vjp(partial(plain_attention, visible=visible, scale=scale))
+    inputs = [seen_args(size, visible, BF16), attention_args(size, BF16, spread=30)]
+    args, cotangents = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
 
-    def kernel(*args):
-        return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
+    def several(mask, args, cotangents):
+        run = jax.vmap(partial(attend, mask=mask, scale=scale))
+        return value_and_vjp(run, args, cotangents)
 
-    def plain(*args):
-        return plain_attention(*args, visible=visible, scale=0.25)
-
-    exact = attention_float64(args, cotangents, visible, 0.25)
-    got = value_and_vjp(kernel, args, cotangents)
-    bound = value_and_vjp(plain, args, cotangents)
-    assert_as_exact(got[0], bound[0], exact[0])
-    assert_as_close(got[1], bound[1], exact[1])
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "mask",
-    [
-        BlockMask.causal(70, 70),
-        BlockMask.document(np.stack([np.arange(70) // 50, np.arange(70) // 20])),
-        BlockMask.from_mask_fn(lambda b, h, q, k: k <= q + b, 70, 70, batch=2),
-    ],
-    ids=["of all", "of each batch", "a function of the batch"],
-)
-def test_under_vmap(mask):
-    args, cotangents = attention_args((2, 70, 70, 2, 1, 16, 16), BF16)
-
-    def gradients(query):
-        def kernel(*args):
-            return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
-
-        return value_and_vjp(kernel, (query, *args[1:]), cotangents)
-
-    query, alone = args[0], jax.jit(gradients)
-    several = jnp.stack([query, -query])
-    got = jax.vmap(gradients)(several)
-    for i, one in enumerate(several):
-        for a, b in zip(*map(jax.tree.leaves, (got, alone(one))), strict=True):
-            np.testing.assert_array_equal(a[i], b)
+    known = jax.jit(partial(several, mask))(args, cotangents)
+    traced = jax.jit(several)(mask, args, cotangents)
+    for a, b in zip(*map(jax.tree.leaves, (known, traced)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    small, large = (jax.tree.map(lambda x, i=i: x[i], known) for i in range(2))
+    exact = [attention_float64(*of, visible, scale) for of in inputs]
+    assert_attention(small, exact[0], plain(*inputs[0]))
+    bound = plain(*inputs[1])
+    assert_as_exact(large[0], bound[0], exact[1][0])
+    assert_as_close(large[1], bound[1], exact[1][1])
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("over", ["batch", "heads"])
-def test_under_shard_map(over):
+@pytest.mark.usefixtures("hopper")
+def test_under_vmap_a_function_may_ask_for_the_batch():
+    mask = BlockMask.from_mask_fn(lambda b, h, q, k: k <= q + b, 70, 70, batch=2)
+    size, visible = (2, 70, 70, 2, 1, 16, 16), np.asarray(mask.to_dense()).repeat(2, 1)
+    args, cotangents = attention_args(size, BF16)
+    queries = jnp.stack([args[0], -args[0]])
+    in_axes = 0, None, None
+
+    def several(*args):
+        run = partial(attend, mask=mask, scale=0.25)
+        return jax.vmap(run, in_axes)(*args)
+
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), cotangents)
+    (out, lse), (d_query, _, _) = value_and_vjp(several, (queries, *args[1:]), stacked)
+    plain = with_vjp(partial(plain_attention, visible=visible, scale=0.25))
+    for i, query in enumerate(queries):
+        of_one = query, *args[1:]
+        bound, exact = (
+            (x[0], x[1][0])
+            for x in (
+                plain(of_one, cotangents),
+                attention_float64(of_one, cotangents, visible, 0.25),
+            )
+        )
+        assert_as_exact(((out[i], lse[i]), d_query[i]), bound, exact)
+
+
+def test_under_vmap_a_mask_of_all_batches_stays_one():
+    """The kernels are those of one larger batch."""
+    mask = BlockMask.causal(70, 70)
+    args, _ = attention_args((4, 70, 70, 2, 1, 16, 16), BF16)
+    stacked = [x.reshape(2, 2, *x.shape[1:]) for x in args]
+    run = partial(attend, mask=mask, scale=0.25)
+    assert lower(jax.vmap(run), tuple(stacked)) == lower(run, args)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_under_shard_map():
     # The emulator has one device at a time.
-    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    mask = BlockMask.from_blocks(some_blocks(0, 2, 2, 2), q_len=140, kv_len=140)
-    spec = jax.P("i") if over == "batch" else jax.P(None, None, "i")
-    specs = mask.partition_specs(**{over: "i"})
+    devices = mesh(data=1, model=1)
+    blocks = np.stack([some_blocks(seed, 2, 2, 2) for seed in (0, 1)])
+    mask = BlockMask.from_blocks(blocks, q_len=140, kv_len=140)
+    spec, specs = jax.P("data", None, "model"), mask.partition_specs("data", "model")
 
     def kernel(*args):
         def local(mask, *args):
-            return _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
+            return attend(*args, mask=mask, scale=0.25)
 
         sharded = jax.shard_map(
-            local, mesh=mesh, in_specs=(specs, spec, spec, spec), out_specs=(spec, spec)
+            local,
+            mesh=devices,
+            in_specs=(specs, spec, spec, spec),
+            out_specs=(spec, spec),
         )
         return sharded(mask, *args)
 
-    check((1, 140, 140, 2, 2, 16, 16), mask, fn=kernel)
+    check_attention(kernel, (2, 140, 140, 2, 2, 16, 16), mask.to_dense(), BF16)
+
+
+SMALL, LARGE = (2, 1, 7, 2, 1, 8, 8), (1, 1001, 333, 6, 2, 72, 72)
 
 
 @pytest.mark.parametrize(
-    "size", [(2, 1, 7, 2, 1, 8, 8), (1, 1001, 333, 6, 2, 72, 72)], ids=str
+    "size, mask",
+    [(SMALL, "causal"), (LARGE, "documents"), (LARGE, "dense")],
+    ids=["small", "documents", "dense"],
 )
-@pytest.mark.parametrize("mask", ["causal", "documents", "dense"])
 def test_any_size_lowers_for_a_gpu(size, mask):
     """Which asks for more than the emulator."""
     args, cotangents = attention_args(size, BF16)
@@ -260,7 +256,7 @@ def test_any_size_lowers_for_a_gpu(size, mask):
 
     def gradients(args, cotangents):
         def kernel(*args):
-            return _block_sparse_mgpu.attend(*args, mask=lists, scale=0.1)
+            return attend(*args, mask=lists, scale=0.1)
 
         return jax.vjp(kernel, *args)[1](cotangents)
 
@@ -273,7 +269,7 @@ def test_under_remat():
     mask = BlockMask.causal(64, 64)
 
     def loss(*args):
-        out, _ = _block_sparse_mgpu.attend(*args, mask=mask, scale=0.25)
+        out, _ = attend(*args, mask=mask, scale=0.25)
         return out.astype(jnp.float32).sum()
 
     def kernels(fn):
@@ -283,7 +279,7 @@ def test_under_remat():
     assert kernels(jax.checkpoint(loss)) == 4
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("chooses_hopper")
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -322,8 +318,8 @@ def test_cuda_that_miscompiles_masks_is_refused(version, refused, monkeypatch):
         def cuda_runtime_get_version(self):
             return version
 
-    monkeypatch.setattr(_mgpu, "cuda_versions", Versions())
-    reason = _mgpu.miscompiled()
+    monkeypatch.setattr(device, "cuda_versions", Versions())
+    reason = device.miscompiled()
     assert (reason is not None) == refused
     assert reason is None or "from 12.9.1 on" in reason
 
@@ -332,30 +328,26 @@ def test_config_that_does_not_fit_says_what_it_needs():
     args, _ = attention_args((1, 128, 128, 1, 1, 256, 256), BF16)
     mask = BlockMask.causal(128, 128)
     with pytest.raises(ValueError, match="attention_forward: .* must fit 232448 bytes"):
-        _block_sparse_mgpu.forward(0.1, False, mask, *args, config=WalkTiles(64, 128))
+        kernels.forward(
+            *args, mask=mask, scale=0.1, exact=False, config=WalkTiles(64, 128)
+        )
 
 
 def test_configs_fit_for_every_dim():
     for dim in range(16, 257, 16):
         for kernel in ("forward", "backward_q", "backward_kv"):
             for block_size in (64, 128, 192, 256):
-                config = _block_sparse_mgpu.config_of(kernel, dim, block_size)
+                config = kernels.config_of(kernel, dim, block_size)
                 assert block_size % config.columns == 0
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("dim", [32, 64, 80, 128, 192, 256])
-def test_masks_on_gpu(mask, dim):
-    check((2, 1000, 1000, 2, 1, dim, dim), _grown(mask, 1000))
-
-
-def _grown(mask, n):
-    """The masks of `some_blocks` have 2 x 2 of them."""
-    try:
-        return mask(n)
-    except ValueError:
-        pytest.skip("made of 2 x 2 blocks")
+@pytest.mark.parametrize(
+    "name, dim",
+    [(name, 64) for name in MASKS] + [("causal", d) for d in (32, 80, 128, 192, 256)],
+)
+def test_masks_on_gpu(name, dim):
+    check((2, 1000, 1000, 2, 1, dim, dim), MASKS[name](1000))
 
 
 @pytest.mark.gpu
@@ -377,7 +369,7 @@ def test_long_sequences_on_gpu(seq):
     mask = BlockMask.causal(seq, seq)
 
     def kernel(*args):
-        return _block_sparse_mgpu.attend(*args, mask=mask, scale=128**-0.5)
+        return attend(*args, mask=mask, scale=128**-0.5)
 
     first, second = (value_and_vjp(kernel, args, cotangents) for _ in range(2))
     for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True):

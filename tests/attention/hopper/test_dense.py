@@ -13,48 +13,29 @@ from attention_definitions import (
     attention_args,
     check_attention,
 )
-from helpers import assert_as_exact, value_and_vjp
+from helpers import assert_as_exact, mesh, value_and_vjp
 
-from jaxkern import (
-    BlockMask,
-    attention,
-    block_sparse_attention,
-    dilated_attention,
-    ring_attention,
-)
-from jaxkern._attention import block_sparse as _block_sparse
-from jaxkern._attention import dense as _attention
-from jaxkern._attention import ring_steps as _ring_steps
+from jaxkern import attention, dilated_attention, ring_attention
+from jaxkern._attention import ring_steps
 from jaxkern.testing.compiler import lower
 
 BF16 = jnp.bfloat16
 KERNEL: Any = {"implementation": "mosaic_gpu"}
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """As if the default device were one."""
-    for module in (_attention, _block_sparse):
-        monkeypatch.setattr(module, "on_hopper", lambda: True)
-
-
-@pytest.mark.usefixtures("interpreted", "hopper")
-@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
-def test_attention(is_causal):
-    size = 1, 140, 130, 2, 1, 16, 16
-    mask = np.ones((140, 130), bool)
-
+@pytest.mark.usefixtures("hopper")
+def test_attention():
     def whole(*args):
-        return attention(*args, is_causal=is_causal, return_lse=True, **KERNEL)
+        return attention(*args, return_lse=True, **KERNEL)
 
-    check_attention(whole, size, np.tril(mask) if is_causal else mask, BF16)
+    size = 1, 140, 130, 2, 1, 16, 16
+    check_attention(whole, size, np.ones((140, 130), bool), BF16)
 
 
-@pytest.mark.usefixtures("interpreted", "hopper")
-@pytest.mark.parametrize("heads", [1, 2], ids=["for all heads", "for each head"])
-def test_mask_of_keys(heads):
-    """As a batch of sequences padded to one length has."""
-    lengths = np.array([[130, 70], [0, 129]])[:, :heads, None, None]
+@pytest.mark.usefixtures("hopper")
+def test_mask_of_keys():
+    """As a batch of sequences padded to one length has, for each head."""
+    lengths = np.array([[130, 70], [0, 129]])[:, :, None, None]
     mask = jnp.asarray(np.arange(130) < lengths)
 
     def whole(*args):
@@ -66,24 +47,17 @@ def test_mask_of_keys(heads):
     check_attention(whole, size, visible, BF16)
 
 
-@pytest.mark.usefixtures("interpreted", "hopper")
-def test_block_sparse_attention():
-    mask = BlockMask.local_window(140, 130, window=40)
-
-    def blocks(*args):
-        return block_sparse_attention(*args, mask=mask, return_lse=True, **KERNEL)
-
-    check_attention(blocks, (1, 140, 130, 2, 1, 16, 16), mask.to_dense(), BF16)
-
-
-@pytest.mark.usefixtures("interpreted", "hopper")
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     "padded, heads, head_offsets",
-    [(False, 2, "paper"), (True, 2, "pattern"), (False, 4, "blocks")],
-    ids=["heads of a key differ", "padded", "heads of a key are alike"],
+    [(True, 2, "paper"), (False, 4, "blocks")],
+    ids=["heads of a key differ, padded", "heads of a key are alike"],
 )
 def test_dilated_attention(padded, heads, head_offsets):
-    """As near to float32 as by XLA; with a key mask and a rest of a segment."""
+    """As near to float32 as by XLA; with a key mask and a rest of a segment.
+
+    A rate of 1 is dense attention.
+    """
     seq = 70 if padded else 64
     args, (d_out, d_lse) = attention_args(
         (2, seq, seq, heads, heads // 2, 16, 16), BF16
@@ -93,8 +67,8 @@ def test_dilated_attention(padded, heads, head_offsets):
     def dilated(implementation, *args):
         return dilated_attention(
             *args,
-            segment_lengths=(32, 64),
-            dilation_rates=(1, 2),
+            segment_lengths=(64,),
+            dilation_rates=(2,),
             is_causal=True,
             key_mask=key_mask,
             head_offsets=head_offsets,
@@ -117,7 +91,7 @@ def test_dilated_attention(padded, heads, head_offsets):
     assert_as_close(got[1], xla[1], exact[1])
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("chooses_hopper")
 def test_dilated_attention_copies_no_rows_for_the_kernel():
     """It keeps the arguments, which kernels read in strides, beside their results."""
     args, _ = attention_args((1, 1024, 1024, 4, 2, 16, 16), BF16)
@@ -136,53 +110,54 @@ def test_dilated_attention_copies_no_rows_for_the_kernel():
     assert folded <= set(kept) <= folded | rows
 
 
-def parts(layout):
-    own, earlier, later = _ring_steps._parts(layout, 140, 140)
-    return [part for part in (own, earlier, later) if part is not None]
+# Of whole keys no more is seen than by `attention`.
+PARTS = {
+    "keys from the diagonal on": ("striped", 2, -0.25),
+    "half of the keys": ("zigzag", 1, 0.25),
+    "half of the queries": ("zigzag", 2, 0.25),
+}
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("layout", [None, "contiguous", "striped", "zigzag"])
-def test_steps_of_a_ring(layout):
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("layout, which, scale", PARTS.values(), ids=PARTS)
+def test_steps_of_a_ring(layout, which, scale):
     """The emulator has one device, so one by one: as XLA, and `out` is not rounded."""
+    part = ring_steps._parts(layout, 140, 140)[which]
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
     lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
     held = key, value
-    scale = -0.25 if layout == "striped" else 0.25
 
-    @partial(jax.jit, static_argnums=(3, 4))
-    def step(query, held, d_out, part, implementation):
-        attended = _ring_steps._attend(query, held, scale, part, implementation)
-        given = query, held, d_out, lse, delta, scale, part
-        return attended, _ring_steps._gradients(*given, implementation)
+    @partial(jax.jit, static_argnums=3)
+    def step(query, held, d_out, implementation):
+        options = {"part": part, "scale": scale, "implementation": implementation}
+        attended = ring_steps._attend(query, held, **options)
+        given = query, held, d_out, lse, delta
+        return attended, ring_steps._gradients(*given, **options)
 
-    for part in parts(layout)[1:]:
-        got = step(query, held, d_out, part, "mosaic_gpu")
-        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
-        assert (got[0][0].astype(BF16) != got[0][0]).any()
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), (query, held, d_out))
-        exact = step(*wide, part, "xla")
-        unseen = np.isneginf(exact[0][1])
-        np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
-        xla = step(query, held, d_out, part, "xla")
-        got, xla, exact = (
-            (out, np.where(unseen, 0, lse), gradients)
-            for (out, lse), gradients in (got, xla, exact)
-        )
-        assert_as_close(got, xla, exact)
+    got = step(query, held, d_out, "mosaic_gpu")
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
+    assert (got[0][0].astype(BF16) != got[0][0]).any()
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (query, held, d_out))
+    exact, xla = step(*wide, "xla"), step(query, held, d_out, "xla")
+    unseen = np.isneginf(exact[0][1])
+    np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
+    got, xla, exact = (
+        (out, np.where(unseen, 0, lse), gradients)
+        for (out, lse), gradients in (got, xla, exact)
+    )
+    assert_as_close(got, xla, exact)
 
 
-@pytest.mark.usefixtures("interpreted", "hopper")
+@pytest.mark.usefixtures("hopper")
 def test_ring_of_one():
-    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.P(None, "i")
+    devices, spec = mesh(i=1), jax.P(None, "i")
     args, (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
 
     def ring(implementation, *args):
         local = partial(
             ring_attention, axis_name="i", is_causal=True, implementation=implementation
         )
-        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(*args)
+        return jax.shard_map(local, mesh=devices, in_specs=spec, out_specs=spec)(*args)
 
     got, xla = (
         value_and_vjp(partial(ring, name), args, d_out)
@@ -192,12 +167,11 @@ def test_ring_of_one():
     assert_as_exact(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
 
 
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "dilated"])
+@pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("layout", ["zigzag", "dilated"])
 def test_ring_of_four_lowers_for_a_gpu(layout):
     """Inside shard_map each device runs kernels, and None picks them."""
-    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.P(None, "i")
+    devices, spec = mesh(i=4), jax.P(None, "i")
     args, (d_out, _) = attention_args((1, 4 * 272, 4 * 272, 2, 1, 16, 16), BF16)
     options = {"layout": layout}
     if layout == "dilated":
@@ -205,41 +179,53 @@ def test_ring_of_four_lowers_for_a_gpu(layout):
 
     def gradients(*args):
         local = partial(ring_attention, axis_name="i", is_causal=True, **options)
-        ring = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+        ring = jax.shard_map(local, mesh=devices, in_specs=spec, out_specs=spec)
         out, vjp = jax.vjp(ring, *args)
         return out, vjp(d_out)
 
     assert len(lower(gradients, args)) >= 6
 
 
-@pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("seq, kernels", [(256, 0), (264, 1)])
-def test_none_picks_the_kernel_for_long_sequences(seq, kernels, monkeypatch):
-    monkeypatch.setattr(_attention, "runs_locally", lambda: True)
-    args, _ = attention_args((1, seq, seq, 2, 1, 16, 16), BF16)
-    assert len(lower(lambda *a: attention(*a), args)) == kernels
+def kernels_of(fn, *args):
+    return len(lower(lambda *args: fn(*args), args))
 
 
-@pytest.mark.usefixtures("hopper")
-def test_none_picks_xla_for_arrays_on_several_devices():
-    """XLA cannot split a kernel."""
-    args, _ = attention_args((1, 264, 264, 2, 1, 16, 16), BF16)
-    mask = BlockMask.causal(264, 264)
-    assert not lower(lambda *a: attention(*a), args)
-    assert not lower(lambda *a: block_sparse_attention(*a, mask=mask), args)
+@pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize(
+    "seq_q, seq_kv, kernels",
+    [(256, 256, 0), (264, 264, 1), (1, 65_537, 0), (63, 2000, 0), (64, 2000, 1)],
+)
+def test_none_picks_the_kernel_for_many_queries_and_logits(seq_q, seq_kv, kernels):
+    query = jax.ShapeDtypeStruct((1, seq_q, 1, 16), BF16)
+    key = jax.ShapeDtypeStruct((1, seq_kv, 1, 16), BF16)
+    assert kernels_of(attention, query, key, key) == kernels
+
+
+@pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_none_picks_the_kernel_where_arrays_lie_whole(kind):
+    """One device of eight has them; XLA cannot split a kernel over several."""
+    args, _ = attention_args((2, 264, 264, 2, 1, 16, 16), BF16)
+    assert jax.device_count() == 8
+    assert kernels_of(attention, *jax.device_put(args, jax.devices()[3])) == 1
+    devices, spec = mesh(kind, i=2), jax.P("i")
+    spread = jax.device_put(args, jax.NamedSharding(devices, spec))
+    assert kernels_of(attention, *spread) == 0
+    inside = jax.shard_map(attention, mesh=devices, in_specs=spec, out_specs=spec)
+    assert kernels_of(inside, *spread) == 1
 
 
 def test_refused_without_a_gpu():
     args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
     with pytest.raises(
-        NotImplementedError, match="attention: mosaic_gpu needs an H100"
+        NotImplementedError,
+        match="attention: mosaic_gpu needs an H100 or H200, but the default .* is cpu",
     ):
         attention(*args, **KERNEL)
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.P(None, "i")
     ring = jax.shard_map(
         partial(ring_attention, axis_name="i", **KERNEL),
-        mesh=mesh,
+        mesh=mesh(i=2),
         in_specs=spec,
         out_specs=spec,
     )
@@ -247,7 +233,7 @@ def test_refused_without_a_gpu():
         ring(*args)
 
 
-@pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("chooses_hopper")
 def test_attention_refuses_a_mask_of_queries():
     args, _ = attention_args((1, 70, 70, 2, 1, 16, 16), BF16)
     mask = jnp.ones((1, 1, 70, 70), bool)
@@ -256,8 +242,10 @@ def test_attention_refuses_a_mask_of_queries():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [False, True], ids=["dense", "causal"])
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    "dim, is_causal",
+    [(64, False), *((d, True) for d in (32, 64, 80, 96, 128, 192, 256))],
+)
 def test_attention_on_gpu(dim, is_causal):
     mask = np.ones((1000, 777), bool)
 

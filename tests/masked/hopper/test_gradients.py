@@ -6,42 +6,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_masked import apply_bilinear, bilinear_args
-from test_masked_mgpu import BF16, F32, hard, in_scan, kernel, launches, make
+from benchmarks._kernel_compile import lower
+from masked_definitions import BF16, F32, apply_bilinear, bilinear_args, kernel_args
 
-from jaxkern import pack_mask, reinmax, straight_through
-from jaxkern._masked import masked as _masked
-from jaxkern._masked.hopper import multiply as _masked_mgpu
-from jaxkern._masked.hopper.product import MaskedTiles
-from jaxkern._mosaic import launch as _mgpu_tiles
+from jaxkern import masked_matmul, pack_mask, reinmax, straight_through
+from jaxkern._masked.hopper.product import MaskedTiles, product_kernel
 
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    """As if the default device were one, whose blocks take several tiles each."""
-    monkeypatch.setattr(_masked, "on_hopper", lambda: True)
-    monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
+kernel = partial(masked_matmul, implementation="mosaic_gpu")
+hard = partial(kernel, estimator=straight_through)
+chooses_hopper = pytest.mark.usefixtures("chooses_hopper")
 
 
+def launches(fn, *args):
+    """How many kernels the program for a GPU launches."""
+    return len(lower(fn, args))
+
+
+def in_scan(fn):
+    """Sample by sample."""
+
+    def by_samples(x, w, logits):
+        def step(carry, one):
+            return carry, fn(one[0][None], w, one[1][None])[0]
+
+        return jax.lax.scan(step, None, (x, logits))[1]
+
+    return by_samples
+
+
+ONE, TWO = [(0,), (1,), (2,)], [(1, 2), (0, 1, 2)]
+
+
+@chooses_hopper
 @pytest.mark.parametrize(
-    "wrap", [lambda f: f, jax.jit, in_scan], ids=["plainly", "jit", "scan"]
+    "wrap, trained",
+    [(lambda f: f, ONE + TWO), (jax.jit, [(2,)]), (in_scan, [(1,), (0, 1, 2)])],
+    ids=["plainly", "jit", "scan"],
 )
-def test_only_wanted_gradients_are_computed(wrap):
-    """Lowered for a GPU: the forward, and a launch for x and one for the others."""
-    args, _ = make((2, 20, 64, 64))
+def test_only_wanted_gradients_are_computed(wrap, trained):
+    """The forward, and a launch for x and one for the others."""
+    args, _ = kernel_args((2, 20, 64, 64))
 
-    def count(*argnums):
+    def count(argnums):
         def loss(*args):
             return jnp.sin(wrap(hard)(*args).astype(F32)).sum()
 
         return launches(jax.grad(loss, argnums), *args)
 
-    assert [count(0), count(1), count(2)] == [2, 2, 2]
-    assert count(1, 2) == 2 and count(0, 1, 2) == 3
+    expected = {argnums: 3 if argnums == (0, 1, 2) else 2 for argnums in trained}
+    assert {argnums: count(argnums) for argnums in trained} == expected
 
 
+@chooses_hopper
 def test_masks_alone_do_not_read_masks_for_their_gradient():
-    args, _ = make((2, 20, 64, 64))
+    args, _ = kernel_args((2, 20, 64, 64))
 
     def names(*argnums):
         gradient = jax.grad(lambda *a: hard(*a).astype(F32).sum(), argnums)
@@ -53,9 +71,10 @@ def test_masks_alone_do_not_read_masks_for_their_gradient():
     assert names(1, 2) == ["masked_gradients_mask_w"]
 
 
+@chooses_hopper
 def test_under_remat():
     """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
-    args, _ = make((2, 20, 64, 64))
+    args, _ = kernel_args((2, 20, 64, 64))
 
     def count(fn, args):
         def loss(*args):
@@ -73,6 +92,7 @@ def test_under_remat():
     assert count(layer, given) == 9 and count(jax.checkpoint(layer), given) == 12
 
 
+@chooses_hopper
 @pytest.mark.parametrize(
     "estimator, trained, saves_logits",
     [
@@ -83,7 +103,7 @@ def test_under_remat():
 )
 def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
     """x, w and bits; logits only where a slope is one of them."""
-    args, _ = make((2, 24, 64, 128), logits_dtype=F32)
+    args, _ = kernel_args((2, 24, 64, 128), logits_dtype=F32)
 
     def pull(*args):
         def fn(*some):
@@ -103,23 +123,23 @@ def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
 @pytest.mark.parametrize(
     "run",
     [
-        _masked_mgpu.product("mask", pack=True),
-        _masked_mgpu.product("reinmax", transposed=True, pack=True),
+        product_kernel("mask", pack=True),
+        product_kernel("reinmax", transposed=True, pack=True),
     ],
     ids=["mask", "transposed"],
 )
 def test_bits_are_of_logits_and_not_transposed(run):
-    (x, w, logits), _ = make((1, 8, 64, 64))
+    (x, w, logits), _ = kernel_args((1, 8, 64, 64))
     with pytest.raises(ValueError, match="no bits of (mask|reinmax), transposed"):
         run(x, w[None], logits)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_forward_packs_the_masks(splits):
     """Once for several tiles of tokens; where tiles and parts reach past the end."""
-    (x, w, logits), _ = make((2, 140, 320, 192), logits_dtype=F32)
+    (x, w, logits), _ = kernel_args((2, 72, 320, 192), logits_dtype=F32)
     logits = logits.at[1, 33, 5].set(jnp.nan)
-    run = _masked_mgpu.product("reinmax", config=MaskedTiles(64, splits), pack=True)
+    run = product_kernel("reinmax", tiles=MaskedTiles(64, splits), pack=True)
     _, words = jax.jit(run)(x, w[None], logits)
     np.testing.assert_array_equal(words.view(jnp.uint32), pack_mask(logits).words)

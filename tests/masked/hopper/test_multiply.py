@@ -1,20 +1,23 @@
 """The Hopper kernels of masked products, in an emulator that detects races."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_as_exact, to_float64, value_and_vjp
-from test_masked import (
+from helpers import assert_as_exact, mesh, to_float64, value_and_vjp, with_vjp
+from masked_definitions import (
+    BF16,
+    F16,
+    F32,
+    KEY,
     SLOPES,
     apply_bilinear,
     bilinear_args,
     bilinear_float64,
-    matmul_args,
-    matmul_float64,
+    exact_matmul,
+    kernel_args,
     plain_bilinear,
     plain_matmul,
 )
@@ -27,31 +30,13 @@ from jaxkern import (
     seed_reinmax,
     straight_through,
 )
-from jaxkern._core import precision as _matmul
-from jaxkern._masked import masked as _masked
-from jaxkern._masked.hopper import multiply as _masked_mgpu
+from jaxkern._masked.hopper import product
 from jaxkern._masked.hopper.product import MaskedTiles
-from jaxkern._mosaic import launch as _mgpu_tiles
 from jaxkern.testing.compiler import lower
 
-BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
-KEY = jax.random.key(3)
 kernel = partial(masked_matmul, implementation="mosaic_gpu")
-hard = partial(kernel, estimator=straight_through)
-
-
-@pytest.fixture(autouse=True)
-def hopper(request, monkeypatch):
-    """As if the default device were one, whose blocks take several tiles each."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(_masked, "on_hopper", lambda: True)
-        monkeypatch.setattr(_mgpu_tiles, "multiprocessors", lambda: 2)
-
-
-def make(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:
-    """(x, w, logits) and a cotangent."""
-    (x, w, logits), g = matmul_args((*size, 0), dtype, shared)
-    return (x, w, logits.astype(logits_dtype or dtype)), g
+hard = partial(kernel, estimator="straight_through")
+on_hopper = pytest.mark.usefixtures("hopper")
 
 
 def plain(x, w, logits):
@@ -61,18 +46,9 @@ def plain(x, w, logits):
     return plain_matmul(x, w, each)
 
 
-def exact(args, g, slope=np.ones_like) -> Any:
-    x, w, logits, g = to_float64((*args, g))
-    if logits.ndim == 3:
-        return matmul_float64(x, w, logits, g, slope)
-    each = np.stack([logits] * len(x))
-    y, (d_x, d_w, d_logits) = matmul_float64(x, w, each, g, slope)
-    return y, (d_x, d_w, d_logits.sum(0))
-
-
 def check(args, g, fn=hard):
     bound = value_and_vjp(plain, args, g)
-    assert_as_exact(value_and_vjp(fn, args, g), bound, exact(args, g))
+    assert_as_exact(value_and_vjp(fn, args, g), bound, exact_matmul(args, g))
 
 
 def check_masks_alone(args, g, estimator=straight_through):
@@ -83,7 +59,7 @@ def check_masks_alone(args, g, estimator=straight_through):
 
     got = of_logits(partial(kernel, estimator=estimator))
     bound = of_logits(partial(sloped, estimator))
-    y, (_, _, d_logits) = exact(args, g, SLOPES[estimator])
+    y, (_, _, d_logits) = exact_matmul(args, g, SLOPES[estimator])
     assert_as_exact(got, bound, (y, (d_logits,)))
 
 
@@ -94,7 +70,7 @@ def check_packed(args, g):
     assert isinstance(packed, PackedMask)
     got = value_and_vjp(lambda x, w: kernel(x, w, packed), (x, w), g)
     bound = value_and_vjp(lambda x, w: plain(x, w, logits), (x, w), g)
-    y, gradients = exact(args, g)
+    y, gradients = exact_matmul(args, g)
     assert_as_exact(got, bound, (y, gradients[:2]))
 
 
@@ -102,16 +78,15 @@ def sloped(estimator, x, w, logits):
     return plain_matmul(x, w, estimator(logits).astype(w.dtype))
 
 
-def check_sloped(args, g, estimator, options=None):
-    """options: of the estimator; with any, XLA computes its mask and its gradient."""
-    called = partial(estimator, **options) if options else estimator
-    got = value_and_vjp(partial(kernel, estimator=called), args, g)
+def check_sloped(args, g, estimator, called=None):
+    """called: what the kernel is given, if not the estimator itself."""
+    got = value_and_vjp(partial(kernel, estimator=called or estimator), args, g)
     bound = value_and_vjp(partial(sloped, estimator), args, g)
-    assert_as_exact(got, bound, exact(args, g, SLOPES[estimator]))
+    assert_as_exact(got, bound, exact_matmul(args, g, SLOPES[estimator]))
 
 
 # (batch, seq, d_in, d_out): across tiles, short of one, and multiples of none.
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize(
     "size, dtype, logits_dtype, shared",
     [
@@ -123,81 +98,84 @@ def check_sloped(args, g, estimator, options=None):
     ids=["float32 logits", "float16", "one of each", "shared"],
 )
 def test_values_and_gradients(size, dtype, logits_dtype, shared):
-    check(*make(size, dtype, logits_dtype, shared))
+    check(*kernel_args(size, dtype, logits_dtype, shared))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
 def test_packed_masks(shared):
-    check_packed(*make((2, 20, 70, 40), shared=shared))
+    check_packed(*kernel_args((2, 20, 70, 40), shared=shared))
 
 
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("tokens", _masked_mgpu.TILES)
+def use_tiles(monkeypatch, *sizes):
+    monkeypatch.setattr(product, "choose_tiles", lambda *a: MaskedTiles(*sizes))
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [256, 64])
 def test_tiles(tokens, monkeypatch):
     """Whatever the size; with steps that go round the rings."""
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(tokens))
-    check(*make((1, 140, 330, 136), logits_dtype=F32))
+    use_tiles(monkeypatch, tokens)
+    check(*kernel_args((1, 140, 330, 72), logits_dtype=F32))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_tiles_of_gradients():
     """Several each, of 64 columns, and of 128 for W's gradient alone."""
-    args, g = make((3, 140, 200, 136), logits_dtype=F32)
+    args, g = kernel_args((3, 20, 136, 136), logits_dtype=F32)
     check(args, g)
     check_masks_alone(args, g)
     check_packed(args, g)
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("splits", [2, 3, 6])
 def test_parts_of_the_contracted_axis(splits, monkeypatch):
     """As many steps each, more, and fewer: some then have nothing to add."""
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(128, splits))
-    check(*make((2, 140, 264, 200), logits_dtype=F32))
+    use_tiles(monkeypatch, 128, splits)
+    check(*kernel_args((1, 140, 264, 72), logits_dtype=F32))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("splits", [1, 2])
 def test_packed_masks_in_large_tiles(splits, monkeypatch):
-    monkeypatch.setattr(_masked_mgpu, "choose", lambda *a: MaskedTiles(256, splits))
-    check_packed(*make((1, 140, 264, 136)))
+    use_tiles(monkeypatch, 256, splits)
+    check_packed(*kernel_args((1, 140, 136, 72)))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_a_block_takes_more_samples_than_it_has_slots():
-    check(*make((5, 8, 64, 64), logits_dtype=F32))
+    check(*kernel_args((5, 8, 64, 64), logits_dtype=F32))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_masks_alone_are_trained():
     """Without their sum over samples these are in no order."""
-    check_masks_alone(*make((5, 8, 64, 200), logits_dtype=F32))
+    check_masks_alone(*kernel_args((5, 8, 64, 200), logits_dtype=F32))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_mask_of_an_estimator():
-    args, g = make((2, 20, 40, 64), logits_dtype=F32)
-    check_sloped(args, g, reinmax, {"temperature": 1.0})
+    """XLA computes the mask of one that the kernel does not know, and its gradient."""
+    args, g = kernel_args((2, 20, 40, 64), logits_dtype=F32)
+    check_sloped(args, g, reinmax, lambda logits: reinmax(logits))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("estimator", [seed_reinmax, reinmax])
 def test_slopes_in_the_kernel(estimator):
     """As precise where little is left of them; with more samples than slots."""
-    args, g = make((3, 20, 40, 64), logits_dtype=F32)
+    args, g = kernel_args((3, 20, 40, 64), logits_dtype=F32)
     x, w, logits = args
     args = x, w, logits.at[1].multiply(20)
     check_sloped(args, g, estimator)
     check_masks_alone(args, g, estimator)
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
-def test_drawn_masks_are_those_of_xla(shared, monkeypatch):
-    # Its products then have one row axis; XLA's CPU backend sums over two in 16 bits.
-    monkeypatch.setattr(_matmul, "runs_locally", lambda: True)
-    args, g = make((2, 10, 30, 40), logits_dtype=F32, shared=shared)
+def test_drawn_masks_are_those_of_xla(shared):
+    args, g = kernel_args((2, 10, 30, 40), logits_dtype=F32, shared=shared)
     fn = partial(masked_matmul, estimator=reinmax, key=KEY)
     ours, theirs = (
         value_and_vjp(partial(fn, implementation=name), args, g)
@@ -208,21 +186,20 @@ def test_drawn_masks_are_those_of_xla(shared, monkeypatch):
         assert np.abs(a - b).max() < float(jnp.finfo(BF16).eps) * np.abs(b).max()
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_bilinear():
     args, g = bilinear_args((1, 20, 40, 36, 12), BF16)
-    fn = partial(
-        apply_bilinear, estimator=straight_through, implementation="mosaic_gpu"
-    )
+    options = {"estimator": "straight_through", "implementation": "mosaic_gpu"}
+    fn = partial(apply_bilinear, **options)
     bound = value_and_vjp(plain_bilinear, args, g)
     expected = bilinear_float64(*to_float64((*args, g)), slope=np.ones_like)
     assert_as_exact(value_and_vjp(fn, args, g), bound, expected)
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_logits_at_the_threshold_and_beyond():
     """What is off contributes nothing; what is NaN stays so, in its own sample."""
-    (x, w, logits), g = make((3, 8, 64, 64), logits_dtype=F32)
+    (x, w, logits), g = kernel_args((3, 8, 64, 64), logits_dtype=F32)
     values = jnp.array([0.0, -0.0, -jnp.inf, jnp.inf, 1e-45])
     logits = logits.at[0, :5].set(values[:, None]).at[1].set(-1.0)
     check((x, w, logits), g)
@@ -235,9 +212,9 @@ def test_logits_at_the_threshold_and_beyond():
     np.testing.assert_array_equal(*to_float64((kept, y)))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_a_sample_does_not_see_another_ones_infinity():
-    (x, w, logits), g = make((2, 20, 64, 64))
+    (x, w, logits), g = kernel_args((2, 20, 64, 64))
     pull = jax.jit(lambda x: value_and_vjp(hard, (x, w, logits), g))
     y, (d_x, _, d_logits) = pull(x)
     again = pull(x.at[1, 2, 3].set(jnp.inf))
@@ -245,19 +222,19 @@ def test_a_sample_does_not_see_another_ones_infinity():
         np.testing.assert_array_equal(*to_float64((a[0], b[0])))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 def test_deterministic():
-    args, g = make((2, 70, 40, 64))
-    pull = jax.jit(lambda args, g: value_and_vjp(hard, args, g))
+    args, g = kernel_args((2, 70, 40, 64))
+    pull = with_vjp(hard)
     first, again = (pull(args, g) for _ in range(2))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(*to_float64((a, b)))
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("own_weights", [False, True], ids=["one w", "a w each"])
 def test_under_vmap(own_weights):
-    (x, w, logits), g = make((2, 20, 40, 64))
+    (x, w, logits), g = kernel_args((2, 20, 40, 64))
     xs = jnp.stack([x, 2 * x])
     ws = jnp.stack([w, -w]) if own_weights else w
 
@@ -268,7 +245,7 @@ def test_under_vmap(own_weights):
     for i in range(2):
         args = xs[i], ws[i] if own_weights else w, logits
         one = jax.tree.map(lambda a, i=i: a[i], got)
-        assert_as_exact(one, value_and_vjp(plain, args, g), exact(args, g))
+        assert_as_exact(one, value_and_vjp(plain, args, g), exact_matmul(args, g))
 
 
 def in_scan(fn):
@@ -285,28 +262,25 @@ def in_scan(fn):
 
 def in_shard_map(fn):
     # The emulator has one device at a time.
-    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.P("i")
-    return jax.shard_map(fn, mesh=mesh, in_specs=(rows, jax.P(), rows), out_specs=rows)
+    specs = {"in_specs": (rows, jax.P(), rows), "out_specs": rows}
+    return jax.shard_map(fn, mesh=mesh(i=1), **specs)
 
 
-@pytest.mark.usefixtures("interpreted")
+@on_hopper
 @pytest.mark.parametrize("transform", [in_scan, in_shard_map])
 def test_under_other_transforms(transform):
-    check(*make((2, 20, 40, 64)), fn=transform(hard))
+    check(*kernel_args((2, 20, 40, 64)), fn=transform(hard))
 
 
-def launches(fn, *args):
-    return len(lower(fn, args))
-
-
+@pytest.mark.usefixtures("chooses_hopper")
 @pytest.mark.parametrize("packed", [False, True], ids=["logits", "packed"])
 @pytest.mark.parametrize(
     "size", [(1, 1, 1, 1), (3, 2047, 40, 1001), (2, 20, 190, 264)], ids=str
 )
 def test_any_size_lowers_for_a_gpu(size, packed):
     """Which asks for more than the emulator."""
-    (x, w, logits), g = make(size, logits_dtype=F32)
+    (x, w, logits), g = kernel_args(size, logits_dtype=F32)
     masks = pack_mask(logits) if packed else logits
     fn = partial(kernel, estimator=None if packed else straight_through)
 
@@ -314,19 +288,26 @@ def test_any_size_lowers_for_a_gpu(size, packed):
         return jax.vjp(lambda x, w: fn(x, w, masks), x, w)[1](g)
 
     # The forward of logits too, for their bits.
-    assert launches(pull, x, w, g) == 3 - packed
+    assert len(lower(pull, (x, w, g))) == (2 if packed else 3)
+
+
+ON_GPU = [((16, 256, 512, 2048), kind) for kind in ("packed", reinmax, seed_reinmax)]
+ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["logits", "packed", "reinmax", "seed_reinmax"])
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "size", [(16, 256, 512, 2048), (5, 250, 2048, 500), (1, 256, 512, 2048)], ids=str
+    "size, kind, dtype",
+    [((16, 256, 512, 2048), "logits", F16), *((*case, BF16) for case in ON_GPU)],
+    ids=str,
 )
-def test_on_gpu(size, dtype, kind):
-    args, g = make(size, dtype, F32)
-    if kind == "packed":
-        return check_packed(args, g)
-    if kind == "logits":
-        return check(args, g)
-    check_sloped(args, g, reinmax if kind == "reinmax" else seed_reinmax)
+def test_on_gpu(size, kind, dtype):
+    """All kinds of masks at one size, and all sizes with one."""
+    args, g = kernel_args(size, dtype, F32)
+    match kind:
+        case "packed":
+            check_packed(args, g)
+        case "logits":
+            check(args, g)
+        case _:
+            check_sloped(args, g, kind)

@@ -1,0 +1,324 @@
+"""One value and one gradient of each public name, and one kernel of each family.
+
+`make test-oldest` runs this file: what other versions of JAX and flax break is found
+here, in minutes. Results are checked for one thing that must hold of each; how exact
+they are is for the tests of each op.
+"""
+
+import types
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_as_exact, mesh, normal, value_and_vjp
+from jax.sharding import PartitionSpec as P
+
+import jaxkern
+from jaxkern import BlockMask, nn
+
+KEY = jax.random.key(0)
+X, SQUARE = normal(0, (4, 16)), normal(1, (16, 16), scale=0.25)
+PAIR = normal(2, (16, 4), scale=0.25), normal(3, (4, 16), scale=0.5)
+SAMPLES, LOGITS = normal(4, (2, 4, 16)), normal(5, (2, 16, 16))
+QUERY = normal(6, (1, 16, 2, 8))
+RING = mesh(ring=2)
+MASKED: dict[str, Any] = {"estimator": jaxkern.straight_through}
+BILINEAR = (SQUARE,) * 3
+DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+
+
+def attend(query, **options):
+    return jaxkern.attention(query, query, query, **options)
+
+
+def attend_blocks(query, **options):
+    block_mask = BlockMask.causal(query.shape[1], query.shape[1], block_size=64)
+    return jaxkern.block_sparse_attention(
+        query, query, query, mask=block_mask, **options
+    )
+
+
+def attend_dilated(query, **options):
+    return jaxkern.dilated_attention(query, query, query, **DILATED | options)
+
+
+def attend_around_a_ring(query):
+    def local(query):
+        return jaxkern.ring_attention(query, query, query, axis_name="ring")
+
+    spec = P(None, "ring")
+    return jax.shard_map(local, mesh=RING, in_specs=spec, out_specs=spec)(query)
+
+
+def attend_on_a_mesh(query):
+    return jaxkern.context_parallel_attention(
+        query, query, query, mesh=RING, axis_name="ring"
+    )
+
+
+def merge(query):
+    half = query[:, :8]
+    first = jaxkern.attention(query, half, half, return_lse=True)
+    return jaxkern.merge_attention(*first, *first)[0]
+
+
+def permute(query):
+    return query[:, jaxkern.ring_permutation(16, 2, "striped")]
+
+
+def multiply_packed_mask(x, w):
+    packed = jaxkern.pack_mask(LOGITS)
+    assert isinstance(packed, jaxkern.PackedMask)
+    return jaxkern.masked_matmul(x, w, packed)
+
+
+def apply_unpacked_mask(x):
+    return x @ jaxkern.unpack_mask(jaxkern.pack_mask(LOGITS)).astype(x.dtype)
+
+
+def multiply_packed(x, w, **options):
+    packed = jaxkern.pack_2_4(x)
+    assert isinstance(packed, jaxkern.Packed24)
+    return jaxkern.matmul_2_4(packed, w, **options)
+
+
+def run_packed(x):
+    packed = jaxkern.pack_2_4(SQUARE.astype(x.dtype))
+    return jaxkern.packed_relu2(x, (packed, packed), (packed, packed))
+
+
+def lose(hidden, head):
+    return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5)
+
+
+# Each name of `jaxkern`, a function that uses it, and its differentiated arguments.
+OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "attention": (attend, (QUERY,)),
+    "BlockMask": (attend_blocks, (QUERY,)),
+    "block_sparse_attention": (attend_blocks, (QUERY,)),
+    "dilated_attention": (attend_dilated, (QUERY,)),
+    "ring_attention": (attend_around_a_ring, (QUERY,)),
+    "context_parallel_attention": (attend_on_a_mesh, (QUERY,)),
+    "ring_permutation": (permute, (QUERY,)),
+    "merge_attention": (merge, (QUERY,)),
+    "rotary_embedding": (jaxkern.rotary_embedding, (QUERY,)),
+    "cross_entropy": (lose, (X, SQUARE)),
+    "straight_through": (jaxkern.straight_through, (X,)),
+    "seed_reinmax": (jaxkern.seed_reinmax, (X,)),
+    "reinmax": (jaxkern.reinmax, (X,)),
+    "binary_concrete": (partial(jaxkern.binary_concrete, key=KEY), (X,)),
+    "gumbel_softmax": (partial(jaxkern.gumbel_softmax, key=KEY), (X,)),
+    "reinmax_categorical": (partial(jaxkern.reinmax_categorical, key=KEY), (X,)),
+    "masked_matmul": (
+        partial(jaxkern.masked_matmul, **MASKED),
+        (SAMPLES, SQUARE, LOGITS),
+    ),
+    "masked_bilinear": (
+        partial(jaxkern.masked_bilinear, **MASKED),
+        (SAMPLES, BILINEAR, (LOGITS,) * 3),
+    ),
+    "PackedMask": (multiply_packed_mask, (SAMPLES, SQUARE)),
+    "pack_mask": (multiply_packed_mask, (SAMPLES, SQUARE)),
+    "unpack_mask": (apply_unpacked_mask, (SAMPLES,)),
+    "flash_mlp": (jaxkern.flash_mlp, (SAMPLES, LOGITS, LOGITS)),
+    "swiglu": (jaxkern.swiglu, (X, SQUARE, SQUARE, SQUARE)),
+    "low_rank_matmul": (jaxkern.low_rank_matmul, (X, PAIR)),
+    "low_rank_swiglu": (jaxkern.low_rank_swiglu, (X, PAIR, PAIR, PAIR)),
+    "low_rank_relu2": (
+        partial(jaxkern.low_rank_relu2, sparsity="2:4-soft"),
+        (X, PAIR, PAIR),
+    ),
+    "packed_relu2": (run_packed, (X,)),
+    "Packed24": (multiply_packed, (X, SQUARE)),
+    "matmul_2_4": (multiply_packed, (X, SQUARE)),
+    "pack_2_4": (multiply_packed, (X, SQUARE)),
+    "unpack_2_4": (lambda x: jaxkern.unpack_2_4(jaxkern.pack_2_4(x)), (X,)),
+    "sparsify_2_4": (jaxkern.sparsify_2_4, (X,)),
+}
+
+
+RNGS: dict[str, Any] = {"rngs": nnx.Rngs(0)}
+LM: dict[str, Any] = {
+    "vocab_size": 16,
+    "context_length": 8,
+    "d_model": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_ff": 16,
+}
+IDS = jnp.arange(32).reshape(8, 4) % 16
+
+
+def prune():
+    pruned, _ = nn.LowRankReLU2(16, 16, 4, **RNGS).prune_2_4()
+    assert isinstance(pruned.values["up_in"], nn.PackedWeight)
+    return pruned
+
+
+def place():
+    model = nn.TransformerLM(**LM, mesh=nn.make_mesh("fsdp=4,tensor=2"), **RNGS)
+    assert model.mesh is not None
+    places = nn.get_sharding(nnx.state(model), model.mesh, nn.SHARDING_RULES)
+    nnx.update(model, jax.device_put(nnx.state(model), places))
+    return model
+
+
+def decode():
+    model = nn.TransformerLM(**LM, **RNGS)
+    cache = model.make_cache(8, 4)
+    assert isinstance(cache, nn.KVCache)
+    features, _ = model.extend(IDS, cache)
+    np.testing.assert_allclose(features, model.features(IDS), rtol=1e-4, atol=1e-5)
+    return model
+
+
+def mask():
+    module = nn.MaskedLinear(16, 16, num_masks=2, **RNGS)
+    assert isinstance(module.mask_logits, nn.MaskLogits)
+    assert nn.mask_sparsity(module)["total"].shape == (2,)
+    return module
+
+
+# Each name of `jaxkern.nn`, a module that is it or uses it, and an input.
+MODULES: dict[str, tuple[Any, jax.Array]] = {
+    "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 2), SAMPLES),
+    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, 4), X),
+    "LongNet": (partial(nn.LongNet, 16, 2, 1, **DILATED), SAMPLES),
+    "Bilinear": (partial(nn.Bilinear, 16, 16), X),
+    "MaskedBilinear": (partial(nn.MaskedBilinear, 16, 16, num_masks=2), SAMPLES),
+    "MaskedLinear": (mask, SAMPLES),
+    "MaskLogits": (mask, SAMPLES),
+    "mask_sparsity": (mask, SAMPLES),
+    "FlashMLP": (partial(nn.FlashMLP, 2, 16, 16), SAMPLES),
+    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, 4), X),
+    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, 4), X),
+    "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
+    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, 2), X),
+    "PackedReLU2": (prune, X),
+    "PackedWeight": (prune, X),
+    "QuadraticTransformer": (partial(nn.QuadraticTransformer, 16, 16, 2, 1), IDS),
+    "SHARDING_RULES": (place, IDS),
+    "get_sharding": (place, IDS),
+    "make_mesh": (place, IDS),
+    "KVCache": (decode, IDS),
+    "TransformerLM": (decode, IDS),
+}
+
+
+def public(module) -> set[str]:
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def test_every_public_name_is_here():
+    assert public(jaxkern) == set(OPS)
+    assert public(nn) == set(MODULES)
+
+
+def assert_finite_and_used(value, gradients):
+    """`value` has numbers, and a part of the arguments has a slope."""
+    leaves = jax.tree.leaves((value, gradients))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert np.any(value)
+    assert any(np.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
+def distinct(rows):
+    """Rows that run the same program are one case with the names of all."""
+    cases: dict[int, list[str]] = {}
+    for name, (function, _) in rows.items():
+        cases.setdefault(id(function), []).append(name)
+    return [
+        pytest.param(*rows[names[0]], id=" ".join(names)) for names in cases.values()
+    ]
+
+
+@pytest.mark.parametrize("op, args", distinct(OPS))
+def test_op(op, args):
+    @jax.jit
+    def run(args):
+        value, vjp = jax.vjp(op, *args)
+        return value, vjp(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
+
+    assert_finite_and_used(*run(args))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("op, args", distinct(OPS))
+def test_op_promotes_nothing_by_itself(op, args, dtype):
+    """As users trace it who let JAX convert no dtype and broadcast no rank."""
+    args = jax.tree.map(lambda x: x.astype(dtype), args)
+
+    def run(args):
+        value, vjp = jax.vjp(op, *args)
+        return value, vjp(jnp.ones_like(value))
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        _, gradients = jax.eval_shape(run, args)
+    assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("build, x", distinct(MODULES))
+def test_module(build, x):
+    module = build() if isinstance(build, types.FunctionType) else build(**RNGS)
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def run(state, x):
+        def loss(state, x):
+            y = nnx.merge(graph, state)(x)
+            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype))
+            return (y * weights.reshape(y.shape)).sum()
+
+        value, gradients = jax.value_and_grad(loss, (0, 1), allow_int=True)(state, x)
+        # An integer has a slope of no bytes.
+        slopes = [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
+        return value, slopes
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert_finite_and_used(*run(state, x))
+
+
+BF16 = jnp.bfloat16
+TALL, WIDE = normal(7, (64, 64), BF16, 0.125), normal(8, (1, 64, 64), BF16, 0.125)
+TOKENS = normal(9, (64, 64), BF16)
+FACTORS = (TALL, TALL), (TALL.T, TALL)
+
+# One kernel of each family, and its arguments.
+KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "attention": (attend, (normal(10, (1, 64, 1, 16), BF16),)),
+    "block-sparse": (attend_blocks, (normal(10, (1, 64, 1, 16), BF16),)),
+    "dilated": (
+        partial(attend_dilated, segment_lengths=(32, 64)),
+        (normal(10, (1, 64, 1, 16), BF16),),
+    ),
+    "flash_mlp": (jaxkern.flash_mlp, (TOKENS[None], WIDE, WIDE)),
+    "low-rank": (jaxkern.low_rank_relu2, (TOKENS, *FACTORS)),
+    "2:4": (multiply_packed, (TOKENS, TALL)),
+    "masked": (
+        partial(jaxkern.masked_matmul, **MASKED),
+        (TOKENS[None], TALL, normal(11, (1, 64, 64), BF16)),
+    ),
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.filterwarnings("ignore:.*rank of:UserWarning")
+@pytest.mark.parametrize("op, args", KERNELS.values(), ids=KERNELS)
+def test_kernel(op, args):
+    """Its values and gradients are as near to XLA's of float32 as XLA's are."""
+    g = normal(12, jax.eval_shape(op, *args).shape, BF16)
+    kernel = partial(op, implementation="mosaic_gpu")
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        got = value_and_vjp(kernel, args, g)
+    plain = value_and_vjp(partial(op, implementation="xla"), args, g)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, g))
+    exact = value_and_vjp(partial(op, implementation="xla"), *wide)
+    assert_as_exact(got, plain, exact)

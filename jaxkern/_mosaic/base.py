@@ -49,14 +49,6 @@ def slot(i: jax.Array, slots: int) -> jax.Array:
     return lax.rem(i, jnp.array(slots, i.dtype))
 
 
-def pad_to(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """`a` with zeros at the end of its last two axes, up to these sizes."""
-    missing = rows - a.shape[-2], columns - a.shape[-1]
-    if not any(missing):
-        return a
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, n) for n in missing])
-
-
 def dots(*pairs):
     """`a @ b` of each pair, all awaited together; `a` in SMEM or registers."""
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks._kernel_compile import lower
 from masked_definitions import BF16, F32, apply_bilinear, bilinear_args, kernel_args
 
 from jaxkern import masked_matmul, pack_mask, reinmax, straight_through
 from jaxkern._masked.hopper.product import MaskedTiles, product_kernel
+from jaxkern.testing.compiler import lower
 
 kernel = partial(masked_matmul, implementation="mosaic_gpu")
 hard = partial(kernel, estimator=straight_through)

@@ -5,6 +5,7 @@
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
+#   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test
 # PYTHON=python3.13 names another Python.
@@ -31,7 +32,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels
+.PHONY: help bench test lint test-oldest format kernels mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +56,10 @@ format: $(READY)
 
 kernels: $(READY) $(CUDA)/.installed
 	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# For who changes tests; too long for every change.
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # The other end of the range of versions that pyproject.toml promises.
 SMOKE := tests/test_smoke.py

@@ -1,0 +1,298 @@
+"""Thirty faults that someone could write, each with the tests that must see it.
+
+The text that a mutant replaces occurs once in its file. Where the code has changed it
+is stale, and `run.py` says so: give it the text of today. Tests are a file and an
+expression for `pytest -k`, the fewest that see the fault.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    name: what `--only` takes.
+    fault: what goes wrong, in a sentence.
+    path: of the file, from the root of the repository.
+    text, replacement: what is there, and what the mutant has in its place.
+    tests: the file of the tests, from the root, and which of them.
+    """
+
+    name: str
+    fault: str
+    path: str
+    text: str
+    replacement: str
+    tests: tuple[str, str]
+
+
+BY_TILES = (
+    "tests/attention/test_dense.py",
+    "test_values_and_gradients and tiles and 17x65-causal",
+)
+MASK_OF_A_FUNCTION = (
+    "tests/attention/hopper/test_attend.py",
+    "test_masks and function and not blocks",
+)
+RELU2_KERNEL = ("tests/mlp/hopper/test_fused.py", "test_relu2 and 7x90")
+GATED_KERNEL = ("tests/mlp/hopper/test_fused.py", "test_gated and 7x90")
+MASKED_TILES = ("tests/masked/hopper/test_multiply.py", "test_tiles and 64")
+UNSUPPORTED = ("tests/mlp/test_flash_mlp.py", "test_unsupported")
+
+MUTANTS = (
+    # Factors of gradients.
+    Mutant(
+        "attention-delta",
+        "The gradient of the logits lacks what the softmax subtracts of each row.",
+        "jaxkern/_attention/tiles.py",
+        "weights * (d_weights - delta[..., None]) * scale",
+        "weights * d_weights * scale",
+        BY_TILES,
+    ),
+    Mutant(
+        "lse-gradient",
+        "The gradient of the log-sum-exp is dropped.",
+        "jaxkern/_attention/tiles.py",
+        "out).sum(-1) - d_lse",
+        "out).sum(-1)",
+        BY_TILES,
+    ),
+    Mutant(
+        "stop-gradient-mix",
+        "The shares of dilated patterns have a gradient where none is asked for.",
+        "jaxkern/_attention/dilated.py",
+        "shares = jax.lax.stop_gradient(shares)",
+        "pass",
+        ("tests/attention/test_dilated.py", "test_stop_gradient_mix"),
+    ),
+    Mutant(
+        "estimator-gradient",
+        "The slope of the straight-through estimator is differentiated too.",
+        "jaxkern/_masked/estimators.py",
+        "soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide",
+        "soft = _sigmoid_slope(wide) * wide",
+        ("tests/masked/test_estimators.py", "test_closed_forms_of_binary_draws"),
+    ),
+    Mutant(
+        "masked-slope",
+        "The kernel of masks has a slope with the wrong sign.",
+        "jaxkern/_masked/hopper/gradients.py",
+        "lambda p: 1 + p - p * p",
+        "lambda p: 1 + p + p * p",
+        (
+            "tests/masked/hopper/test_multiply.py",
+            "test_slopes_in_the_kernel and seed_reinmax",
+        ),
+    ),
+    Mutant(
+        "silu-gate",
+        "The kernel takes the derivative of silu at the other product.",
+        "jaxkern/_mlp/hopper/fused.py",
+        "sums[0] * up * derivative(gate)",
+        "sums[0] * up * derivative(up)",
+        GATED_KERNEL,
+    ),
+    # Edges of masks, heads and tiles.
+    Mutant(
+        "causal-diagonal",
+        "A causal query does not see its own token.",
+        "jaxkern/_attention/tiles.py",
+        "column <= row[:, None] + self.diagonal",
+        "column < row[:, None] + self.diagonal",
+        BY_TILES,
+    ),
+    Mutant(
+        "window-edge",
+        "A local window is one token too short on its left.",
+        "jaxkern/_attention/block_mask/predicates.py",
+        "k - q >= self.lower",
+        "k - q > self.lower",
+        ("tests/attention/block_mask/test_mask.py", "test_local_window"),
+    ),
+    Mutant(
+        "ragged-keys",
+        "A kernel's last partial block sees the zeros after the last key.",
+        "jaxkern/_attention/hopper/predicates.py",
+        "where.positions(1 - self.q_axis) < self.kv_len",
+        "where.positions(1 - self.q_axis) <= self.kv_len",
+        MASK_OF_A_FUNCTION,
+    ),
+    Mutant(
+        "shared-heads",
+        "Query heads walk the keys of another group's head.",
+        "jaxkern/_attention/hopper/walk.py",
+        "lax.div(head * walk.heads + g, walk.share)",
+        "lax.rem(head * walk.heads + g, walk.share)",
+        ("tests/attention/hopper/test_attend.py", "test_sizes and 24"),
+    ),
+    Mutant(
+        "tile-in-block",
+        "Of a block of several tiles the kernel walks the first one again.",
+        "jaxkern/_attention/hopper/walk.py",
+        "lax.rem(n, each) * columns",
+        "lax.div(n, each) * columns",
+        ("tests/attention/hopper/test_attend.py", "test_sizes and 290"),
+    ),
+    Mutant(
+        "last-columns",
+        "The columns that fill up the last chunk of the vocabulary are tokens.",
+        "jaxkern/_cross_entropy.py",
+        "jnp.where(ids < vocab, logits, -jnp.inf), ids",
+        "jnp.where(ids <= vocab, logits, -jnp.inf), ids",
+        ("tests/test_cross_entropy.py", "test_values_and_gradients and ragged"),
+    ),
+    # Rings.
+    Mutant(
+        "zigzag-order",
+        "The second half of a zigzag is in ascending order.",
+        "jaxkern/_attention/ring.py",
+        "parts[: devices - 1 : -1]",
+        "parts[devices:]",
+        ("tests/attention/test_ring.py", "test_permutation"),
+    ),
+    Mutant(
+        "ring-gradients",
+        "The gradients of keys and values end one device too far.",
+        "jaxkern/_attention/ring_steps.py",
+        "d_held = ring.send_on(d_held)",
+        "d_held = ring.send_on(ring.send_on(d_held))",
+        ("tests/attention/test_ring.py", "test_causal_equals_dense and zigzag and 2"),
+    ),
+    # Races of kernels.
+    Mutant(
+        "missing-commit",
+        "A result is copied from shared memory before it is visible to TMA.",
+        "jaxkern/_mosaic/matmul.py",
+        "plgpu.commit_smem()",
+        "pass",
+        RELU2_KERNEL,
+    ),
+    Mutant(
+        "early-release",
+        "A slot of values is given back before the matmul that reads it.",
+        "jaxkern/_attention/hopper/attend.py",
+        "summed = add_dots(summed, (rounded, values))\n        ring.release(1)",
+        "ring.release(1)\n        summed = add_dots(summed, (rounded, values))",
+        MASK_OF_A_FUNCTION,
+    ),
+    Mutant(
+        "one-arrival",
+        "A slot is filled again when the first of two warpgroups is done with it.",
+        "jaxkern/_mosaic/launch.py",
+        "for arrivals in (self.copies, COMPUTE)",
+        "for arrivals in (self.copies, 1)",
+        RELU2_KERNEL,
+    ),
+    Mutant(
+        "missing-wait",
+        "A slot is given back while the wgmma that reads it may still run.",
+        "jaxkern/_masked/hopper/product.py",
+        "plgpu.wgmma_wait(0)",
+        "plgpu.wgmma_wait(1)",
+        MASKED_TILES,
+    ),
+    Mutant(
+        "store-overwritten",
+        "A result is overwritten in shared memory while TMA may still read it.",
+        "jaxkern/_masked/hopper/product.py",
+        "plgpu.wait_smem_to_gmem(0, wait_read_only=True)",
+        "pass",
+        MASKED_TILES,
+    ),
+    # What is selected, drawn and packed.
+    Mutant(
+        "order-of-equals",
+        "Of equal entries 2:4 keeps the last ones.",
+        "jaxkern/_sparsity/select.py",
+        "(other == scores) & (i < position)",
+        "(other == scores) & (i > position)",
+        ("tests/sparsity/test_select.py", "test_top2_on_every_order"),
+    ),
+    Mutant(
+        "position-bits",
+        "The positions in a byte have the highest bits first.",
+        "jaxkern/_sparsity/packed.py",
+        "POSITION_BITS * last_index(quads.shape)",
+        "POSITION_BITS * (POSITIONS_PER_BYTE - 1 - last_index(quads.shape))",
+        ("tests/sparsity/test_select.py", "test_packed_layout"),
+    ),
+    Mutant(
+        "word-order",
+        "Masks are packed and unpacked with the highest bit first.",
+        "jaxkern/_masked/packed.py",
+        "jnp.arange(WORD, dtype=jnp.uint32)",
+        "jnp.arange(WORD, dtype=jnp.uint32)[::-1]",
+        ("tests/masked/test_packed.py", "test_layout"),
+    ),
+    Mutant(
+        "one-key-for-all",
+        "All samples of a batch draw their masks with one key.",
+        "jaxkern/_masked/masked.py",
+        "jax.random.split(key, (samples, len(logits)))",
+        "jax.random.split(key, (1, len(logits))).repeat(samples, 0)",
+        ("tests/masked/test_masked.py", "test_draws_are_the_same and fused and matmul"),
+    ),
+    # What runs, and what is refused.
+    Mutant(
+        "falls-back",
+        "A named kernel that cannot run is XLA instead of an error.",
+        "jaxkern/_core/dispatch.py",
+        'raise NotImplementedError(f"{op}: {reason}")',
+        'return "xla"',
+        UNSUPPORTED,
+    ),
+    Mutant(
+        "any-device",
+        "Every device counts as a Hopper GPU.",
+        "jaxkern/_core/device.py",
+        'return device.platform == "gpu" and capability.startswith("9.")',
+        "return True",
+        UNSUPPORTED,
+    ),
+    Mutant(
+        "bool-is-integer",
+        "True is taken for the integer 1.",
+        "jaxkern/_core/checks.py",
+        "isinstance(value, bool) or value < least",
+        "value < least",
+        ("tests/nn/test_mlp.py", "test_refusals"),
+    ),
+    # Models and benchmarks.
+    Mutant(
+        "rotary-fraction",
+        "Rotary angles lose the fraction of their frequency.",
+        "jaxkern/_attention/rotary.py",
+        "(units - whole).astype(np.float32)",
+        "0 * (units - whole).astype(np.float32)",
+        ("tests/attention/test_rotary.py", "test_exact_at_long_positions"),
+    ),
+    Mutant(
+        "prompt-lengths",
+        "Tokens follow the longest prompt, also where a prompt is shorter.",
+        "jaxkern/nn/_generate.py",
+        "cache._replace(length=jnp.asarray(lengths, cache.length.dtype))",
+        "cache",
+        (
+            "tests/nn/test_generate.py",
+            "test_prompts_of_unequal_length_are_as_alone and unrolled",
+        ),
+    ),
+    Mutant(
+        "sharded-rows",
+        "The last weight of SwiGLU is split along its other axis.",
+        "jaxkern/nn/_mlp.py",
+        'rngs, narrow, param_dtype, ("mlp", "embed")',
+        'rngs, narrow, param_dtype, ("embed", "mlp")',
+        ("tests/nn/test_mlp.py", "test_every_kernel_has_a_partition_spec"),
+    ),
+    Mutant(
+        "times-first",
+        "A benchmark times a program before it checks the values.",
+        "benchmarks/_harness.py",
+        "    _verify(program, checked, row)\n",
+        "    _time(lambda: checked(*program.args), program.block, 2, options.timing)\n"
+        "    _verify(program, checked, row)\n",
+        ("tests/benchmarks/test_harness.py", "test_a_wrong_kernel_is_refused"),
+    ),
+)

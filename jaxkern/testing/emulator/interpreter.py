@@ -147,6 +147,8 @@ def _barrier_wait(self, thread, logging_info=None):
         raise TimeoutError(message) from None
 
 
+# Compiling takes longer than most kernels run: without this, a third longer.
+QUICKLY: Any = {"xla_backend_optimization_level": 0}
 _compiled = {}
 _compiling = threading.Lock()
 
@@ -156,7 +158,8 @@ def _run_jaxpr(jaxpr, consts, *args):
     with _compiling:
         if jaxpr not in _compiled:
             run = jax.jit(thread_map._run, static_argnums=0)
-            _compiled[jaxpr] = run.lower(jaxpr, consts, *args).compile()
+            lowered = run.lower(jaxpr, consts, *args)
+            _compiled[jaxpr] = lowered.compile(compiler_options=QUICKLY)
     _compiled[jaxpr](consts, *args)
 
 

@@ -29,7 +29,7 @@ BF16 = jnp.bfloat16
 gates = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
-def op(activation="silu", **options):
+def op(activation: Any = "silu", **options):
     """`flash_mlp` with w_gate, if there is one, as the last argument."""
 
     def mlp(x, w1, w2, w_gate=None):

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax._src.lib import cuda_versions
 
+# wgmma takes float32 only as tf32, and not from transposed views of shared memory.
+KERNEL_DTYPES = ("bfloat16", "float16")
 # Of an H100 with SXM and of an H200; for devices that do not say.
 MULTIPROCESSORS = 132
 
@@ -48,6 +50,13 @@ def miscompiled() -> str | None:
             f"compiles masks right, got {number}"
         )
     return None
+
+
+def unsupported_dtype(dtype: Any) -> str | None:
+    """Why Hopper kernels cannot take arrays of this dtype, or None if they can."""
+    if str(dtype) in KERNEL_DTYPES:
+        return None
+    return f"dtype must be {' or '.join(KERNEL_DTYPES)} for mosaic_gpu, got {dtype}"
 
 
 def unsupported() -> str | None:

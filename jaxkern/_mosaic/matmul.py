@@ -29,7 +29,6 @@ from .._core.sharding import vary_alike
 from .base import SMEM_BYTES, buffer, pad_to, plgpu, slot
 from .launch import COLUMN_STEP, COMPUTE, ROW_STEP, Ring, Roles, Slots, launch
 
-DTYPES = ("bfloat16", "float16")
 # Rows of a warpgroup's part of a tile, the fewest that a wgmma has.
 ROWS = 64
 # Columns of a result that an epilogue takes at once.
@@ -302,7 +301,7 @@ class Epilogue:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _MatmulBlock:
     """A launch as a block sees it, inside the kernel: what it does with one tile.
 
     gmem, aux, out: the factors, further arrays and results in global memory.
@@ -364,7 +363,7 @@ def multiply(
     def bind(*refs):
         *refs, step_ring, piece_ring = refs
         gmem, aux, out, smem, pieces = _split(refs, map(len, parts))
-        block = _Block(
+        block = _MatmulBlock(
             products,
             epilogue,
             tiles,
@@ -457,8 +456,8 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
 
 def unsupported(name: str, array: Any) -> str | None:
     """Why the kernels cannot take this argument, or None if they can."""
-    if str(array.dtype) not in DTYPES:
-        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {array.dtype}"
+    if reason := device.unsupported_dtype(array.dtype):
+        return reason
     if 0 in array.shape:
         return f"no axis of {name} may be empty for mosaic_gpu, got {array.shape}"
     return None

@@ -40,7 +40,6 @@ from .predicates import unreadable
 from .tokens import Tokens, rings_of, smem_bytes, tokens_of
 from .walk import WalkedTiles, walk_keys, walk_lists, walk_queries
 
-DTYPES = ("bfloat16", "float16")
 MAX_DIM = 256
 # Up to here the sums of the gradients of both keys and values fit in registers.
 MAX_DIM_TOGETHER = 128
@@ -98,8 +97,8 @@ def unsupported(
 ) -> str | None:
     """Why the kernel cannot run this, or None if it can; a mask of None is dense."""
     dim = query.shape[-1]
-    if str(query.dtype) not in DTYPES:
-        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {query.dtype}"
+    if reason := device.unsupported_dtype(query.dtype):
+        return reason
     if max(dim, value.shape[-1]) > MAX_DIM:
         return (
             f"dim and dim_v must be at most {MAX_DIM} for mosaic_gpu, "

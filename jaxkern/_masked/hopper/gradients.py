@@ -10,7 +10,6 @@ writer, so there are no atomics.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..._mosaic.base import SMEM_BYTES, buffer, plgpu, slot, zeros
+from ..._mosaic.base import LOG2_E, SMEM_BYTES, buffer, plgpu, slot, zeros
 from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 from .product import (
@@ -42,7 +41,6 @@ SLOTS = 2
 TOKENS = 64
 # Steps in flight, at most.
 MAX_STEPS = 8
-LOG2_E = math.log2(math.e)
 
 
 def _rarer(x):
@@ -89,7 +87,7 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _GradientsPlan:
     """What a launch computes and keeps in shared memory, as the host plans it.
 
     group: samples that share a W.
@@ -168,12 +166,12 @@ class _Plan:
         d_mask_smem = next(rest) if self.stages else mask_smem
         gmem = x_gmem, dy_gmem, w_gmem, mask_gmem, d_mask_gmem, d_w_gmem
         smem = x_smem, dy_smem, w_smem, mask_smem, d_mask_smem
-        block = _Block(self, *gmem, *smem, *rest)
+        block = _GradientsBlock(self, *gmem, *smem, *rest)
         return Roles(block.compute, block.load, block.drain)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _GradientsBlock:
     """A block of the plan inside the kernel, with its references.
 
     d_mask_gmem, d_w_gmem: None where they are not wanted.
@@ -181,7 +179,7 @@ class _Block:
     d_mask_smem: `mask_smem`, if the plan shares it.
     """
 
-    plan: _Plan
+    plan: _GradientsPlan
     x_gmem: Any
     dy_gmem: Any
     w_gmem: Any
@@ -353,7 +351,7 @@ def _differentiate(kind: Kind, wanted: Wanted, x, dy, w, mask) -> dict[str, jax.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
     group, count = samples // w.shape[0], pl.cdiv(seq, TOKENS)
-    plan = _Plan(kind, wanted, mask.dtype, group, count)
+    plan = _GradientsPlan(kind, wanted, mask.dtype, group, count)
     columns, steps = plan.columns, plan.steps()
     buffers = [
         buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),

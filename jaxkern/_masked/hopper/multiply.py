@@ -31,14 +31,11 @@ from ..._mosaic.launch import COLUMN_STEP, ROW_STEP
 from .gradients import Wanted, gradients_kernel
 from .product import WORD, Kind, by_threshold, product_kernel
 
-# wgmma takes float32 only as tf32, and not from the transposed views of these tiles.
-DTYPES = ("bfloat16", "float16")
-
 
 def unsupported(dtype: Any, mask_dtypes: Sequence[Any]) -> str | None:
     """Why the kernels cannot run this, or None if they can."""
-    if str(dtype) not in DTYPES:
-        return f"dtype must be {' or '.join(DTYPES)} for mosaic_gpu, got {dtype}"
+    if reason := device.unsupported_dtype(dtype):
+        return reason
     for wide in mask_dtypes:
         if jnp.dtype(wide).itemsize > 4:
             return f"logits must have at most 32 bits for mosaic_gpu, got {wide}"

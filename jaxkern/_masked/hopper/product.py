@@ -245,7 +245,7 @@ def _keep(gmem, numbers, first, sample, row, column):
     exists = (row < gmem.shape[1] * WORD) & (column < gmem.shape[2])
 
     @pl.when(first & exists)
-    def _():
+    def write_words():
         for n, words in enumerate(_pack(numbers)):
             gmem[sample, lax.div(row, WORD) + n, pl.ds(column, PIECE)] = words
 
@@ -262,7 +262,7 @@ def _store(acc, smem, gmem, part, token, feature):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _ProductPlan:
     """What a launch computes, as the host plans it.
 
     transposed: contract the columns of W, not its rows.
@@ -295,19 +295,19 @@ class _Plan:
             words_gmem, *refs = refs
         warpgroup = lax.axis_index("warpgroup")
         gmem = x_gmem, w_gmem, mask_gmem, y_gmem, words_gmem
-        block = _Block(self, warpgroup, *gmem, *refs)
+        block = _ProductBlock(self, warpgroup, *gmem, *refs)
         return Roles(block.compute, block.load, block.drain)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _ProductBlock:
     """A block of the plan inside the kernel, with its references.
 
     A step of the W ring has a tile of W and of the mask, one of the x ring the tokens
     that this is multiplied by.
     """
 
-    plan: _Plan
+    plan: _ProductPlan
     warpgroup: Any
     x_gmem: Any
     w_gmem: Any
@@ -440,7 +440,7 @@ def _multiply_masked(
     mask_bytes = bytes_of(kind, mask.dtype)
     tiles = tiles or choose_tiles(samples, seq, contracted, features, mask_bytes)
     group = samples // w.shape[0]
-    plan = _Plan(kind, transposed, tiles, pack, tiles.count(contracted), group)
+    plan = _ProductPlan(kind, transposed, tiles, pack, tiles.count(contracted), group)
     x_slots, w_slots = tiles.slots(mask_bytes, sums=pack)
     shape = (FEATURES, DEPTH) if transposed else (DEPTH, FEATURES)
     dtype = x.dtype if tiles.splits == 1 else jnp.float32

@@ -168,7 +168,7 @@ class WalkPlan:
         return (held + walked) * itemsize + sums * SUM_BYTES + barriers
 
     def scratch(self) -> list[Any]:
-        """Shared memory and barriers of a block, in the order that `_Block` has."""
+        """Shared memory and barriers of a block, in the order that `_WalkBlock` has."""
         config, itemsize = self.tiles, self.dtype.itemsize
         # One swizzle for all tiles, since both operands of a wgmma need the same; it
         # must tile the contracted axis too.
@@ -200,7 +200,7 @@ class WalkPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Block:
+class _WalkBlock:
     """A launch as a block sees it, inside the kernel: what it does with one tile.
 
     gmem, out: operands and results in global memory.
@@ -321,7 +321,7 @@ def walk(
 
     def kernel(*refs):
         gmem, refs = refs[: len(operands)], refs[len(operands) :]
-        block = _Block(plan, body, gmem, refs[:outs], *refs[outs:])
+        block = _WalkBlock(plan, body, gmem, refs[:outs], *refs[outs:])
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < COMPUTE)

@@ -79,9 +79,7 @@ def flash_mlp(
         check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
     ups = (w1,) if w_gate is None else (w_gate, w1)
     gated = w_gate is not None
-    faster = thresholds.flash_mlp_is_faster(
-        heads, batch, dim, hidden, gated=gated
-    )
+    faster = thresholds.flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
     unsupported = partial(_unsupported, x, w1, gated=gated)
     match choose(op, implementation, (x, *ups, w2), unsupported, faster):
         case "mosaic_gpu":

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -66,10 +65,14 @@ def packed_relu2(
     faster = tokens >= PACKED_RELU2_TOKENS
     match choose(op, implementation, arrays, partial(_unsupported, x), faster):
         case "mosaic_gpu":
-            rows, *leaves = vary_alike(x.reshape(tokens, -1), *arrays[1:])
-            y = _in_kernels(
-                rows, jax.tree.unflatten(jax.tree.structure(factors), leaves)
+            count = len(factors)
+            rows, *leaves = vary_alike(
+                x.reshape(tokens, x.shape[-1]),
+                *(factor.values for factor in factors),
+                *(factor.indices for factor in factors),
             )
+            features = tuple(factor.features for factor in factors)
+            y = _in_kernels(rows, leaves[:count], leaves[count:], features)
             return y.reshape(*x.shape[:-1], y.shape[1])
         case "xla":
             return _unpacked(x, factors)
@@ -109,28 +112,31 @@ def _unpacked(x: jax.Array, factors: Sequence[Packed24]) -> jax.Array:
     return matmul(matmul(hidden, down_in), down_out)
 
 
-@jax.custom_vjp
-def _in_kernels(x: jax.Array, factors: Sequence[Packed24]) -> jax.Array:
+def _factors_of(
+    values: Sequence[jax.Array], indices: Sequence[jax.Array], features: Sequence[int]
+) -> list[Packed24]:
+    return [Packed24(*one) for one in zip(values, indices, features, strict=True)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _in_kernels(x, values, indices, features):
     from .hopper import packed
 
-    return packed.relu2_mlp(x, *factors)
+    return packed.relu2_mlp(x, *_factors_of(values, indices, features))
 
 
-def _in_kernels_fwd(x, factors):
-    return _in_kernels(x, factors), (x, factors)
+def _in_kernels_fwd(x, values, indices, features):
+    return _in_kernels(x, values, indices, features), (x, values, indices)
 
 
-def _in_kernels_bwd(saved, dy):
-    x, factors = saved
+def _in_kernels_bwd(features, saved, dy):
+    x, values, indices = saved
 
-    def of_values(x, values):
-        pairs = zip(factors, values, strict=True)
-        return _unpacked(x, [replace(f, values=v) for f, v in pairs])
+    def unpacked(x, values):
+        return _unpacked(x, _factors_of(values, indices, features))
 
-    d_x, d_values = jax.vjp(of_values, x, [f.values for f in factors])[1](dy)
-    pairs = zip(factors, d_values, strict=True)
     # Positions are integers, which have no gradients.
-    return d_x, tuple(replace(f, values=d, indices=None) for f, d in pairs)
+    return *jax.vjp(unpacked, x, values)[1](dy), None
 
 
 _in_kernels.defvjp(_in_kernels_fwd, _in_kernels_bwd)

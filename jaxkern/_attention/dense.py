@@ -117,9 +117,13 @@ def attention(
         reason = unsupported_by_cudnn(query, key, value, mask, is_causal, return_lse)
         if reason:
             raise NotImplementedError(f"{op}: {reason}")
-        options = {"scale": scale, "is_causal": is_causal}
         return jax.nn.dot_product_attention(
-            query, key, value, implementation="cudnn", **options
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            implementation="cudnn",
         )
     match choose_dense(op, implementation, query, key, value, mask=mask):
         case "mosaic_gpu":

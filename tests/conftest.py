@@ -7,6 +7,7 @@ import pytest
 # A process that exceeds Linux's 65530 mappings of memory is killed within XLA, which
 # has three for each compiled program, and JAX keeps all of these.
 MAPPINGS, MANY = Path("/proc/self/maps"), 30_000
+SIMPLE = (str, int, float, type(None))
 
 
 def pytest_configure(config):
@@ -57,6 +58,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
+
+
+def pytest_make_parametrize_id(val):
+    """Names of cases that every process makes alike, as xdist needs them.
+
+    Sizes are (2, 70, 200) -> "2x70x200" and options {"clip": 1} -> "clip=1"; of other
+    values pytest makes names, or numbers them.
+    """
+    if isinstance(val, tuple | list) and val and all(type(x) is int for x in val):
+        return "x".join(map(str, val))
+    if isinstance(val, dict) and all(isinstance(x, SIMPLE) for x in val.values()):
+        return ",".join(f"{key}={value}" for key, value in val.items()) or "no options"
+    return None
 
 
 def pytest_runtest_setup(item):

@@ -49,6 +49,6 @@ def test_the_status_is_that_of_the_program(module):
     assert start(module, body, subprocess.PIPE).returncode == 3
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+@pytest.mark.parametrize("path", PROGRAMS)
 def test_every_program_ends_like_that(path):
     assert path.read_text().rstrip().endswith("    run_program(main)")

@@ -253,7 +253,6 @@ def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
         (6, 3, (2, 2, 2), "paper"),
         (8, 2, (3, 3, 2), "blocks"),
     ],
-    ids=str,
 )
 def test_heads_split_among_patterns(heads, kv_heads, sizes, head_offsets):
     case = 13, heads, kv_heads, [4, 8, 16], [1, 2, 3]

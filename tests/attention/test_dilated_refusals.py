@@ -23,7 +23,6 @@ FIVE = {"segment_lengths": [8] * 5, "dilation_rates": [1] * 5}
         ([8, 8], [2, 3], {}, "row 0 of head 1"),
         ([4, 8], [1, 2], {"head_groups": True}, "row 0 of head 3"),
     ],
-    ids=str,
 )
 def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncovered):
     run = partial(

@@ -208,7 +208,6 @@ ALIGN = (
         ({"layout": "striped"}, "layout must be 'contiguous' .*, got 'striped'"),
         ({"layout": "zigzag"}, "layout must be 'contiguous' .*, got 'zigzag'"),
     ],
-    ids=str,
 )
 def test_refusals(options, message):
     options = {"segment_lengths": [16], "dilation_rates": [1]} | options

@@ -228,7 +228,6 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
         (10000.0, 999.9, False),
         (99999.0, 99999.0, True),
     ],
-    ids=str,
 )
 def test_times_of_any_size_fit(mean, std, compiles, capsys):
     args = estimators.parse(["--full"])

@@ -57,7 +57,6 @@ def test_which_rules_the_kernels_know():
         (straight_through, {"slope": 1.0}, None),
         (lambda x, scale=1.0: x, {"scale": 1.0}, None),
     ],
-    ids=str,
 )
 def test_a_partial_is_known_if_it_binds_defaults(estimator, options, rule):
     assert rule_of(partial(estimator, **options)) == rule

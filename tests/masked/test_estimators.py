@@ -103,7 +103,6 @@ SHAPES = (), (0,), (1,), (2, 1, 7)
     "name, shape",
     [(name, (3, 5)) for name in DETERMINISTIC]
     + [("reinmax temperature", shape) for shape in SHAPES],
-    ids=str,
 )
 def test_closed_forms(name, shape):
     with jax.enable_x64(True):

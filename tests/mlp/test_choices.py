@@ -95,9 +95,7 @@ def test_none_picks_no_kernel_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("chooses_hopper")
-@pytest.mark.parametrize(
-    "options", [{"sparsity": "2:4", "gradient": "feature_wise"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"sparsity": "2:4", "gradient": "feature_wise"}])
 def test_none_picks_no_kernel_that_cannot_run(monkeypatch, options):
     monkeypatch.setattr(thresholds, "kernel_is_faster", lambda *sizes: True)
     assert kernels(**options) == []
@@ -116,7 +114,6 @@ def test_none_picks_no_kernel_that_cannot_run(monkeypatch, options):
         ((8, 4096, 256, 1024), False, 515.4, 347.7),
         ((16, 4096, 128, 1024), True, 699.6, 761.6),
     ],
-    ids=str,
 )
 def test_flash_mlp_is_picked_where_it_was_measured_to_be_faster(
     size, gated, ours_us, xla_us
@@ -139,7 +136,6 @@ def test_flash_mlp_is_picked_where_it_was_measured_to_be_faster(
         ("low_rank_swiglu", 16384, (256, 256, 256), 2736, 671.5, 766.1),
         ("swiglu", 8192, (4096, 4096), 11008, 11434.8, 10431.5),
     ],
-    ids=str,
 )
 def test_a_kernel_is_picked_where_it_was_measured_to_be_faster(
     name, tokens, ranks, hidden, ours_us, xla_us

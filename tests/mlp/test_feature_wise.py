@@ -86,7 +86,6 @@ def test_values_and_gradients(size):
         *((size, jnp.bfloat16) for size in SIZES),
         *((SIZES[2], dtype) for dtype in (jnp.float32, jnp.float16)),
     ],
-    ids=str,
 )
 def test_ties_and_dtypes(size, dtype):
     """Sums of small integers are exact, so only the roundings are left, and ties."""

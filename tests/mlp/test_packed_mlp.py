@@ -51,10 +51,10 @@ def check(size, dtype, **options):
 
 SIZES = [(1, 8, 12, 4, 3), (70, 70, 150, 33, 20), (200, 140, 300, 72, 64)]
 IN_HALF = [*((size, BF16) for size in SIZES), (SIZES[1], F16)]
-in_half = pytest.mark.parametrize("size, dtype", IN_HALF, ids=str)
+in_half = pytest.mark.parametrize("size, dtype", IN_HALF)
 
 
-@pytest.mark.parametrize("size, dtype", [*IN_HALF, (SIZES[1], jnp.float32)], ids=str)
+@pytest.mark.parametrize("size, dtype", [*IN_HALF, (SIZES[1], jnp.float32)])
 def test_values(size, dtype):
     check(size, dtype)
 

@@ -29,7 +29,6 @@ def test_the_worst_leaf_counts_and_a_nan_is_the_worst():
 @pytest.mark.parametrize(
     "shape, dtype",
     [((), jnp.float32), ((5,), jnp.float32), ((7, 33), jnp.bfloat16)],
-    ids=str,
 )
 def test_errors_are_the_same_on_the_device(shape, dtype):
     rng = np.random.default_rng(0)

@@ -131,7 +131,6 @@ def causal(size, block_size):
         ((1, 1, 7, 3, 3, 1, 1), 128, causal, F16, -0.5),
         ((1, 130, 70, 1, 1, 256, 256), 64, causal, BF16, None),
     ],
-    ids=str,
 )
 def test_sizes(size, block_size, mask, dtype, scale):
     check(size, mask(size, block_size), dtype, scale)

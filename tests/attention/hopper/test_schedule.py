@@ -39,7 +39,6 @@ MASKS = {
 @pytest.mark.parametrize(
     "name, blocks, heads, lane_rows",
     [(name, 3, 1, (2, 64)) for name in MASKS] + [("of each batch", 20, 2, (1, 128))],
-    ids=str,
 )
 def test_host_and_program_agree(name, blocks, heads, lane_rows, monkeypatch):
     monkeypatch.setattr(device, "multiprocessors", lambda: blocks)

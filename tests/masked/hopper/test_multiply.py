@@ -278,7 +278,6 @@ def test_under_other_transforms(transform):
         ((2, 20, 190, 264), False),
         ((2, 20, 190, 264), True),
     ],
-    ids=str,
 )
 def test_any_size_lowers_for_a_gpu(size, packed):
     """Which asks for more than the emulator."""
@@ -301,7 +300,6 @@ ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
 @pytest.mark.parametrize(
     "size, kind, dtype",
     [((16, 256, 512, 2048), "logits", F16), *((*case, BF16) for case in ON_GPU)],
-    ids=str,
 )
 def test_on_gpu(size, kind, dtype):
     """All kinds of masks at one size, and all sizes with one."""

@@ -64,7 +64,6 @@ def tiles(request, monkeypatch):
         ((1, 65, 24, 72), "sigmoid", jnp.bfloat16, "split", True),
     ],
     indirect=["tiles"],
-    ids=str,
 )
 def test_values_and_gradients(size, activation, dtype, tiles, gated):
     check(*flash_mlp_args(size, dtype, gated), activation)
@@ -80,7 +79,6 @@ def test_values_and_gradients(size, activation, dtype, tiles, gated):
         ((1, 129, 128, 136), "identity", jnp.bfloat16),
         ((1, 70, 256, 72), "silu", jnp.bfloat16),
     ],
-    ids=str,
 )
 def test_other_sizes_and_activations(size, activation, dtype):
     check(*flash_mlp_args(size, dtype), activation)
@@ -121,7 +119,6 @@ def gated_by_another_input_float64(args, g):
     "size, tiles",
     [((2, 150, 64, 264), "split"), ((1, 65, 120, 72), "largest")],
     indirect=["tiles"],
-    ids=str,
 )
 def test_gated_by_another_input(size):
     args, g = two_inputs_args(size, jnp.bfloat16)
@@ -130,7 +127,7 @@ def test_gated_by_another_input(size):
     assert_as_exact(got, bound, gated_by_another_input_float64(args, g))
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2047, 100, 1001)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2047, 100, 1001)])
 def test_gated_by_another_input_lowers_for_a_gpu(size):
     args, g = two_inputs_args(size, jnp.bfloat16)
     modules = lower(
@@ -142,9 +139,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize(
-    "size", [(1, 1, 1, 1), (2, 2047, 40, 1001), (3, 20, 190, 264)], ids=str
-)
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2047, 40, 1001), (3, 20, 190, 264)])
 def test_any_size_lowers_for_a_gpu(size, gated):
     """Which asks for more than the emulator."""
     args, g = flash_mlp_args(size, jnp.bfloat16, gated)
@@ -334,6 +329,6 @@ def test_on_gpu(gated, activation, dim, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("size", [(40, 1100, 64, 264), (2, 100, 64, 264)], ids=str)
+@pytest.mark.parametrize("size", [(40, 1100, 64, 264), (2, 100, 64, 264)])
 def test_tiles_on_gpu(size):
     check(*flash_mlp_args(size, jnp.bfloat16))

@@ -100,7 +100,7 @@ SIZES = [SIZE, (7, 90, 130, 3, 1), (264, 140, 320, 64, 66)]
 LARGE = (2000, 1024, 2730, 320, 300)
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 sizes_and_dtypes = pytest.mark.parametrize(
-    "size, dtype", [*((size, BF16) for size in (*SIZES, LARGE)), (SIZE, F16)], ids=str
+    "size, dtype", [*((size, BF16) for size in (*SIZES, LARGE)), (SIZE, F16)]
 )
 sparse_kinds = pytest.mark.parametrize("sparsity", ["2:4", "2:4-soft"])
 
@@ -118,14 +118,14 @@ def test_gated(size):
 
 
 @emulated
-@pytest.mark.parametrize("size", [(150, 90, 203, 70), (7, 3, 5, 2)], ids=str)
+@pytest.mark.parametrize("size", [(150, 90, 203, 70), (7, 3, 5, 2)])
 def test_swiglu(size):
     check_swiglu(size)
 
 
 @emulated
 @sparse_kinds
-@pytest.mark.parametrize("size", SIZES[:2], ids=str)
+@pytest.mark.parametrize("size", SIZES[:2])
 def test_sparse(size, sparsity):
     check_relu2(size, sparsity=sparsity)
 
@@ -168,7 +168,7 @@ def integers(seed, shape):
 
 
 @pytest.mark.parametrize(
-    "size, dtype", [*((size, BF16) for size in SIZES), (SIZE, F16)], ids=str
+    "size, dtype", [*((size, BF16) for size in SIZES), (SIZE, F16)]
 )
 def test_exact_hidden_features(size, dtype):
     x, _, up, _, _ = make_exact(size, dtype)
@@ -321,9 +321,7 @@ def test_extreme_values_stay_in_their_token_and_calls_are_equal(sparsity):
 
 
 @lowered
-@pytest.mark.parametrize(
-    "size", [(1, 40, 40, 1, 2), (2047, 600, 1021, 130, 70)], ids=str
-)
+@pytest.mark.parametrize("size", [(1, 40, 40, 1, 2), (2047, 600, 1021, 130, 70)])
 def test_any_size_lowers_for_a_gpu(size):
     """Which asks for more than the emulator."""
     x, gate, up, down, g = make(size)

@@ -63,7 +63,7 @@ SIZES = [(200, 320, 136), (70, 128, 64), (3, 13, 5)]
 
 @emulated
 @pytest.mark.parametrize(
-    "size, dtype", [*((size, BF16) for size in SIZES), (SIZES[1], F16)], ids=str
+    "size, dtype", [*((size, BF16) for size in SIZES), (SIZES[1], F16)]
 )
 def test_values_and_gradients(size, dtype):
     check(size, dtype)
@@ -165,7 +165,7 @@ def test_none_picks_the_kernel_from_many_rows_on(monkeypatch):
 
 
 @lowered
-@pytest.mark.parametrize("size", [(1, 1, 1), (2047, 8191, 130)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (2047, 8191, 130)])
 def test_any_size_lowers_for_a_gpu(size):
     """Which asks for more than the emulator."""
     assert len(modules(kernel, size)) == 1
@@ -175,7 +175,6 @@ def test_any_size_lowers_for_a_gpu(size):
 @pytest.mark.parametrize(
     "size, dtype",
     [*((size, BF16) for size in (*SIZES, (2000, 4100, 1000))), (SIZES[0], F16)],
-    ids=str,
 )
 def test_on_gpu(size, dtype):
     check(size, dtype)

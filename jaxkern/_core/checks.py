@@ -87,7 +87,7 @@ def check_number(
         wanted.append("finite")
     if positive and not value > 0:
         wanted.append("positive")
-    if not value >= least:
+    if least > -math.inf and not value >= least:
         wanted.append(f"at least {least:g}")
     if wanted:
         raise ValueError(f"{op}: {name} must be {' and '.join(wanted)}, got {value}")

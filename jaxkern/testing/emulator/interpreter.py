@@ -55,9 +55,9 @@ class Parameters(mosaic_gpu.InterpretGPUParams):
     meanings: tuple[tuple[Any, Callable[..., Any]], ...] = ()
 
 
-# TMA copies with a vector clock of their own; JAX hands the clocks out in turns. With its
-# five, a copy shares one with the fifth copy before it, and races between what waits
-# for either are not seen. It takes no more time.
+# TMA copies with a vector clock of their own; JAX hands the clocks out in turns. With
+# its five, a copy shares one with the fifth copy before it, and races between those who
+# wait for either are not seen. More take no more time.
 COPIES = 1024
 
 _SPECIAL = {

@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment with pinned packages.
 #   make bench          run a benchmark's default         NAME=flash_mlp ARGS="--list"
 #   make test           run the tests                     ARGS="-k swiglu"
+#                       CASES=all for further cases of the same kinds of faults
 #   make lint           check format, style and types
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
@@ -42,7 +43,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(if $(filter all,$(CASES)),-m "not gpu") $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from thorough import THOROUGH, entries_of
 
 # A process that exceeds Linux's 65530 mappings of memory is killed within XLA, which
 # has three for each compiled program, and JAX keeps all of these.
@@ -53,11 +54,29 @@ def collect_garbage():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark what the oldest packages do not run: of a benchmark, all but commands."""
+def pytest_collection_modifyitems(config, items):
+    """Mark what `make test` leaves out, and of benchmarks what the oldest packages do.
+
+    With the oldest packages a benchmark runs its commands only.
+    """
+    missing = {
+        (file, test, case)
+        for file, tests in THOROUGH.items()
+        for test, cases in tests.items()
+        for case in cases or ("",)
+    }
     for item in items:
+        file = item.path.relative_to(config.rootpath / "tests").as_posix()
+        test, _, case = item.name.partition("[")
+        found = entries_of(file, test, case.removesuffix("]"))
+        missing -= found
+        if found:
+            item.add_marker("thorough")
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if whole and missing:
+        raise pytest.UsageError(f"tests/thorough.py: no such tests: {sorted(missing)}")
 
 
 def pytest_make_parametrize_id(val):

@@ -195,7 +195,7 @@ def test_every_block_is_visited_once():
 
     def fn(b, h, q, k):
         jax.debug.callback(
-            lambda *at: visits.append(tuple(map(int, at))), h, q[0, 0], k[0]
+            lambda *at: visits.append(tuple(map(int, at))), h, q[0, 0], k[0, 0]
         )
         return k <= q
 

@@ -160,7 +160,7 @@ def test_equal_ranks_need_not_reach_memory(monkeypatch):
     """Where the kernels of `flash_mlp` are faster."""
     monkeypatch.setattr(thresholds, "dense_kernel", lambda ranks: "flash_mlp")
     check_relu2((70, 33, 144, 16, 16), sparsity="2:4-static")
-    check_gated((70, 33, 144, 40, 40))
+    check_gated((70, 80, 144, 40, 40))
 
 
 def integers(seed, shape):

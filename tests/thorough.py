@@ -160,8 +160,8 @@ BENCHMARKS = {
     },
     "benchmarks/test_estimators.py": {"test_every_row_is_right": ("float32",)},
     "benchmarks/test_mlp_model.py": {"test_rows_of_kernels": ("matmul",)},
-    # `make test-oldest` runs it; with the newest packages it is part of the others.
-    "test_smoke.py": {"test_op": EVERY, "test_module": EVERY, "test_kernel": EVERY},
+    # `make test-oldest` runs these; with the newest packages other tests do the same.
+    "test_smoke.py": {"test_module": EVERY, "test_kernel": EVERY},
 }
 THOROUGH = ATTENTION | MLP | MASKED | MODELS | BENCHMARKS
 

@@ -33,7 +33,7 @@ BY_TILES = (
 )
 MASK_OF_A_FUNCTION = (
     "tests/attention/hopper/test_attend.py",
-    "test_masks and function and not blocks",
+    "test_masks and functions",
 )
 RELU2_KERNEL = ("tests/mlp/hopper/test_fused.py", "test_relu2 and 7x90")
 GATED_KERNEL = ("tests/mlp/hopper/test_fused.py", "test_gated and 7x90")
@@ -157,7 +157,7 @@ MUTANTS = (
         "jaxkern/_attention/ring_steps.py",
         "d_held = ring.send_on(d_held)",
         "d_held = ring.send_on(ring.send_on(d_held))",
-        ("tests/attention/test_ring.py", "test_causal_equals_dense and zigzag and 2"),
+        ("tests/attention/test_ring.py", "test_causal_equals_dense and zigzag and 8"),
     ),
     # Races of kernels.
     Mutant(
@@ -172,8 +172,8 @@ MUTANTS = (
         "early-release",
         "A slot of values is given back before the matmul that reads it.",
         "jaxkern/_attention/hopper/attend.py",
-        "summed = add_dots(summed, (rounded, values))\n        ring.release(1)",
-        "ring.release(1)\n        summed = add_dots(summed, (rounded, values))",
+        "summed = add_dots(summed, (rounded, values))\n        tiles.release(1)",
+        "tiles.release(1)\n        summed = add_dots(summed, (rounded, values))",
         MASK_OF_A_FUNCTION,
     ),
     Mutant(
@@ -229,8 +229,8 @@ MUTANTS = (
         "one-key-for-all",
         "All samples of a batch draw their masks with one key.",
         "jaxkern/_masked/masked.py",
-        "jax.random.split(key, (samples, len(logits)))",
-        "jax.random.split(key, (1, len(logits))).repeat(samples, 0)",
+        "jax.random.split(self.key, (self.samples, len(self.logits)))",
+        "jax.random.split(self.key, (1, len(self.logits))).repeat(self.samples, 0)",
         ("tests/masked/test_masked.py", "test_draws_are_the_same and fused and matmul"),
     ),
     # What runs, and what is refused.
@@ -275,7 +275,7 @@ MUTANTS = (
         "cache",
         (
             "tests/nn/test_generate.py",
-            "test_prompts_of_unequal_length_are_as_alone and unrolled",
+            "test_prompts_of_unequal_length_are_as_alone and not dilated",
         ),
     ),
     Mutant(

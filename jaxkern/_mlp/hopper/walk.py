@@ -11,6 +11,7 @@ it and dropped when TMA stores it, so sizes need not be multiples of the tiles.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from ..._core import device
 from ..._mosaic import base
-from ..._mosaic.base import SMEM_BYTES, plgpu, slot, swizzle_of
+from ..._mosaic.base import plgpu, slot, swizzle_of
 from ..._mosaic.launch import (
     BARRIER_BYTES,
     COMPUTE,
@@ -28,6 +29,7 @@ from ..._mosaic.launch import (
     MEMORY_REGISTERS,
     ROW_STEP,
     WalkTiles,
+    check_fits,
     launch_blocks,
     wait_for_last,
 )
@@ -221,12 +223,14 @@ class _WalkBlock:
     emptied: Sequence[Any]
     sums_barriers: Sequence[Any]
 
-    def compute(self, info) -> None:
-        """A held tile, by one of two warpgroups."""
-        plan, warpgroup = self.plan, lax.axis_index("warpgroup")
+    def compute(self, warpgroup, part, first, info) -> None:
+        """A held tile, by one of two warpgroups.
+
+        part: of the tile, which this warpgroup computes.
+        first: the step that it computes first.
+        """
+        plan = self.plan
         filled, emptied = self.held_barriers
-        part = slot(warpgroup, plan.tiles.parts)
-        first = slot(warpgroup, plan.stride)
         here = slot(info.local_index, plan.tiles.held)
         held = [smem.at[here, part] for smem in self.held]
         start = info.local_index * plan.all_steps + first
@@ -245,7 +249,7 @@ class _WalkBlock:
             plgpu.barrier_arrive(emptied.at[here])
 
         if plan.tiles.split:
-            _add_other(added, self.sums, self.sums_barriers, store)
+            _add_other(warpgroup, added, self.sums, self.sums_barriers, store)
         else:
             store(added)
 
@@ -316,7 +320,7 @@ def walk(
     body: from a warpgroup's held tiles and its steps to its float32 sums, one a result.
     """
     plan = WalkPlan(held, walked, outs, tiles)
-    _check_fits(name, plan)
+    check_fits(name, tiles, plan.smem_bytes())
     operands = [o.array for o in (*held, *walked)]
 
     def kernel(*refs):
@@ -327,7 +331,12 @@ def walk(
         @pl.when(warpgroup < COMPUTE)
         def run():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            plgpu.nd_loop(plan.grid, collective_axes="block")(block.compute)
+            # Before the loop over tiles: within it they take registers of their own,
+            # and one kernel spills.
+            part = slot(warpgroup, plan.tiles.parts)
+            first = slot(warpgroup, plan.stride)
+            compute = partial(block.compute, warpgroup, part, first)
+            plgpu.nd_loop(plan.grid, collective_axes="block")(compute)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == COMPUTE)
@@ -350,10 +359,9 @@ def _store(value, smem, gmem):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _add_other(added, sums, barriers, store):
+def _add_other(warpgroup, added, sums, barriers, store):
     """The second warpgroup's sums go to the first, which stores the total."""
     there, taken = barriers
-    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == 0)
     def add():
@@ -382,12 +390,3 @@ def _check_divisible(operands: Sequence[HeadTiles], column_step: int) -> None:
                 f"walk: arrays must have multiples of {ROW_STEP} rows and "
                 f"{column_step} columns, got {rows} and {columns}"
             )
-
-
-def _check_fits(name: str, plan: WalkPlan) -> None:
-    needed = plan.smem_bytes()
-    if needed > SMEM_BYTES:
-        raise ValueError(
-            f"{name}: {plan.tiles} must fit {SMEM_BYTES} bytes of shared memory, "
-            f"got {needed}"
-        )

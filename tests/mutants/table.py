@@ -174,7 +174,7 @@ MUTANTS = (
         "jaxkern/_attention/hopper/attend.py",
         "summed = add_dots(summed, (rounded, values))\n        tiles.release(1)",
         "tiles.release(1)\n        summed = add_dots(summed, (rounded, values))",
-        MASK_OF_A_FUNCTION,
+        ("tests/attention/hopper/test_attend.py", "test_sizes and 24"),
     ),
     Mutant(
         "one-arrival",

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax._src.lib import cuda_versions
+from jax.core import Tracer
 
 # wgmma takes float32 only as tf32, and not from transposed views of shared memory.
 KERNEL_DTYPES = ("bfloat16", "float16")
@@ -12,26 +13,46 @@ KERNEL_DTYPES = ("bfloat16", "float16")
 MULTIPROCESSORS = 132
 
 
+def default() -> Any:
+    """Where JAX computes if nobody says otherwise: as `jax.default_device` has it."""
+    chosen = jax.config.jax_default_device
+    if isinstance(chosen, jax.Device):
+        return chosen
+    return jax.devices(chosen)[0]
+
+
+def holds(*arrays: Any) -> bool:
+    """Whether arrays with values lie on devices like the default one.
+
+    Traced ones have no place yet, and come to the default device.
+    """
+    placed = [
+        x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer)
+    ]
+    found = {one.platform for x in placed for one in x.sharding.device_set}
+    return found <= {platform()}
+
+
 def multiprocessors() -> int:
     """How many blocks run at once, one on each."""
-    return getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)
+    return getattr(default(), "core_count", MULTIPROCESSORS)
 
 
 def on_hopper() -> bool:
     """Whether the default device is an H100, an H200 or one like them."""
-    device = jax.devices()[0]
+    device = default()
     capability = getattr(device, "compute_capability", "")
     return device.platform == "gpu" and capability.startswith("9.")
 
 
 def platform() -> str:
     """The default device's platform: "cpu", "gpu" or "tpu"."""
-    return jax.devices()[0].platform
+    return default().platform
 
 
 def memory_bytes() -> float:
     """The default device's memory as JAX may use it; infinite where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = default().memory_stats() or {}
     return stats.get("bytes_limit", math.inf)
 
 
@@ -63,5 +84,5 @@ def unsupported() -> str | None:
     """Why the default device cannot run a Hopper kernel, or None if it can."""
     if on_hopper():
         return None
-    kind = jax.devices()[0].device_kind
+    kind = default().device_kind
     return f"mosaic_gpu needs an H100 or H200, but the default device is {kind}"

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from .activations import ACTIVATIONS
-from .dispatch import lie_whole
+from .sharding import lie_whole
 
 
 def matmul(

@@ -6,7 +6,43 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
+
+
+def lie_whole(*arrays: Any) -> bool:
+    """Whether one device has each array whole, or this is the body of a `shard_map`.
+
+    The types of arrays name the mesh that they are spread over, under `jax.jit` too.
+    `jax.jit(in_shardings=...)` alone does not tell its body, and a kernel in it is
+    given whole copies of its arguments on each device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return not mesh.explicit_axes and (mesh.are_all_axes_manual or mesh.size == 1)
+    return all(map(_lies_whole, arrays))
+
+
+def _lies_whole(x: Any) -> bool:
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+        return len(x.sharding.device_set) == 1
+    return jax.typeof(x).sharding.mesh.size <= 1
+
+
+def explicit_axes(*arrays: Any) -> str | None:
+    """Why a kernel cannot take arrays on explicit mesh axes, or None if there are none.
+
+    References inside a Pallas kernel carry no sharding.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(x).sharding.mesh for x in arrays]
+    axes = next((mesh.explicit_axes for mesh in meshes if mesh.explicit_axes), None)
+    if axes is None:
+        return None
+    return (
+        "arrays must not lie on explicit mesh axes for mosaic_gpu, "
+        f"got {', '.join(map(repr, axes))}; call it inside jax.shard_map"
+    )
 
 
 def vary_alike(

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 from helpers import mesh
 
-from jaxkern._core.dispatch import check_implementation, choose, lie_whole
+from jaxkern._core import device
+from jaxkern._core.dispatch import check_implementation, choose
+from jaxkern._core.sharding import lie_whole
 
 X = jnp.ones((8, 4))
 NO_HOPPER = "op: mosaic_gpu needs an H100 or H200, but the default device is cpu"
@@ -37,6 +39,32 @@ def test_a_named_implementation_runs():
 def test_a_named_kernel_that_cannot_run_says_why():
     with pytest.raises(NotImplementedError, match="^op: dim must be even, got 3$"):
         choose("op", "mosaic_gpu", [X], a_reason)
+    message = "op: arrays must not lie on explicit mesh axes .*, got 'i'; .*shard_map"
+    for size in (1, 8):
+        explicit = jax.NamedSharding(mesh("explicit", i=size), jax.P("i"))
+        x = jax.device_put(X, explicit)
+        for run in (lambda f: f, jax.jit):
+            with pytest.raises(NotImplementedError, match=message):
+                run(lambda x: choose("op", "mosaic_gpu", [x], nothing))(x)
+        assert choose("op", None, [X, x], nothing) == "xla"
+
+
+@pytest.mark.usefixtures("chooses_hopper")
+def test_none_is_xla_for_arrays_that_lie_elsewhere(monkeypatch):
+    """As arrays on the CPU of a machine with a GPU."""
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    assert choose("op", None, [X], nothing) == "xla"
+    said = []
+    jax.jit(lambda x: said.append(choose("op", None, [x], nothing)))(X)
+    assert said == ["mosaic_gpu"]
+
+
+def test_the_default_device_is_that_of_jax():
+    assert device.default() == jax.devices()[0]
+    with jax.default_device(jax.devices()[3]):
+        assert device.default() == jax.devices()[3]
+    with jax.default_device("cpu"):
+        assert device.default() == jax.devices("cpu")[0]
 
 
 def test_a_named_kernel_names_the_device_that_it_found():

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jaxkern import flash_mlp
 from jaxkern._core import device
 from jaxkern._core.activations import ACTIVATIONS
-from jaxkern._core.dispatch import lie_whole
+from jaxkern._core.sharding import lie_whole
 
 BF16 = jnp.bfloat16
 gates = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(config, items):
         for test, cases in tests.items()
         for case in cases or ("",)
     }
+    narrowing = "lf", "ignore", "ignore_glob", "deselect"
+    narrowed = any(getattr(config.option, name, None) for name in narrowing)
     for item in items:
         file = item.path.relative_to(config.rootpath / "tests").as_posix()
         test, _, case = item.name.partition("[")
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("thorough")
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
-    whole = config.args_source is config.ArgsSource.TESTPATHS
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not narrowed
     if whole and missing:
         raise pytest.UsageError(f"tests/thorough.py: no such tests: {sorted(missing)}")
 

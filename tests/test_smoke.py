@@ -25,7 +25,6 @@ X, SQUARE = normal(0, (4, 16)), normal(1, (16, 16), scale=0.25)
 PAIR = normal(2, (16, 4), scale=0.25), normal(3, (4, 16), scale=0.5)
 SAMPLES, LOGITS = normal(4, (2, 4, 16)), normal(5, (2, 16, 16))
 QUERY = normal(6, (1, 16, 2, 8))
-RING = mesh(ring=2)
 MASKED: dict[str, Any] = {"estimator": jaxkern.straight_through}
 BILINEAR = (SQUARE,) * 3
 DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
@@ -51,12 +50,13 @@ def attend_around_a_ring(query):
         return jaxkern.ring_attention(query, query, query, axis_name="ring")
 
     spec = P(None, "ring")
-    return jax.shard_map(local, mesh=RING, in_specs=spec, out_specs=spec)(query)
+    split = jax.shard_map(local, mesh=mesh(ring=2), in_specs=spec, out_specs=spec)
+    return split(query)
 
 
 def attend_on_a_mesh(query):
     return jaxkern.context_parallel_attention(
-        query, query, query, mesh=RING, axis_name="ring"
+        query, query, query, mesh=mesh(ring=2), axis_name="ring"
     )
 
 

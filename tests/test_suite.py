@@ -1,5 +1,9 @@
 """What the tests rely on in their own set-up."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,3 +41,14 @@ def test_callbacks_get_numbers_as_they_are():
     y, n = double(x, 3)
     assert y.dtype == jnp.bfloat16 and n.dtype == jnp.int32 and n == 4
     assert (y == 2 * x).all()
+
+
+def test_a_machine_with_one_gpu_collects_the_gpu_tests():
+    """No module may ask for several devices before a test runs."""
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only"]
+    # As `benchmarks/gpu.sh` does, without the options for packages it may lack.
+    command += ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    one = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=one, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_attend.py" in done.stdout and "test_flash.py" in done.stdout

@@ -8,7 +8,7 @@
 #                       for every one
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
-#                       public name once; CASES=all for every test
+#                       public name once; CASES=all for every test but rows
 # PYTHON=python3.13 names another Python.
 
 VENV ?= .venv

@@ -1,4 +1,8 @@
-"""How the examples check where they draw, and how they run."""
+"""How the examples check where they draw, and how they run.
+
+Examples stand alone, for who takes the folder away: so `run_program` is here and, for
+benchmarks, in `benchmarks/_cli.py`. One test holds both to the same.
+"""
 
 import argparse
 import importlib.util

@@ -11,13 +11,16 @@ from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .block_mask.mask import BlockMask, band_mask, with_keys
-from .checks import check_mask, check_query_key_value, check_scale, unsupported_by_cudnn
+from .checks import (
+    LEAST_QUERIES,
+    check_mask,
+    check_query_key_value,
+    check_scale,
+    unsupported_by_cudnn,
+)
 from .tiles import TILE, attention_by_tiles, finite, group_heads, make_tiling, normalize
 
 ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
-# A tile of the kernel holds 64 queries, and fewer leave most of it empty: one query
-# over 65,537 keys would do 64 times the work. Predicted, not measured.
-LEAST_QUERIES = 64
 
 
 @overload

@@ -15,7 +15,13 @@ from attention_definitions import (
 )
 from helpers import assert_as_exact, mesh, value_and_vjp
 
-from jaxkern import attention, dilated_attention, ring_attention
+from jaxkern import (
+    BlockMask,
+    attention,
+    block_sparse_attention,
+    dilated_attention,
+    ring_attention,
+)
 from jaxkern._attention import ring_steps
 from jaxkern.testing.compiler import lower
 
@@ -201,18 +207,33 @@ def test_none_picks_the_kernel_for_many_queries_and_logits(seq_q, seq_kv, kernel
     assert kernels_of(attention, query, key, key) == kernels
 
 
+def causal_blocks(query, key, value):
+    return block_sparse_attention(query, key, value, mask=BlockMask.causal(264, 264))
+
+
 @pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("op", [attention, causal_blocks])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_none_picks_the_kernel_where_arrays_lie_whole(kind):
+def test_none_picks_the_kernel_where_arrays_lie_whole(kind, op):
     """One device of eight has them; XLA cannot split a kernel over several."""
     args, _ = attention_args((2, 264, 264, 2, 1, 16, 16), BF16)
     assert jax.device_count() == 8
-    assert kernels_of(attention, *jax.device_put(args, jax.devices()[3])) == 1
+    assert kernels_of(op, *jax.device_put(args, jax.devices()[3])) == 1
     devices, spec = mesh(kind, i=2), jax.P("i")
     spread = jax.device_put(args, jax.NamedSharding(devices, spec))
-    assert kernels_of(attention, *spread) == 0
-    inside = jax.shard_map(attention, mesh=devices, in_specs=spec, out_specs=spec)
+    assert kernels_of(op, *spread) == 0
+    inside = jax.shard_map(op, mesh=devices, in_specs=spec, out_specs=spec)
     assert kernels_of(inside, *spread) == 1
+
+
+@pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("seq_q, kernels", [(1, 0), (63, 0), (64, 1)])
+def test_none_picks_the_kernel_of_blocks_for_many_queries(seq_q, kernels):
+    query = jax.ShapeDtypeStruct((1, seq_q, 1, 16), BF16)
+    key = jax.ShapeDtypeStruct((1, 264, 1, 16), BF16)
+    blocks = partial(block_sparse_attention, mask=BlockMask.causal(seq_q, 264))
+    assert kernels_of(blocks, query, key, key) == kernels
+    assert kernels_of(partial(blocks, **KERNEL), query, key, key) == 1
 
 
 def test_refused_without_a_gpu():

@@ -86,9 +86,9 @@ def block_sparse_attention(
       values when traced; for a mask that is an argument of jit in every call, which
       takes about 100 us a launch on an H200.
 
-    None picks the kernel where it can run, for at least 64 queries, and "xla" otherwise.
-    On an H200 only the kernel was measured, not XLA's form beside it: that the kernel
-    is the faster one is predicted, and so are the 64 queries.
+    None picks the kernel where it can run, for at least 64 queries, and "xla"
+    otherwise. On an H200 only the kernel was measured, not XLA's form beside it: that
+    the kernel is the faster one is predicted, and so are the 64 queries.
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be

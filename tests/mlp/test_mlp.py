@@ -105,7 +105,7 @@ def test_low_rank_relu2(size, sparsity, dtype):
     def ours(x, up, down):
         return low_rank_relu2(x, up, down, sparsity=sparsity)
 
-    plain = partial(definitions.relu2, SELECTIONS[sparsity])
+    plain = partial(definitions.relu2, select=SELECTIONS[sparsity])
     got = value_and_vjp(ours, (x, up, down), g)
     bound = value_and_vjp(plain, (x, up, down), g)
     wide = to_float64((x, up, down, g))
@@ -123,7 +123,7 @@ def test_straight_through_gradient(size, dtype):
         return a + jax.lax.stop_gradient(definitions.top2(a) - a)
 
     got = value_and_vjp(ours, (x, up, down), g)
-    bound = value_and_vjp(partial(definitions.relu2, select), (x, up, down), g)
+    bound = value_and_vjp(partial(definitions.relu2, select=select), (x, up, down), g)
     wide = to_float64((x, up, down, g))
     straight = partial(low_rank_relu2_float64, straight_through=True)
     exact = straight(*wide, sparsity="2:4")

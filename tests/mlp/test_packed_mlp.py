@@ -42,7 +42,7 @@ def make(size, dtype) -> Any:
 def check(size, dtype, **options):
     x, pruned, packed = make(size, dtype)
     got = packed_relu2(x, *packed, **options)
-    bound = definitions.relu2(definitions.keep_all, x, pruned[0], pruned[1])
+    bound = definitions.relu2(x, pruned[0], pruned[1])
     g = np.zeros(bound.shape)
     wide = to_float64((x, pruned[0], pruned[1]))
     exact, _ = low_rank_relu2_float64(wide[0], wide[1], wide[2], g, sparsity=None)

@@ -72,7 +72,7 @@ def check_relu2(size, dtype=BF16, sparsity=None, fn: Any = relu2, make=make):
     x, _, up, down, g = make(size, dtype)
     run = partial(fn, sparsity=sparsity)
     got = value_and_vjp(run, (x, up, down), g)
-    plain = partial(definitions.relu2, SELECTIONS[sparsity])
+    plain = partial(definitions.relu2, select=SELECTIONS[sparsity])
     bound = value_and_vjp(plain, (x, up, down), g)
     wide = to_float64((x, up, down, g))
     assert_as_exact(got, bound, low_rank_relu2_float64(*wide, sparsity=sparsity))
@@ -172,7 +172,7 @@ def integers(seed, shape):
 )
 def test_exact_hidden_features(size, dtype):
     x, _, up, _, _ = make_exact(size, dtype)
-    plain = partial(definitions.relu2, definitions.keep_all)
+    plain = definitions.relu2
     hidden = jnp.eye(up[1].shape[1], dtype=dtype)
     got = plain(x, up, (hidden, hidden))
     wide_x, (first, second) = to_float64((x, up))
@@ -245,7 +245,7 @@ def test_under_vmap():
         return value_and_vjp(relu2, (x, up, down), g)
 
     got = jax.vmap(gradients)(several)
-    plain = partial(definitions.relu2, definitions.keep_all)
+    plain = definitions.relu2
     for i, one in enumerate(several):
         bound = value_and_vjp(plain, (one, up, down), g)
         picked = jax.tree.map(lambda a, i=i: a[i], got)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_definitions import (
-    assert_as_close,
     assert_close,
+    assert_largest_error,
     attention_args,
     check_attention,
 )
-from helpers import assert_as_exact, mesh, value_and_vjp
+from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
     BlockMask,
@@ -89,12 +89,12 @@ def test_dilated_attention(padded, heads, head_offsets):
     )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, cotangents))
     exact = value_and_vjp(partial(dilated, "xla"), *wide)
-    assert_as_exact(got[0][0], xla[0][0], exact[0][0])
+    assert_as_close(got[0][0], xla[0][0], exact[0][0])
     unseen = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
     lse, exact_lse = (np.where(unseen, 0, x) for x in (got[0][1], exact[0][1]))
     assert_close(lse, exact_lse)
-    assert_as_close(got[1], xla[1], exact[1])
+    assert_largest_error(got[1], xla[1], exact[1])
 
 
 @pytest.mark.usefixtures("chooses_hopper")
@@ -127,7 +127,10 @@ PARTS = {
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("layout, which, scale", PARTS.values(), ids=PARTS)
 def test_steps_of_a_ring(layout, which, scale):
-    """The emulator has one device, so one by one: as XLA, and `out` is not rounded."""
+    """The emulator has one device, so one by one: as XLA, and `out` is not rounded.
+
+    Gradients are: the kernel writes them in 16 bits, and a ring adds them in float32.
+    """
     part = ring_steps._parts(layout, 140, 140)[which]
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
     lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
@@ -147,11 +150,10 @@ def test_steps_of_a_ring(layout, which, scale):
     exact, xla = step(*wide, "xla"), step(query, held, d_out, "xla")
     unseen = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
-    got, xla, exact = (
-        (out, np.where(unseen, 0, lse), gradients)
-        for (out, lse), gradients in (got, xla, exact)
-    )
-    assert_as_close(got, xla, exact)
+    assert_largest_error(got[0][0], xla[0][0], exact[0][0])
+    lse, exact_lse = (np.where(unseen, 0, x[0][1]) for x in (got, exact))
+    assert_close(lse, exact_lse, 5e-7)
+    assert_largest_error(got[1], xla[1], exact[1], rounded_to=BF16)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -170,7 +172,7 @@ def test_ring_of_one():
         for name in ("mosaic_gpu", "xla")
     )
     wide = [x.astype(jnp.float32) for x in args], d_out.astype(jnp.float32)
-    assert_as_exact(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
+    assert_as_close(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
 
 
 @pytest.mark.usefixtures("chooses_hopper")

@@ -7,15 +7,13 @@ take, by what their steps have taken there, and no elementwise work between them
 from jax.experimental import pallas as pl
 
 from jaxkern._core import device, h200
-from jaxkern._masked.hopper.gradients import ROWS, TOKENS, Wanted
+from jaxkern._masked.hopper.gradients import STEP_TOKENS, TILE_ROWS, Wanted
 from jaxkern._masked.hopper.product import choose_tiles
 
 from ._estimators_definitions import Sizes
 
 # Dense bfloat16 matmuls of an H200, a second.
 TENSOR_FLOPS = 989e12
-# To and from the memory of an H200, a second.
-MEMORY_BYTES = 4.8e12
 # Bytes of a number of weights and activations, of a logit, and of a packed mask.
 ITEM = 2
 LOGIT = 4.0
@@ -52,8 +50,8 @@ def floors_us(sizes: Sizes, batch: int, which: str) -> dict[str, float]:
     stored = ITEM * batch * weights * (1 + reads)
     return {
         "tensor": 1e6 * flops / TENSOR_FLOPS,
-        "bytes": 1e6 * moved / MEMORY_BYTES,
-        "stored masked weights": 1e6 * (moved + stored) / MEMORY_BYTES,
+        "bytes": moved / h200.MEMORY_BYTES_PER_US,
+        "stored masked weights": (moved + stored) / h200.MEMORY_BYTES_PER_US,
     }
 
 
@@ -78,13 +76,13 @@ def gradients_us(
     """
     columns = Wanted(x=False, w=want_w, mask=True, dtype=None).columns
     walks = 1 if want_w else samples
-    blocks = walks * pl.cdiv(d_in, ROWS) * pl.cdiv(d_out, columns)
-    tokens = pl.cdiv(seq, TOKENS) * TOKENS
+    blocks = walks * pl.cdiv(d_in, TILE_ROWS) * pl.cdiv(d_out, columns)
+    tokens = pl.cdiv(seq, STEP_TOKENS) * STEP_TOKENS
     turns = pl.cdiv(blocks, device.multiprocessors()) * samples / walks
-    macs = turns * ROWS * columns * tokens
+    macs = turns * TILE_ROWS * columns * tokens
     rate = h200.MACS_PER_CLOCK * h200.CLOCKS_PER_US * h200.MATMUL_SHARE
     masks = samples * d_in * d_out * mask_bytes
-    loaded = blocks * samples / walks * 2 * tokens * (ROWS + columns)
+    loaded = blocks * samples / walks * 2 * tokens * (TILE_ROWS + columns)
     from_l2 = (loaded + masks) / h200.L2_BYTES_PER_US
     weights = ITEM * d_in * d_out * (2 if want_w else 1)
     moved = ITEM * samples * seq * (d_in + d_out) + masks + weights

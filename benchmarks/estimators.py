@@ -178,15 +178,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
     default = ITERATIONS if args.whole else f"{CPU_ITERATIONS} (long ones 2)"
     calls = f"{args.iterations or default} calls"
+    warmups = f"{args.warmup} warm-ups"
+    if args.warmup == 1:
+        warmups = "1 warm-up, the check's"
     meta = metadata(
         "estimators",
         dtype=str(args.dtype),
         matmul_precision=precision,
         seed=args.seed,
         matmul_peak_tflops=matmul_peak_tflops(args.dtype),
-        timing_text=f"{args.timing}, {calls} after {args.warmup} warm-up"
-        + "s" * (args.warmup != 1)
-        + (", the check's" if args.warmup == 1 else ""),
+        timing_text=f"{args.timing}, {calls} after {warmups}",
         notes=report.notes(args),
     )
     console = make_console()

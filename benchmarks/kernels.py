@@ -180,7 +180,7 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
 def masked_cases() -> Cases:
     """Every configuration, and every kind of mask: of 32 bits, of 16, and packed."""
     kernels, cases = _masked_product, {}
-    configs = [kernels.MaskedTiles(n, k) for n in kernels.TOKENS for k in (1, 2)]
+    configs = [kernels.MaskedTiles(n, k) for n in kernels.TILE_TOKENS for k in (1, 2)]
     of_logits = "logits", "straight_through", jnp.float32, configs
     of_masks = "mask", "mask", jnp.bfloat16, configs[:1]
     of_bits = "bits", "bits", jnp.int32, configs

@@ -106,9 +106,10 @@ def optimized():
     """With LLVM's passes, for a test that computes for longer than it compiles."""
     import jax
 
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -116,9 +117,10 @@ def unchecked_types():
     """Without the tests' type checker, as users run it: our own errors show."""
     import jaxtyping
 
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

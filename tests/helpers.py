@@ -15,12 +15,9 @@ from jax.sharding import AxisType
 import jaxkern
 from jaxkern import low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core.activations import ACTIVATIONS
-from jaxkern.testing import assert_as_close
+from jaxkern.testing import assert_as_close as assert_as_close
 from jaxkern.testing import plain as definitions
 from jaxkern.testing import relative_error as relative_error
-
-# The largest error of a row, against that of the plain form.
-assert_as_exact = assert_as_close
 
 # For tests of what happens to arguments of the wrong type.
 untyped: Any = jaxkern

@@ -16,6 +16,7 @@ from jaxkern import (
     straight_through,
 )
 from jaxkern._masked.masked import Method
+from jaxkern.testing import plain as definitions
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 METHODS = get_args(Method)
@@ -104,16 +105,9 @@ def bilinear_float64(h, weights, logits, biases, g, slope) -> Any:
 FLOAT64 = {apply_matmul: matmul_float64, apply_bilinear: bilinear_float64}
 
 
-def plain_matmul(x, w, mask):
-    return jnp.stack([a @ (w * m) for a, m in zip(x, mask, strict=True)])
-
-
 def plain_bilinear(h, weights, logits, biases):
     masks = [straight_through(one) for one in logits]
-    z1, z2 = (
-        plain_matmul(h, weights[i], masks[i]) + biases[i][None, None] for i in (0, 1)
-    )
-    return plain_matmul(z1 * z2, weights[2], masks[2]) + biases[2][None, None]
+    return definitions.masked_bilinear(h, weights, masks, biases)
 
 
 def kernel_args(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:

@@ -14,7 +14,7 @@ from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
-from .checks import check_query_key_value, check_scale
+from .checks import LEAST_QUERIES, check_query_key_value, check_scale
 from .tiles import add_tile, empty_carry, normalize, tile_gradients, tile_logits
 
 
@@ -86,7 +86,9 @@ def block_sparse_attention(
       values when traced; for a mask that is an argument of jit in every call, which
       takes about 100 us a launch on an H200.
 
-    None picks the kernel where it can run.
+    None picks the kernel where it can run, for at least 64 queries, and "xla"
+    otherwise. On an H200 only the kernel was measured, not XLA's form beside it: that
+    the kernel is the faster one is predicted, and so are the 64 queries.
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be
@@ -112,7 +114,8 @@ def block_sparse_attention(
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)
-    match choose(op, implementation, (query, key, value), unsupported):
+    faster = query.shape[1] >= LEAST_QUERIES
+    match choose(op, implementation, (query, key, value), unsupported, faster):
         case "mosaic_gpu":
             # Mosaic is imported on first use of a kernel.
             from .hopper import attend

@@ -4,6 +4,11 @@ import jax
 
 from .._core.checks import check_array, check_floating, check_number, check_shape
 
+# None picks the kernel for at least so many queries. A tile of it holds 64, and fewer
+# leave most of it empty: one query over 65,537 keys would do 64 times the work.
+# Predicted, not measured.
+LEAST_QUERIES = 64
+
 
 def check_query_key_value(
     op: str, query: jax.Array, key: jax.Array, value: jax.Array

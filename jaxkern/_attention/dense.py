@@ -1,5 +1,7 @@
 """Softmax attention with its log-sum-exp, and the merge of two partial results."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import jax
@@ -11,13 +13,16 @@ from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .block_mask.mask import BlockMask, band_mask, with_keys
-from .checks import check_mask, check_query_key_value, check_scale, unsupported_by_cudnn
+from .checks import (
+    LEAST_QUERIES,
+    check_mask,
+    check_query_key_value,
+    check_scale,
+    unsupported_by_cudnn,
+)
 from .tiles import TILE, attention_by_tiles, finite, group_heads, make_tiling, normalize
 
 ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
-# A tile of the kernel holds 64 queries, and fewer leave most of it empty: one query
-# over 65,537 keys would do 64 times the work. Predicted, not measured.
-LEAST_QUERIES = 64
 
 
 @overload
@@ -113,19 +118,19 @@ def attention(
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
-    if implementation == "cudnn":
-        reason = unsupported_by_cudnn(query, key, value, mask, is_causal, return_lse)
-        if reason:
-            raise NotImplementedError(f"{op}: {reason}")
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            scale=scale,
-            is_causal=is_causal,
-            implementation="cudnn",
-        )
-    match choose_dense(op, implementation, query, key, value, mask=mask):
+    cudnn = partial(
+        unsupported_by_cudnn, query, key, value, mask, is_causal, return_lse
+    )
+    match _choose(op, implementation, query, key, value, mask, cudnn):
+        case "cudnn":
+            return jax.nn.dot_product_attention(
+                query,
+                key,
+                value,
+                scale=scale,
+                is_causal=is_causal,
+                implementation="cudnn",
+            )
         case "mosaic_gpu":
             # Mosaic is imported on first use of a kernel.
             from .hopper import attend
@@ -135,6 +140,23 @@ def attention(
         case "xla":
             out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
     return (out, lse) if return_lse else out
+
+
+def _choose(
+    op: str,
+    implementation: ImplementationOrCudnn | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    unsupported_by_cudnn: Callable[[], str | None],
+) -> ImplementationOrCudnn:
+    """`choose_dense`, or cuDNN where it is named and runs this."""
+    if implementation != "cudnn":
+        return choose_dense(op, implementation, query, key, value, mask=mask)
+    if reason := unsupported_by_cudnn():
+        raise NotImplementedError(f"{op}: {reason}")
+    return "cudnn"
 
 
 def choose_dense(

@@ -19,7 +19,7 @@ from .checks import (
     check_scale,
 )
 from .dense import attend_by_xla, choose_dense, dense_blocks
-from .dilation import HeadOffsets, Pattern, check_covered, group_heads, make_patterns
+from .dilation import HeadOffsets, Pattern, check_covered, make_patterns, split_heads
 
 Uncovered = Literal["zero", "error"]
 
@@ -150,7 +150,7 @@ def dilated_attention(
     patterns = make_patterns(
         op, segment_lengths, dilation_rates, seq, heads, head_offsets
     )
-    groups = group_heads(op, patterns, heads, head_groups)
+    groups = split_heads(op, patterns, heads, head_groups)
     if uncovered == "error":
         check_covered(op, groups, seq)
     attend = partial(

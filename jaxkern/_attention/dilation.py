@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from .._core.checks import check_integer, raise_unknown
+from .tiles import pad_axis
 
 HeadOffsets = Literal["paper", "blocks", "pattern"]
 
@@ -98,8 +99,8 @@ class Pattern:
         """The rows of each segment, with zeros for those beyond its end."""
         w, r = self.segment, self.dilation.rate
         batch, seq, *rest = x.shape
-        x = _pad(x, 1, -seq % w).reshape(batch, -(-seq // w), w, *rest)
-        return _pad(x, 2, -w % r).reshape(*x.shape[:2], self.rows, r, *rest)
+        x = pad_axis(x, 1, 0, -seq % w).reshape(batch, -(-seq // w), w, *rest)
+        return pad_axis(x, 2, 0, -w % r).reshape(*x.shape[:2], self.rows, r, *rest)
 
     def select(
         self, x: Shaped[Array, "batch seq #heads *features"]
@@ -119,10 +120,6 @@ class Pattern:
         x = x.reshape(batch, segments, rows * self.dilation.rate, *rest)
         x = x[:, :, : self.segment].reshape(batch, segments * self.segment, *rest)
         return x[:, :seq]
-
-
-def _pad(x: jax.Array, axis: int, rows: int) -> jax.Array:
-    return jnp.pad(x, [(0, rows if i == axis else 0) for i in range(x.ndim)])
 
 
 def make_patterns(
@@ -167,7 +164,7 @@ def _positive_integers(op: str, name: str, values: Sequence[int]) -> tuple[int, 
     return tuple(check_integer(op, f"{name}[{i}]", x) for i, x in enumerate(values))
 
 
-def group_heads(
+def split_heads(
     op: str, patterns: list[Pattern], heads: int, head_groups: bool
 ) -> list[tuple[tuple[int, int], list[Pattern]]]:
     """Ranges of heads, each with the patterns that it runs."""

@@ -13,7 +13,7 @@ from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask, band_mask
 from .dense import merge_attention
-from .tiles import Tiling, attend, attend_gradients, make_tiling
+from .tiles import Tiling, attend, attend_gradients, make_tiling, pad_axis
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 
@@ -96,11 +96,6 @@ def _pick(parts, step, rank, run):
     return lax.cond(step <= rank, partial(run, earlier), partial(run, later))
 
 
-def _pad(x, before, after, fill=0.0):
-    widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, constant_values=fill)
-
-
 def _attend(query, keys_values, *, part, scale, implementation: Implementation):
     """(out, lse) of all queries over what they see of some keys, in float32."""
     first, end, _ = part
@@ -117,7 +112,7 @@ def _attend(query, keys_values, *, part, scale, implementation: Implementation):
         case "xla":
             tiling = part.tiling(query.shape[1])
             out, lse = attend(query[:, first:], key, value, None, scale, tiling)
-    return _pad(out, first, 0), _pad(lse, first, 0, -jnp.inf)
+    return pad_axis(out, 1, first, 0), pad_axis(lse, 1, first, 0, -jnp.inf)
 
 
 def _gradients(
@@ -149,7 +144,8 @@ def _gradients(
                 rows, key, value, None, d_out, lse, delta, scale, tiling
             )
     missing = keys_values[0].shape[1] - end
-    return _pad(d_query, first, 0), (_pad(d_key, 0, missing), _pad(d_value, 0, missing))
+    d_keys_values = tuple(pad_axis(x, 1, 0, missing) for x in (d_key, d_value))
+    return pad_axis(d_query, 1, first, 0), d_keys_values
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from .._core.precision import widen
 from .._core.sharding import vary_alike
@@ -249,6 +249,14 @@ def attend_gradients(
         _join(d_key[:, :, :, None], tiling.seq_kv),
         _join(d_value[:, :, :, None], tiling.seq_kv),
     )
+
+
+def pad_axis(
+    x: Shaped[Array, "..."], axis: int, before: int, after: int, fill: float = 0
+) -> Shaped[Array, "..."]:
+    """`x` with so many more entries before and after those of an axis."""
+    widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill)
 
 
 def _put(x, row, i):

@@ -73,11 +73,14 @@ def check_number(
 ) -> None:
     """`value` is one number, and no bool.
 
-    traced: it may also be an array of one number, whose value may not be known yet.
+    traced: it may also be an array of one real number, whose value may not be known
+        yet.
     """
     number = isinstance(value, int | float | np.integer | np.floating)
     if traced and isinstance(value, jax.Array | np.ndarray):
-        number = value.shape == () and jnp.issubdtype(value.dtype, np.number)
+        kinds = np.integer, np.floating
+        is_real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        number = value.shape == () and is_real
     if not number or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be one number, got {value!r}")
     if isinstance(value, Tracer):

@@ -224,8 +224,9 @@ def binary_concrete(
     op = "binary_concrete"
     check_floating(op, logits=logits)
     check_key(op, key)
-    options: Any = {"positive": True, "finite": False, "traced": True}
-    check_number(op, "temperature", temperature, **options)
+    check_number(
+        op, "temperature", temperature, positive=True, finite=False, traced=True
+    )
     return _binary_concrete(logits, key, temperature, hard)
 
 
@@ -295,8 +296,9 @@ def gumbel_softmax(
     op = "gumbel_softmax"
     _check_categorical(op, logits, axis)
     check_key(op, key)
-    options: Any = {"positive": True, "finite": False, "traced": True}
-    check_number(op, "temperature", temperature, **options)
+    check_number(
+        op, "temperature", temperature, positive=True, finite=False, traced=True
+    )
     return _gumbel_softmax(logits, key, temperature, axis, hard)
 
 

@@ -16,7 +16,7 @@ from .._core.checks import check_floating, check_key, check_shape, raise_unknown
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import add, matmul, widen
 from .estimators import Estimator, Rule, estimator_of, rule_of
-from .packed import WORD, PackedMask, check_packed, unpack_mask
+from .packed import WORD, PackedMask, check_packed_mask, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
 Arrays = tuple[jax.Array, ...]
@@ -28,7 +28,7 @@ Layer = Callable[[jax.Array, Arrays, Product, Sum], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
 
 # "fused" keeps what has this name for the backward, beside its arguments.
-KEPT = "jaxkern.masked"
+KEPT_NAME = "jaxkern.masked"
 
 # None picks the kernels for at least so many samples with masks of their own. Of the
 # layer of 512 x 2048 with 256 tokens a sample, all gradients took on an H200 by the
@@ -153,7 +153,7 @@ def _by_xla(
         case "fused":
             # The backward makes masked weights again: what one sample needs of them is
             # as large as a weight, and cheaper to make than to keep for all.
-            policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT_NAME)
             one = jax.checkpoint(sample, prevent_cse=False, policy=policy)
             return lax.map(lambda part: one(*part), each)
 
@@ -215,7 +215,7 @@ def _check_logits(
     rows, columns = w.shape
     because = f" for the {x.shape[0]} samples of {of}"
     if isinstance(logits, PackedMask):
-        check_packed(op, name, logits)
+        check_packed_mask(op, name, logits)
         if logits.d_in != rows:
             raise ValueError(f"{op}: {name} must have d_in={rows}, got {logits.d_in}")
         name, logits, rows = f"words of {name}", logits.words, -(-rows // WORD)
@@ -354,7 +354,7 @@ def masked_matmul(
             from .hopper.multiply import multiply
 
             kind, (mask,) = masks.for_kernels()
-            return multiply(kind, x, wide, mask)
+            return multiply(x, wide, mask, kind=kind)
         case "xla":
             form = method or _fastest_method(x, (w,), masks)
             return _by_xla(layer, x, masks, form)
@@ -449,7 +449,7 @@ def masked_bilinear(
             y = product(x, wide[i], masks[i])
             return y if wide_biases is None else add(y, wide_biases[i])
 
-        left, right = (checkpoint_name(affine(h, i), KEPT) for i in range(2))
+        left, right = (checkpoint_name(affine(h, i), KEPT_NAME) for i in range(2))
         return affine(left * right, 2)
 
     match _choose(op, h, weights, masks, method, implementation):
@@ -457,7 +457,7 @@ def masked_bilinear(
             from .hopper.multiply import add_bias, multiply
 
             kind, made = masks.for_kernels()
-            return layer(h, made, partial(multiply, kind), add_bias)
+            return layer(h, made, partial(multiply, kind=kind), add_bias)
         case "xla":
             form = method or _fastest_method(h, weights, masks)
             return _by_xla(layer, h, masks, form)

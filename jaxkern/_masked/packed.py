@@ -75,14 +75,14 @@ def unpack_mask(packed: PackedMask) -> Bool[Array, "*batch d_in d_out"]:
         TypeError: `packed` is no PackedMask, or its words are not uint32.
         ValueError: the words do not fit `d_in`.
     """
-    check_packed("unpack_mask", "packed", packed)
+    check_packed_mask("unpack_mask", "packed", packed)
     *batch, count, d_out = packed.words.shape
     words = packed.words[..., None, :]
     bits = (words >> _places(words.ndim)) & 1
     return bits.reshape(*batch, count * WORD, d_out)[..., : packed.d_in, :] > 0
 
 
-def check_packed(op: str, name: str, packed: Any) -> None:
+def check_packed_mask(op: str, name: str, packed: Any) -> None:
     if not isinstance(packed, PackedMask):
         kind = type(packed).__name__
         raise TypeError(f"{op}: {name} must be a PackedMask, got {kind}")

@@ -92,7 +92,8 @@ class TransformerLM(nnx.Module):
             do not depend on it. `get_sharding` says where the parameters lie on it.
 
     Raises:
-        TypeError: `attention_fn` or `mlp` cannot be called.
+        TypeError: `attention_fn` or `mlp` cannot be called, or `rope_theta` is no
+            number.
         ValueError: a size is not a positive integer, `num_heads` does not divide
             `d_model` into parts of even size, `num_kv_heads` does not divide
             `num_heads`, `rope_theta` is not a positive finite number, the devices

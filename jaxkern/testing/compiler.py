@@ -16,21 +16,23 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from .._core.checks import raise_unknown
+
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_90a",)
-# Of one block on Hopper: CUDA's programming guide, table of compute capabilities.
-SMEM_BYTES = 232448
 TIMEOUT_SECONDS = 300
 # Names a folder of packages that is not on Python's path.
 FOLDER = "JAXKERN_COMPILER"
 TOOLS = "pip install 'jaxkern[testing]'"
+
+Ended = subprocess.CompletedProcess[str]
 
 
 class MissingCompiler(ImportError):
@@ -51,7 +53,7 @@ class CompiledKernel:
         wgmma: Tensor-core instructions, as PTX has them.
         is_serialized: Whether the compiler lets wgmmas run one after the other only.
         instructions: How often each instruction of the machine occurs, by its name with
-            all modifiers; empty without the disassembler.
+            all modifiers; None without the disassembler.
         seconds: The time it took to compile.
     """
 
@@ -63,7 +65,7 @@ class CompiledKernel:
     barriers: int
     wgmma: int
     is_serialized: bool
-    instructions: dict[str, int] = field(repr=False)
+    instructions: dict[str, int] | None = field(repr=False)
     seconds: float
 
     @property
@@ -76,7 +78,15 @@ class CompiledKernel:
 
         Args:
             name: It may lack the last modifiers. Without a name all are counted.
+
+        Raises:
+            MissingCompiler: The disassembler was not installed.
         """
+        if self.instructions is None:
+            raise MissingCompiler(
+                "CompiledKernel.count: nvdisasm (nvidia-cuda-nvdisasm) must be "
+                f"installed: {TOOLS}"
+            )
         return sum(
             n
             for found, n in self.instructions.items()
@@ -92,6 +102,9 @@ class CompiledKernel:
             )
         if self.is_serialized:
             return "wgmmas run one after the other, for want of registers"
+        # Mosaic is imported on first use of a kernel.
+        from .._mosaic.base import SMEM_BYTES
+
         if self.smem_bytes > SMEM_BYTES:
             return f"needs {self.smem_bytes} bytes of shared memory of {SMEM_BYTES}"
         return None
@@ -124,7 +137,8 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
     Raises:
         ValueError: `arch` is unknown, or `fn` does not launch exactly one kernel.
         MissingCompiler: A tool is not installed; it says which, and how to get it.
-        RuntimeError: The kernel does not compile, in the compiler's words.
+        RuntimeError: The kernel does not compile, in the compiler's words, or a tool
+            fails or takes too long, in its last words.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -143,9 +157,7 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
     (0, 0, 0)
     """
     if arch not in ARCHITECTURES:
-        raise ValueError(
-            f"compile_for: arch must be among {', '.join(ARCHITECTURES)}, got {arch!r}"
-        )
+        raise_unknown("compile_for", "arch", arch, ARCHITECTURES)
     found = tools()
     modules = lower(fn, args)
     if len(modules) != 1:
@@ -245,11 +257,54 @@ def _c_compiler() -> str | None:
 
 
 def build_stub(folder: Path) -> None:
-    """Build libcuda.so.1 in the folder."""
+    """Build libcuda.so.1 in the folder.
+
+    Raises:
+        RuntimeError: The C compiler fails.
+    """
     target = folder / "libcuda.so.1"
     options = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{target.name}"]
     command = [_c_compiler() or "cc", *options, "-o", target, HERE / "cuda_stub.c"]
-    subprocess.run(command, check=True, capture_output=True)
+    _run(*command)
+
+
+def _run(*command: object, env: Mapping[str, str] | None = None) -> Ended:
+    """Run a tool to its end.
+
+    Raises:
+        RuntimeError: It takes too long, or returns an error, and its last words.
+    """
+    done = _try(*command, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{_name(command)} failed: {_last_words(done.stderr)}")
+    return done
+
+
+def _try(*command: object, env: Mapping[str, str] | None = None) -> Ended:
+    """`_run`, of which the caller asks whether it has failed."""
+    try:
+        return subprocess.run(
+            list(map(str, command)),
+            env=env,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or b""
+        words = said if isinstance(said, str) else said.decode(errors="replace")
+        raise RuntimeError(
+            f"{_name(command)} took more than {TIMEOUT_SECONDS} s: {_last_words(words)}"
+        ) from None
+
+
+def _name(command: Sequence[object]) -> str:
+    return Path(str(command[0])).name
+
+
+def _last_words(said: str) -> str:
+    return said.strip()[-300:].strip() or "it said nothing"
 
 
 def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
@@ -307,7 +362,7 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
     """Compile one kernel, as `lower` returns it.
 
     Raises:
-        RuntimeError: It does not compile.
+        RuntimeError: It does not compile, or a tool fails or takes too long.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -323,14 +378,7 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
         }
         command = [sys.executable, "-S", HERE / "compiler_process.py"]
         start = time.perf_counter()
-        done = subprocess.run(
-            [*command, found.plugin, folder / "module"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_SECONDS,
-        )
+        done = _try(*command, found.plugin, folder / "module", env=environment)
         seconds = time.perf_counter() - start
         output = done.stdout + "\n" + done.stderr
         if done.returncode:
@@ -339,14 +387,20 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
                 s.strip() for s in output.splitlines() if any(m in s for m in marks)
             ]
             raise RuntimeError(
-                f"does not compile: {' | '.join(lines[:3]) or output[-300:]}"
+                f"does not compile: {' | '.join(lines[:3]) or _last_words(output)}"
             )
         smem, cubin = folder / "smem", folder / "cubin"
-        is_readable = found.disassembler and cubin.exists()
+        for written in (smem, cubin):
+            if not written.exists():
+                raise RuntimeError(
+                    f"the driver's stub must write {written.name}, and has not: "
+                    f"{_last_words(output)}"
+                )
+        disassembler = found.disassembler
         return CompiledKernel(
             **count_ptx(output),
-            smem_bytes=int(smem.read_text()) if smem.exists() else 0,
-            instructions=_count_sass(found.disassembler, cubin) if is_readable else {},
+            smem_bytes=int(smem.read_text()),
+            instructions=_count_sass(disassembler, cubin) if disassembler else None,
             seconds=seconds,
         )
 
@@ -371,11 +425,9 @@ def count_ptx(output: str) -> dict[str, Any]:
     }
 
 
-def _count_sass(disassembler: Any, cubin: Path) -> dict[str, int]:
+def _count_sass(disassembler: Path, cubin: Path) -> dict[str, int]:
     # Without an analysis of the data's flow, which shows in nothing that is counted.
-    command = [disassembler, "-c", "-ndf", cubin]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return count_sass(text)
+    return count_sass(_run(disassembler, "-c", "-ndf", cubin).stdout)
 
 
 def count_sass(text: str) -> dict[str, int]:
@@ -387,7 +439,6 @@ def count_sass(text: str) -> dict[str, int]:
 
 def versions(found: Tools) -> dict[str, str]:
     """The versions on which the machine code of a module depends."""
-    command = [found.ptxas, "--version"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = _run(found.ptxas, "--version").stdout
     release = re.search(r"V(\d[\d.]*)", text)
     return {"jax": jax.__version__, "ptxas": release.group(1) if release else text}

@@ -8,7 +8,7 @@ import pytest
 from attention_definitions import assert_close
 from helpers import (
     DTYPES,
-    assert_as_exact,
+    assert_as_close,
     assert_near,
     mesh,
     normal,
@@ -185,10 +185,10 @@ def test_low_precision_is_within_twice_the_plain_form(dtype):
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
     got = value_and_vjp(with_lse(**patterns), args, g)
-    assert_as_exact(got, value_and_vjp(plain, args, g), exact(args, g, count))
+    assert_as_close(got, value_and_vjp(plain, args, g), exact(args, g, count))
 
 
-@settings(max_examples=5)
+@settings(max_examples=8)
 @given(
     seq=st.integers(1, 33),
     heads=st.integers(1, 5),

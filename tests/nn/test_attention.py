@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_near, normal, untyped
+from helpers import mesh as make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -168,8 +169,7 @@ def test_shapes_and_partition_specs():
 @pytest.mark.parametrize("name", ["plain", "dilated"])
 def test_sharded_by_its_own_metadata_equals_one_device(name):
     module, x = build(**VARIANTS[name]), normal(0, (2, SEQ, EMBED))
-    axis_types = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=axis_types)
+    mesh = make_mesh(data=2, model=4)
     graph, state = nnx.split(module)
     rules = [("embed", None), ("heads", "model"), ("kv_heads", "model")]
     with nnx.logical_axis_rules(rules):
@@ -220,7 +220,7 @@ def test_options_of_the_function_come_bound_or_with_the_call():
 
 def test_inside_shard_map():
     """As with `ring_attention`: the module sees a shard, its function the axis."""
-    mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(seq=4)
 
     def gather_keys(query, key, value):
         key, value = (

@@ -137,7 +137,7 @@ def test_parameters_and_optimizer_state_are_sharded():
 
 def test_axes_without_a_place():
     state = nnx.state(build("scanned"))
-    mesh = jax.make_mesh((8,), ("fsdp",))
+    mesh = explicit_or_automatic("explicit", fsdp=8)
     specs = [s.spec for s in jax.tree.leaves(get_sharding(state, mesh))]
     assert P(None, "fsdp") in specs and P(None, "fsdp", None) in specs
     # Of two axes that want one place the first has it.
@@ -213,7 +213,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="attention_fn must be None for context=2"):
         build("dilated", make_mesh("context=2,data=4"))
     with pytest.raises(ValueError, match="mesh must have the automatic axes data, fs"):
-        build("scanned", jax.make_mesh((8,), ("fsdp",)))
+        build("scanned", explicit_or_automatic("explicit", fsdp=8))
     state = nnx.state(nnx.eval_shape(lambda: build("scanned")))
     with pytest.raises(ValueError, match="heads' must be .* tensor=8, got 4 of layers"):
         get_sharding(state, make_mesh("tensor=8"))

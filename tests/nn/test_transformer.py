@@ -8,6 +8,7 @@ import pytest
 import transformer_definitions as definitions
 from flax import nnx
 from helpers import assert_near, normal, relative_error, to_float64
+from helpers import mesh as make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -350,7 +351,7 @@ def test_options_reach_the_attention():
 
 def test_ring_attention_inside_shard_map():
     """Tokens in another order, each device with its part, positions as they were."""
-    mesh = jax.make_mesh((4,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(context=4)
     ring = partial(ring_attention, axis_name="context", layout="striped")
     model, (tokens, targets) = build(attention_fn=ring, num_layers=1), batch()
     order, _ = ring_permutation(SEQ, 4, "striped")
@@ -375,8 +376,7 @@ def test_ring_attention_inside_shard_map():
 
 
 def test_sharded_by_its_own_metadata_equals_one_device():
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=axis_types)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     model, (tokens, targets) = build(num_kv_heads=2), batch(shape=(4, SEQ))
     graph, state = nnx.split(model)
     rules = [("embed", "fsdp"), ("layers", None)]

@@ -44,6 +44,7 @@ def call(*args, **options):
         ),
         (lm(num_kv_heads=3), ValueError, "num_kv_heads must divide num_heads=4, got 3"),
         (lm(rope_theta=-1.0), ValueError, "rope_theta must be positive, got -1.0"),
+        (lm(rope_theta="1e4"), TypeError, "rope_theta must be one number, got '1e4'"),
         (lm(attention_fn="ring"), TypeError, "attention_fn must be callable, got str"),
         (lm(mlp=3), TypeError, "mlp must be callable, got int"),
         (

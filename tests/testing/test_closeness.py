@@ -1,5 +1,9 @@
 """Errors and their bounds."""
 
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,3 +71,23 @@ def test_as_close_allows_twice_the_plain_error_and_one_rounding():
 def test_what_is_never_close(got, message):
     with pytest.raises(AssertionError, match=message):
         assert_as_close((EXACT, got), (EXACT, EXACT), (EXACT, EXACT))
+
+
+def test_a_plain_form_of_another_shape_is_no_plain_form():
+    """Without this, one number that is wrong would be the bound of all."""
+    message = r"leaf 0: shape \(4,\), plain \(1,\)"
+    with pytest.raises(AssertionError, match=message):
+        assert_as_close(EXACT, EXACT[:1], EXACT)
+
+
+def test_it_is_checked_under_python_o():
+    """`assert` statements vanish there."""
+    check = (
+        "import numpy as np; from jaxkern.testing import assert_as_close\n"
+        "one = np.ones(4)\n"
+        "assert_as_close(2 * one, one, one)"
+    )
+    command = [sys.executable, "-O", "-c", check]
+    environment = os.environ | {"PYTHONPATH": "."}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "AssertionError: leaf 0: error 1 above" in done.stderr

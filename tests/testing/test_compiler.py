@@ -60,6 +60,44 @@ def test_instructions_are_counted_by_name():
     assert [CLEAN.count(name) for name in names] == [6, 2, 1, 1, 1, 0, 1, 1]
 
 
+def test_nothing_is_counted_without_the_disassembler():
+    unread = dataclasses.replace(CLEAN, instructions=None)
+    message = "CompiledKernel.count: nvdisasm .* must be .*'jaxkern\\[testing\\]'"
+    with pytest.raises(MissingCompiler, match=message):
+        unread.count("MUFU")
+
+
+@pytest.mark.parametrize(
+    "body, limit, message",
+    [
+        ("pass", 60, "the driver's stub must write smem, and has not: it said"),
+        (
+            "raise SystemExit('FAILED: no such wgmma')",
+            60,
+            "not compile: FAILED: no such wgmma",
+        ),
+        ("raise SystemExit('bad ' * 200)", 60, "does not compile: (bad )*bad$"),
+        ("while True: pass", 0.5, "took more than 0.5 s: it said nothing"),
+    ],
+    ids=["writes nothing", "names its error", "has last words", "is too slow"],
+)
+def test_how_a_compiler_fails(body, limit, message, monkeypatch, tmp_path):
+    (tmp_path / "compiler_process.py").write_text(body)
+    monkeypatch.setattr(compiler, "HERE", tmp_path)
+    monkeypatch.setattr(compiler, "TIMEOUT_SECONDS", limit)
+    found = compiler.Tools(*[tmp_path / "bin" / "tool"] * 5)
+    with pytest.raises(RuntimeError, match=message):
+        compiler.compile_module(b"", found, tmp_path)
+
+
+def test_the_last_words_of_a_tool_that_fails(tmp_path):
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\necho no such file >&2; exit 2\n")
+    tool.chmod(0o755)
+    with pytest.raises(RuntimeError, match="tool failed: no such file"):
+        compiler._count_sass(tool, tmp_path)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -75,7 +113,7 @@ def test_what_must_not_be_shipped(change, reason):
 
 
 def test_another_chip_is_refused():
-    message = "compile_for: arch must be among sm_90a, got 'sm_100a'"
+    message = "compile_for: arch must be one of 'sm_90a', got 'sm_100a'"
     with pytest.raises(ValueError, match=message):
         compile_for("sm_100a", jnp.sin, X)
 

@@ -11,9 +11,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int8, Int32
 
-from ..block_mask import patterns as patterns
-from ..block_mask import picture as picture
-from ..block_mask import predicates as predicates
+from . import patterns, picture, predicates
 from .checks import (
     check_alike,
     check_broadcast,
@@ -242,10 +240,11 @@ class BlockMask:
     ) -> "BlockMask":
         """The pairs for which `fn(b, h, q, k)` is True.
 
-        `fn` gets two integers and two arrays of positions that broadcast, and computes
-        in jnp. It is asked about every pair, a row of blocks at a time. As a static
-        part of the mask it must not hold traced arrays, and jit compiles again for each
-        new function: define it once.
+        `fn` gets two integers and two arrays of positions, `q` of shape (rows, 1) and
+        `k` of shape (1, columns), in a kernel both of (rows, columns), and computes in
+        jnp. It is asked about every pair, a row of blocks at a time. As a static part
+        of the mask it must not hold traced arrays, and jit compiles again for each new
+        function: define it once.
 
         Raises:
             TypeError: `fn` does not give booleans, or holds traced arrays.
@@ -254,7 +253,7 @@ class BlockMask:
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 1, batch=batch, heads=heads)
         fn = predicates.Function(fn, batch, heads)
-        q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (2,)))
+        q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (1, 2)))
         dtype = jax.eval_shape(fn, 0, 0, q, k).dtype
         if dtype != jnp.bool_:
             raise TypeError(f"{op}: fn must give booleans, got {dtype}")

@@ -172,7 +172,7 @@ def states_of_function(
     def row(n):
         head, i = n // rows, n % rows
         q = i * block_size + jnp.arange(block_size)[:, None]
-        k = jnp.arange(columns * block_size)
+        k = jnp.arange(columns * block_size)[None]
         attends = fn(head // fn.heads, head % fn.heads, q, k)
         attends &= (q < q_len) & (k < kv_len)
         tiles = attends.reshape(block_size, columns, block_size)

@@ -1,10 +1,10 @@
 """Which pair of tokens attends.
 
-A predicate `mask_fn(b, h, q, k)` takes the integers b and h and arrays of positions
-that broadcast, and tells for every pair of tokens whether q attends to k. It is a
-pytree: its leaves are data, such as segment ids, and begin with (batch or 1, heads or
-1). It is right for every pair, not only in partial blocks, so that `&` and `|` of two
-predicates are those of the masks.
+A predicate `mask_fn(b, h, q, k)` takes the integers b and h and arrays of positions, q
+(rows, 1) and k (1, columns), or in a kernel both (rows, columns), and tells for every
+pair of tokens whether q attends to k. It is a pytree: its leaves are data, such as
+segment ids, and begin with (batch or 1, heads or 1). It is right for every pair, not
+only in partial blocks, so that `&` and `|` of two predicates are those of the masks.
 """
 
 from collections.abc import Callable

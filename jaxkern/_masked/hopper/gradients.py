@@ -34,13 +34,13 @@ from .product import (
 )
 
 # Rows of W in a tile.
-ROWS = COMPUTE * PIECE
+TILE_ROWS = COMPUTE * PIECE
 # Tiles of masks in flight.
 SLOTS = 2
 # Tokens of a step.
-TOKENS = 64
+STEP_TOKENS = 64
 # Steps in flight, at most.
-MAX_STEPS = 8
+MOST_STEPS = 8
 
 
 def _rarer(x):
@@ -50,11 +50,14 @@ def _rarer(x):
     return e * root * root
 
 
-# The derivative of a mask by its logit, as a function of p = sigmoid(-|logit|). That of
-# a rule which is not here is 1.
-SLOPES: dict[Kind, Callable[..., Any]] = {
+# The derivative of a mask by its logit, as a function of p = sigmoid(-|logit|); None
+# where the gradient of the mask itself is what is wanted.
+SLOPES: dict[Kind, Callable[..., Any] | None] = {
+    "straight_through": None,
     "seed_reinmax": lambda p: 1 + p - p * p,
     "reinmax": lambda p: 0.5 * p,
+    "mask": None,
+    "bits": None,
 }
 
 
@@ -111,7 +114,7 @@ class _GradientsPlan:
 
     @property
     def slope(self) -> Callable[..., Any] | None:
-        return SLOPES.get(self.kind) if self.wanted.mask else None
+        return SLOPES[self.kind] if self.wanted.mask else None
 
     @property
     def reads(self) -> bool:
@@ -136,21 +139,23 @@ class _GradientsPlan:
         """Slots of masks that are read, and those of dm where it has its own."""
         found = []
         if self.reads:
-            size = SLOTS, ROWS, self.columns
+            size = SLOTS, TILE_ROWS, self.columns
             found.append(mask_buffer(self.kind, self.mask_dtype, *size))
         if self.stages:
-            found.append(buffer(self.wanted.dtype, SLOTS, ROWS, self.columns))
+            found.append(buffer(self.wanted.dtype, SLOTS, TILE_ROWS, self.columns))
         return found
 
     def steps(self) -> int:
-        """Steps of tokens in flight: as many as fit, but no more than `MAX_STEPS`."""
+        """Steps of tokens in flight: as many as fit, but no more than `MOST_STEPS`."""
         held = 2.0
         if self.reads:
             held += SLOTS * bytes_of(self.kind, self.mask_dtype)
         if self.stages:
             held += SLOTS * jnp.dtype(self.wanted.dtype).itemsize
-        free = SMEM_BYTES - RESERVED_BYTES - ROWS * self.columns * held
-        steps = min(MAX_STEPS, int(free // (2 * TOKENS * (ROWS + self.columns))))
+        free = SMEM_BYTES - RESERVED_BYTES - TILE_ROWS * self.columns * held
+        steps = min(
+            MOST_STEPS, int(free // (2 * STEP_TOKENS * (TILE_ROWS + self.columns)))
+        )
         if steps < 2:
             # A step is released when the next one's wgmma has started.
             raise ValueError(f"no two steps fit with {self.columns} columns: {self}")
@@ -289,8 +294,8 @@ class _GradientsBlock:
 
     def load(self, info) -> None:
         plan, (walk, row, column) = self.plan, info.index
-        where = (row * ROWS, ROWS), (column * plan.columns, plan.columns)
-        parts = [(row * ROWS + n * PIECE, PIECE) for n in range(COMPUTE)]
+        where = (row * TILE_ROWS, TILE_ROWS), (column * plan.columns, plan.columns)
+        parts = [(row * TILE_ROWS + n * PIECE, PIECE) for n in range(COMPUTE)]
 
         @pl.loop(0, plan.walked)
         def load_sample(n):
@@ -300,7 +305,7 @@ class _GradientsBlock:
             # First, since the others wait for what is computed before.
             @pl.loop(0, plan.count)
             def load_tokens(i):
-                tokens = sample, (i * TOKENS, TOKENS)
+                tokens = sample, (i * STEP_TOKENS, STEP_TOKENS)
                 left = [
                     (cut(self.x_gmem, *tokens, features), self.x_smem, part)
                     for part, features in enumerate(parts)
@@ -333,7 +338,7 @@ def _store(value, smem, gmem, sample, row, column):
     mine[...] = value.astype(smem.dtype)
     plgpu.commit_smem()
     columns = value.shape[1]
-    target = (row * ROWS + first, PIECE), (column * columns, columns)
+    target = (row * TILE_ROWS + first, PIECE), (column * columns, columns)
     plgpu.copy_smem_to_gmem(mine, cut(gmem, sample, *target))
 
 
@@ -350,16 +355,16 @@ def _differentiate(kind: Kind, wanted: Wanted, x, dy, w, mask) -> dict[str, jax.
     like `w`.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
-    group, count = samples // w.shape[0], pl.cdiv(seq, TOKENS)
+    group, count = samples // w.shape[0], pl.cdiv(seq, STEP_TOKENS)
     plan = _GradientsPlan(kind, wanted, mask.dtype, group, count)
     columns, steps = plan.columns, plan.steps()
     buffers = [
-        buffer(x.dtype, steps, COMPUTE, TOKENS, PIECE),
-        buffer(x.dtype, steps, TOKENS, columns),
-        buffer(w.dtype, 1, ROWS, columns),
+        buffer(x.dtype, steps, COMPUTE, STEP_TOKENS, PIECE),
+        buffer(x.dtype, steps, STEP_TOKENS, columns),
+        buffer(w.dtype, 1, TILE_ROWS, columns),
         *plan.held(),
     ]
-    grid = samples // plan.walked, pl.cdiv(d_in, ROWS), pl.cdiv(d_out, columns)
+    grid = samples // plan.walked, pl.cdiv(d_in, TILE_ROWS), pl.cdiv(d_out, columns)
     like = {
         "mask": jax.ShapeDtypeStruct((samples, d_in, d_out), wanted.dtype),
         "w": jax.ShapeDtypeStruct(w.shape, w.dtype),

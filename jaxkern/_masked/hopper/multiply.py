@@ -42,7 +42,7 @@ def unsupported(dtype: Any, mask_dtypes: Sequence[Any]) -> str | None:
     return device.miscompiled()
 
 
-def multiply(kind: Kind, x, w, mask):
+def multiply(x, w, mask, *, kind: Kind):
     """x_b (W * m_b); differentiable, but for bits.
 
     x: (batch, seq, d_in).

@@ -40,12 +40,12 @@ FEATURES = 128
 # What is contracted in a step.
 DEPTH = 64
 # Tokens of a product's tile, and parts of the contracted axis, to choose from.
-TOKENS = (256, 128, 64)
+TILE_TOKENS = (256, 128, 64)
 SPLITS = (1, 2, 4, 8)
 # Shared memory of barriers.
 RESERVED_BYTES = 512
 # Shared memory that JAX adds where there are sums over lanes.
-SUM_BYTES = 2048
+LANE_SUMS_BYTES = 2048
 # What launches took on an H200 (`nvidia_h200/launches.json`): a step with logits or
 # numbers, and with bits. Steps wait for shared memory, not for the tensor cores.
 STEP_CLOCKS = 1250.0
@@ -71,7 +71,7 @@ class MaskedTiles:
     splits: int = 1
 
     def __post_init__(self):
-        if self.tokens not in TOKENS or self.splits < 1:
+        if self.tokens not in TILE_TOKENS or self.splits < 1:
             raise ValueError(
                 "MaskedTiles: tokens must be 64, 128 or 256 and splits at least 1, "
                 f"got {self.tokens} and {self.splits}"
@@ -89,7 +89,7 @@ class MaskedTiles:
         out = COMPUTE * PIECE * PIECE * (2 if self.splits == 1 else 4)
         free = SMEM_BYTES - RESERVED_BYTES - out
         if sums:
-            free -= SUM_BYTES
+            free -= LANE_SUMS_BYTES
         tokens = 2 * DEPTH * self.tokens
         weights = int(FEATURES * DEPTH * (2 + mask_bytes))
         both = min(4, free // (tokens + weights))
@@ -133,7 +133,7 @@ def choose_tiles(
         MaskedTiles(tokens, splits)
         for splits in SPLITS
         if steps % splits == 0
-        for tokens in TOKENS
+        for tokens in TILE_TOKENS
     ]
     sizes = samples, seq, contracted, features, mask_bytes
     return min(valid, key=lambda tiles: tiles.clocks(*sizes))

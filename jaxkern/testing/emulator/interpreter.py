@@ -263,5 +263,4 @@ def interpret(meanings: Meanings, deadlock_seconds: int | float):
             raise
         raise short from None
     finally:
-        with contextlib.suppress(Exception):
-            cb.reset_gpu_interpret_mode_state()
+        cb.reset_gpu_interpret_mode_state()

@@ -14,12 +14,12 @@ from .attention import causal_bias as causal_bias
 from .attention import rotary as rotary
 from .masked import masked_bilinear as masked_bilinear
 from .masked import masked_matmul as masked_matmul
-from .mlp import activate as activate
 from .mlp import flash_mlp as flash_mlp
 from .mlp import low_rank_swiglu as low_rank_swiglu
 from .mlp import pruned as pruned
 from .mlp import relu2 as relu2
 from .mlp import swiglu as swiglu
+from .rounding import activate as activate
 from .sparsity import groups as groups
 from .sparsity import keep_all as keep_all
 from .sparsity import soft as soft

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.activations import ACTIVATIONS
-from .rounding import activate as activate
+from .rounding import activate
 from .sparsity import keep_all, unpack
 
 
@@ -23,14 +23,14 @@ def low_rank_swiglu(x, gate, up, down):
     return (activate(_silu_gate, *z) @ down[0]) @ down[1]
 
 
-def relu2(select, x, up, down):
+def relu2(x, up, down, *, select=keep_all):
     r"""$\mathrm{select}(\mathrm{relu}(x U_1 U_2)^2)\, D_1 D_2$, from left to right.
 
     Args:
-        select: One of `keep_all`, `static`, `top2` and `soft`.
         x: (tokens, d_in).
         up: A pair of factors.
         down: A pair of factors.
+        select: One of `keep_all`, `static`, `top2` and `soft`.
     """
     hidden = activate(lambda z: jax.nn.relu(z) ** 2, (x @ up[0]) @ up[1])
     return (select(hidden) @ down[0]) @ down[1]
@@ -39,7 +39,7 @@ def relu2(select, x, up, down):
 def pruned(x, up, down):
     """`relu2` of factors that are packed transposed."""
     up, down = ([unpack(factor).T for factor in pair] for pair in (up, down))
-    return relu2(keep_all, x, up, down)
+    return relu2(x, up, down)
 
 
 def flash_mlp(x, w1, w2, w_gate=None, *, activation: str = "silu"):

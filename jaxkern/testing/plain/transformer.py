@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .attention import attention, causal_bias, rotary
+from .mlp import swiglu
 
 EPSILON = 1e-5
 
@@ -29,15 +30,12 @@ def attend(x, layer, theta):
     return jnp.einsum("bthe,hed->btd", heads, layer["out"])
 
 
-def feed_forward(x, layer):
-    return (jax.nn.silu(x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
-
-
 def logits(weights: Mapping[str, Any], tokens: jax.Array, theta: float = 1e4) -> Any:
     x = weights["embedding"][tokens]
     for layer in weights["layers"]:
         x = x + attend(rms_norm(x, layer["attention_norm"]), layer, theta)
-        x = x + feed_forward(rms_norm(x, layer["mlp_norm"]), layer)
+        kernels = layer["gate"], layer["up"], layer["down"]
+        x = x + swiglu(rms_norm(x, layer["mlp_norm"]), *kernels)
     return rms_norm(x, weights["norm"]) @ weights["head"]
 
 

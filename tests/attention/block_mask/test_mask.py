@@ -254,6 +254,22 @@ def test_a_mask_fn_that_ignores_its_arguments():
     assert_is(mask, np.broadcast_to(np.arange(10) % 2 == 0, (9, 10)))
 
 
+def test_a_mask_fn_is_given_columns_of_queries_and_rows_of_keys():
+    """Wherever it is asked, so that what a user's function broadcasts is the same."""
+    asked = set()
+
+    def fn(b, h, q, k):
+        asked.add((q.ndim, k.ndim, q.shape[1], k.shape[0]))
+        return (k <= q) & (q % 3 != h)
+
+    with jax.numpy_rank_promotion("raise"):
+        mask = BlockMask.from_mask_fn(fn, 50, 41, heads=2, block_size=16)
+        dense = mask.to_dense()
+    assert asked == {(2, 2, 1, 1)}
+    b, h, q, k = np.ogrid[:1, :2, :50, :41]
+    np.testing.assert_array_equal(dense, (k <= q) & (q % 3 != h) & (b == 0))
+
+
 IDS_ON_DEVICE = jnp.arange(40) // 9
 CAUSAL_ON_DEVICE = jnp.tri(40, dtype=bool)
 

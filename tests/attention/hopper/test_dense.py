@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_definitions import (
-    assert_as_close,
     assert_close,
+    assert_largest_error,
     attention_args,
     check_attention,
 )
-from helpers import assert_as_exact, mesh, value_and_vjp
+from helpers import assert_as_close, mesh, value_and_vjp
 
-from jaxkern import attention, dilated_attention, ring_attention
+from jaxkern import (
+    BlockMask,
+    attention,
+    block_sparse_attention,
+    dilated_attention,
+    ring_attention,
+)
 from jaxkern._attention import ring_steps
 from jaxkern.testing.compiler import lower
 
@@ -83,12 +89,12 @@ def test_dilated_attention(padded, heads, head_offsets):
     )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, cotangents))
     exact = value_and_vjp(partial(dilated, "xla"), *wide)
-    assert_as_exact(got[0][0], xla[0][0], exact[0][0])
+    assert_as_close(got[0][0], xla[0][0], exact[0][0])
     unseen = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
     lse, exact_lse = (np.where(unseen, 0, x) for x in (got[0][1], exact[0][1]))
     assert_close(lse, exact_lse)
-    assert_as_close(got[1], xla[1], exact[1])
+    assert_largest_error(got[1], xla[1], exact[1])
 
 
 @pytest.mark.usefixtures("chooses_hopper")
@@ -121,7 +127,10 @@ PARTS = {
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("layout, which, scale", PARTS.values(), ids=PARTS)
 def test_steps_of_a_ring(layout, which, scale):
-    """The emulator has one device, so one by one: as XLA, and `out` is not rounded."""
+    """The emulator has one device, so one by one: as XLA, and `out` is not rounded.
+
+    Gradients are: the kernel writes them in 16 bits, and a ring adds them in float32.
+    """
     part = ring_steps._parts(layout, 140, 140)[which]
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
     lse, delta = jnp.full((1, 140, 2), 5.0), jnp.full((1, 140, 2), 0.1)
@@ -141,11 +150,10 @@ def test_steps_of_a_ring(layout, which, scale):
     exact, xla = step(*wide, "xla"), step(query, held, d_out, "xla")
     unseen = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), unseen)
-    got, xla, exact = (
-        (out, np.where(unseen, 0, lse), gradients)
-        for (out, lse), gradients in (got, xla, exact)
-    )
-    assert_as_close(got, xla, exact)
+    assert_largest_error(got[0][0], xla[0][0], exact[0][0])
+    lse, exact_lse = (np.where(unseen, 0, x[0][1]) for x in (got, exact))
+    assert_close(lse, exact_lse, 5e-7)
+    assert_largest_error(got[1], xla[1], exact[1], rounded_to=BF16)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -164,7 +172,7 @@ def test_ring_of_one():
         for name in ("mosaic_gpu", "xla")
     )
     wide = [x.astype(jnp.float32) for x in args], d_out.astype(jnp.float32)
-    assert_as_exact(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
+    assert_as_close(got, xla, value_and_vjp(partial(ring, "xla"), *wide))
 
 
 @pytest.mark.usefixtures("chooses_hopper")
@@ -201,18 +209,33 @@ def test_none_picks_the_kernel_for_many_queries_and_logits(seq_q, seq_kv, kernel
     assert kernels_of(attention, query, key, key) == kernels
 
 
+def causal_blocks(query, key, value):
+    return block_sparse_attention(query, key, value, mask=BlockMask.causal(264, 264))
+
+
 @pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("op", [attention, causal_blocks])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_none_picks_the_kernel_where_arrays_lie_whole(kind):
+def test_none_picks_the_kernel_where_arrays_lie_whole(kind, op):
     """One device of eight has them; XLA cannot split a kernel over several."""
     args, _ = attention_args((2, 264, 264, 2, 1, 16, 16), BF16)
     assert jax.device_count() == 8
-    assert kernels_of(attention, *jax.device_put(args, jax.devices()[3])) == 1
+    assert kernels_of(op, *jax.device_put(args, jax.devices()[3])) == 1
     devices, spec = mesh(kind, i=2), jax.P("i")
     spread = jax.device_put(args, jax.NamedSharding(devices, spec))
-    assert kernels_of(attention, *spread) == 0
-    inside = jax.shard_map(attention, mesh=devices, in_specs=spec, out_specs=spec)
+    assert kernels_of(op, *spread) == 0
+    inside = jax.shard_map(op, mesh=devices, in_specs=spec, out_specs=spec)
     assert kernels_of(inside, *spread) == 1
+
+
+@pytest.mark.usefixtures("chooses_hopper")
+@pytest.mark.parametrize("seq_q, kernels", [(1, 0), (63, 0), (64, 1)])
+def test_none_picks_the_kernel_of_blocks_for_many_queries(seq_q, kernels):
+    query = jax.ShapeDtypeStruct((1, seq_q, 1, 16), BF16)
+    key = jax.ShapeDtypeStruct((1, 264, 1, 16), BF16)
+    blocks = partial(block_sparse_attention, mask=BlockMask.causal(seq_q, 264))
+    assert kernels_of(blocks, query, key, key) == kernels
+    assert kernels_of(partial(blocks, **KERNEL), query, key, key) == 1
 
 
 def test_refused_without_a_gpu():

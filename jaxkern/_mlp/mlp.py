@@ -456,9 +456,9 @@ def _relu2_in_kernels(
     match sparsity:
         case "2:4":
             exact = gradient != "straight_through"
-            return sparse.relu2_mlp(core, up, down, shrink=False, exact=exact)
+            return sparse.sparse_relu2_mlp(core, up, down, shrink=False, exact=exact)
         case "2:4-soft":
-            return sparse.relu2_mlp(core, up, down, shrink=True, exact=False)
+            return sparse.sparse_relu2_mlp(core, up, down, shrink=True, exact=False)
         case None | "2:4-static":
             pass
     # What the static form drops is gone from the factors.

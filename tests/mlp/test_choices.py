@@ -235,7 +235,7 @@ def test_full_rank_is_picked_where_it_is_predicted_to_be_faster():
 @pytest.mark.parametrize(
     "layer",
     [
-        cost.Layer(16384, 128, 1376, 128, 2, 2),
+        cost.Layer(16384, 128, 2064, 128),
         cost.Layer(16384, 256, 3072, 256),
         cost.Layer(16384, 256, 4104, 256),
     ],

@@ -31,8 +31,7 @@ from typing import Any
 import numpy as np
 
 from jaxkern import BlockMask
-from jaxkern._attention.hopper import attend as _block_sparse_mgpu
-from jaxkern._attention.hopper import schedule as _mgpu_schedule
+from jaxkern._attention.hopper import attend, schedule
 from jaxkern._core import h200 as h200
 from jaxkern._core.device import MULTIPROCESSORS
 
@@ -40,6 +39,7 @@ from . import _attention_programs as programs
 from ._attention_model import BLOCK, PASSES, Dense, Masked, Shape, Task, known_mask
 from ._attention_programs import FLEX, Entry
 from ._harness import Program, Row, Skip
+from ._mlp_cost import MUFU_PER_CLOCK
 
 FORWARD, BOTH = PASSES
 BACKWARD = "backward"
@@ -159,7 +159,7 @@ def floors_ms(task: Task, which: str) -> dict[str, float]:
     clocks = MULTIPROCESSORS * h200.CLOCKS_PER_US
     us = {
         "tensor": flops(task, which) / (2 * h200.MACS_PER_CLOCK * clocks),
-        "mufu": exps * pairs / (h200.MUFU_PER_CLOCK * clocks),
+        "mufu": exps * pairs / (MUFU_PER_CLOCK * clocks),
         "bytes": _tokens_bytes(s, *arrays) / h200.MEMORY_BYTES_PER_US,
     }
     return {name: time / 1e3 for name, time in us.items()}
@@ -174,7 +174,7 @@ def launches(dim: int, which: str) -> Iterator[tuple[str, int, str, tuple[int, i
         yield "forward", 2, "kv", (2, 2)
     if which != FORWARD:
         yield "backward_q", 3, "kv", (3, 2)
-        for wanted in _block_sparse_mgpu.kv_launches(dim):
+        for wanted in attend.kv_launches(dim):
             products = 1 + ("value" in wanted) + 2 * ("key" in wanted)
             yield "backward_kv", products, "q", (2, 2 + len(wanted))
 
@@ -206,8 +206,8 @@ def _mask_of(task: Task) -> BlockMask:
 def busiest(lengths: np.ndarray) -> int:
     """The most blocks that the kernel's schedule gives to one multiprocessor."""
     falling = -np.sort(-lengths)
-    cost = falling + _mgpu_schedule.STEPS_OF_A_TILE
-    block = _mgpu_schedule.assign(cost, min(MULTIPROCESSORS, len(lengths)))
+    cost = falling + schedule.STEPS_OF_A_TILE
+    block = schedule.assign(cost, min(MULTIPROCESSORS, len(lengths)))
     return int(np.bincount(np.asarray(block), falling).max())
 
 
@@ -216,7 +216,7 @@ def predict_launch(
 ) -> dict[str, Any]:
     """Microseconds by what could be the limit; predicted, not measured."""
     dim = task.shape.dim
-    config = _block_sparse_mgpu.config_of(kernel, dim, BLOCK)
+    config = attend.config_of(kernel, dim, BLOCK)
     lengths = row_lengths(task, side)
     most = busiest(lengths)
     rows, steps = 2 * config.rows, BLOCK // config.columns
@@ -231,7 +231,7 @@ def predict_launch(
         * dim
         / h200.MACS_PER_CLOCK
         / reached,
-        "mufu": most * steps * logits / h200.MUFU_PER_CLOCK / reached,
+        "mufu": most * steps * logits / MUFU_PER_CLOCK / reached,
         "L2": int(lengths.sum()) * steps * loaded / h200.L2_BYTES_PER_US,
         "memory": _tokens_bytes(task.shape, *arrays)
         / (h200.MEMORY_BYTES_PER_US * h200.MEMORY_SHARE),

@@ -11,6 +11,7 @@ from jaxkern._masked.hopper.gradients import STEP_TOKENS, TILE_ROWS, Wanted
 from jaxkern._masked.hopper.product import choose_tiles
 
 from ._estimators_definitions import Sizes
+from ._mlp_cost import MATMUL_SHARE
 
 # Dense bfloat16 matmuls of an H200, a second.
 TENSOR_FLOPS = 989e12
@@ -80,7 +81,7 @@ def gradients_us(
     tokens = pl.cdiv(seq, STEP_TOKENS) * STEP_TOKENS
     turns = pl.cdiv(blocks, device.multiprocessors()) * samples / walks
     macs = turns * TILE_ROWS * columns * tokens
-    rate = h200.MACS_PER_CLOCK * h200.CLOCKS_PER_US * h200.MATMUL_SHARE
+    rate = h200.MACS_PER_CLOCK * h200.CLOCKS_PER_US * MATMUL_SHARE
     masks = samples * d_in * d_out * mask_bytes
     loaded = blocks * samples / walks * 2 * tokens * (TILE_ROWS + columns)
     from_l2 = (loaded + masks) / h200.L2_BYTES_PER_US

@@ -6,12 +6,16 @@ adds up what the kernels' own model says.
 
 from dataclasses import dataclass
 
+from jaxkern._core import device, h200
+
 from . import _mlp_cost as cost
 from ._report import published
 
-# Of an H200: dense bfloat16 matmuls, memory, and special function operations a second.
-TENSOR_FLOPS, MEMORY_BYTES = 989e12, 4.8e12
-MUFU_OPS = 132 * 16 * 1.83e9
+# Of one H200's dense matmuls of 16-bit numbers, by its data sheet.
+TENSOR_FLOPS_PER_S = 989e12
+MEMORY_BYTES_PER_S = 1e6 * h200.MEMORY_BYTES_PER_US
+# Special function operations of all multiprocessors.
+MUFU_PER_S = 1e6 * device.MULTIPROCESSORS * cost.MUFU_PER_CLOCK * h200.CLOCKS_PER_US
 FLOORS = ("tensor", "bytes", "mufu")
 PASSES = ("forward", "forward+backward")
 
@@ -60,9 +64,9 @@ def floors_ms(shape: Shape, which: str) -> dict[str, float]:
     if which == "forward+backward":
         matmuls, numbers, activations = 7, numbers + 3 * tokens + 2 * weights, 2
     return {
-        "tensor": 1e3 * matmuls * matmul / TENSOR_FLOPS,
-        "bytes": 1e3 * 2 * numbers / MEMORY_BYTES,
-        "mufu": 1e3 * activations * elements / MUFU_OPS,
+        "tensor": 1e3 * matmuls * matmul / TENSOR_FLOPS_PER_S,
+        "bytes": 1e3 * 2 * numbers / MEMORY_BYTES_PER_S,
+        "mufu": 1e3 * activations * elements / MUFU_PER_S,
     }
 
 

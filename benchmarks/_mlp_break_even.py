@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from jaxkern._mlp.thresholds import FEATURE_STEP
-from jaxkern._mosaic.matmul import choose_columns, limits_us, round_up
+from jaxkern._mosaic.base import round_up
+from jaxkern._mosaic.matmul import choose_columns, limits_us
 
 from . import _mlp_model as shapes
 from ._harness import Row
@@ -18,6 +19,7 @@ from ._mlp_cost import sparse_work
 from ._mlp_model import MODELS, Model
 from ._mlp_report import by_model
 from ._mlp_stages import (
+    DENSE_WAYS,
     DOWN,
     DOWN_SPARSE,
     FIRST,
@@ -25,7 +27,6 @@ from ._mlp_stages import (
     UP_ACTIVATION,
     UP_SELECT,
     WAYS,
-    dense_ways,
     predicted_us,
 )
 from ._mlp_stages_report import sum_of, times
@@ -55,11 +56,9 @@ def ranks(model: Model) -> range:
     return range(RANK_STEP, h * w // (h + w), RANK_STEP)
 
 
-def _gain_percent(
-    model: Model, tokens: int, sum_of: Callable[[Sequence[str]], float | None]
-) -> float | None:
+def _gain_percent(sum_of: Callable[[Sequence[str]], float | None]) -> float | None:
     """Over the fastest dense way of those that have a sum."""
-    dense = [sum_of(way) for way in dense_ways(model)]
+    dense = [sum_of(way) for way in DENSE_WAYS]
     fastest = min((us for us in dense if us is not None), default=None)
     sparse = sum_of(WAYS["sparse"])
     if fastest is None or sparse is None:
@@ -69,7 +68,7 @@ def _gain_percent(
 
 def _predicted_percent(model: Model, tokens: int) -> float:
     us = predicted_us(model, tokens)
-    percent = _gain_percent(model, tokens, lambda way: sum(us[name] for name in way))
+    percent = _gain_percent(lambda way: sum(us[name] for name in way))
     assert percent is not None
     return percent
 
@@ -90,7 +89,7 @@ def measured(rows: Sequence[Row]) -> list[Point]:
     points = []
     for (label, _), group in by_model(rows).items():
         model, tokens = shapes.MODELS[label], group[0]["tokens"]
-        percent = _gain_percent(model, tokens, partial(sum_of, times(group)))
+        percent = _gain_percent(partial(sum_of, times(group)))
         if percent is not None:
             points.append(Point(label, model.rank, tokens, percent))
     return points

@@ -1,7 +1,7 @@
 """What an MLP takes on an H200, by each way to compute it: predicted.
 
 Kernels by what their launches wait for. XLA's matmuls at the rates of
-`jaxkern._core.h200` that they reach there, of the tensor cores or of the memory,
+they reach there, of the tensor cores or of the memory,
 whichever takes longer; each of its elementwise programs reads and writes its arrays
 once. The thresholds of `jaxkern._mlp.thresholds` stand for what is said here.
 """
@@ -13,17 +13,24 @@ from typing import Literal
 from jaxkern._core import device, h200
 from jaxkern._mlp.hopper import flash, fused, sparse
 from jaxkern._mlp.thresholds import FEATURE_STEP, DenseKernel
+from jaxkern._mosaic.base import round_up
 from jaxkern._mosaic.launch import ROW_STEP
 from jaxkern._mosaic.matmul import (
-    COLUMNS,
     GATED_COLUMNS,
+    TILE_COLUMNS,
     Work,
     choose_columns,
     limits_us,
-    round_up,
 )
 from jaxkern._sparsity.hopper.product import SPARSE_DENSITY
 
+# Special function operations (exp2, tanh, reciprocal) of one multiprocessor, by the
+# data sheet.
+MUFU_PER_CLOCK = 16
+# Share of the tensor cores' rate that our matmul kernels reach at 16384 x 1024 x 16512.
+MATMUL_SHARE = 0.74
+# The same for XLA's matmuls (cuBLAS).
+XLA_MATMUL_SHARE = 0.79
 Kernel = DenseKernel | Literal["sparse"]
 # How much faster a kernel must be predicted to be, to be picked. Single launches are
 # predicted within a tenth; sparse ones wait in each step, which is not modelled, and
@@ -62,7 +69,7 @@ class Layer:
 def xla_matmul_us(m: int, depth: int, n: int, heads: int = 1) -> float:
     """Predicted time of XLA's matmul of 16-bit numbers, or of one for each head."""
     macs_per_us = h200.MACS_PER_CLOCK * device.multiprocessors() * h200.CLOCKS_PER_US
-    computed = m * depth * n / (macs_per_us * h200.XLA_MATMUL_SHARE)
+    computed = m * depth * n / (macs_per_us * XLA_MATMUL_SHARE)
     moved = _moved_us(m * depth + depth * n + m * n)
     return h200.LAUNCH_US + heads * max(computed, moved)
 
@@ -89,7 +96,7 @@ def padding_us(tokens: int, ranks: Sequence[int], hidden: int, products: int) ->
     return elementwise_us(2 * numbers, copies)
 
 
-def launch_us(work: Work, valid: Sequence[int] = COLUMNS) -> float:
+def launch_us(work: Work, valid: Sequence[int] = TILE_COLUMNS) -> float:
     """Predicted time of a matmul kernel with the tiles that it chooses."""
     limits = limits_us(work, choose_columns(work, valid))
     return h200.LAUNCH_US + max(limits.values())
@@ -97,7 +104,7 @@ def launch_us(work: Work, valid: Sequence[int] = COLUMNS) -> float:
 
 def _columns(layer: Layer) -> Sequence[int]:
     """The tiles that there are for this layer's products."""
-    return COLUMNS if layer.products == 1 else GATED_COLUMNS
+    return TILE_COLUMNS if layer.products == 1 else GATED_COLUMNS
 
 
 def _whole(layer: Layer) -> Layer:
@@ -195,7 +202,7 @@ def _flash_launch_us(
     sums: how many gradients a launch for the weights makes.
     """
     heads, dim, ups, inputs = layer.heads, layer.rank_in, layer.products, layer.lefts
-    config = flash.choose(kernel, heads, held, dim, ups, inputs)
+    config = flash.choose_tiles(kernel, heads, held, dim, ups, inputs)
     rows = config.rows * config.parts
     blocks = heads * -(-held // rows)
     turns = -(-blocks // device.multiprocessors())
@@ -204,8 +211,8 @@ def _flash_launch_us(
         "backward_x": (2 * ups + 1, ups + 1, 2 * inputs + 1),
         "backward_w": (ups + 1 + sums, inputs + 1, ups + 1 + sums),
     }[kernel]
-    matmuls = products * dim / h200.MACS_PER_CLOCK / h200.MATMUL_SHARE
-    clocks = rows * walked * (matmuls + 1 / h200.MUFU_PER_CLOCK)
+    matmuls = products * dim / h200.MACS_PER_CLOCK / MATMUL_SHARE
+    clocks = rows * walked * (matmuls + 1 / MUFU_PER_CLOCK)
     computed = turns * clocks / h200.CLOCKS_PER_US
     from_l2 = 2 * blocks * walked_arrays * walked * dim / h200.L2_BYTES_PER_US
     numbers = heads * dim * (held_arrays * held + walked_arrays * walked)
@@ -229,8 +236,7 @@ def flash_us(layer: Layer, backward: bool) -> float:
     dim, tokens, hidden = layer.rank_in, layer.tokens, layer.hidden
     us = _flash_launch_us("forward", layer, tokens, hidden) + _flash_padding_us(layer)
     if backward:
-        for _ in flash.input_passes(dim, layer.lefts):
-            us += _flash_launch_us("backward_x", layer, tokens, hidden)
+        us += _flash_launch_us("backward_x", layer, tokens, hidden)
         for wanted in flash.weight_passes(dim, layer.products):
             us += _flash_launch_us("backward_w", layer, hidden, tokens, len(wanted))
     return us

@@ -12,13 +12,13 @@ from typing import Any
 
 from jaxkern._mlp import thresholds
 from jaxkern._mlp.thresholds import FEATURE_STEP
+from jaxkern._mosaic.base import round_up
 from jaxkern._mosaic.launch import ROW_STEP
-from jaxkern._mosaic.matmul import round_up
-from jaxkern._sparsity.hopper.matmul import DEPTH
+from jaxkern._sparsity.hopper.matmul import SPARSE_STEP
 from jaxkern._sparsity.select import GROUP, KEPT
 
 from . import _mlp_cost as cost
-from ._flash_mlp_model import MEMORY_BYTES, TENSOR_FLOPS
+from ._flash_mlp_model import MEMORY_BYTES_PER_S, TENSOR_FLOPS_PER_S
 from ._mlp_cost import (
     PACKED,
     Kernel,
@@ -72,7 +72,7 @@ SWIGLU, RELU2, STATIC, TOP2, SOFT, PRUNED = KERNEL_ROWS = (
 
 def passes(name: str) -> Sequence[str]:
     """Pruned weights are for inference."""
-    return PASSES[:1] if name == PRUNED else PASSES
+    return (FORWARD,) if name == PRUNED else PASSES
 
 
 def width(model: Model, name: str) -> int:
@@ -120,13 +120,13 @@ def floors_us(
         # x is read once for both passes.
         numbers += 2 * tokens * model.hidden + _count_weights(model, name)
     return {
-        "tensor": 1e6 * (flops - saved) / TENSOR_FLOPS,
+        "tensor": 1e6 * (flops - saved) / TENSOR_FLOPS_PER_S,
         "bytes": _bytes_us(numbers),
     }
 
 
 def _bytes_us(numbers: float) -> float:
-    return 1e6 * ITEM * numbers / MEMORY_BYTES
+    return 1e6 * ITEM * numbers / MEMORY_BYTES_PER_S
 
 
 def percent_of_floor(floors: dict[str, float], microseconds: float) -> float:
@@ -151,9 +151,14 @@ def _between_us(model: Model, tokens: int, name: str, which: str) -> float:
     return cost.sparse_us(layer, both, soft=name == SOFT)
 
 
+def products_of(name: str) -> int:
+    """How many products make the hidden features of a row."""
+    return 2 if name == SWIGLU else 1
+
+
 def layer_of(model: Model, tokens: int, name: str) -> Layer:
     """What is between the first and the last factor."""
-    ups, r = 1 + (name == SWIGLU), model.rank
+    ups, r = products_of(name), model.rank
     return Layer(tokens, r, width(model, name), r, ups, ups)
 
 
@@ -165,8 +170,10 @@ def _ends_us(model: Model, tokens: int, joined: int, which: str) -> float:
         us += xla_matmul_us(t, joined * r, h) + xla_matmul_us(h, t, joined * r)
         us += xla_matmul_us(t, h, r) + xla_matmul_us(r, t, h)
     # They are put together in every call, and their gradients are taken apart.
-    copies = 0 if joined == 1 else len(PASSES[: 1 + (which == BOTH)])
-    return us + copies * elementwise_us(2 * joined * h * r)
+    if joined > 1:
+        copies = 2 if which == BOTH else 1
+        us += copies * elementwise_us(2 * joined * h * r)
+    return us
 
 
 def _drop_us(model: Model, name: str, which: str) -> float:
@@ -174,9 +181,11 @@ def _drop_us(model: Model, name: str, which: str) -> float:
     if name != STATIC:
         return 0.0
     numbers = 4 * model.rank * width(model, name)
-    copies = elementwise_us(numbers, 2)
-    # Their gradients come back with zeros between.
-    return copies + (which == BOTH) * elementwise_us(1.5 * numbers, 2)
+    us = elementwise_us(numbers, 2)
+    if which == BOTH:
+        # Their gradients come back with zeros between.
+        us += elementwise_us(1.5 * numbers, 2)
+    return us
 
 
 def kernels_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> float:
@@ -184,7 +193,7 @@ def kernels_us(model: Model, tokens: int, name: str, which: str = FORWARD) -> fl
     if name == PRUNED:
         return _pruned_us(model, tokens)
     us = _between_us(model, tokens, name, which) + _drop_us(model, name, which)
-    return us + _ends_us(model, tokens, 1 + (name == SWIGLU), which)
+    return us + _ends_us(model, tokens, products_of(name), which)
 
 
 def _factors(model: Model) -> list[tuple[int, int]]:
@@ -202,7 +211,7 @@ def _pruned_us(model: Model, tokens: int) -> float:
         us += sparse_matmul_us(round_up(d_out, ROW_STEP), depth, t)
         # Positions are put in the kernels' order in every call, of a 16th of the bytes.
         us += elementwise_us(d_in * d_out / 8)
-        if d_in % DEPTH or d_out % ROW_STEP:
+        if d_in % SPARSE_STEP or d_out % ROW_STEP:
             us += elementwise_us(d_in * d_out)
     return us + elementwise_us(2 * tokens * model.hidden)
 

@@ -34,7 +34,6 @@ STAGE_NAMES = {
     stages.LAST: "out",
     stages.UP_ACTIVATION: "up+",
     stages.UP_SELECT: "up24",
-    stages.UP_DOWN: "all",
     stages.DOWN_SPARSE: "dn24",
 }
 
@@ -135,7 +134,7 @@ def _print_stages(console: Console, rows: Sequence[Row]) -> None:
     _print_grid(console, title, columns, list(STAGE_NAMES), _index(rows), read)
     text = (
         "in to out: by XLA, sel. and pack with the selection. Our kernels: up+ has "
-        "ReLU² with it; up24 also selects and packs; all is up, ReLU² and down in one, "
-        "to rank 256; dn24 is down on sparse tensor cores."
+        "ReLU² with it; up24 also selects and packs; dn24 is down on sparse tensor "
+        "cores."
     )
     print(f"{textwrap.fill(text, WIDTH)}\n")

@@ -10,7 +10,6 @@ import jax
 
 import jaxkern
 from jaxkern._core import device
-from jaxkern._mosaic.matmul import unsupported
 from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
@@ -110,7 +109,7 @@ def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
         Skip: the row is of the kernels, and they cannot run here.
     """
     x = jax.ShapeDtypeStruct((tokens, features), dtype)
-    reason = unsupported("x", x) or device.unsupported()
+    reason = device.unsupported_array("x", x) or device.unsupported()
     if reason:
         raise Skip(reason)
 

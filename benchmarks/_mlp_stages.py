@@ -10,35 +10,35 @@ import jax
 import jax.numpy as jnp
 
 import jaxkern
-from jaxkern._mlp.hopper import flash, fused, sparse
+from jaxkern._mlp.hopper import fused, sparse
 from jaxkern._mlp.thresholds import FEATURE_STEP
-from jaxkern._mosaic.matmul import Work, pad_rows, pad_weight, round_up
+from jaxkern._mosaic.base import round_up
+from jaxkern._mosaic.matmul import Work, pad_rows, pad_weight
 from jaxkern._sparsity.hopper.product import sparse_matmul
 from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
-from . import _mlp_model as shapes
 from ._harness import Check, Program, Row
 from ._mlp_cost import (
     PACKED,
     elementwise_us,
-    flash_us,
     launch_us,
     padding_us,
     select_us,
     sparse_matmul_us,
     xla_matmul_us,
 )
-from ._mlp_model import ITEM, MEMORY_BYTES, RELU2, TENSOR_FLOPS, TOP2, Model
+from ._mlp_model import ITEM, MEMORY_BYTES_PER_S, RELU2, TENSOR_FLOPS_PER_S, TOP2, Model
 from ._mlp_programs import KERNEL, OURS, make_inputs, skip_without_kernels
 
 FIRST, UP, ACTIVATION, SELECT = "first factor", "up", "ReLU²", "selection alone"
 PACK, UNPACK, DOWN, DOWN_24 = "select, compress", "unpack", "down", "down 2:4"
 LAST = "last factor"
 UP_ACTIVATION, UP_SELECT = "up, ReLU²", "up, ReLU², compress"
-UP_DOWN, DOWN_SPARSE = "up, ReLU², down", "down 2:4, sparse"
+DOWN_SPARSE = "down 2:4, sparse"
 XLA_STAGES = (FIRST, UP, ACTIVATION, SELECT, PACK, UNPACK, DOWN, DOWN_24, LAST)
-KERNEL_STAGES = (UP_DOWN, UP_ACTIVATION, UP_SELECT, DOWN_SPARSE)
+KERNEL_STAGES = (UP_ACTIVATION, UP_SELECT, DOWN_SPARSE)
+BY_FRAMEWORK = {OURS: XLA_STAGES, KERNEL: KERNEL_STAGES}
 # Of what a way to the result consists; each adds up. `DOWN_24` unpacks by itself.
 WAYS = {
     "dense": (FIRST, UP, ACTIVATION, DOWN, LAST),
@@ -47,6 +47,8 @@ WAYS = {
     "kernel": (FIRST, UP_ACTIVATION, DOWN, LAST),
     "sparse": (FIRST, UP_SELECT, DOWN_SPARSE, LAST),
 }
+# Those of which a gain is to be taken over the fastest.
+DENSE_WAYS = WAYS["dense"], WAYS["kernel"]
 # The rows of the op itself, which a way's sum is to be held against.
 WHOLE = {
     "dense": (OURS, RELU2),
@@ -56,34 +58,13 @@ WHOLE = {
 }
 
 
-def _is_flash(model: Model) -> bool:
-    return shapes.kernel_of(model, RELU2) == "flash_mlp"
-
-
-def ways(model: Model) -> dict[str, tuple[str, ...]]:
-    """By the kernel that takes the dense MLP."""
-    flash = {"kernel": (FIRST, UP_DOWN, LAST)} if _is_flash(model) else {}
-    return WAYS | flash
-
-
-def dense_ways(model: Model) -> list[tuple[str, ...]]:
-    """All there are, of which a gain is to be taken over the fastest."""
-    return [WAYS["dense"], WAYS["kernel"], ways(model)["kernel"]]
-
-
-def by_framework(model: Model) -> dict[str, tuple[str, ...]]:
-    """The stages there are; both matmuls are in one kernel up to some rank only."""
-    kernels = KERNEL_STAGES if _is_flash(model) else KERNEL_STAGES[1:]
-    return {OURS: XLA_STAGES, KERNEL: kernels}
-
-
 def predicted_us(model: Model, tokens: int) -> dict[str, float]:
     """Of each stage on one H200: predicted, not measured."""
     t, h, r, w = tokens, model.hidden, model.rank, model.relu2
     padded, pads = round_up(w, FEATURE_STEP), padding_us(t, (r, r), w, 1) / 2
     packing = elementwise_us((1 + PACKED) * t * w)
     down = xla_matmul_us(t, w, r)
-    us = {
+    return {
         FIRST: xla_matmul_us(t, h, r),
         UP: xla_matmul_us(t, r, w),
         ACTIVATION: elementwise_us(2 * t * w),
@@ -97,9 +78,6 @@ def predicted_us(model: Model, tokens: int) -> dict[str, float]:
         UP_SELECT: pads + select_us(t, r, padded),
         DOWN_SPARSE: pads + sparse_matmul_us(t, padded, r),
     }
-    if _is_flash(model):
-        us[UP_DOWN] = flash_us(shapes.layer_of(model, t, RELU2), backward=False)
-    return us
 
 
 def count_macs(model: Model, tokens: int, stage: str) -> float:
@@ -107,21 +85,19 @@ def count_macs(model: Model, tokens: int, stage: str) -> float:
     if stage in (ACTIVATION, SELECT, PACK, UNPACK):
         return 0.0
     h, w = model.hidden, model.relu2
-    return float(
-        tokens * model.rank * {FIRST: h, LAST: h, UP_DOWN: 2 * w}.get(stage, w)
-    )
+    features = h if stage in (FIRST, LAST) else w
+    return float(tokens * model.rank * features)
 
 
 def floors_us(model: Model, tokens: int, stage: str) -> dict[str, float]:
     """By matmuls, and by bytes: each argument read and each result written once."""
     t, h, r, w = tokens, model.hidden, model.rank, model.relu2
     # 2:4 at twice the rate.
-    rate = TENSOR_FLOPS * (2 if stage in (DOWN_24, DOWN_SPARSE) else 1)
+    rate = TENSOR_FLOPS_PER_S * (2 if stage in (DOWN_24, DOWN_SPARSE) else 1)
     hidden = t * w
     numbers = {
         FIRST: t * h + h * r + t * r,
         LAST: t * h + h * r + t * r,
-        UP_DOWN: 2 * (t * r + r * w),
         ACTIVATION: 2 * hidden,
         SELECT: 2 * hidden,
         PACK: (1 + PACKED) * hidden,
@@ -131,7 +107,7 @@ def floors_us(model: Model, tokens: int, stage: str) -> dict[str, float]:
         packed = stage in (DOWN_24, DOWN_SPARSE, UP_SELECT)
         numbers = t * r + r * w + (PACKED if packed else 1) * hidden
     tensor = 1e6 * 2 * count_macs(model, tokens, stage) / rate
-    return {"tensor": tensor, "bytes": 1e6 * ITEM * numbers / MEMORY_BYTES}
+    return {"tensor": tensor, "bytes": 1e6 * ITEM * numbers / MEMORY_BYTES_PER_S}
 
 
 @dataclass(frozen=True)
@@ -170,10 +146,6 @@ def _top2_down(hidden, down):
     return plain.top2(hidden) @ down
 
 
-def _up_down(core, up, down):
-    return _up_relu2(core, up) @ down
-
-
 CORE, HIDDEN = ("core", "up"), ("hidden", "down")
 BY_XLA = {
     FIRST: Stage(jnp.matmul, ("x", "first")),
@@ -196,10 +168,6 @@ BY_XLA = {
     ),
     LAST: Stage(jnp.matmul, ("inner", "last")),
 }
-
-
-def _flash(core, up, down):
-    return flash.mlp(core[None], (up[None],), down[None], "relu2")[0]
 
 
 def _relu2_kernel(core, up):
@@ -233,7 +201,6 @@ def _by_kernels(tokens: int, rank: int, hidden: int) -> dict[str, Stage]:
     taken, kept = ("values", "words", "down"), ("kept", "down")
     hiddens, cores = partial(cut, hidden), partial(cut, rank)
     return {
-        UP_DOWN: Stage(_flash, (*CORE, "down"), _up_down),
         UP_ACTIVATION: Stage(_relu2_kernel, CORE, _up_relu2, finish=hiddens),
         UP_SELECT: Stage(_select_kernel, CORE, _up_top2, finish=sums),
         DOWN_SPARSE: Stage(_sparse_kernel, taken, jnp.matmul, kept, cores),

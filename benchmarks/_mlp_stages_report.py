@@ -8,7 +8,7 @@ from rich.console import Console
 from . import _mlp_model as shapes
 from ._harness import Row
 from ._mlp_report import by_model, device_percent
-from ._mlp_stages import WHOLE, ways
+from ._mlp_stages import WAYS, WHOLE
 from ._report import WIDTH, number, print_problems, print_table, table
 
 
@@ -47,8 +47,7 @@ def print_all(console: Console, rows: Sequence[Row], describe: Callable) -> None
 
 
 def _print_stages(console: Console, size: str, rows: Sequence[Row]) -> None:
-    model = shapes.MODELS[rows[0]["model"]]
-    columns, found = ways(model), times(rows)
+    columns, found = WAYS, times(rows)
     on_device = any(row.get("device_ms") for row in rows)
     more = ["% floor"] if on_device else []
     device = " of the device" if on_device else ""

@@ -36,13 +36,15 @@ import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
 from jaxkern._attention.dilation import Dilation
-from jaxkern._attention.hopper import attend as _block_sparse_mgpu
+from jaxkern._attention.hopper import attend
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import gradients as _masked_gradients
 from jaxkern._masked.hopper import product as _masked_product
 from jaxkern._masked.packed import WORD
 from jaxkern._mlp.hopper import flash, fused, sparse
-from jaxkern._mosaic.matmul import COLUMNS, GATED_COLUMNS
+from jaxkern._mlp.thresholds import LARGEST_FLASH_RANK
+from jaxkern._mosaic.launch import CONTRACTED_STEP
+from jaxkern._mosaic.matmul import GATED_COLUMNS, TILE_COLUMNS
 from jaxkern._sparsity.hopper.product import sparse_matmul
 from jaxkern.testing import CompiledKernel, MissingCompiler
 from jaxkern.testing.compiler import (
@@ -62,6 +64,9 @@ from ._report import Results, make_console, metadata, print_table, table
 HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
 Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
 RECORD = Path(__file__).parent / "results/sm_90a/kernels.json"
+PACKAGE = Path(jaxkern.__file__).parent
+# What compiles a module, in `jaxkern.testing`.
+MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c")
 WORKERS = 2
 # So many kernels are lowered before other processes would have started.
 FEW = 16
@@ -83,16 +88,6 @@ SHOWN = {
 }
 
 
-def _flash_mlp(
-    make: Callable[..., Any], dim: int, ups: int, backward: bool, inputs: int
-):
-    up, down, tokens = (dim, HIDDEN), (HIDDEN, dim), (BATCH, dim)
-    x = BATCH, inputs * dim
-    shapes = [x, *[up] * ups, down, *[tokens] * backward]
-    args = [jax.ShapeDtypeStruct((HEADS, *s), jnp.bfloat16) for s in shapes]
-    return make(), tuple(args)
-
-
 def _attention(
     kernel: str,
     wanted: tuple[str, ...] | None,
@@ -101,7 +96,6 @@ def _attention(
     rate: int = 1,
 ):
     """With two query heads a key head, of two batches."""
-    kernels = _block_sparse_mgpu
     query, key, d_out, numbers = (
         jax.ShapeDtypeStruct((2, *shape), dtype)
         for shape, dtype in [
@@ -115,11 +109,11 @@ def _attention(
     scale = dim**-0.5
     match kernel:
         case "forward":
-            run = partial(kernels.forward, exact=True)
+            run = partial(attend.forward, exact=True)
         case "backward_q":
-            run = kernels.backward_q
+            run = attend.backward_q
         case _:
-            run = partial(kernels.backward_kv, wanted=wanted or ())
+            run = partial(attend.backward_kv, wanted=wanted or ())
     dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
     run = partial(run, mask=mask(), scale=scale, dilation=dilation)
     return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
@@ -156,7 +150,7 @@ def attention_cases() -> Cases:
     for name, (dims, mask) in masks.items():
         rate = 4 if name == "dilated" else 1
         for dim in dims:
-            launches = _block_sparse_mgpu.kv_launches(dim)
+            launches = attend.kv_launches(dim)
             wanted = [("forward", None), ("backward_q", None)]
             wanted += [("backward_kv", x) for x in launches]
             for kernel, grads in wanted:
@@ -195,7 +189,9 @@ def masked_cases() -> Cases:
         for name, kind, dtype, configs in kinds:
             for config in configs:
                 make = kernels.product_kernel(kind, tiles=config, **options)
-                size = f"{config.tokens}{' split' * (config.splits > 1)}"
+                size = str(config.tokens)
+                if config.splits > 1:
+                    size += " split"
                 cases[f"masked {label} {size} {name}"] = partial(
                     _masked, make, kind, dtype, (features,)
                 )
@@ -218,43 +214,62 @@ def masked_cases() -> Cases:
     return cases
 
 
+def _flash_mlp_passes(
+    dim: int, ups: int, inputs: int
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """Of each launch its label, its kernel, and which weights' gradients that makes."""
+    yield "forward", "forward", ()
+    yield "dx" if inputs == 1 else "dx0 dx1", "backward_x", ()
+    names = ("gate", "w1", "w2")[-ups - 1 :]
+    for wanted in flash.weight_passes(dim, ups):
+        yield " ".join(f"d{names[n]}" for n in wanted), "backward_w", (wanted,)
+
+
+def _flash_mlp(
+    label: str, activation: str, dim: int, ups: int, inputs: int = 1
+) -> Cases:
+    """All launches of one form, with all tiles that can be chosen.
+
+    ups, inputs: how many first matrices there are, and how many inputs.
+    """
+    cases = {}
+    for name, kernel, wanted in _flash_mlp_passes(dim, ups, inputs):
+        shapes = [(BATCH, inputs * dim), *[(dim, HIDDEN)] * ups, (HIDDEN, dim)]
+        if kernel != "forward":
+            shapes.append((BATCH, dim))
+        args = [jax.ShapeDtypeStruct((HEADS, *s), jnp.bfloat16) for s in shapes]
+        for config in flash.configs(kernel, dim, ups, inputs):
+            size = f"{config.rows}x{config.columns}"
+            if config.split:
+                size += " split"
+            make = partial(getattr(flash, kernel), activation, *wanted, config)
+            case = f"flash_mlp {label}{name} {dim} {size}"
+            cases[case] = partial(_made, make, tuple(args))
+    return cases
+
+
+def _made(make: Callable[[], Any], args: tuple[Any, ...]):
+    return make(), args
+
+
 def flash_mlp_cases() -> Cases:
-    """Every configuration that can be chosen."""
-    kernels, cases = flash, {}
+    """Every configuration that can be launched with silu.
 
-    def add(label, kernel, dim, ups, activation, *wanted, inputs=1):
-        make = getattr(kernels, kernel)
-        configs = kernels.configs(kernel, dim, ups, inputs)
-        # The largest tile leaves the fewest registers to an activation.
-        for config in configs if activation == "silu" else configs[:1]:
-            size = f"{config.rows}x{config.columns}{' split' * config.split}"
-            build = partial(make, activation, *wanted, config)
-            backward = kernel != "forward"
-            cases[f"flash_mlp {label} {dim} {size}"] = partial(
-                _flash_mlp, build, dim, ups, backward, inputs
-            )
-
-    def add_all(label, dim, ups, activation, inputs=1):
-        add(f"{label}forward", "forward", dim, ups, activation, inputs=inputs)
-        for wanted in kernels.input_passes(dim, inputs):
-            name = "dx" if inputs == 1 else " ".join(f"dx{n}" for n in wanted)
-            args = f"{label}{name}", "backward_x", dim, ups, activation, wanted
-            add(*args, inputs=inputs)
-        for wanted in kernels.weight_passes(dim, ups):
-            names = ("gate", "w1", "w2")[-ups - 1 :]
-            name = " ".join(f"d{names[n]}" for n in wanted)
-            args = f"{label}{name}", "backward_w", dim, ups, activation, wanted
-            add(*args, inputs=inputs)
-
-    for dim in range(16, kernels.MAX_DIM + 1, 16):
-        add_all("", dim, 1, "silu")
-    for dim in range(32, kernels.MAX_GATED_DIM[1] + 1, 32):
-        add_all("gated ", dim, 2, "silu")
-    for dim in range(32, kernels.MAX_GATED_DIM[2] + 1, 32):
-        add_all("pair ", dim, 2, "silu", inputs=2)
+    The other activations can be launched with every dim too, and are compiled with 64,
+    in both forms; and ReLU² with the ranks at which `low_rank_relu2` takes this kernel.
+    """
+    cases = {}
+    for dim in range(CONTRACTED_STEP, flash.MAX_DIM + 1, CONTRACTED_STEP):
+        cases |= _flash_mlp("", "silu", dim, ups=1)
+    for dim in range(CONTRACTED_STEP, flash.MAX_GATED_DIM + 1, CONTRACTED_STEP):
+        cases |= _flash_mlp("gated ", "silu", dim, ups=2)
+    for dim in range(CONTRACTED_STEP, LARGEST_FLASH_RANK + 1, CONTRACTED_STEP):
+        cases |= _flash_mlp("pair ", "silu", dim, ups=2, inputs=2)
+        cases |= _flash_mlp("relu2 ", "relu2", dim, ups=1)
     for activation in ACTIVATIONS:
         if activation != "silu":
-            add_all(f"{activation} ", 64, 1, activation)
+            cases |= _flash_mlp(f"{activation} ", activation, 64, ups=1)
+            cases |= _flash_mlp(f"{activation} gated ", activation, 64, ups=2)
     return cases
 
 
@@ -282,7 +297,7 @@ def matmul_cases() -> Cases:
     def add(name, make, *shapes):
         cases[name] = partial(_low_rank, make, *shapes)
 
-    for columns in COLUMNS:
+    for columns in TILE_COLUMNS:
         add(f"relu2 forward {columns}", kernels.relu2_forward(columns), core, up)
         make = kernels.relu2_backward(columns)
         add(f"relu2 backward {columns}", make, core, down, hidden)
@@ -308,11 +323,12 @@ def sparse_cases() -> Cases:
                 name = f"select {method}{label} {columns}"
                 cases[name] = partial(_low_rank, make, core, up)
     # Those that a packed MLP launches.
-    for columns in COLUMNS:
+    for columns in TILE_COLUMNS:
         for transposed, activation in PACKED_PRODUCTS:
             make = sparse_matmul(transposed, activation, columns)
             right = up if transposed else up[::-1]
-            name = f"sparse{' T' if transposed else ''} {activation} {columns}"
+            kind = "sparse T" if transposed else "sparse"
+            name = f"{kind} {activation} {columns}"
             cases[name] = partial(_low_rank, make, values, right, words=True)
     return cases
 
@@ -391,13 +407,28 @@ def on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def sources() -> str:
+def sources(package: Path = PACKAGE) -> str:
     """A hash of every source that a kernel's module may depend on."""
-    root = Path(jaxkern.__file__).parent
-    found = [p for p in root.rglob("*.py") if root / "testing" not in p.parents]
-    names = [str(p.relative_to(root)) for p in found]
+    testing = package / "testing"
+    return _hash(
+        package, [p for p in package.rglob("*.py") if testing not in p.parents]
+    )
+
+
+def measuring(package: Path = PACKAGE) -> str:
+    """A hash of the sources that compile a module and count what it needs.
+
+    Without this, a row would stay as it is where what is wrong with it can now be seen.
+    """
+    return _hash(package, [package / "testing" / name for name in MEASURING])
+
+
+def _hash(package: Path, files: Sequence[Path]) -> str:
+    """Of these files by their names in the package, and of this one."""
+    named = {str(path.relative_to(package)): path for path in files}
+    named |= {"": Path(__file__)}
     digest = hashlib.sha256()
-    for name, path in sorted(zip([*names, ""], [*found, Path(__file__)], strict=True)):
+    for name, path in sorted(named.items()):
         digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -409,7 +440,7 @@ class Record:
     Attributes:
         rows: By the kernel's name.
         sources: Of which all rows are; None if some are of others.
-        versions: Of JAX and of the assembler.
+        versions: Of JAX, of the assembler and of the sources that measure.
     """
 
     rows: dict[str, Row]
@@ -463,7 +494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks.kernels: {missing}", file=sys.stderr)
         return 3
     on_cpu()
-    record, new = Record.read(args.json), Record({}, sources(), versions(found))
+    record = Record.read(args.json)
+    new = Record({}, sources(), versions(found) | {"measuring": measuring()})
     good = {} if args.all else record.good(new.versions)
     kept = good if record.sources == new.sources else {}
     start, fresh = time.perf_counter(), {}

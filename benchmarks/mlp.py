@@ -114,7 +114,7 @@ def _make_stages(label, batch, figures, args) -> list[Case]:
             iterations=model.iterations if args.on_device else CPU_ITERATIONS,
             needed_bytes=_needed_bytes(model, tokens, "relu2", args),
         )
-        for framework, group in stages.by_framework(model).items()
+        for framework, group in stages.BY_FRAMEWORK.items()
         for name in group
     ]
     whole = [

@@ -86,3 +86,12 @@ def unsupported() -> str | None:
         return None
     kind = default().device_kind
     return f"mosaic_gpu needs an H100 or H200, but the default device is {kind}"
+
+
+def unsupported_array(name: str, array: Any) -> str | None:
+    """Why Hopper kernels of matmuls cannot take this argument, or None if they can."""
+    if reason := unsupported_dtype(array.dtype):
+        return reason
+    if 0 in array.shape:
+        return f"no axis of {name} may be empty for mosaic_gpu, got {array.shape}"
+    return None

@@ -155,9 +155,10 @@ def swiglu(
     weights that they share are made for each and then added: put samples in leading
     axes of `x` instead.
 
-    None picks the kernels from 512 tokens on, where `d_in` and `d_out` are at most 1024
-    and all sizes multiples of 64. That they are faster there is predicted, not
-    measured.
+    None picks the kernels where all sizes are multiples of 64, with `d_in` and `d_out`
+    up to 1024 from 512 tokens on, and up to 4096 from 8192 tokens on. On an H200, 8192
+    tokens of (4096, 11008, 4096) took 9906 us of the device, forward and backward, and
+    XLA 10432 in an earlier run; the rest is predicted.
 
     Raises:
         TypeError: an argument is no floating-point array, or the dtypes differ.
@@ -233,14 +234,12 @@ def low_rank_matmul(
     _check_pairs(op, x, weight=weight)
     check_batched(op, "x", x)
     _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", _given(x))
-    choose(op, implementation, (x, *weight), _no_kernel, faster=False)
+    if implementation == "mosaic_gpu":
+        raise NotImplementedError(
+            f"{op}: implementation must be None or 'xla', got 'mosaic_gpu', for which "
+            "this op has no kernel"
+        )
     return _low_rank_matmul(x, weight)
-
-
-def _no_kernel() -> str:
-    return (
-        "implementation must be None or 'xla', got 'mosaic_gpu', of which it has none"
-    )
 
 
 def _low_rank_matmul(x: jax.Array, weight: Pair) -> jax.Array:
@@ -428,9 +427,7 @@ def low_rank_relu2(
     name = sparsity or op
     if (sparsity, gradient) == ("2:4", "straight_through"):
         name = "2:4 straight_through"
-    faster = gradient != "feature_wise" and thresholds.kernel_is_faster(
-        name, math.prod(batch), ranks, hidden_size
-    )
+    faster = thresholds.kernel_is_faster(name, math.prod(batch), ranks, hidden_size)
     arrays = x, *up, *down
     unsupported = partial(_unsupported, x, ranks, sparsity, gradient)
     match choose(op, implementation, arrays, unsupported, faster):
@@ -459,9 +456,9 @@ def _relu2_in_kernels(
     match sparsity:
         case "2:4":
             exact = gradient != "straight_through"
-            return sparse.relu2_mlp(core, up, down, shrink=False, exact=exact)
+            return sparse.sparse_relu2_mlp(core, up, down, shrink=False, exact=exact)
         case "2:4-soft":
-            return sparse.relu2_mlp(core, up, down, shrink=True, exact=False)
+            return sparse.sparse_relu2_mlp(core, up, down, shrink=True, exact=False)
         case None | "2:4-static":
             pass
     # What the static form drops is gone from the factors.

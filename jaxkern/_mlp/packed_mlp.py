@@ -7,11 +7,11 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-from .._core.checks import check_batched, check_floating
+from .._core import device
+from .._core.checks import check_batched, check_floating, check_pair
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import matmul, relu2
-from .._core.sharding import vary_alike
-from .._sparsity.packed import Packed24, check_packed, unpack
+from .._sparsity.packed import Packed24, check_packed_24, unpack
 from .thresholds import PACKED_RELU2_TOKENS
 
 
@@ -42,7 +42,7 @@ def packed_relu2(
       operand is verified on an H200.
 
     None picks the kernel from 4096 tokens on, where it can run. On an H200, 16384
-    tokens of 7B took 1477 us, and the same MLP of dense weights 1796 by
+    tokens of 7B took 1477 us of the device, and the same MLP of dense weights 1751 by
     `low_rank_relu2`'s kernels and 2097 by XLA. XLA's form of this op, which unpacks and
     then does the latter, was not timed; fewer tokens are predicted.
 
@@ -62,38 +62,29 @@ def packed_relu2(
     factors = _factors(op, x, up, down)
     tokens = math.prod(x.shape[:-1])
     arrays = x, *jax.tree.leaves(factors)
+    unsupported = partial(device.unsupported_array, "x", x)
     faster = tokens >= PACKED_RELU2_TOKENS
-    match choose(op, implementation, arrays, partial(_unsupported, x), faster):
+    match choose(op, implementation, arrays, unsupported, faster):
         case "mosaic_gpu":
-            count = len(factors)
-            rows, *leaves = vary_alike(
-                x.reshape(tokens, x.shape[-1]),
-                *(factor.values for factor in factors),
-                *(factor.indices for factor in factors),
-            )
-            features = tuple(factor.features for factor in factors)
-            y = _in_kernels(rows, leaves[:count], leaves[count:], features)
+            # Mosaic is imported on first use of a kernel.
+            from .hopper import packed
+
+            rows = x.reshape(tokens, x.shape[-1])
+            y = packed.packed_relu2_mlp(rows, factors, _unpacked)
             return y.reshape(*x.shape[:-1], y.shape[1])
         case "xla":
             return _unpacked(x, factors)
 
 
-def _unsupported(x: jax.Array) -> str | None:
-    # Mosaic is imported on first use of a kernel.
-    from .._mosaic.matmul import unsupported
-
-    return unsupported("x", x)
-
-
-def _factors(op: str, x: jax.Array, up: object, down: object) -> tuple[Packed24, ...]:
+def _factors(
+    op: str, x: jax.Array, up: Sequence[Packed24], down: Sequence[Packed24]
+) -> tuple[Packed24, ...]:
     """All four in order, whose shapes fit."""
     factors, features = [], x.shape[-1]
     for name, pair in (("up", up), ("down", down)):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            kind = type(pair).__name__
-            raise TypeError(f"{op}: {name} must be a pair of Packed24, got {kind}")
+        check_pair(op, name, pair)
         for i, factor in enumerate(pair):
-            check_packed(op, factor, f"{name}[{i}]")
+            check_packed_24(op, factor, f"{name}[{i}]")
             check_floating(op, x=x, **{f"values of {name}[{i}]": factor.values})
             if factor.values.ndim != 2 or factor.features != features:
                 raise ValueError(
@@ -110,33 +101,3 @@ def _unpacked(x: jax.Array, factors: Sequence[Packed24]) -> jax.Array:
     up_in, up_out, down_in, down_out = (unpack(factor).mT for factor in factors)
     hidden = relu2(matmul(matmul(x, up_in), up_out))
     return matmul(matmul(hidden, down_in), down_out)
-
-
-def _factors_of(
-    values: Sequence[jax.Array], indices: Sequence[jax.Array], features: Sequence[int]
-) -> list[Packed24]:
-    return [Packed24(*one) for one in zip(values, indices, features, strict=True)]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _in_kernels(x, values, indices, features):
-    from .hopper import packed
-
-    return packed.relu2_mlp(x, *_factors_of(values, indices, features))
-
-
-def _in_kernels_fwd(x, values, indices, features):
-    return _in_kernels(x, values, indices, features), (x, values, indices)
-
-
-def _in_kernels_bwd(features, saved, dy):
-    x, values, indices = saved
-
-    def unpacked(x, values):
-        return _unpacked(x, _factors_of(values, indices, features))
-
-    # Positions are integers, which have no gradients.
-    return *jax.vjp(unpacked, x, values)[1](dy), None
-
-
-_in_kernels.defvjp(_in_kernels_fwd, _in_kernels_bwd)

@@ -26,7 +26,7 @@ def swizzle_of(features: int, itemsize: int) -> int:
     return next((s for s in (128, 64, 32) if row % s == 0), 0)
 
 
-def tiles(dtype: jnp.dtype, swizzle: int):
+def tiled_layout(dtype: jnp.dtype, swizzle: int):
     """The layout of SMEM that TMA writes and wgmma reads."""
     tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))
     return tiling, plgpu.SwizzleTransform(swizzle)
@@ -34,7 +34,12 @@ def tiles(dtype: jnp.dtype, swizzle: int):
 
 def buffer(dtype, *shape: int, swizzle: int = 128):
     """Of shared memory, in tiles that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=tiles(jnp.dtype(dtype), swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=tiled_layout(jnp.dtype(dtype), swizzle))
+
+
+def round_up(size: int, step: int) -> int:
+    """The least multiple of `step` that is no less."""
+    return pl.cdiv(size, step) * step
 
 
 def pad_to(a: jax.Array, rows: int, columns: int) -> jax.Array:

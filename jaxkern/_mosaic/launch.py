@@ -91,6 +91,21 @@ def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
         )
 
 
+def check_whole(name: str, arrays: Sequence[jax.Array], column_step: int) -> None:
+    """Only compiling for a GPU asks for it; the emulator would take any size.
+
+    Raises:
+        ValueError: rows are no multiple of `ROW_STEP`, or columns none of the step.
+    """
+    for array in arrays:
+        rows, columns = array.shape[-2:]
+        if rows % ROW_STEP or not column_step or columns % column_step:
+            raise ValueError(
+                f"{name}: arrays must have multiples of {ROW_STEP} rows and "
+                f"{column_step} columns, got {rows} and {columns}"
+            )
+
+
 def launch_blocks(
     kernel: Callable[..., None],
     operands: Sequence[jax.Array],
@@ -196,6 +211,7 @@ class Roles(NamedTuple):
 def launch(
     name: str,
     bind: Callable[..., Roles],
+    *,
     grid: tuple[int, ...],
     outs: Sequence[jax.Array | jax.ShapeDtypeStruct],
     buffers: Sequence[Any],

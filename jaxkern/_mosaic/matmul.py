@@ -26,8 +26,17 @@ from jax.experimental import pallas as pl
 
 from .._core import device, h200
 from .._core.sharding import vary_alike
-from .base import SMEM_BYTES, buffer, pad_to, plgpu, slot
-from .launch import COLUMN_STEP, COMPUTE, ROW_STEP, Ring, Roles, Slots, launch
+from .base import SMEM_BYTES, buffer, pad_to, plgpu, round_up, slot
+from .launch import (
+    COLUMN_STEP,
+    COMPUTE,
+    ROW_STEP,
+    Ring,
+    Roles,
+    Slots,
+    check_whole,
+    launch,
+)
 
 # Rows of a warpgroup's part of a tile, the fewest that a wgmma has.
 ROWS = 64
@@ -50,7 +59,7 @@ SPARE_BYTES = 2048
 PIECE_BYTES = COMPUTE * ROWS * PIECE * 2
 # Columns of the tiles to choose from, the largest first. On an H200, 16384 x 1024 x
 # 16512 took 784 us with 256, 814 with 128 and 1340 with 64 columns.
-COLUMNS = (256, 128, 64)
+TILE_COLUMNS = (256, 128, 64)
 # With two products a warpgroup has the sums of both in its registers.
 GATED_COLUMNS = (128, 64)
 # Share of the tensor cores' rate in the loop over the contracted axis, and clocks of a
@@ -131,7 +140,7 @@ def row_of(row, warpgroup):
 class Products:
     """One or two dense products, of factors with the same shapes.
 
-    lefts: one for all, or one for each of `rights`.
+    lefts: one for all, or one for each of `rights`; none is transposed.
 
     One wgmma is always in flight: a step's slots are released when the products of the
     next one have been issued.
@@ -139,6 +148,10 @@ class Products:
 
     lefts: Sequence[Factor]
     rights: Sequence[Factor]
+
+    def __post_init__(self):
+        if any(left.transposed for left in self.lefts):
+            raise ValueError("Products: lefts must not be transposed, got one that is")
 
     @property
     def arrays(self) -> list[jax.Array]:
@@ -181,8 +194,8 @@ class Products:
                 part = lax.optimization_barrier(warpgroup)
                 for n, right in enumerate(self.rights):
                     m = min(n, len(self.lefts) - 1)
-                    a = self.lefts[m].view(left_smem[m].at[s, part])
-                    plgpu.wgmma(sums[n], a, right.view(right_smem[n].at[s]))
+                    left = left_smem[m].at[s, part]
+                    plgpu.wgmma(sums[n], left, right.view(right_smem[n].at[s]))
                 plgpu.wgmma_wait(len(self.rights))
 
                 @pl.when(i > 0)
@@ -351,7 +364,8 @@ def multiply(
 
     columns: of a tile; there are as many steps in flight as fit beside it.
     """
-    _check(name, [*products.arrays, *epilogue.aux])
+    matrices = [a for a in (*products.arrays, *epilogue.aux) if a.ndim == 2]
+    check_whole(name, matrices, COLUMN_STEP)
     free = SMEM_BYTES - SPARE_BYTES - epilogue.smem_bytes(columns)
     steps = min(MAX_STEPS, free // products.step_bytes(columns))
     tiles = MatmulTiles(columns, steps)
@@ -364,24 +378,29 @@ def multiply(
         *refs, step_ring, piece_ring = refs
         gmem, aux, out, smem, pieces = _split(refs, map(len, parts))
         block = _MatmulBlock(
-            products,
-            epilogue,
-            tiles,
-            gmem,
-            aux,
-            out,
-            smem,
-            pieces,
-            step_ring,
-            piece_ring,
+            products=products,
+            epilogue=epilogue,
+            tiles=tiles,
+            gmem=gmem,
+            aux=aux,
+            out=out,
+            smem=smem,
+            staged=pieces,
+            steps=step_ring,
+            pieces=piece_ring,
         )
         return Roles(block.compute, block.load, block.drain)
 
-    rings = Slots(tiles.steps, products.copies), epilogue.ring(tiles)
-    operands = *products.arrays, *epilogue.aux
     down, across = tiles.counts(shape)
-    grid = (down * across,)
-    return launch(name, bind, grid, outs, [*buffers, *staged], rings, operands)
+    return launch(
+        name,
+        bind,
+        grid=(down * across,),
+        outs=outs,
+        buffers=[*buffers, *staged],
+        rings=(Slots(tiles.steps, products.copies), epilogue.ring(tiles)),
+        operands=(*products.arrays, *epilogue.aux),
+    )
 
 
 def _split(refs: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]:
@@ -389,16 +408,6 @@ def _split(refs: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]
     for size in sizes:
         yield refs[:size]
         refs = refs[size:]
-
-
-def _check(name: str, arrays: Sequence[jax.Array]) -> None:
-    """Only compiling for a GPU asks for it; the emulator would take any size."""
-    for array in arrays:
-        if array.ndim == 2 and (array.shape[0] % ROW_STEP or array.shape[1] % PIECE):
-            raise ValueError(
-                f"{name}: arrays must have multiples of {ROW_STEP} rows and {PIECE} "
-                f"columns, got {array.shape}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,7 +430,7 @@ class Work:
     density: float = 1.0
 
 
-def choose_columns(work: Work, valid: Sequence[int] = COLUMNS) -> int:
+def choose_columns(work: Work, valid: Sequence[int] = TILE_COLUMNS) -> int:
     """The tiles whose launch waits least; of equal ones, the largest."""
     return min(valid, key=lambda columns: max(limits_us(work, columns).values()))
 
@@ -452,19 +461,6 @@ def limits_us(work: Work, columns: int) -> dict[str, float]:
         "L2": from_l2 / h200.L2_BYTES_PER_US + beside,
         "memory": memory,
     }
-
-
-def unsupported(name: str, array: Any) -> str | None:
-    """Why the kernels cannot take this argument, or None if they can."""
-    if reason := device.unsupported_dtype(array.dtype):
-        return reason
-    if 0 in array.shape:
-        return f"no axis of {name} may be empty for mosaic_gpu, got {array.shape}"
-    return None
-
-
-def round_up(size: int, step: int) -> int:
-    return pl.cdiv(size, step) * step
 
 
 def pad_rows(a: jax.Array) -> jax.Array:

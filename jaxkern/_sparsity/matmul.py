@@ -1,14 +1,15 @@
 """The product of a packed 2:4-sparse matrix and a dense one."""
 
 import math
+from functools import partial
 
-import jax
 from jaxtyping import Array, Float
 
+from .._core import device
 from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import matmul
-from .packed import Packed24, check_packed, unpack
+from .packed import Packed24, check_packed_24, unpack
 
 # None picks the kernel from so many rows on. On an H200, 16384 rows of 16512 features
 # by 1024 took 512 us, and XLA's product of the same sizes 708 in the same run, without
@@ -52,29 +53,20 @@ def matmul_2_4(
     """
     op = "matmul_2_4"
     check_implementation(op, implementation)
-    check_packed(op, packed)
+    check_packed_24(op, packed)
     values, indices = packed.values, packed.indices
     check_floating(op, values=values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
     *batch, kept = values.shape
     rows = math.prod(batch)
     faster = rows >= LEAST_ROWS
-
-    def unsupported() -> str | None:
-        return _unsupported(values)
-
+    unsupported = partial(device.unsupported_array, "values", values)
     match choose(op, implementation, (values, indices, w), unsupported, faster):
         case "mosaic_gpu":
+            # Mosaic is imported on first use of a kernel.
             from .hopper import product
 
             flat = values.reshape(rows, kept), indices.reshape(rows, -1)
             return product.matmul(*flat, w).reshape(*batch, w.shape[1])
         case "xla":
             return matmul(unpack(packed), w)
-
-
-def _unsupported(values: jax.Array) -> str | None:
-    # Mosaic is imported on first use of a kernel.
-    from .._mosaic.matmul import unsupported
-
-    return unsupported("values", values)

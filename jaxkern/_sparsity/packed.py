@@ -83,7 +83,7 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
     return Packed24(ungroup(values, kept), pack_bits(positions), x.shape[-1])
 
 
-def check_packed(op: str, packed: Packed24, name: str = "packed") -> None:
+def check_packed_24(op: str, packed: Packed24, name: str = "packed") -> None:
     """`packed` has the dtypes and shapes that `pack_2_4` gives it."""
     if not isinstance(packed, Packed24):
         kind = type(packed).__name__
@@ -107,5 +107,5 @@ def unpack_2_4(packed: Packed24) -> Float[Array, "*batch features"]:
         TypeError: `packed` is no Packed24, or has other dtypes than `pack_2_4` gives.
         ValueError: the shapes of values and indices do not fit the features.
     """
-    check_packed("unpack_2_4", packed)
+    check_packed_24("unpack_2_4", packed)
     return unpack(packed)

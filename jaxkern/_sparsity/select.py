@@ -31,7 +31,7 @@ MVUE_EPSILON = 1.1920929e-7
 MVUE_ABSENT = 1e-30
 
 Method = Literal["top2", "soft", "mvue", "static"]
-Gradient = Literal["exact", "straight_through"]
+SelectionGradient = Literal["exact", "straight_through"]
 
 
 def group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
@@ -132,26 +132,26 @@ def sparsify_2_4(
     method: Method = "top2",
     key: PRNGKeyArray | None = None,
     scale: Float[Array, ""] | float | None = None,
-    gradient: Gradient | None = None,
+    gradient: SelectionGradient | None = None,
 ) -> Float[Array, "*batch features"]:
     r"""Keep at most two entries of each group of four on the last axis.
 
     For the entries $a_0 ... a_3$ of a group:
 
     - "top2" keeps the two of largest $|a_i|$, of equal ones those that come first.
-      Gradient: exact.
+      SelectionGradient: exact.
     - "soft" keeps $\beta\,\mathrm{sign}(a_i)(|a_i| - t)$ with $t$ the group's second
       smallest $|a_i|$, continuous in $a$. $\beta$ is `scale`; where that is None it is
       $\langle a, S\rangle / \langle S, S\rangle$ of each row (1 where $S = 0$), which
       makes $\|a - \beta S\|$ least. Rows of leading axes stay independent; for the
       original's one $\beta$ of a whole weight, compute it once and pass it.
-      Gradient: straight through, as in the original.
+      SelectionGradient: straight through, as in the original.
     - "mvue" draws $i$ with probability $b_i/B$, then $j \ne i$ with $b_j/(B - b_i)$,
       where $b_i = |a_i| + 2^{-23}$ and $B = \sum b_i$, and keeps $a_i/p_i$, with $p_i$
       the chance that $i$ is among the two: the result's mean is `x`.
-      Gradient: straight through, which is the derivative of that mean.
+      SelectionGradient: straight through, which is the derivative of that mean.
     - "static" keeps the entries at positions 0 and 1, whatever they are.
-      Gradient: exact.
+      SelectionGradient: exact.
 
     `gradient` names another, for the incoming $d'$ and the mask $M$ of what is kept:
 
@@ -221,7 +221,7 @@ def _check_options(
         )
     if scale is not None:
         check_number(op, "scale", scale, finite=False, traced=True)
-    valid = (None, *get_args(Gradient))
+    valid = (None, *get_args(SelectionGradient))
     if gradient not in valid:
         raise_unknown(op, "gradient", gradient, valid)
     if gradient == "exact" and method == "mvue":

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ import pytest
 from benchmarks import kernels
 from jaxkern import masked_matmul, pack_mask, reinmax, seed_reinmax, straight_through
 from jaxkern._core import device
+from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper.product import choose_tiles
 from jaxkern._mlp.hopper import flash, sparse
+from jaxkern._mlp.thresholds import dense_kernel
 from jaxkern._mosaic.matmul import GATED_COLUMNS, Work, choose_columns
 from jaxkern.testing import MissingCompiler, compiler
 
@@ -19,21 +23,60 @@ BF16 = jnp.bfloat16
 ALL = tuple(kernels.every_case())
 
 
-def test_every_configuration_that_can_be_chosen_is_compiled():
-    cases = kernels.flash_mlp_cases()
-    for dim in range(1, 257):
+def chosen(form, dim, ups, inputs=1):
+    """Names of the cases of a `flash_mlp` with these arguments."""
+    names = ("gate", "w1", "w2")[-ups - 1 :]
+    launches = {"forward": ["forward"], "backward_x": ["dx"]}
+    if inputs == 2:
+        launches["backward_x"] = ["dx0 dx1"]
+    passes = flash.weight_passes(dim, ups)
+    launches["backward_w"] = [" ".join(f"d{names[n]}" for n in one) for one in passes]
+    for kernel, labels in launches.items():
+        for config in flash.configs(kernel, dim, ups, inputs):
+            split = " split" if config.split else ""
+            size = f"{config.rows}x{config.columns}{split}"
+            yield from (f"flash_mlp {form}{label} {dim} {size}" for label in labels)
+
+
+def padded_dims(largest, **options):
+    """Those that kernels are launched with, of all that they take."""
+    for dim in range(1, largest + 1):
         shapes = (1, 8, dim), (1, dim, 8)
         x, w1 = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
-        assert flash.unsupported(x, w1) is None
-        _, dim, _ = flash.padded_sizes(8, dim, 8)
-        for kernel, label in (("forward", "forward"), ("backward_x", "dx")):
-            for config in flash.configs(kernel, dim, 1):
-                split = " split" * config.split
-                name = f"flash_mlp {label} {dim} {config.rows}x{config.columns}{split}"
-                assert name in cases
-        for wanted in flash.weight_passes(dim, 1):
-            label = " ".join(("dw1", "dw2")[n] for n in wanted)
-            assert any(name.startswith(f"flash_mlp {label} {dim} ") for name in cases)
+        assert flash.unsupported(x, w1, **options) is None
+        yield flash.padded_sizes(8, dim, 8)[1]
+
+
+def test_every_configuration_that_can_be_chosen_is_compiled():
+    """With silu, and nothing besides."""
+    expected = set()
+    for dim in padded_dims(256):
+        expected.update(chosen("", dim, 1))
+    for dim in padded_dims(192, gated=True):
+        expected.update(chosen("gated ", dim, 2))
+    pairs = set()
+    for rank in range(1, 257):
+        if dense_kernel((rank, rank)) == "flash_mlp":
+            pairs.add(flash.padded_sizes(8, rank, 8)[1])
+    assert pairs == {16, 32}
+    for dim in pairs:
+        expected.update(chosen("pair ", dim, 2, 2))
+    others = tuple(f"flash_mlp {name} " for name in ACTIVATIONS if name != "silu")
+    found = [name for name in kernels.flash_mlp_cases() if not name.startswith(others)]
+    assert set(found) == expected
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "silu"])
+def test_every_tile_of_other_activations_is_compiled(activation):
+    expected = {
+        *chosen(f"{activation} ", 64, 1),
+        *chosen(f"{activation} gated ", 64, 2),
+    }
+    if activation == "relu2":
+        expected.update(chosen("relu2 ", 16, 1), chosen("relu2 ", 32, 1))
+    prefix = f"flash_mlp {activation} "
+    found = {name for name in kernels.flash_mlp_cases() if name.startswith(prefix)}
+    assert found == expected
 
 
 def test_every_tile_of_masked_products_is_compiled():
@@ -44,7 +87,7 @@ def test_every_tile_of_masked_products_is_compiled():
             for label, name in read.items():
                 mask_bytes = 1 / 8 if name == "bits" else 4.0
                 config = choose_tiles(samples, seq, 512, 2048, mask_bytes)
-                split = " split" * (config.splits > 1)
+                split = " split" if config.splits > 1 else ""
                 assert f"masked {label} {config.tokens}{split} {name}" in cases
 
 
@@ -264,8 +307,46 @@ def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path):
     }
 
 
-def test_sources_are_those_of_kernels():
-    assert kernels.sources() == kernels.sources()
+@pytest.mark.parametrize(
+    "path, is_source",
+    [
+        ("_mosaic/matmul.py", True),
+        ("_core/activations.py", True),
+        ("testing/compiler.py", False),
+        ("testing/compiler_process.py", False),
+        ("testing/cuda_stub.c", False),
+    ],
+)
+def test_a_changed_byte_is_another_source_or_another_way_to_measure(
+    tmp_path, path, is_source
+):
+    package = tmp_path / "jaxkern"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(kernels.PACKAGE, package, ignore=ignore)
+    assert kernels.sources(package) == kernels.sources()
+    assert kernels.measuring(package) == kernels.measuring()
+    changed = package / path
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    assert (kernels.sources(package) != kernels.sources()) == is_source
+    assert (kernels.measuring(package) != kernels.measuring()) != is_source
+
+
+def test_this_script_is_a_source_and_a_way_to_measure(tmp_path, monkeypatch):
+    before = kernels.sources(), kernels.measuring()
+    script = tmp_path / "kernels.py"
+    script.write_bytes(Path(kernels.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(kernels, "__file__", str(script))
+    after = kernels.sources(), kernels.measuring()
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_another_way_to_measure_compiles_everything_again(
+    compiled, record, monkeypatch
+):
+    compiled(record)
+    monkeypatch.setattr(kernels, "measuring", lambda: "second")
+    assert compiled(record) == (0, ["a", "b", "c"])
+    assert compiled(record) == (0, [])
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,17 @@ def test_none_picks_no_kernel_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("chooses_hopper")
-@pytest.mark.parametrize("options", [{"sparsity": "2:4", "gradient": "feature_wise"}])
-def test_none_picks_no_kernel_that_cannot_run(monkeypatch, options):
+@pytest.mark.parametrize(
+    "sparsity, gradient", [("2:4", "feature_wise"), ("2:4-soft", "exact")]
+)
+def test_none_picks_no_kernel_that_cannot_run(monkeypatch, sparsity, gradient):
     monkeypatch.setattr(thresholds, "kernel_is_faster", lambda *sizes: True)
-    assert kernels(**options) == []
+    assert kernels(sparsity=sparsity, gradient="straight_through") != []
+    assert kernels(sparsity=sparsity, gradient=gradient) == []
 
 
-# Forward and backward on an H200, ours against XLA's: of `flash_mlp` by wall clock.
+# Forward and backward on an H200, ours against XLA's: of `flash_mlp` by wall clock, in
+# one run for each size.
 @pytest.mark.parametrize(
     "size, gated, ours_us, xla_us",
     [
@@ -121,11 +125,41 @@ def test_flash_mlp_is_picked_where_it_was_measured_to_be_faster(
     assert flash_mlp_is_faster(*size, gated=gated) == (ours_us < xla_us)
 
 
-# Of low-rank MLPs, by the time of the device.
+# Of each row the last dim and the first one past it, and its heads x tokens.
+@pytest.mark.parametrize(
+    "gated, dim, rows",
+    [
+        (False, 16, 2048), (False, 64, 2048), (False, 65, 4096), (False, 96, 4096),
+        (False, 97, 8192), (False, 128, 8192),
+        (True, 16, 2048), (True, 64, 2048), (True, 65, 4096), (True, 96, 4096),
+        (True, 97, 16384), (True, 128, 16384),
+    ],
+)  # fmt: skip
+def test_flash_mlp_is_picked_from_so_many_rows_on(gated, dim, rows):
+    def picked(heads, batch, hidden):
+        return flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
+
+    # The fewer of heads x batch and heads x hidden count, whichever they are.
+    many, few = 2**16, rows // 8
+    for fewer, expected in ((few, True), (few - 1, False)):
+        assert picked(8, fewer, many) is expected
+        assert picked(8, many, fewer) is expected
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_flash_mlp_is_not_picked_past_the_last_dim_or_below_the_least_numbers(gated):
+    assert not flash_mlp_is_faster(64, 2**16, 129, 2**16, gated=gated)
+    # 2^23 hidden features of all heads and tokens.
+    assert flash_mlp_is_faster(32, 512, 64, 512, gated=gated)
+    assert not flash_mlp_is_faster(32, 511, 64, 512, gated=gated)
+
+
+# Of MLPs of one head, by the time of the device. Ours with a gate at 7B are of a later
+# run than XLA's, with a faster kernel; the others of one run.
 @pytest.mark.parametrize(
     "name, tokens, ranks, hidden, ours_us, xla_us",
     [
-        ("low_rank_relu2", 16384, (1024, 1024), 16512, 6082.8, 6656.4),
+        ("low_rank_relu2", 16384, (1024, 1024), 16512, 6220.9, 6656.4),
         ("2:4-static", 16384, (1024, 1024), 8256, 3407.0, 3983.4),
         ("2:4", 16384, (1024, 1024), 16512, 6313.9, 6923.2),
         ("2:4-soft", 16384, (1024, 1024), 16512, 6788.3, 7994.2),
@@ -134,7 +168,7 @@ def test_flash_mlp_is_picked_where_it_was_measured_to_be_faster(
         ("low_rank_swiglu", 16384, (512, 512, 512), 5461, 2104.4, 4649.1),
         ("low_rank_relu2", 16384, (256, 256), 4104, 488.9, 650.0),
         ("low_rank_swiglu", 16384, (256, 256, 256), 2736, 671.5, 766.1),
-        ("swiglu", 8192, (4096, 4096), 11008, 11434.8, 10431.5),
+        ("swiglu", 8192, (4096, 4096), 11008, 9905.6, 10431.5),
     ],
 )
 def test_a_kernel_is_picked_where_it_was_measured_to_be_faster(
@@ -144,26 +178,56 @@ def test_a_kernel_is_picked_where_it_was_measured_to_be_faster(
 
 
 def published_choices():
-    """What is picked for the published models, and what is predicted of it."""
+    """By the name of a threshold: a layer of a published model, and what runs it."""
+    rows = (
+        (shapes.SWIGLU, "low_rank_swiglu", {}),
+        (shapes.RELU2, "low_rank_relu2", {}),
+        (shapes.STATIC, "2:4-static", {}),
+        (shapes.SOFT, "2:4-soft", {"soft": True}),
+        (shapes.TOP2, "2:4", {}),
+        (shapes.TOP2, "2:4 straight_through", {"keep": True}),
+    )
     for model in shapes.MODELS.values():
+        h, w = model.hidden, model.intermediate
         for tokens in (512, 1024, 2048, 4096, 8192, 16384, 65536):
-            for row in (shapes.SWIGLU, shapes.RELU2, shapes.STATIC, shapes.SOFT):
+            for row, name, options in rows:
                 layer = shapes.layer_of(model, tokens, row)
-                name = row.split()[-1]
-                ranks = (model.rank,) * (layer.products + 1)
-                picked = kernel_is_faster(name, tokens, ranks, layer.hidden)
-                yield layer, shapes.kernel_of(model, row), row == shapes.SOFT, picked
+                yield name, layer, shapes.kernel_of(model, row), options
+            yield "swiglu", cost.Layer(tokens, h, w, h, products=2), "matmul", {}
 
 
 def test_thresholds_stand_for_the_predictions():
-    """Nine choices of ten, and nothing is picked that is predicted to be slower."""
+    """Nothing is picked that is predicted to be slower, in either pass; and 19 of 20
+    choices are those with the margin of the predictions.
+
+    Those of `swiglu` are not: it is picked where it is predicted to gain less.
+    """
     agree = []
-    for layer, kernel, soft, picked in published_choices():
-        agree.append(picked == cost.beats_xla(layer, kernel, soft))
-        if picked:
-            ours, theirs = cost.both_us(layer, kernel, soft, backward=True)
-            assert ours < theirs, f"{kernel} of {layer}"
-    assert sum(agree) > 0.95 * len(agree)
+    for name, layer, kernel, options in published_choices():
+        picked = kernel_is_faster(name, layer.tokens, layer.ranks, layer.hidden)
+        if name != "swiglu":
+            agree.append(picked == cost.beats_xla(layer, kernel, **options))
+        for backward in (False, True) if picked else ():
+            ours, theirs = cost.both_us(layer, kernel, **options, backward=backward)
+            assert ours <= theirs, f"{name} of {layer}, backward: {backward}"
+    assert sum(agree) >= 0.95 * len(agree)
+
+
+def test_full_rank_is_picked_where_it_is_predicted_to_be_faster():
+    """Widths that are multiples of 64; no published model is as narrow as the first."""
+    for width, hidden, least in (
+        (512, 1408, 512),
+        (1024, 2752, 512),
+        (4096, 11008, 8192),
+    ):
+        for tokens in (512, 2048, 8192, 65536):
+            picked = kernel_is_faster("swiglu", tokens, (width, width), hidden)
+            assert picked == (tokens >= least)
+            layer = cost.Layer(tokens, width, hidden, width, products=2)
+            for backward in (False, True) if picked else ():
+                ours, theirs = cost.both_us(layer, "matmul", backward=backward)
+                assert ours <= theirs, f"{layer}, backward: {backward}"
+    assert not kernel_is_faster("swiglu", 65536, (4160, 4096), 11008)
 
 
 # 32 x 512 tokens of 60M, 130M and 350M: hidden features of one head have few tiles for
@@ -171,7 +235,7 @@ def test_thresholds_stand_for_the_predictions():
 @pytest.mark.parametrize(
     "layer",
     [
-        cost.Layer(16384, 128, 1376, 128, 2, 2),
+        cost.Layer(16384, 128, 2064, 128),
         cost.Layer(16384, 256, 3072, 256),
         cost.Layer(16384, 256, 4104, 256),
     ],

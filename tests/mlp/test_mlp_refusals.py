@@ -145,6 +145,12 @@ from mlp_definitions import DOWN, UP, V, W, X
             NotImplementedError,
             "gradient must be None or 'straight_through' for mosaic_gpu and sparsity=",
         ),
+        (
+            lambda: untyped.low_rank_matmul(X, UP, implementation="mosaic_gpu"),
+            NotImplementedError,
+            "low_rank_matmul: implementation must be None or 'xla', got 'mosaic_gpu', "
+            "for which this op has no kernel",
+        ),
     ],
 )
 def test_refusals(call, error, message):

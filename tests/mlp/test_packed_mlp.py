@@ -180,7 +180,7 @@ DOWN = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 12), (8, 4)))
         (
             lambda: untyped.packed_relu2(X, PACKED[:1], DOWN),
             TypeError,
-            "packed_relu2: up must be a pair of Packed24, got tuple",
+            r"packed_relu2: up must be a pair \(w_in, w_out\), got tuple of 1",
         ),
         (
             lambda: untyped.packed_relu2(X, (PACKED[0], X), DOWN),

@@ -9,7 +9,15 @@ import pytest
 from helpers import normal, relative_error
 from jax.experimental import pallas as pl
 
-from jaxkern._mosaic.base import add_dots, dots, plgpu, slot, swizzle_of, tiles, zeros
+from jaxkern._mosaic.base import (
+    add_dots,
+    dots,
+    plgpu,
+    slot,
+    swizzle_of,
+    tiled_layout,
+    zeros,
+)
 from jaxkern.testing import DeadlockError, RaceError, emulate_gpu
 from jaxkern.testing.emulator.copies import check_bulk_copy
 
@@ -65,7 +73,7 @@ def matmul(a, b, mistake=None):
                 plgpu.barrier_wait(consumed.at[slot(i, STEPS)])
 
     def smem(*shape):
-        return plgpu.SMEM(shape, a.dtype, transforms=tiles(a.dtype, 128))
+        return plgpu.SMEM(shape, a.dtype, transforms=tiled_layout(a.dtype, 128))
 
     return plgpu.kernel(
         kernel,
@@ -117,7 +125,7 @@ def test_dot_with_registers_on_the_left(interpreted):
         kernel,
         out_type=jax.ShapeDtypeStruct((ROWS, ROWS), jnp.float32),
         scratch_types=[
-            plgpu.SMEM((ROWS, ROWS), A.dtype, transforms=tiles(A.dtype, 128)),
+            plgpu.SMEM((ROWS, ROWS), A.dtype, transforms=tiled_layout(A.dtype, 128)),
             plgpu.Barrier(),
         ],
     )(square)

@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from ..._core import device
 from ..._core.precision import widen
 from ..._core.sharding import vary_alike
-from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, zeros
+from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, round_up, zeros
 from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
@@ -149,7 +149,7 @@ def _prepare(
 
     Its lists stay on the host if they have values, so that their schedule is constant.
     """
-    dim = pl.cdiv(max(x.shape[3] for x in arrays), CONTRACTED_STEP) * CONTRACTED_STEP
+    dim = round_up(max(x.shape[3] for x in arrays), CONTRACTED_STEP)
 
     def pad(x):
         missing = -x.shape[1] % ROW_STEP, dim - x.shape[3]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..._core.precision import widen
-from ..._mosaic.base import plgpu, swizzle_of, tiles
+from ..._mosaic.base import plgpu, swizzle_of, tiled_layout
 from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
 from ..dilation import Dilation
 
@@ -160,4 +160,4 @@ def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
     # One swizzle for all tiles, since both operands of a wgmma need the same; it must
     # tile the contracted axis too.
     swizzle = swizzle_of(math.gcd(columns, shape[1]), dtype.itemsize)
-    return plgpu.SMEM((*slots, *shape), dtype, transforms=tiles(dtype, swizzle))
+    return plgpu.SMEM((*slots, *shape), dtype, transforms=tiled_layout(dtype, swizzle))

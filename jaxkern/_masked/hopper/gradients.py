@@ -371,6 +371,13 @@ def _differentiate(kind: Kind, wanted: Wanted, x, dy, w, mask) -> dict[str, jax.
     }
     outs = [like[name] for name in wanted.names]
     rings = Slots(steps, COMPUTE + 1), Slots(1, 1), Slots(SLOTS, 1)
-    operands = x, dy, w, mask
-    made = launch(plan.name, plan.bind, grid, outs, buffers, rings, operands)
+    made = launch(
+        plan.name,
+        plan.bind,
+        grid=grid,
+        outs=outs,
+        buffers=buffers,
+        rings=rings,
+        operands=(x, dy, w, mask),
+    )
     return dict(zip(wanted.names, made, strict=True))

@@ -21,12 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from ..._core import device
 from ..._core.precision import add
 from ..._core.sharding import vary_alike
-from ..._mosaic.base import pad_to
+from ..._mosaic.base import pad_to, round_up
 from ..._mosaic.launch import COLUMN_STEP, ROW_STEP
 from .gradients import Wanted, gradients_kernel
 from .product import WORD, Kind, by_threshold, product_kernel
@@ -56,9 +55,9 @@ def multiply(x, w, mask, *, kind: Kind):
         x, mask = x.reshape(1, -1, d_in), mask[None]
     if kind == "bits":
         mask = lax.bitcast_convert_type(mask, jnp.int32)
-    rows = pl.cdiv(d_in, COLUMN_STEP) * COLUMN_STEP
-    columns = pl.cdiv(w.shape[1], COLUMN_STEP) * COLUMN_STEP
-    tokens = pl.cdiv(x.shape[1], ROW_STEP) * ROW_STEP
+    rows = round_up(d_in, COLUMN_STEP)
+    columns = round_up(w.shape[1], COLUMN_STEP)
+    tokens = round_up(x.shape[1], ROW_STEP)
     # Zeros at the end add nothing to any result.
     arrays = (
         pad_to(x, tokens, rows),

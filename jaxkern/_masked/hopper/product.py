@@ -457,7 +457,15 @@ def _multiply_masked(
         words = samples, contracted // WORD, features
         outs.append(jax.ShapeDtypeStruct(words, jnp.int32))
     rings = Slots(x_slots, 1), Slots(w_slots, 2)
-    y, *bits = launch(plan.name, plan.bind, grid, outs, buffers, rings, (x, w, mask))
+    y, *bits = launch(
+        plan.name,
+        plan.bind,
+        grid=grid,
+        outs=outs,
+        buffers=buffers,
+        rings=rings,
+        operands=(x, w, mask),
+    )
     if tiles.splits > 1:
         y = y.reshape(samples, tiles.splits, seq, features)
         y = y.sum(1).astype(x.dtype)

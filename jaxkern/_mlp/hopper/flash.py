@@ -29,17 +29,24 @@ from jax.experimental import pallas as pl
 
 from ..._core import device
 from ..._core.sharding import vary_alike
-from ..._mosaic import matmul as frame
-from ..._mosaic.base import IN_KERNEL, SMEM_BYTES, add_dots, dots, pad_to, plgpu, zeros
+from ..._mosaic.base import (
+    IN_KERNEL,
+    SMEM_BYTES,
+    add_dots,
+    dots,
+    pad_to,
+    plgpu,
+    round_up,
+    zeros,
+)
 from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, WalkTiles
-from ..._mosaic.matmul import SPARE_BYTES, round_up
+from ..._mosaic.matmul import SPARE_BYTES
 from .walk import HeadTiles, WalkedSteps, walk
 
 MAX_DIM = 256
-# The largest dim of the gated form, by how many inputs there are: its tiles take up to
-# twice as much shared memory.
-MAX_GATED_DIM = {1: 192, 2: 128}
+# The largest dim of the gated form: its tiles take up to twice as much shared memory.
+MAX_GATED_DIM = 192
 
 # Rows of a held tile of one warpgroup, the fewest that a wgmma has.
 ROWS = 64
@@ -57,7 +64,7 @@ WIDE_DIM = 96
 # few: their sums have to fit in registers beside those of the other one.
 SPLIT_DIM = {"forward": 128, "backward_x": 128, "backward_w": 96}
 # Walked columns of these: the addresses of one more ring take registers too, where the
-# backward of two inputs has it.
+# backward of two inputs has it. Those have dims up to 32 only.
 SPLIT_COLUMNS = 64
 PAIR_SPLIT_COLUMNS = 32
 NUMBER_BYTES = 2
@@ -100,13 +107,7 @@ def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(names[i : i + together]) for i in range(0, len(names), together))
 
 
-def input_passes(dim: int, inputs: int) -> tuple[tuple[int, ...], ...]:
-    """The launches that make the inputs' gradients, and which ones each makes."""
-    names = tuple(range(inputs))
-    return (names,) if dim <= 64 else tuple((n,) for n in names)
-
-
-def choose(
+def choose_tiles(
     kernel: str, heads: int, size: int, dim: int, ups: int, inputs: int = 1
 ) -> WalkTiles:
     """The tiles of which a multiprocessor has the fewest rows to compute."""
@@ -122,13 +123,13 @@ def choose(
 def unsupported(x: Any, w1: Any, *, gated: bool = False) -> str | None:
     """Why the kernel cannot run this, or None if it can."""
     dim = w1.shape[1]
-    largest = MAX_GATED_DIM[1] if gated else MAX_DIM
-    if reason := frame.unsupported("x", x):
+    largest = MAX_GATED_DIM if gated else MAX_DIM
+    if reason := device.unsupported_array("x", x):
         return reason
     if dim > largest:
         form = " with w_gate" if gated else ""
         return f"dim must be at most {largest} for mosaic_gpu{form}, got {dim}"
-    return frame.unsupported("w1", w1)
+    return device.unsupported_array("w1", w1)
 
 
 def mlp(
@@ -136,7 +137,8 @@ def mlp(
 ) -> jax.Array:
     """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`.
 
-    x: (heads, batch, dim), or (heads, batch, 2 dim), of which each matrix has half.
+    x: (heads, batch, dim), or (heads, batch, 2 dim), of which each matrix has half;
+        then dim is at most `thresholds.LARGEST_FLASH_RANK`.
     """
     (heads, batch), (dim, hidden) = x.shape[:2], ups[0].shape[1:]
     rows, columns, features = padded_sizes(batch, dim, hidden)
@@ -169,8 +171,7 @@ def _mlp_bwd(activation, saved, dy):
     x, ups, w2 = saved
     dim = w2.shape[2]
     args = (x, *ups, w2, dy)
-    passes = input_passes(dim, x.shape[2] // dim)
-    dx = [d for p in passes for d in backward_x(activation, p)(*args)]
+    dx = backward_x(activation)(*args)
     passes = weight_passes(dim, len(ups))
     *d_ups, dw2 = (dw for p in passes for dw in backward_w(activation, p)(*args))
     return jnp.concatenate(dx, axis=2), tuple(d.mT for d in d_ups), dw2
@@ -184,12 +185,9 @@ def forward(activation: str, config: WalkTiles | None = None):
     return over_heads(partial(_forward, activation=activation, config=config))
 
 
-def backward_x(
-    activation: str, wanted: tuple[int, ...] = (0,), config: WalkTiles | None = None
-):
-    """The kernel of those inputs' gradients, of the forward's arguments and dy."""
-    options = {"activation": activation, "wanted": wanted, "config": config}
-    return over_heads(partial(_backward_x, **options))
+def backward_x(activation: str, config: WalkTiles | None = None):
+    """The kernel of the inputs' gradients, of the forward's arguments and dy."""
+    return over_heads(partial(_backward_x, activation=activation, config=config))
 
 
 def backward_w(
@@ -281,72 +279,69 @@ def _forward(x, *weights, activation: str, config: WalkTiles | None):
     *ups, w2 = weights
     heads, batch, dim = *x.shape[:2], w2.shape[2]
     inputs = _inputs(x, dim)
-    tiles = config or choose("forward", heads, batch, dim, len(ups), len(inputs))
+    tiles = config or choose_tiles("forward", heads, batch, dim, len(ups), len(inputs))
     body = _Forward(activation, len(ups), tiles.rows, tiles.columns, dim, w2.dtype)
     walked = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
     return walk(inputs, walked, body, outs=1, tiles=tiles, name="flash_mlp_forward")[0]
 
 
+def _sum_over(steps: WalkedSteps, add: Any, outs: int, shape: tuple[int, int]):
+    """So many sums of all steps; `add`: from a step and the sums to the next ones."""
+    start = [zeros(*shape) for _ in range(outs)]
+    return lax.fori_loop(0, steps.count, add, start)
+
+
 @dataclasses.dataclass(frozen=True)
 class _InputGradients:
-    """The sums of a tile of tokens: the gradients of the `wanted` inputs.
+    """The sums of a tile of tokens: the gradients of the inputs.
 
     Held are dy and the inputs; walked are the first matrices and then w2.
     """
 
     activation: str
-    wanted: tuple[int, ...]
+    inputs: int
     ups: int
     rows: int
     dim: int
 
     def __call__(self, held: Sequence[Any], steps: WalkedSteps) -> list[Any]:
-        def step(i, sums):
-            return self._step(held, steps, i, sums)
-
-        start = [zeros(self.rows, self.dim) for _ in self.wanted]
-        return lax.fori_loop(0, steps.count, step, start)
+        add = partial(self._step, held, steps)
+        return _sum_over(steps, add, self.inputs, (self.rows, self.dim))
 
     def _step(self, held, steps: WalkedSteps, i, sums):
         dy, *inputs = held
         ups = [steps.wait(n, i) for n in range(self.ups)]
         w2 = steps.wait(self.ups, i)
-        numbers = [_input_of(n, len(inputs)) for n in range(self.ups)]
+        numbers = [_input_of(n, self.inputs) for n in range(self.ups)]
         pairs = [(inputs[numbers[n]], up) for n, up in enumerate(ups)]
-        # The factor's gradient alone needs no z of its own.
-        factor_alone = self.wanted == (1,)
-        needed = pairs[:1] if factor_alone else pairs
-        *z, d_hidden = dots(*needed, (dy, w2.transpose((1, 0))))
+        *z, d_hidden = dots(*pairs, (dy, w2.transpose((1, 0))))
         steps.release(self.ups, i)
-        if factor_alone:
-            d_z = [None, d_hidden * IN_KERNEL[self.activation].value(z[0])]
-        else:
-            d_z = _d_z(self.activation, z, d_hidden)
+        d_z = _d_z(self.activation, z, d_hidden)
         added = []
-        for wanted_sum, wanted in zip(sums, self.wanted, strict=True):
+        for number, its_sum in enumerate(sums):
             terms = [
                 (d_z[n].astype(dy.dtype), up.transpose((1, 0)))
                 for n, up in enumerate(ups)
-                if numbers[n] == wanted
+                if numbers[n] == number
             ]
-            added.append(add_dots(wanted_sum, *terms))
+            added.append(add_dots(its_sum, *terms))
         for n in range(self.ups):
             steps.release(n, i)
         return added
 
 
-def _backward_x(x, *others, activation: str, wanted, config: WalkTiles | None):
+def _backward_x(x, *others, activation: str, config: WalkTiles | None):
     *ups, w2, dy = others
     heads, batch, dim = dy.shape
     inputs = _inputs(x, dim)
-    tiles = config or choose("backward_x", heads, batch, dim, len(ups), len(inputs))
-    body = _InputGradients(activation, wanted, len(ups), tiles.rows, dim)
+    tiles = config or choose_tiles(
+        "backward_x", heads, batch, dim, len(ups), len(inputs)
+    )
+    body = _InputGradients(activation, len(inputs), len(ups), tiles.rows, dim)
     walked = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
-    name = "flash_mlp_backward_x"
-    if len(inputs) > 1:
-        name += "".join(map(str, wanted))
+    name = "flash_mlp_backward_x" if len(inputs) == 1 else "flash_mlp_backward_x01"
     held = [HeadTiles(dy, 1), *inputs]
-    return walk(held, walked, body, outs=len(wanted), tiles=tiles, name=name)
+    return walk(held, walked, body, outs=len(inputs), tiles=tiles, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,11 +359,8 @@ class _WeightGradients:
     dim: int
 
     def __call__(self, held: Sequence[Any], steps: WalkedSteps) -> list[Any]:
-        def step(i, sums):
-            return self._step(held, steps, i, sums)
-
-        start = [zeros(self.rows, self.dim) for _ in self.wanted]
-        return lax.fori_loop(0, steps.count, step, start)
+        add = partial(self._step, held, steps)
+        return _sum_over(steps, add, len(self.wanted), (self.rows, self.dim))
 
     def _step(self, held, steps: WalkedSteps, i, sums):
         *ups, w2 = held
@@ -398,7 +390,9 @@ def _backward_w(x, *others, activation: str, wanted, config: WalkTiles | None):
     *ups, w2, dy = others
     heads, hidden, dim = w2.shape
     inputs = _inputs(x, dim)
-    tiles = config or choose("backward_w", heads, hidden, dim, len(ups), len(inputs))
+    tiles = config or choose_tiles(
+        "backward_w", heads, hidden, dim, len(ups), len(inputs)
+    )
     body = _WeightGradients(activation, wanted, len(inputs), tiles.rows, dim)
     held = [*(HeadTiles(w, 2) for w in ups), HeadTiles(w2, 1)]
     walked = [*inputs, HeadTiles(dy, 1)]

@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._mosaic import matmul as frame
+from ..._core import device
 from ..._mosaic.base import IN_KERNEL
 from ..._mosaic.matmul import (
     GATE_CLOCKS,
@@ -77,7 +77,7 @@ def unsupported(
             "gradient must be None or 'straight_through' for mosaic_gpu and "
             "sparsity='2:4-soft', got 'exact'"
         )
-    return frame.unsupported("x", x)
+    return device.unsupported_array("x", x)
 
 
 def gate_work(tokens: int, rank: int, hidden: int, lefts: int, outs: int) -> Work:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..._mosaic.base import IN_KERNEL
 from ..._mosaic.matmul import Factor, Products, Work, choose_columns, multiply, padded
-from ..._sparsity.hopper.matmul import SUMS, Selection
+from ..._sparsity.hopper.matmul import ROW_SUMS, Selection
 from ..._sparsity.hopper.product import sparse_matmul
 from ..._sparsity.hopper.wgmma import indices_of
 from ..._sparsity.packed import Packed24, unpack
@@ -65,8 +65,8 @@ def select_forward(shrink: bool, keep: bool, columns: int | None = None):
     return kernel
 
 
-def relu2_mlp(
-    core: jax.Array, up: jax.Array, down: jax.Array, shrink: bool, exact: bool
+def sparse_relu2_mlp(
+    core: jax.Array, up: jax.Array, down: jax.Array, *, shrink: bool, exact: bool
 ) -> jax.Array:
     """S(max(core up, 0)^2) down, of (tokens, rank), (rank, hidden), (hidden, rank).
 
@@ -80,7 +80,7 @@ def relu2_mlp(
 
 def _scale(sums: jax.Array) -> jax.Array:
     """S-STE's beta of each token, float32 (tokens, 1)."""
-    both = sums.reshape(len(sums), -1, SUMS // 2, 2).sum((1, 2))
+    both = sums.reshape(len(sums), -1, ROW_SUMS // 2, 2).sum((1, 2))
     overlap, energy = both[:, :1], both[:, 1:]
     return jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
 

@@ -27,14 +27,14 @@ from ..._mosaic.launch import (
     COMPUTE,
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
-    ROW_STEP,
     WalkTiles,
     check_fits,
+    check_whole,
     launch_blocks,
     wait_for_last,
 )
 
-SUM_BYTES = 4
+FLOAT32_BYTES = 4
 # A barrier for what fills a slot and one for what empties it.
 BARRIERS = 2
 
@@ -167,7 +167,7 @@ class WalkPlan:
         sums = sum(map(math.prod, self.sums_shapes))
         slots = tiles.held + tiles.steps * len(self.walked) + 1
         barriers = BARRIER_BYTES * BARRIERS * slots
-        return (held + walked) * itemsize + sums * SUM_BYTES + barriers
+        return (held + walked) * itemsize + sums * FLOAT32_BYTES + barriers
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers of a block, in the order that `_WalkBlock` has."""
@@ -176,8 +176,9 @@ class WalkPlan:
         # must tile the contracted axis too.
         minor = [shape[-1] for shape in (*self.held_shapes, *self.walked_shapes)]
         swizzle = swizzle_of(math.gcd(config.columns, *minor), itemsize)
-        _check_divisible([*self.held, *self.walked], swizzle // itemsize)
-        layout = base.tiles(self.dtype, swizzle)
+        arrays = [operand.array for operand in (*self.held, *self.walked)]
+        check_whole("walk", arrays, swizzle // itemsize)
+        layout = base.tiled_layout(self.dtype, swizzle)
 
         def buffers(shapes, *slots):
             return [
@@ -379,14 +380,3 @@ def _add_other(warpgroup, added, sums, barriers, store):
             smem[...] = a
         plgpu.barrier_arrive(there)
         plgpu.barrier_wait(taken)
-
-
-def _check_divisible(operands: Sequence[HeadTiles], column_step: int) -> None:
-    """Only compiling for a GPU asks for it; the emulator would take any size."""
-    for operand in operands:
-        rows, columns = operand.array.shape[1:]
-        if rows % ROW_STEP or not column_step or columns % column_step:
-            raise ValueError(
-                f"walk: arrays must have multiples of {ROW_STEP} rows and "
-                f"{column_step} columns, got {rows} and {columns}"
-            )

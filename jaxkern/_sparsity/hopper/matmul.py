@@ -24,14 +24,14 @@ from ..._mosaic.matmul import (
     MatmulTiles,
     row_of,
 )
-from .wgmma import COLUMNS, STORED, THREADS, select, sparse_dot
+from .wgmma import STORED, THREADS, WORD_COLUMNS, select, sparse_dot
 
 # Of the contracted axis, in a step: 64 values are stored, in rows of 128 bytes.
-DEPTH = 128
+SPARSE_STEP = 128
 # Words of positions that a thread has of a step.
-WORDS = DEPTH // COLUMNS
+STEP_WORDS = SPARSE_STEP // WORD_COLUMNS
 # S-STE's sums of a row, for each tile: <a, S> and <S, S> of each thread of a quad.
-SUMS = 8
+ROW_SUMS = 8
 # Stored in 16 bits; words and sums have 32.
 VALUE_BYTES = 2
 WORD_BYTES = 4
@@ -59,23 +59,23 @@ class SparseProduct:
 
     @property
     def steps(self) -> int:
-        return pl.cdiv(self.right.shape[0], DEPTH)
+        return pl.cdiv(self.right.shape[0], SPARSE_STEP)
 
     @property
     def copies(self) -> int:
         return 2 * COMPUTE + 1
 
     def step_bytes(self, columns: int) -> int:
-        words = COMPUTE * WORDS * THREADS * WORD_BYTES
-        values = COMPUTE * ROWS * (DEPTH // 2) * VALUE_BYTES
-        return words + values + DEPTH * columns * VALUE_BYTES
+        words = COMPUTE * STEP_WORDS * THREADS * WORD_BYTES
+        values = COMPUTE * ROWS * (SPARSE_STEP // 2) * VALUE_BYTES
+        return words + values + SPARSE_STEP * columns * VALUE_BYTES
 
     def buffers(self, config: MatmulTiles) -> list[Any]:
         steps, dtype = config.steps, self.values.dtype
         return [
-            buffer(dtype, steps, COMPUTE, ROWS, DEPTH // 2),
-            plgpu.SMEM((steps, COMPUTE, WORDS, THREADS), jnp.int32),
-            buffer(dtype, steps, *self.right.tile(DEPTH, config.columns)),
+            buffer(dtype, steps, COMPUTE, ROWS, SPARSE_STEP // 2),
+            plgpu.SMEM((steps, COMPUTE, STEP_WORDS, THREADS), jnp.int32),
+            buffer(dtype, steps, *self.right.tile(SPARSE_STEP, config.columns)),
         ]
 
     def accumulate(self, config: MatmulTiles, smem, ring: Ring, start):
@@ -104,12 +104,12 @@ class SparseProduct:
             copies = []
             for part in range(COMPUTE):
                 rows = pl.ds(row_of(row, part), ROWS)
-                stored = pl.ds(i * (DEPTH // 2), DEPTH // 2)
+                stored = pl.ds(i * (SPARSE_STEP // 2), SPARSE_STEP // 2)
                 copies.append((values.at[rows, stored], smem[0], part))
-                block = words.at[row * COMPUTE + part, pl.ds(i * WORDS, WORDS)]
-                copies.append((block, smem[1], part))
+                block = row * COMPUTE + part, pl.ds(i * STEP_WORDS, STEP_WORDS)
+                copies.append((words.at[block], smem[1], part))
             across = column * config.columns, config.columns
-            source = self.right.cut(right, (i * DEPTH, DEPTH), across)
+            source = self.right.cut(right, (i * SPARSE_STEP, SPARSE_STEP), across)
             ring.fill(start + i, *copies, (source, smem[2]))
 
 
@@ -141,7 +141,7 @@ class Selection:
         piece = PIECE_BYTES // 2 + COMPUTE * THREADS * WORD_BYTES
         if self.dense:
             piece += PIECE_BYTES
-        sums = COMPUTE * ROWS * SUMS * WORD_BYTES if self.shrink else 0
+        sums = COMPUTE * ROWS * ROW_SUMS * WORD_BYTES if self.shrink else 0
         return OUT_SLOTS * piece + sums
 
     def shapes(self, config: MatmulTiles, shape, dtype) -> list[jax.ShapeDtypeStruct]:
@@ -154,7 +154,7 @@ class Selection:
         if self.dense:
             shapes.append(jax.ShapeDtypeStruct(shape, dtype))
         if self.shrink:
-            shapes.append(jax.ShapeDtypeStruct((m, SUMS * columns), jnp.float32))
+            shapes.append(jax.ShapeDtypeStruct((m, ROW_SUMS * columns), jnp.float32))
         return shapes
 
     def buffers(self, config: MatmulTiles, dtype) -> list[Any]:
@@ -165,7 +165,7 @@ class Selection:
         if self.dense:
             buffers.append(buffer(dtype, OUT_SLOTS, COMPUTE, ROWS, PIECE))
         if self.shrink:
-            buffers.append(plgpu.SMEM((COMPUTE, ROWS, SUMS), jnp.float32))
+            buffers.append(plgpu.SMEM((COMPUTE, ROWS, ROW_SUMS), jnp.float32))
         return buffers
 
     def ring(self, config: MatmulTiles) -> Slots:
@@ -219,7 +219,7 @@ class Selection:
         smem.at[part][...] = total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
-            smem.at[part], gmem.at[rows, pl.ds(column * SUMS, SUMS)]
+            smem.at[part], gmem.at[rows, pl.ds(column * ROW_SUMS, ROW_SUMS)]
         )
 
     def fill(

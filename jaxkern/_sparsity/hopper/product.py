@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._core.sharding import vary_alike
-from ..._mosaic.base import IN_KERNEL, pad_to
+from ..._mosaic.base import IN_KERNEL, pad_to, round_up
 from ..._mosaic.launch import ROW_STEP
 from ..._mosaic.matmul import (
     Epilogue,
@@ -31,11 +31,10 @@ from ..._mosaic.matmul import (
     choose_columns,
     multiply,
     pad_rows,
-    round_up,
 )
 from ..packed import POSITIONS_PER_BYTE, Packed24, unpack
 from ..select import GROUP, KEPT
-from .matmul import DEPTH, SparseProduct
+from .matmul import SPARSE_STEP, SparseProduct
 from .wgmma import FIRST_TWO, words_of
 
 # Share of the dense multiply-adds: half, at 0.89 of the rate, which reading shared
@@ -74,19 +73,22 @@ def product(
 ) -> jax.Array:
     """The product of a packed matrix (m, depth) and a dense one (depth, n).
 
-    values: (m, 2 ceil(depth / 4)), indices as `pack_2_4` has them; not differentiated.
+    All three vary over the same mesh axes, and none is differentiated.
+
+    values: (m, 2 ceil(depth / 4)), indices as `pack_2_4` has them.
     transposed: `right` is (n, depth).
     activation: of each number of the result.
     """
     (m, kept), n = values.shape, right.shape[0 if transposed else 1]
-    columns = round_up(kept * GROUP // KEPT, DEPTH)
+    columns = round_up(kept * GROUP // KEPT, SPARSE_STEP)
     if kept % POSITIONS_PER_BYTE:
         # The positions of a group that is not there: two equal ones are invalid.
         last = indices[:, -1:] | np.uint8(FIRST_TWO & 0xF0)
         indices = jnp.concatenate([indices[:, :-1], last], axis=1)
     values = pad_to(values, round_up(m, ROW_STEP), columns // KEPT)
-    args = vary_alike(values, words_of(indices, columns), pad_rows(right))
-    return sparse_matmul(transposed, activation)(*args)[:m, :n]
+    words = words_of(indices, columns)
+    y = sparse_matmul(transposed, activation)(values, words, pad_rows(right))
+    return y[:m, :n]
 
 
 def matmul(values: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:

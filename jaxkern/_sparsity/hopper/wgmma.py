@@ -33,9 +33,9 @@ from ..packed import GROUP, KEPT
 THREADS = 128
 # Rows and columns that one word of positions a thread is about.
 ROWS = 64
-COLUMNS = 64
+WORD_COLUMNS = 64
 # Columns that are left of these where two of four are dropped.
-STORED = COLUMNS * KEPT // GROUP
+STORED = WORD_COLUMNS * KEPT // GROUP
 # Columns of which one thread has the positions.
 CHUNK = 16
 # Columns of one sparse instruction.
@@ -44,9 +44,9 @@ SPARSE_DEPTH = 32
 FIRST_TWO = 0x44444444
 LAYOUT = plgpu.Layout.WGMMA
 # Shapes and layouts of what `select` returns.
-VALUES = (ROWS, STORED), plgpu.Layout.WGMMA_UPCAST_4X
-WORDS = (THREADS,), plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
-SUMS = (ROWS, 8), LAYOUT
+SELECTED_VALUES = (ROWS, STORED), plgpu.Layout.WGMMA_UPCAST_4X
+SELECTED_WORDS = (THREADS,), plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+SELECTED_SUMS = (ROWS, 8), LAYOUT
 
 
 def words_of(indices: jax.Array, columns: int) -> jax.Array:
@@ -61,11 +61,11 @@ def words_of(indices: jax.Array, columns: int) -> jax.Array:
     missing = -rows % (2 * ROWS), columns // 8 - size
     fill = np.uint8(FIRST_TWO & 0xFF)
     padded = jnp.pad(indices, [(0, n) for n in missing], constant_values=fill)
-    halves = padded.reshape(-1, 4, 2, 8, columns // COLUMNS, 4, 2)
+    halves = padded.reshape(-1, 4, 2, 8, columns // WORD_COLUMNS, 4, 2)
     # To (row block, column block, warp, row, thread of the quad, half, byte).
     ordered = halves.transpose(0, 4, 1, 3, 5, 2, 6).reshape(-1, 4)
     words = lax.bitcast_convert_type(ordered, jnp.int32)
-    return words.reshape(padded.shape[0] // ROWS, columns // COLUMNS, THREADS)
+    return words.reshape(padded.shape[0] // ROWS, columns // WORD_COLUMNS, THREADS)
 
 
 def indices_of(words: jax.Array) -> jax.Array:
@@ -83,9 +83,9 @@ def select(x, shrink: bool = False):
     where they shrink by the group's second smallest, S-STE's sums of x S and S S over
     the 16 columns of a thread, float32 (64, 8). Of equal ones the first are kept.
     """
-    returns = [_struct(x.dtype, *VALUES), _struct(jnp.int32, *WORDS)]
+    returns = [_struct(x.dtype, *SELECTED_VALUES), _struct(jnp.int32, *SELECTED_WORDS)]
     if shrink:
-        returns.append(_struct(jnp.float32, *SUMS))
+        returns.append(_struct(jnp.float32, *SELECTED_SUMS))
     inline = plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=tuple(returns))
     return inline(partial(select_two_of_four, shrink=shrink))(x)
 
@@ -114,9 +114,12 @@ def select_two_of_four(ctx, x, *, shrink: bool):
             sums.append(vector.from_elements(two, of_row))
     word = arith.ori(halves[0], arith.shli(halves[1], _i32(16)))
     one = vector.from_elements(ir.VectorType.get((1,), i32), [word])
-    found = [_array(stored, *VALUES), _array([one], *WORDS, is_signed=True)]
+    found = [
+        _array(stored, *SELECTED_VALUES),
+        _array([one], *SELECTED_WORDS, is_signed=True),
+    ]
     if shrink:
-        found.append(_array(sums, *SUMS))
+        found.append(_array(sums, *SELECTED_SUMS))
     return tuple(found)
 
 
@@ -270,8 +273,8 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
     n = acc.shape[1]
     if transposed:
         right = mgpu.memref_transpose(right, (1, 0, 3, 2))
-    a = _descriptor(values, (ROWS, COLUMNS), False, swizzle)
-    b = _descriptor(right, (COLUMNS, n), True, swizzle)
+    a = _descriptor(values, (ROWS, WORD_COLUMNS), False, swizzle)
+    b = _descriptor(right, (WORD_COLUMNS, n), True, swizzle)
     word = ir.MemRefType(words.type).shape[0]
     kind = str(ir.MemRefType(values.type).element_type)
     index = ir.IndexType.get()
@@ -300,15 +303,8 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
         registers = _issue(
             registers, a_at, b_at, loaded[step // 2], step % 2, n, kind, b[3]
         )
-    for text in ("wgmma.commit_group", "wgmma.wait_group"):
-        count = " 0" * text.endswith("wait_group")
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [],
-            f"{text}.sync.aligned{count};",
-            "",
-            has_side_effects=True,
-        )
+    _run("wgmma.commit_group.sync.aligned;")
+    _run("wgmma.wait_group.sync.aligned 0;")
     done = fragmented_array.FragmentedArray(
         _registers=np.array(registers, dtype=object).reshape(wide.registers.shape),
         _layout=wide.layout,
@@ -318,12 +314,18 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
     return done.to_layout(fragmented_array.WGMMA_LAYOUT)
 
 
+def _run(text: str) -> None:
+    """An instruction without operands."""
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, [], text, "", has_side_effects=True)
+
+
 def _descriptor(ref, group, is_right: bool, swizzle: int):
     """Of shared memory: base, strides of an instruction and of a tile, transposed."""
     (base, strides), (_, tile), fastest = mma_utils.create_descriptor(
         ref,
         swizzle=swizzle,
-        large_tile=(COLUMNS, COLUMNS),
+        large_tile=(WORD_COLUMNS, WORD_COLUMNS),
         group_size=group,
         logical_k_major=is_right,
     )

@@ -13,9 +13,9 @@ from jax import lax
 
 from ..._sparsity.hopper.wgmma import (
     CHUNK,
-    COLUMNS,
     ROWS,
     STORED,
+    WORD_COLUMNS,
     indices_of,
     select_two_of_four,
     sparse_wgmma,
@@ -26,7 +26,7 @@ from ..._sparsity.packed import GROUP, KEPT, Packed24, pack_bits, unpack, unpack
 
 def selected(x, *, shrink: bool) -> Any:
     """`select_two_of_four`: values, words and, where they shrink, sums."""
-    groups = x.reshape(ROWS, COLUMNS // GROUP, GROUP)
+    groups = x.reshape(ROWS, WORD_COLUMNS // GROUP, GROUP)
     # By their bits, as threads do: a NaN is the largest.
     bits = lax.bitcast_convert_type(groups, jnp.uint16).astype(jnp.int32)
     order = jnp.argsort(-bits, axis=-1, stable=True)
@@ -34,13 +34,13 @@ def selected(x, *, shrink: bool) -> Any:
     values = jnp.take_along_axis(groups, kept, axis=-1).astype(jnp.float32)
     indices = pack_bits(kept.reshape(ROWS, STORED).astype(jnp.uint8))
     padded = jnp.pad(indices, [(0, ROWS), (0, 8)])
-    words = words_of(padded, 2 * COLUMNS)[0, 0]
+    words = words_of(padded, 2 * WORD_COLUMNS)[0, 0]
     if not shrink:
         return values.astype(x.dtype).reshape(ROWS, STORED), words
     third = jnp.take_along_axis(groups, order[..., 2:3], axis=-1).astype(jnp.float32)
     shrunk = (values - third).astype(x.dtype)
     wide = shrunk.astype(jnp.float32)
-    per_chunk = ROWS, COLUMNS // CHUNK, -1
+    per_chunk = ROWS, WORD_COLUMNS // CHUNK, -1
     sums = [(values * wide).reshape(per_chunk), (wide * wide).reshape(per_chunk)]
     sums = jnp.stack([one.sum(-1) for one in sums], axis=-1).reshape(ROWS, 8)
     return shrunk.reshape(ROWS, STORED), words, sums

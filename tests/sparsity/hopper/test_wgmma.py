@@ -9,7 +9,7 @@ import pytest
 from helpers import to_float64
 
 from jaxkern import pack_2_4
-from jaxkern._sparsity.hopper import wgmma as _mgpu_sparse
+from jaxkern._sparsity.hopper import wgmma
 from jaxkern._sparsity.hopper.wgmma import FIRST_TWO, indices_of, words_of
 from jaxkern.testing.emulator import meanings
 
@@ -60,7 +60,7 @@ def threads(monkeypatch):
         ],
     }
     for name, value in replaced.items():
-        monkeypatch.setattr(_mgpu_sparse, name, value)
+        monkeypatch.setattr(wgmma, name, value)
 
 
 def in_registers(x):
@@ -83,9 +83,9 @@ def select_by_threads(x, shrink):
     warp, row, quad = THREADS // 32, THREADS % 32 // 4, THREADS % 4
     values = np.zeros((64, 32), np.uint16)
     words, sums = np.zeros(128, np.uint32), np.zeros((64, 8), np.float32)
-    rows = _mgpu_sparse._transpose_in_quad(in_registers(x))
+    rows = wgmma._transpose_in_quad(in_registers(x))
     for half, pairs in enumerate(rows):
-        found = _mgpu_sparse._select_chunk(pairs, x.dtype, shrink)
+        found = wgmma._select_chunk(pairs, x.dtype, shrink)
         at = 16 * warp + row + 8 * half
         for i, register in enumerate(found[0]):
             values[at, 8 * quad + 2 * i] = register & np.uint32(0xFFFF)

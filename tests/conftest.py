@@ -21,6 +21,11 @@ def pytest_configure(config):
         # Most of the time is compiling. It leaves out LLVM's passes, and none of XLA's:
         # test_suite.py compares the programs. By name, for the processes of tests too.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        # And a program that was compiled before, in this run or the last, is read from
+        # a file: its name is a hash of the program, the options and JAX's version.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("programs"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import jax
     from hypothesis import HealthCheck, settings
 

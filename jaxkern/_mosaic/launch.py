@@ -20,12 +20,9 @@ from .base import SMEM_BYTES, plgpu, slot
 
 # Warpgroups that compute; one more loads.
 COMPUTE = 2
-
-
 # With 168 registers a thread at launch, 2 x 240 and 24 are what three warpgroups have.
 COMPUTE_REGISTERS = 240
 MEMORY_REGISTERS = 24
-
 
 # Tiles in shared memory are made of 8 rows of up to 128 bytes, which are 64 columns of
 # 16 bits, and JAX cuts whole arrays into these.
@@ -33,7 +30,6 @@ ROW_STEP = 8
 COLUMN_STEP = 64
 # wgmma contracts 16 numbers of 16 bits at once.
 CONTRACTED_STEP = 16
-
 
 BARRIER_BYTES = 8
 
@@ -80,7 +76,8 @@ class WalkTiles:
 
 
 def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
-    """
+    """Whether the shared memory of a multiprocessor holds what a block needs.
+
     Raises:
         ValueError: a block with these tiles needs more shared memory than there is.
     """
@@ -92,7 +89,9 @@ def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
 
 
 def check_whole(name: str, arrays: Sequence[jax.Array], column_step: int) -> None:
-    """Only compiling for a GPU asks for it; the emulator would take any size.
+    """Whether shared memory can hold the arrays in tiles, without a remainder.
+
+    Only compiling for a GPU would ask for it: the emulator takes any size.
 
     Raises:
         ValueError: rows are no multiple of `ROW_STEP`, or columns none of the step.

@@ -13,7 +13,7 @@ from attention_definitions import (
     random_mask,
     see,
 )
-from helpers import DTYPES, mesh, normal, value_and_vjp
+from helpers import DTYPES, mesh, normal, value_and_vjp, with_vjp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -299,12 +299,7 @@ def test_sharded_batch_and_heads_need_no_collective(form, kind):
     expected = value_and_vjp(run, args, cotangents)
     place = NamedSharding(devices, P("data", None, "model"))
     args, cotangents = jax.device_put((args, cotangents), place)
-
-    @jax.jit
-    def both_passes(args, cotangents):
-        value, vjp = jax.vjp(run, *args)
-        return value, vjp(cotangents)
-
+    both_passes = with_vjp(run)
     got = both_passes(args, cotangents)
     assert_attention(got, expected)
     assert got[0][0].sharding.spec[::2] == ("data", "model")

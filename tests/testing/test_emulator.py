@@ -57,11 +57,11 @@ def matmul(a, b, mistake=None):
         @pl.when(warpgroup == 1)
         def load():
             @pl.loop(0, COUNT)
-            def _(i):
+            def load_step(i):
                 s, part = slot(i, STEPS), pl.ds(i * DEPTH, DEPTH)
 
                 @pl.when(i >= STEPS)
-                def _():
+                def wait_until_empty():
                     plgpu.barrier_wait(consumed.at[s])
 
                 ready = produced.at[s]
@@ -69,7 +69,7 @@ def matmul(a, b, mistake=None):
                 plgpu.copy_gmem_to_smem(b_gmem.at[part], b_smem.at[s], ready)
 
             @pl.loop(COUNT - STEPS, COUNT)
-            def _(i):
+            def drain(i):
                 plgpu.barrier_wait(consumed.at[slot(i, STEPS)])
 
     def smem(*shape):

@@ -10,8 +10,8 @@ It emulates barriers, TMA and memory spaces and their races. This adds:
 - a barrier nobody arrives at is an error that names the line, after a while;
 - so is a copy that does not stop at the end of a row (copies.py).
 
-It is also faster than JAX's: a kernel is compiled once and not in each thread at once,
-and callbacks get NumPy arrays as they come.
+It is also faster than JAX's: a thread's program is evaluated and not compiled
+(evaluate.py), and callbacks get NumPy arrays as they come.
 
 It replaces private functions of JAX while it is on, and says so where they have moved.
 """
@@ -39,6 +39,7 @@ from jax.experimental.pallas import mosaic_gpu
 from . import copies
 from . import tensor_cores as cores
 from .errors import DeadlockError, RaceError
+from .evaluate import as_given, evaluate, forget
 from .meanings import MEANINGS
 
 plgpu: Any = mosaic_gpu
@@ -152,28 +153,14 @@ def _barrier_wait(self, thread, logging_info=None):
         raise TimeoutError(message) from None
 
 
-# Compiling takes longer than most kernels run: without this, a third longer.
-QUICKLY: Any = {"xla_backend_optimization_level": 0}
-_compiled = {}
-_compiling = threading.Lock()
-
-
 def _run_jaxpr(jaxpr, consts, *args):
-    """Each thread's share of a kernel; JAX's own compiles it in all of them at once."""
-    with _compiling:
-        if jaxpr not in _compiled:
-            run = jax.jit(thread_map._run, static_argnums=0)
-            lowered = run.lower(jaxpr, consts, *args)
-            _compiled[jaxpr] = lowered.compile(compiler_options=QUICKLY)
-    _compiled[jaxpr](consts, *args)
+    """A thread's share of a kernel, which JAX's own compiles in each thread."""
+    evaluate(jaxpr, consts, [np.asarray(x) for x in args])
 
 
 def _io_callback(*args, result_avals, callback, sharding, ordered):
     """JAX's own makes a device's array of each argument, most of them one number."""
-    args = [np.asarray(x) for x in args]
-    is_number = [not x.ndim and x.dtype.kind == "i" for x in args]
-    args = [x.item() if y else x for x, y in zip(args, is_number, strict=True)]
-    return [np.asarray(x) for x in callback(*args)]
+    return [np.asarray(x) for x in callback(*map(as_given, args))]
 
 
 def _replacements(deadlock_seconds: int | float):
@@ -243,7 +230,6 @@ def interpret(meanings: Meanings, deadlock_seconds: int | float):
         detect_races=True, num_tma_threads_per_device=COPIES, meanings=pairs
     )
     cores.pending.clear()
-    _compiled.clear()
     try:
         with (
             _replaced(deadlock_seconds),
@@ -263,4 +249,5 @@ def interpret(meanings: Meanings, deadlock_seconds: int | float):
             raise
         raise short from None
     finally:
+        forget()
         cb.reset_gpu_interpret_mode_state()

@@ -9,6 +9,9 @@ from thorough import THOROUGH, entries_of
 # has three for each compiled program, and JAX keeps all of these.
 MAPPINGS, MANY = Path("/proc/self/maps"), 30_000
 SIMPLE = (str, int, float, type(None))
+# Of compiled programs that are kept: a run has about 200 MB, and code changes.
+MOST_BYTES = 2e9
+MISSING = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
@@ -21,11 +24,7 @@ def pytest_configure(config):
         # Most of the time is compiling. It leaves out LLVM's passes, and none of XLA's:
         # test_suite.py compares the programs. By name, for the processes of tests too.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        # And a program that was compiled before, in this run or the last, is read from
-        # a file: its name is a hash of the program, the options and JAX's version.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("programs"))
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+        keep_programs(config)
     import jax
     from hypothesis import HealthCheck, settings
 
@@ -41,6 +40,23 @@ def pytest_configure(config):
     if on_cpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+
+
+def keep_programs(config):
+    """Read a program that was compiled before, in this run or the last, from a file.
+
+    Its name is a hash of the program, the options and JAX's version. `pytest
+    --cache-clear` removes them.
+    """
+    if getattr(config, "cache", None) is None:
+        return
+    folder = config.cache.mkdir("programs")
+    if sum(file.stat().st_size for file in folder.iterdir()) > MOST_BYTES:
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,8 +98,8 @@ def pytest_collection_modifyitems(config, items):
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
     whole = config.args_source is config.ArgsSource.TESTPATHS and not narrowed
-    if whole and missing:
-        raise pytest.UsageError(f"tests/thorough.py: no such tests: {sorted(missing)}")
+    # Of a part of the tests nothing can be said.
+    config.stash[MISSING] = sorted(missing) if whole else []
 
 
 def pytest_make_parametrize_id(val):
@@ -104,6 +120,12 @@ def pytest_runtest_setup(item):
 
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip("JAX sees no GPU")
+
+
+@pytest.fixture
+def left_out_in_vain(request):
+    """What `tests/thorough.py` names in vain."""
+    return request.config.stash[MISSING]
 
 
 @pytest.fixture

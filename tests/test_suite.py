@@ -28,6 +28,10 @@ def test_less_compiling_changes_no_program():
     assert programs[0] == programs[1] and "fusion" in programs[0]
 
 
+def test_what_make_test_leaves_out_exists(left_out_in_vain):
+    assert left_out_in_vain == []
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_callbacks_get_numbers_as_they_are():
     """The emulator replaces how JAX hands arguments to callbacks."""

@@ -19,6 +19,7 @@ from jaxkern._mosaic.base import (
     zeros,
 )
 from jaxkern.testing import DeadlockError, RaceError, emulate_gpu
+from jaxkern.testing.emulator import deadlocks
 from jaxkern.testing.emulator.copies import check_bulk_copy
 
 ROWS, DEPTH, COLUMNS, COUNT, STEPS = 64, 64, 64, 4, 2
@@ -106,12 +107,18 @@ def test_a_right_kernel_passes(interpreted):
     [
         ("released before it is read", RaceError, "RACE DETECTED"),
         ("stored before it is written", RaceError, "RACE DETECTED"),
-        ("never released", DeadlockError, r"DEADLOCK\? .* barrier_wait at .*test_emul"),
+        ("never released", DeadlockError, r"DEADLOCK: .* barrier_wait of .*test_emul"),
     ],
 )
 def test_a_wrong_kernel_is_found(mistake, error, message):
-    with pytest.raises(error, match=message), emulate_gpu(deadlock_seconds=3):
+    with pytest.raises(error, match=message), emulate_gpu():
         jax.block_until_ready(matmul(A, B, mistake))
+
+
+def test_threads_that_take_long_are_no_deadlock(interpreted, monkeypatch):
+    """However often those who wait look for the others, as they do with time."""
+    monkeypatch.setattr(deadlocks, "LOOK_SECONDS", 1e-4)
+    jax.block_until_ready(matmul(A, B))
 
 
 def test_dot_with_registers_on_the_left(interpreted):

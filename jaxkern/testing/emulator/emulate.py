@@ -9,7 +9,6 @@ from typing import Any
 def emulate_gpu(
     *,
     meanings: Mapping[Any, Callable[..., Any]] | None = None,
-    deadlock_seconds: int | float = 20,
 ) -> Iterator[None]:
     r"""Run every `plgpu.kernel` that is traced inside on the CPU, and find its faults.
 
@@ -34,11 +33,10 @@ def emulate_gpu(
             of the same arrays but `ctx`; by the function itself or by its name, as the
             decorator hides it. References come as arrays. Options that are bound by
             `functools.partial` are passed on.
-        deadlock_seconds: How long a thread may wait at a barrier.
 
     Raises:
         RaceError: Two accesses race.
-        DeadlockError: Nobody arrives at a barrier.
+        DeadlockError: Each thread that has not ended waits at a barrier.
         NotImplementedError: A function for `plgpu.inline_mgpu` has no meaning.
         RuntimeError: A kernel fails in another way, in a sentence that says how.
 
@@ -76,5 +74,5 @@ def emulate_gpu(
     # Mosaic is imported on first use of a kernel.
     from .interpreter import interpret
 
-    with interpret(meanings or {}, deadlock_seconds):
+    with interpret(meanings or {}):
         yield

@@ -7,7 +7,7 @@ It emulates barriers, TMA and memory spaces and their races. This adds:
 - functions for `plgpu.inline_mgpu`, by what they mean in jnp (meanings.py);
 - races of wgmma: its reads of SMEM stay pending until they are awaited, so a slot that
   is released or refilled too early is found, and so is a missing `commit_smem`;
-- a barrier nobody arrives at is an error that names the line, after a while;
+- a barrier nobody arrives at any more is an error that names the line (deadlocks.py);
 - so is a copy that does not stop at the end of a row (copies.py).
 
 It is also faster than JAX's: a thread's program is evaluated and not compiled
@@ -19,7 +19,6 @@ It replaces private functions of JAX while it is on, and says so where they have
 import contextlib
 import logging
 import re
-import threading
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import callback, source_info_util
+from jax._src import callback
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu import primitives
@@ -36,7 +35,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge
 from jax.experimental.pallas import mosaic_gpu
 
-from . import copies
+from . import copies, deadlocks
 from . import tensor_cores as cores
 from .errors import DeadlockError, RaceError
 from .evaluate import as_given, evaluate, forget
@@ -117,45 +116,10 @@ def _interpret(self, jaxpr, token, *args):
     return token, [value(v) for v in jaxpr.outvars]
 
 
-class _Condition(threading.Condition):
-    """One that nobody waits for longer than `seconds`."""
-
-    def __init__(self, seconds: int | float):
-        super().__init__()
-        self.seconds = seconds
-
-    def wait(self, timeout=None):
-        limit = self.seconds if timeout is None else timeout
-        if not super().wait(limit):
-            raise TimeoutError(f"DEADLOCK? waited {limit:g} s")
-        return True
-
-
-_upstream_barrier_init = memory.Barrier.__init__
-_upstream_barrier_wait = memory.Barrier.wait
-
-
-def _barrier_init(seconds: int | float):
-    def init(self, *args, **kwargs):
-        _upstream_barrier_init(self, *args, **kwargs)
-        self.cv = _Condition(seconds)
-
-    return init
-
-
-def _barrier_wait(self, thread, logging_info=None):
-    try:
-        return _upstream_barrier_wait(self, thread, logging_info)
-    except TimeoutError as error:
-        info: Any = getattr(logging_info, "source_info", None)
-        where = source_info_util.summarize(info) if info is not None else "?"
-        message = f"{error} in barrier_wait at {where} ({thread})"
-        raise TimeoutError(message) from None
-
-
 def _run_jaxpr(jaxpr, consts, *args):
     """A thread's share of a kernel, which JAX's own compiles in each thread."""
-    evaluate(jaxpr, consts, [np.asarray(x) for x in args])
+    with deadlocks.counted():
+        evaluate(jaxpr, consts, [np.asarray(x) for x in args])
 
 
 def _io_callback(*args, result_avals, callback, sharding, ordered):
@@ -163,7 +127,7 @@ def _io_callback(*args, result_avals, callback, sharding, ordered):
     return [np.asarray(x) for x in callback(*map(as_given, args))]
 
 
-def _replacements(deadlock_seconds: int | float):
+def _replacements():
     """(object, name, ours) of all that is replaced in JAX."""
     yield Interpreter, "interpret", _interpret
     yield Interpreter, "_interpret_wgmma_ref_p", cores.interpret_wgmma
@@ -171,17 +135,18 @@ def _replacements(deadlock_seconds: int | float):
     yield Interpreter, "_interpret_inline_mgpu_p", cores.interpret_inline
     yield Interpreter, "_interpret_copy_smem_to_gmem_p", copies.interpret_store
     yield Interpreter, "_interpret_copy_gmem_to_smem_p", copies.interpret_load
-    yield memory.Barrier, "__init__", _barrier_init(deadlock_seconds)
-    yield memory.Barrier, "wait", _barrier_wait
+    yield memory.Barrier, "__init__", deadlocks.barrier_init
+    yield memory.Barrier, "wait", deadlocks.barrier_wait
+    yield thread_map, "_thread_map_callback", deadlocks.thread_map_callback
     yield thread_map, "_run_jaxpr", _run_jaxpr
     yield callback, "io_callback_impl", _io_callback
 
 
 @contextlib.contextmanager
-def _replaced(deadlock_seconds: int | float):
+def _replaced():
     found = []
     try:
-        for owner, name, ours in _replacements(deadlock_seconds):
+        for owner, name, ours in _replacements():
             if not hasattr(owner, name):
                 where = getattr(owner, "__name__", owner)
                 raise RuntimeError(f"jax {jax.__version__} has no {where}.{name}")
@@ -210,7 +175,7 @@ def _shortened(error: Exception) -> Exception:
     text = str(error)
     if "RACE DETECTED" in text:
         return RaceError(text[text.rindex("RACE DETECTED") :].split("\n\n")[0])
-    if deadlock := re.search(r"DEADLOCK\?.*", text):
+    if deadlock := re.search(r"DEADLOCK: .*", text):
         return DeadlockError(deadlock.group(0))
     lines = [
         line
@@ -223,7 +188,7 @@ def _shortened(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def interpret(meanings: Meanings, deadlock_seconds: int | float):
+def interpret(meanings: Meanings):
     """Every `plgpu.kernel` traced inside runs here, and its races are errors."""
     pairs = tuple((MEANINGS | dict(meanings)).items())
     parameters = Parameters(
@@ -232,7 +197,7 @@ def interpret(meanings: Meanings, deadlock_seconds: int | float):
     cores.pending.clear()
     try:
         with (
-            _replaced(deadlock_seconds),
+            _replaced(),
             _quiet(),
             plgpu.force_gpu_interpret_mode(parameters),
         ):

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from .._core.checks import raise_unknown
+from . import order
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_90a",)
@@ -55,6 +56,9 @@ class CompiledKernel:
         instructions: How often each instruction of the machine occurs, by its name with
             all modifiers; None without the disassembler.
         seconds: The time it took to compile.
+        faults: What is wrong in the order of the kernel's instructions, a sentence
+            each: a wgmma or a copy that is not fenced, committed or awaited, and
+            warpgroups that ask for more registers than there are.
     """
 
     registers: int
@@ -67,6 +71,7 @@ class CompiledKernel:
     is_serialized: bool
     instructions: dict[str, int] | None = field(repr=False)
     seconds: float
+    faults: tuple[str, ...] = ()
 
     @property
     def spilled_bytes(self) -> int:
@@ -94,7 +99,9 @@ class CompiledKernel:
         )
 
     def problem(self) -> str | None:
-        """Say why this kernel is slow or does not run; None if nothing is wrong."""
+        """Say why this kernel is slow, wrong or does not run; None if nothing is."""
+        if self.faults:
+            return self.faults[0]
         if self.spilled_bytes:
             return (
                 f"spills registers: {self.spill_stores_bytes} bytes stored, "
@@ -397,8 +404,10 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
                     f"{_last_words(output)}"
                 )
         disassembler = found.disassembler
+        counts = count_ptx(output)
         return CompiledKernel(
-            **count_ptx(output),
+            **counts,
+            faults=tuple(order.faults(output, counts["registers"])),
             smem_bytes=int(smem.read_text()),
             instructions=_count_sass(disassembler, cubin) if disassembler else None,
             seconds=seconds,

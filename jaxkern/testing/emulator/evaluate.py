@@ -61,7 +61,8 @@ def _plan(jaxpr):
     def place(variable) -> int:
         known = isinstance(variable, core.Literal)
         if known or variable not in places:
-            number = known and np.asarray(variable.val, variable.aval.dtype)[()]
+            aval: Any = variable.aval
+            number = known and np.asarray(variable.val, aval.dtype)[()]
             values.append(number if known else None)
             places[object() if known else variable] = len(values) - 1
             return len(values) - 1

@@ -66,7 +66,7 @@ Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
 RECORD = Path(__file__).parent / "results/sm_90a/kernels.json"
 PACKAGE = Path(jaxkern.__file__).parent
 # What compiles a module, in `jaxkern.testing`.
-MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c")
+MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c", "order.py")
 WORKERS = 2
 # So many kernels are lowered before other processes would have started.
 FEW = 16

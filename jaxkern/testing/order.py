@@ -45,7 +45,7 @@ def _of_wgmma(ptx: str) -> list[str]:
     # Registers with sums of the wgmmas to be committed, and of each group in flight.
     issued: set[str] = set()
     groups: list[set[str]] = []
-    halves: Counter[tuple[str, str]] = Counter()
+    halves: Counter[tuple[str | None, ...]] = Counter()
     for line in _instructions(ptx):
         if line.startswith("wgmma.fence"):
             is_fenced = True

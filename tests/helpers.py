@@ -25,9 +25,10 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
-    # Drawn by NumPy, which has nothing to compile for each new shape.
-    drawn = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(scale * drawn, dtype)
+    # Drawn and rounded by NumPy, which has nothing to compile for each new shape.
+    drawn = scale * np.random.default_rng(seed).standard_normal(shape)
+    wide = jnp.result_type(float)
+    return jnp.asarray(drawn.astype(wide).astype(dtype))
 
 
 def to_float64(tree) -> Any:

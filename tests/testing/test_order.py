@@ -1,5 +1,7 @@
 """What is wrong in the order of a kernel's instructions is said, and nothing else."""
 
+from functools import partial
+
 import pytest
 
 from jaxkern.testing import order
@@ -58,8 +60,11 @@ def with_line(line, after, occurrence=0):
     return [*KERNEL[:at], line, *KERNEL[at:]]
 
 
-def replaced(old, new):
-    return [new if line == old else line for line in KERNEL]
+def replaced_in(lines, old, new):
+    return [new if line == old else line for line in lines]
+
+
+replaced = partial(replaced_in, KERNEL)
 
 
 def test_nothing_is_wrong():
@@ -67,6 +72,25 @@ def test_nothing_is_wrong():
     # Without warpgroups that hand registers to each other any number will do.
     handing = ("setmaxnreg", "@%p1 setmaxnreg")
     assert faults([one for one in KERNEL if not one.startswith(handing)], 32) == []
+
+
+def test_branches_are_followed():
+    """What is awaited after a loop may stand before it, and within it be missing."""
+    loop = [
+        "bra.uni $L__BB0_2;",
+        "$L__BB0_1:",
+        WAIT,
+        "ret;",
+        "$L__BB0_2:",
+        FENCE,
+        f"{KIND.format('')}, p, 1, 1, 0, 1;",
+        COMMIT,
+        "@%p2 bra $L__BB0_2;",
+        "bra.uni $L__BB0_1;",
+    ]
+    assert faults(loop) == []
+    ends = replaced_in(loop, "@%p2 bra $L__BB0_2;", "@%p2 ret;")
+    assert faults(ends) == ["a wgmma is not awaited before the kernel ends"]
 
 
 USED = "a wgmma's sums are used before it is awaited"

@@ -175,6 +175,9 @@ class Selection:
         self, config: MatmulTiles, sums, gmem, smem, ring: Ring, tile, row, column
     ):
         total = None
+        # Once for all pieces, which saves instructions.
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(row_of(row, warpgroup), ROWS)
         for piece in range(config.pieces):
             where = slice(piece * PIECE, (piece + 1) * PIECE)
             numbers = self.compute([one[:, where] for one in sums])
@@ -182,16 +185,21 @@ class Selection:
             values, words, *more = select(numbers, self.shrink)
             at, block = tile * config.pieces + piece, column * config.pieces + piece
             results = [values, words, numbers] if self.dense else [values, words]
-            self._store_piece(results, gmem, smem, at, row, block)
+            targets = [
+                gmem[0].at[rows, pl.ds(block * STORED, STORED)],
+                gmem[1].at[row * COMPUTE + warpgroup, block],
+            ]
+            if self.dense:
+                targets.append(gmem[2].at[rows, pl.ds(block * PIECE, PIECE)])
+            self._store_piece(results, targets, smem, at, warpgroup)
             if self.shrink:
                 total = more[0] if total is None else total + more[0]
         if self.shrink:
-            self._store_sums(total, gmem[-1], smem[-1], row, column)
+            along = pl.ds(column * ROW_SUMS, ROW_SUMS)
+            self._store_sums(total, gmem[-1].at[rows, along], smem[-1], warpgroup)
 
-    def _store_piece(self, results, gmem, smem, at, row, block) -> None:
-        """A warpgroup's part of piece `at`, to the result's columns of `block`."""
-        warpgroup = lax.axis_index("warpgroup")
-        rows = pl.ds(row_of(row, warpgroup), ROWS)
+    def _store_piece(self, results, targets, smem, at, warpgroup) -> None:
+        """A warpgroup's part of piece `at`."""
         part, s = lax.optimization_barrier(warpgroup), slot(at, OUT_SLOTS)
         # What was stored from this slot before has been read.
         plgpu.wait_smem_to_gmem(self.stores * (OUT_SLOTS - 1), wait_read_only=True)
@@ -199,28 +207,18 @@ class Selection:
         for value, one in zip(results, staged, strict=True):
             one[...] = value
         plgpu.commit_smem()
-        targets = [
-            gmem[0].at[rows, pl.ds(block * STORED, STORED)],
-            gmem[1].at[row * COMPUTE + warpgroup, block],
-        ]
-        if self.dense:
-            targets.append(gmem[2].at[rows, pl.ds(block * PIECE, PIECE)])
         for one, target in zip(staged, targets, strict=True):
             plgpu.copy_smem_to_gmem(one, target)
 
-    def _store_sums(self, total, gmem, smem, row, column) -> None:
+    def _store_sums(self, total, target, smem, warpgroup) -> None:
         """S-STE's sums of a warpgroup's rows, over a tile."""
-        warpgroup = lax.axis_index("warpgroup")
-        rows = pl.ds(row_of(row, warpgroup), ROWS)
         part = lax.optimization_barrier(warpgroup)
         # The last tile's sums have been read: only the stores of this tile's last
         # piece came after them.
         plgpu.wait_smem_to_gmem(self.stores, wait_read_only=True)
         smem.at[part][...] = total
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            smem.at[part], gmem.at[rows, pl.ds(column * ROW_SUMS, ROW_SUMS)]
-        )
+        plgpu.copy_smem_to_gmem(smem.at[part], target)
 
     def fill(
         self, config: MatmulTiles, gmem, smem, ring: Ring, tile, row, column

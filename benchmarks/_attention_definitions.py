@@ -67,7 +67,7 @@ def _project(x, layer):
 def _layer_norm(x, layer):
     """Over all heads together, as all of the published norms."""
     flat = x.reshape(*x.shape[:2], -1)
-    wide = flat.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = flat.astype(np.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
     y = scaled.astype(x.dtype) * layer["scale"][...] + layer["bias"][...]
@@ -151,7 +151,7 @@ def define(rows, counts, *args, backward: bool):
     """What some queries give: one softmax over all keys, each met so many times."""
 
     def result(query, key, value, *state):
-        wide = jnp.promote_types(query.dtype, jnp.float32)
+        wide = np.promote_types(query.dtype, jnp.float32)
         core = partial(_weigh_out, bias=jnp.log(counts.astype(wide)))
         if state:
             return multihead(core, query[:, rows], key, value, *state)

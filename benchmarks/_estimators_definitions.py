@@ -65,7 +65,7 @@ def transformer(state, masks, ids, key_mask=None, rotate=plain_forms.rotary):
     for i, block in state["blocks"].items():
         attention, mlp = block["attention"], block["mlp"]
         q, k, v = (
-            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"]
+            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"][None, None]
             for p in (attention["query"], attention["key"], attention["value"])
         )
         weight = attention["norm"]["scale"]
@@ -85,7 +85,7 @@ def transformer(state, masks, ids, key_mask=None, rotate=plain_forms.rotary):
 
 def token_losses(logits, ids):
     """Cross-entropy with the token itself, as published."""
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(np.promote_types(logits.dtype, jnp.float32))
     losses = jax.nn.log_softmax(wide)
     return -jnp.take_along_axis(losses, ids[..., None], -1)[..., 0]
 

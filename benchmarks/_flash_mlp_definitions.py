@@ -22,7 +22,7 @@ def matmul(a, w):
 
 
 def activate(z):
-    wide = jnp.promote_types(z.dtype, jnp.float32)
+    wide = np.promote_types(z.dtype, jnp.float32)
     return jax.nn.silu(z.astype(wide)).astype(z.dtype)
 
 

@@ -65,7 +65,7 @@ def attention_args(size, dtype=jnp.float32, spread=None):
         query, key = jnp.round(spread * query), jnp.round(spread * key)
     value = draw(batch, seq_kv, kv_heads, dim_v)
     d_out = draw(batch, seq_q, heads, dim_v)
-    d_lse = draw(batch, seq_q, heads, dtype=jnp.promote_types(dtype, jnp.float32))
+    d_lse = draw(batch, seq_q, heads, dtype=np.promote_types(dtype, jnp.float32))
     return (query, key, value), (d_out, d_lse)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ MAPPINGS, MANY = Path("/proc/self/maps"), 30_000
 SIMPLE = (str, int, float, type(None))
 # Of compiled programs that are kept: a run has about 200 MB, and code changes.
 MOST_BYTES = 2e9
+# Folders or files with tests of what a user runs.
+PROGRAMS = ("benchmarks", "examples", "test_readme")
 MISSING = pytest.StashKey[list]()
 
 
@@ -40,6 +43,9 @@ def pytest_configure(config):
     if on_cpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+    # As strict as users may be: nothing of ours promotes or broadcasts unasked.
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def keep_programs(config):
@@ -137,6 +143,29 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextlib.contextmanager
+def promotion_by_default():
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def promoting():
+    """As JAX is by default, for what promotes and broadcasts: optax, flax, peers."""
+    with promotion_by_default():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def run_programs_as_users_do(request):
+    """They use optax and others' code, which promotes."""
+    programs = {request.path.parent.name, request.path.stem} & {*PROGRAMS}
+    with promotion_by_default() if programs else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_no_token():
 
 def test_tokens_that_do_not_count():
     hidden, head, targets, g = make_arguments((2, 7), 8, 50)
-    where = jnp.arange(7) < jnp.array([[7], [4]])
+    where = jnp.arange(7)[None] < jnp.array([[7], [4]])
     padded = jnp.where(where, targets, -100)
 
     counted = jnp.where(where, g, 0)

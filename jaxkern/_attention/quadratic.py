@@ -1,6 +1,7 @@
 """Attention whose weights are squared products: no softmax, and no normalization."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_floating, check_shape
@@ -37,7 +38,7 @@ def quadratic_attention(
     seq_kv = key.shape[1]
     check_shape(op, "value", value, (batch, seq_kv, heads, "dim_v"))
     check_key_mask(op, key_mask, (batch, seq_kv))
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = np.promote_types(query.dtype, jnp.float32)
     product = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
     weights = jnp.square(product / dim)
     if is_causal:

@@ -150,7 +150,7 @@ class Tiling(NamedTuple):
         self, i: jax.Array, j: jax.Array, mask: Bool[Array, "..."] | None
     ) -> Bool[Array, "..."] | None:
         """Where in tile (i, j) a query sees a key; None is everywhere."""
-        column = j * self.columns + jnp.arange(self.columns)[None]
+        column = j * self.columns + jnp.arange(self.columns, dtype=j.dtype)[None]
         parts = []
         if self.seq_kv % self.columns:
             parts.append(column < self.seq_kv)

@@ -50,7 +50,8 @@ BATCHED_MEMORY_SHARE = 0.125
 # In the precision of w, which callers widen: the gradient of w is a sum over samples,
 # and is rounded once.
 def _masked(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-    return (w * mask.astype(w.dtype)).astype(x.dtype)
+    wide = jnp.expand_dims(w, range(mask.ndim - w.ndim))
+    return (wide * mask.astype(w.dtype)).astype(x.dtype)
 
 
 def _by_matmul(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:

@@ -56,7 +56,8 @@ def pack_mask(
     *batch, d_in, d_out = mask.shape
     count = -(-d_in // WORD)
     missing = [(0, 0)] * len(batch) + [(0, count * WORD - d_in), (0, 0)]
-    bits = jnp.pad(jnp.asarray(mask) > 0, missing)
+    bits = jnp.asarray(mask) if boolean else jnp.asarray(mask) > 0
+    bits = jnp.pad(bits, missing, constant_values=False)
     bits = bits.reshape(*batch, count, WORD, d_out).astype(jnp.uint32)
     # Each bit has its own place, so that the sum is the word.
     return PackedMask((bits << _places(bits.ndim)).sum(-2, dtype=jnp.uint32), d_in)

@@ -58,7 +58,7 @@ def _go_on(model, prompt, lengths, sampling, count, cache):
         new = run(model, prompt, prompt.shape[1], sampling, count)
         return jnp.concatenate([prompt, new], axis=1)
     new = run(model, prompt, lengths, sampling, count)
-    places = jnp.arange(prompt.shape[1])
+    places = jnp.arange(prompt.shape[1])[None]
     kept = jnp.where(places < lengths[:, None], prompt, 0)
     tokens = jnp.pad(kept, ((0, 0), (0, count)))
     return _put(tokens, lengths, new)
@@ -105,7 +105,7 @@ def _take(x, places):
 def _put(tokens, places, new):
     """Into each row from its place on, or all rows' one."""
     rows = jnp.arange(len(tokens))[:, None]
-    columns = jnp.arange(new.shape[1]) + jnp.reshape(places, (-1, 1))
+    columns = jnp.arange(new.shape[1])[None] + jnp.reshape(places, (-1, 1))
     return tokens.at[rows, columns].set(new)
 
 

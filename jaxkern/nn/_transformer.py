@@ -217,7 +217,7 @@ class TransformerLM(nnx.Module):
         )
         if where is None:
             return losses.mean()
-        return losses.sum() / jnp.maximum(where.sum(), 1)
+        return losses.sum() / jnp.maximum(where.sum(), 1).astype(losses.dtype)
 
     @on_automatic_axes(lambda tokens: P(*tokens, None))
     def features(

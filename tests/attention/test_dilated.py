@@ -46,7 +46,7 @@ def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
     seq, heads, kv_heads, lengths, rates = case
     shapes = (seq, heads, dim), (seq, kv_heads, dim), (seq, kv_heads, dim_v)
     # By NumPy: JAX would compile a generator for every shape.
-    rng, wide = np.random.default_rng(0), jnp.promote_types(dtype, jnp.float32)
+    rng, wide = np.random.default_rng(0), np.promote_types(dtype, jnp.float32)
 
     def draw(*shape, dtype=dtype):
         return jnp.asarray(rng.standard_normal(shape).astype(dtype))

@@ -46,7 +46,7 @@ def float64(args, g, seen) -> Any:
 def plain(seen):
     def attend(q, k, v):
         product = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1]
-        weights = product * product * jnp.asarray(seen, q.dtype)
+        weights = product * product * jnp.asarray(seen, q.dtype)[None, None]
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
     return attend

@@ -100,7 +100,7 @@ def test_first_samples_of_more_masks(method):
     first = jax.tree.map(lambda words: words[:2], pack_mask(logits))
     got = masked_matmul(x[:2], w, first, method=method)
     masks = straight_through(logits[:2])
-    assert_near(got, jnp.einsum("bsd,bdm->bsm", x[:2], w * masks))
+    assert_near(got, jnp.einsum("bsd,bdm->bsm", x[:2], w[None] * masks))
 
 
 def test_transforms():

@@ -147,6 +147,7 @@ def test_pruned_module(dtype):
     assert sum(sizes) < 0.65 * dense
 
 
+@pytest.mark.usefixtures("promoting")
 def test_pruned_module_promotes_as_others_do():
     module = nn.LowRankReLU2(24, 48, 8, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     pruned, _ = module.prune_2_4()

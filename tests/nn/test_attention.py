@@ -95,12 +95,17 @@ def test_is_projections_around_the_function():
     key_mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, SEQ))
 
     def project(layer):
-        return jnp.einsum("bse,ehd->bshd", x, layer.kernel[...]) + layer.bias[...]
+        return (
+            jnp.einsum("bse,ehd->bshd", x, layer.kernel[...])
+            + layer.bias[...][None, None]
+        )
 
     q, k, v = map(project, (module.query, module.key, module.value))
     heads = jax.jit(partial(dilated, is_causal=True))(q, k, v, key_mask=key_mask)
     expected = jnp.einsum("bshd,hde->bse", heads, module.out.kernel[...])
-    assert_near(call(module, x, key_mask=key_mask), expected + module.out.bias[...])
+    assert_near(
+        call(module, x, key_mask=key_mask), expected + module.out.bias[...][None, None]
+    )
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["head", "embed"])
@@ -193,6 +198,7 @@ def test_gain_scales_value_and_output_only():
     np.testing.assert_array_equal(module.value.kernel, 2 * plain.value.kernel[...])
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
 def test_dtypes(dtype, param_dtype):
@@ -239,12 +245,13 @@ def test_inside_shard_map():
     assert_near(jax.jit(run)(state, x), build()(x))
 
 
+@pytest.mark.usefixtures("promoting")
 def test_in_linen():
     layer: Any = nnx.bridge.to_linen(
         MultiHeadAttention, EMBED, HEADS, attention_fn=dilated
     )
     x = normal(0, (2, SEQ, EMBED))
-    key_mask = jnp.arange(SEQ) < jnp.array([[SEQ], [3]])
+    key_mask = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [3]])
     variables = layer.init(jax.random.key(0), x)
     apply = jax.jit(lambda *args, **options: layer.apply(*args, **options))
     y = apply(variables, x, key_mask=key_mask)
@@ -256,6 +263,7 @@ def longnet(**options) -> Any:
     return randomize(LongNet(EMBED, HEADS, 2, rngs=nnx.Rngs(0), **options))
 
 
+@pytest.mark.usefixtures("promoting")
 def test_longnet():
     module, x = longnet(), normal(0, (2, SEQ, EMBED))
     assert len(module.blocks) == 2

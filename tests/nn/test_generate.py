@@ -65,6 +65,7 @@ def test_features_with_a_cache_equal_those_without():
     assert not np.any(cache.values[:, :, 11:])
 
 
+@pytest.mark.usefixtures("promoting")
 def test_bfloat16_cache():
     model = build(dtype=jnp.bfloat16)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, VOCAB)
@@ -90,7 +91,7 @@ def test_prompts_of_unequal_length_are_as_alone(options, cache):
         alone = whole[i] if length == 4 else run(PROMPT[i, None, :length])[0]
         np.testing.assert_array_equal(row[: length + 5], alone)
         assert not np.any(row[length + 5 :])
-    other = jnp.where(jnp.arange(4) < jnp.array(lengths)[:, None], PROMPT, 7)
+    other = jnp.where(jnp.arange(4)[None] < jnp.array(lengths)[:, None], PROMPT, 7)
     again = run(other, prompt_lengths=jnp.array(lengths))
     np.testing.assert_array_equal(again, got)
     equal = run(PROMPT, prompt_lengths=jnp.full(3, 4))

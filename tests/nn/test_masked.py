@@ -58,7 +58,7 @@ def by_op(module, x, key=None):
         logits = module.mask_logits[...][samples]
         assert module.bias is not None
         y = masked_matmul(x, module.kernel[...], logits, **options)
-        return y + module.bias[...]
+        return y + module.bias[...][None, None]
     layers = module.left, module.right, module.down
     return masked_bilinear(
         x,
@@ -103,6 +103,7 @@ def test_masks_that_are_not_used_get_no_gradient(build):
         assert (leaf[BATCH:] == 0).all() and leaf[:BATCH].any()
 
 
+@pytest.mark.usefixtures("promoting")
 @modules
 def test_training_masks_leaves_the_weights_as_they_are(build):
     module = build(num_masks=BATCH)
@@ -150,8 +151,10 @@ def test_a_trained_layer_becomes_masked():
         {n: getattr(getattr(trained, n), which)[...] for n in ("left", "right", "down")}
         for which in ("kernel", "bias")
     )
-    gated = (x @ k["left"] + b["left"]) * (x @ k["right"] + b["right"])
-    assert_near(trained(x), gated @ k["down"] + b["down"])
+    gated = (x @ k["left"] + b["left"][None, None]) * (
+        x @ k["right"] + b["right"][None, None]
+    )
+    assert_near(trained(x), gated @ k["down"] + b["down"][None, None])
 
 
 def test_masks_do_not_change_the_initial_weights():
@@ -188,6 +191,7 @@ def test_sparsity_by_logits_and_in_total():
     )
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "build, dtype, param_dtype",
     [

@@ -77,6 +77,7 @@ def test_parameter_counts_are_the_published_ones():
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "name, dtype, param_dtype",
     [
@@ -90,7 +91,7 @@ def test_dtypes(name, dtype, param_dtype):
     parameters = jax.tree.leaves(nnx.state(m, nnx.Param))
     assert {p.dtype for p in parameters} == {jnp.dtype(param_dtype)}
     x = normal(0, (3, EMBED), jnp.bfloat16)
-    expected = dtype or jnp.promote_types(x.dtype, param_dtype)
+    expected = dtype or np.promote_types(x.dtype, param_dtype)
     assert m(x).dtype == expected
 
 

@@ -96,7 +96,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes, form):
 def test_masks():
     mesh = make_mesh("data=2,tensor=2", devices=jax.devices()[:4])
     tokens, _ = batch()
-    mask = (jnp.arange(SEQ) < jnp.arange(8, 16)[:, None])[:, None, None]
+    mask = (jnp.arange(SEQ)[None] < jnp.arange(8, 16)[:, None])[:, None, None]
 
     @nnx.jit
     def of_each_and_of_all(model):

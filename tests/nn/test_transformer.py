@@ -262,7 +262,7 @@ def test_one_program_however_many_layers():
 
 def test_tokens_that_do_not_count():
     model, (tokens, targets) = build(), batch()
-    where, run = jnp.arange(SEQ) < jnp.array([[SEQ], [5]]), compiled(model)
+    where, run = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [5]]), compiled(model)
     got = run(tokens, jnp.where(where, targets, -1), where)
     logits = jax.nn.log_softmax(call(model, tokens))
     each = -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -273,6 +273,7 @@ def test_tokens_that_do_not_count():
     assert nothing[0] == 0 and not np.any(nothing[1]["head"])
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "dtype, param_dtype",
     [(jnp.bfloat16, jnp.float32), (None, jnp.bfloat16)],
@@ -338,7 +339,7 @@ def test_block_sparse_attention_to_all_that_is_causal():
 
 def test_options_reach_the_attention():
     tokens, _ = batch()
-    mask = jnp.arange(SEQ) < jnp.array([[SEQ], [7]])
+    mask = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [7]])
     for options, given in [
         ({}, {"mask": mask[:, None, None]}),
         ({"attention_fn": ATTENTION["dilated"]}, {"key_mask": mask}),

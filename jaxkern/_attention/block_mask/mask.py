@@ -281,7 +281,7 @@ class BlockMask:
         total = float(part.size * self.grid[1])
         if self._is_concrete():
             return float(np.sum(full, dtype=int) + np.sum(part, dtype=int)) / total
-        return (full.sum() + part.sum()) / total
+        return (full.sum() + part.sum()).astype(float) / total
 
     def to_dense(self) -> Bool[Array, "batch heads q_len kv_len"]:
         """Every pair of tokens; (batch or 1, heads or 1, q_len, kv_len)."""

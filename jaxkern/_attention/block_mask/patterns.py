@@ -176,7 +176,7 @@ def states_of_function(
         attends = fn(head // fn.heads, head % fn.heads, q, k)
         attends &= (q < q_len) & (k < kv_len)
         tiles = attends.reshape(block_size, columns, block_size)
-        return tiles.any((0, 2)).astype(jnp.int8) + tiles.all((0, 2))
+        return tiles.any((0, 2)).astype(jnp.int8) + tiles.all((0, 2)).astype(jnp.int8)
 
     # Under jit too: a mask is made of numbers, not of what is traced.
     with jax.ensure_compile_time_eval():

@@ -41,13 +41,16 @@ class BlockLists:
     def padded(self, width: int) -> Int32[AnyArray, "batch heads rows {width}"]:
         """One list a row, zeros after its end."""
         xp = module_of(self.indices)
-        slot = xp.arange(width)
+        slot = xp.arange(width, dtype=np.int32)[None, None, None]
         entry = xp.minimum(self.starts[..., None] + slot, self.indices.shape[-1] - 1)
         listed = xp.take_along_axis(self.indices[:, :, None], entry, axis=-1)
         return xp.where(slot < self.num_blocks[..., None], listed, np.int32(0))
 
     def to_dense(self, columns: int) -> Bool[Array, "batch heads rows {columns}"]:
-        listed = jnp.arange(columns) < jnp.asarray(self.num_blocks)[..., None]
+        listed = (
+            jnp.arange(columns)[None, None, None]
+            < jnp.asarray(self.num_blocks)[..., None]
+        )
         index = jnp.where(listed, self.padded(columns), columns)
         empty = jnp.zeros(columns, bool)
         mark = jnp.vectorize(

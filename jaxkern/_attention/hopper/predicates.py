@@ -104,7 +104,8 @@ def _readable(fn: Any, q_axis: int) -> Any:
         case Tiles(tile_of, bits, size):
             # A byte a pair, since no thread's share is eight neighbours.
             places = jnp.arange(8, dtype=jnp.uint8)
-            bits = jnp.asarray(bits)[..., None] >> places & 1
+            bits = jnp.asarray(bits)[..., None]
+            bits = bits >> jnp.expand_dims(places, range(bits.ndim - 1)) & 1
             bits = bits.reshape(*bits.shape[:-2], -1)[..., :size]
             bits = bits.swapaxes(-1, -2) if q_axis else bits
             return Tiles(tile_of, bits.astype(jnp.int8), size)

@@ -86,7 +86,9 @@ def _lookup(lists: BlockLists, row: np.ndarray, batch: int, heads: int):
     """
     xp = module_of(*lists.arrays)
     mask_batch, mask_heads, entries = lists.indices.shape
-    head = np.arange(mask_batch * mask_heads).reshape(mask_batch, mask_heads, 1)
+    head = np.arange(mask_batch * mask_heads, dtype=np.int32).reshape(
+        mask_batch, mask_heads, 1
+    )
     row = np.minimum(row, lists.num_blocks.shape[2])
     counts, starts = (
         xp.pad(x, [(0, 0), (0, 0), (0, 1)])[..., row]
@@ -121,7 +123,8 @@ def assign(falling: AnyArray, count: int) -> AnyArray:
     # Twice what lies before a tile's middle, which then is an integer.
     middle = 2 * rest.cumsum() - rest
     filled = xp.searchsorted(2 * (share - begun).cumsum(), middle, side="right")
-    filled = xp.where(turn >= rounds, xp.minimum(filled, count - 1), in_turn)
+    filled = xp.minimum(filled, count - 1).astype(in_turn.dtype)
+    filled = xp.where(turn >= rounds, filled, in_turn)
     busiest = _bincount(filled, falling, count).max()
     return xp.where(busiest < loads[-1].max(), filled, in_turn)
 

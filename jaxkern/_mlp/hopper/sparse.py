@@ -93,7 +93,8 @@ def _forward(core, up, down, shrink: bool, keep: bool):
     if not shrink:
         return y, Chosen(values, words), None, hidden
     scale = _scale(more[-1])
-    return (y * scale).astype(y.dtype), Chosen(values, words), scale, hidden
+    y = (y.astype(scale.dtype) * scale).astype(y.dtype)
+    return y, Chosen(values, words), scale, hidden
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -110,7 +111,7 @@ def _relu2_bwd(shrink, exact, saved, dy) -> Any:
     core, up, down, chosen, scale, hidden = saved
     kept = dense(chosen, down.shape[0])
     if scale is not None:
-        kept = (kept * scale).astype(kept.dtype)
+        kept = (kept.astype(scale.dtype) * scale).astype(kept.dtype)
     # Where nothing was kept, the square root of nothing is the exact gradient's mask.
     return relu2_gradients(core, up, down, kept if exact else hidden, kept, dy)
 

@@ -25,14 +25,15 @@ def attention(query, key, value, bias: Any = None, *, scale: float | None = None
             query does not see a key.
         scale: None stands for dim ** -0.5.
     """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = np.promote_types(query.dtype, jnp.float32)
     if query.shape[2] > key.shape[2]:
         group = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=wide)
     logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        logits += bias.astype(wide)
+        bias = jnp.expand_dims(bias.astype(wide), range(logits.ndim - bias.ndim))
+        logits += bias
     top = logits.max(-1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.maximum(top, jnp.finfo(wide).min))
     weights = jnp.exp(logits - top)
@@ -57,7 +58,7 @@ def rotary(x, theta: float = 1e4):
     in float32 or wider, of angles in float64.
     """
     seq, dim = x.shape[1], x.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, jnp.float32)
     angles = np.arange(seq)[:, None] * theta ** (-np.arange(0, dim, 2) / dim)
     cos, sin = (jnp.asarray(f(angles)[:, None], wide) for f in (np.cos, np.sin))
     a, b = x[..., ::2].astype(wide), x[..., 1::2].astype(wide)

@@ -11,7 +11,7 @@ def masked_matmul(x, w, mask):
         w: (d_in, d_out).
         mask: (batch, d_in, d_out), or (1, d_in, d_out) for all samples together.
     """
-    return jnp.einsum("bsd,bdm->bsm", x, w * mask)
+    return jnp.einsum("bsd,bdm->bsm", x, w[None] * mask)
 
 
 def masked_bilinear(h, weights, masks, biases):
@@ -23,6 +23,6 @@ def masked_bilinear(h, weights, masks, biases):
     """
 
     def affine(x, i):
-        return masked_matmul(x, weights[i], masks[i]) + biases[i]
+        return masked_matmul(x, weights[i], masks[i]) + biases[i][None, None]
 
     return affine(affine(h, 0) * affine(h, 1), 2)

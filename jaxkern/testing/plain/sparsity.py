@@ -15,7 +15,7 @@ def keep_all(a):
 
 def static(a):
     """Keep the first two of each four, whatever they are."""
-    return a * (jnp.arange(a.shape[1]) % 4 < 2)
+    return jnp.where((jnp.arange(a.shape[1]) % 4 < 2)[None], a, 0)
 
 
 def groups(a):
@@ -27,7 +27,8 @@ def top2(a):
     """Keep the two largest magnitudes of each four; of equal ones the first."""
     order = jnp.argsort(-abs(groups(a)), stable=True)
     rank = jnp.argsort(order, stable=True)
-    return a * (rank < 2).reshape(len(a), -1)[:, : a.shape[1]]
+    kept = (rank < 2).reshape(len(a), -1)[:, : a.shape[1]]
+    return jnp.where(kept, a, 0)
 
 
 def soft(a):
@@ -50,8 +51,10 @@ def unpack(packed: Any) -> Any:
     """The dense matrix of a `Packed24`, by what its docstring says."""
     values, indices = packed.values, packed.indices
     rows, kept = values.shape
-    positions = indices[..., None] >> (2 * jnp.arange(4, dtype=jnp.uint8)) & 3
-    positions = positions.reshape(rows, -1)[:, :kept] + jnp.arange(kept) // 2 * 4
+    shifts = 2 * jnp.arange(4, dtype=jnp.uint8)
+    positions = (indices[..., None] >> shifts[None, None] & 3).astype(int)
+    first = jnp.arange(kept)[None] // 2 * 4
+    positions = positions.reshape(rows, -1)[:, :kept] + first
     dense = jnp.zeros((rows, 2 * kept), values.dtype)
     return dense.at[jnp.arange(rows)[:, None], positions].set(values)[
         :, : packed.features

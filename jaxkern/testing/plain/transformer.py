@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .attention import attention, causal_bias, rotary
 from .mlp import swiglu
@@ -15,7 +16,7 @@ EPSILON = 1e-5
 
 
 def rms_norm(x, scale):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + EPSILON)
     return (wide * scale).astype(x.dtype)
 
@@ -47,7 +48,7 @@ def loss(
 ) -> Any:
     """Mean cross-entropy, from all logits at once."""
     found = logits(weights, tokens, theta)
-    found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
+    found = found.astype(np.promote_types(found.dtype, jnp.float32))
     each = jnp.take_along_axis(jax.nn.log_softmax(found), targets[..., None], -1)
     return -each.mean()
 

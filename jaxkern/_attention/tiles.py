@@ -155,7 +155,7 @@ class Tiling(NamedTuple):
         if self.seq_kv % self.columns:
             parts.append(column < self.seq_kv)
         if self.diagonal is not None:
-            row = i * self.rows + jnp.arange(self.rows)
+            row = i * self.rows + jnp.arange(self.rows, dtype=i.dtype)
             parts.append(column <= row[:, None] + self.diagonal)
         if mask is not None:
             parts = [part[None, None, None] for part in parts]

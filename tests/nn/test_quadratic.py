@@ -51,7 +51,7 @@ def rotate(x, pairs):
     parts = x.reshape(*x.shape[:-1], 2, dim // 2)
     if pairs == "interleaved":
         parts = x.reshape(*x.shape[:-1], dim // 2, 2).swapaxes(-1, -2)
-    z = jax.lax.complex(parts[..., 0, :], parts[..., 1, :])
+    z = parts[..., 0, :] + 1j * parts[..., 1, :]
     z = z * np.exp(1j * angle)[:, None, :]
     parts = jnp.stack([z.real, z.imag], -2)
     if pairs == "interleaved":
@@ -64,7 +64,7 @@ def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
 
     def normed(x, weight):
         scale = jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23)
-        return x / scale * jnp.expand_dims(weight, range(x.ndim - 1))
+        return x / scale * weight
 
     def affine(x, layer, mask=1.0):
         product = jnp.einsum("bsd,bdm->bsm", x, layer["kernel"] * jnp.atleast_3d(mask))
@@ -75,7 +75,7 @@ def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
     for i in range(LAYERS):
         attention, mlp = state["blocks"][i]["attention"], state["blocks"][i]["mlp"]
         q, k, v = (
-            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"][None, None]
+            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"]
             for p in (attention["query"], attention["key"], attention["value"])
         )
         weight = attention["norm"]["scale"]
@@ -90,6 +90,7 @@ def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
     return h @ state["embed"]["embedding"].T
 
 
+@pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "layers, pairs",
     [((0,), "interleaved"), ((0, 1), "halves"), ((1,), "seed")],

@@ -1,5 +1,6 @@
 """What a user gets by `import jaxkern`."""
 
+import os
 import pydoc
 import shutil
 import subprocess
@@ -42,9 +43,13 @@ def test_make_leaves_an_environment_that_it_did_not_make(tmp_path):
     precious = tmp_path / ".venv" / "precious"
     precious.parent.mkdir()
     precious.write_text("mine")
+    # Not those of a make that runs this test.
+    inherited = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV")
+    unset = inherited + ("CONSTRAINTS", "ARGS", "CASES")
     run = subprocess.run(
         ["make", f"PYTHON={sys.executable}", "test"],
         cwd=tmp_path,
+        env={name: x for name, x in os.environ.items() if name not in unset},
         capture_output=True,
         text=True,
     )

@@ -2,6 +2,8 @@ import doctest
 import re
 from pathlib import Path
 
+import pytest
+
 import jaxkern
 
 README = Path("README.md").read_text()
@@ -9,6 +11,7 @@ BLOCKS = re.findall(r"```pycon\n(.*?)```", README, flags=re.DOTALL)
 TITLES = [block.splitlines()[0].removeprefix(">>> ") for block in BLOCKS]
 
 
+@pytest.mark.newest
 def test_every_example_prints_what_the_readme_says():
     assert len(BLOCKS) >= 5
     failures = []

@@ -163,6 +163,7 @@ def kernel(x_gmem, y_gmem):
     return plgpu.kernel(names["kernel"], out_type=out)
 
 
+@pytest.mark.newest
 def test_a_fingerprint_depends_on_the_kernel_and_not_on_where_it_is():
     def fingerprint(factor, comment):
         (module,) = compiler.lower(times(factor, comment), (X,))

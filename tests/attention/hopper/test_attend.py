@@ -201,6 +201,7 @@ def test_under_vmap_a_function_may_ask_for_the_batch():
         assert_as_close(((out[i], lse[i]), d_query[i]), bound, exact)
 
 
+@pytest.mark.newest
 def test_under_vmap_a_mask_of_all_batches_stays_one():
     """The kernels are those of one larger batch."""
     mask = BlockMask.causal(70, 70)

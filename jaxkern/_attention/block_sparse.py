@@ -15,7 +15,15 @@ from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
 from .checks import LEAST_QUERIES, check_query_key_value, check_scale
-from .tiles import add_tile, empty_carry, normalize, tile_gradients, tile_logits
+from .tiles import (
+    add_tile,
+    cotangents_of,
+    empty_carry,
+    normalize,
+    tile_gradients,
+    tile_logits,
+    with_infinity,
+)
 
 
 @overload
@@ -68,8 +76,9 @@ def block_sparse_attention(
     reads key head $\lfloor h\,$kv_heads / heads$\rfloor$.
 
     Time, forward and backward, is that of the mask's blocks, and a row of blocks takes
-    as long as its own list. Saved for the backward are the arguments, $o$ and $L$. The
-    heads that share a row of the mask are computed together, others after each other.
+    as long as its own list. Saved for the backward are the arguments, $L$ and, in
+    float32, $o$. The heads that share a row of the mask are computed together, others
+    after each other.
     Products, softmax and sums are as in `attention`; the gradient of $L$ is exact.
     There is no forward-mode derivative.
 
@@ -128,7 +137,7 @@ def block_sparse_attention(
             )
             mask = jax.tree.unflatten(tree, leaves)
             out, lse = _attend(query, key, value, mask, scale)
-    return (out, lse) if return_lse else out
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | None:
@@ -160,12 +169,12 @@ def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, mask, scale):
-    return _forward(query, key, value, mask, scale)
+    return _attend_forward(query, key, value, mask, scale)[0]
 
 
 def _attend_forward(query, key, value, mask, scale):
     out, lse = _forward(query, key, value, mask, scale)
-    return (out, lse), (query, key, value, mask, out, lse)
+    return (out.astype(value.dtype), lse), (query, key, value, mask, out, lse)
 
 
 def _attend_backward(scale, saved, cotangents):
@@ -189,13 +198,12 @@ def _forward(query, key, value, mask, scale):
         return normalize(*_visit(mask, "kv", (b, h, i), add, carry))
 
     out, lse = _map_rows(row, *queries.shape[:3])
-    return _join(out, query.shape[1]).astype(value.dtype), _join(lse, query.shape[1])
+    return _join(out, query.shape[1]), _join(lse, query.shape[1])
 
 
 @partial(jax.jit, static_argnames="scale")
 def _backward(query, key, value, mask, out, lse, d_out, d_lse, scale):
-    unseen = jnp.isneginf(lse)
-    delta = (widen(d_out) * widen(out)).sum(-1) - jnp.where(unseen, 0, d_lse)
+    d_out, delta = cotangents_of(out, lse, d_out, d_lse, query.dtype)
     queries, keys, values = _cut_all(mask, query, key, value)
     d_outs, lses, deltas = (_cut(mask, x, key.shape[2]) for x in (d_out, lse, delta))
 

@@ -20,7 +20,17 @@ from .checks import (
     check_scale,
     unsupported_by_cudnn,
 )
-from .tiles import TILE, attention_by_tiles, finite, group_heads, make_tiling, normalize
+from .tiles import (
+    TILE,
+    attention_by_tiles,
+    finite,
+    group_heads,
+    make_tiling,
+    normalize,
+    nothing,
+    sees,
+    with_infinity,
+)
 
 ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
 
@@ -139,7 +149,8 @@ def attention(
             out, lse = attend.attend(query, key, value, mask=blocks, scale=scale)
         case "xla":
             out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
-    return (out, lse) if return_lse else out
+    out = out.astype(value.dtype)
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def _choose(
@@ -210,7 +221,10 @@ def attend_by_xla(
     is_causal: bool,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse): all logits of a head at once if they are few, else by tiles."""
+    """(out, lse), in float32: all logits of a head at once if they are few.
+
+    Else by tiles. The log-sum-exp of no key is `nothing`.
+    """
     if _is_small(query.shape[1], key.shape[1]):
         return _reference(query, key, value, mask, is_causal, scale)
     tiling = make_tiling(query.shape[1], key.shape[1], 0 if is_causal else None)
@@ -228,6 +242,7 @@ def _is_small(queries: int, keys: int) -> bool:
     return queries * keys <= TILE**2
 
 
+@partial(jax.jit, static_argnames=("is_causal", "scale"))
 def _reference(query, key, value, mask, is_causal, scale):
     if is_causal:
         causal = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
@@ -245,7 +260,7 @@ def _reference(query, key, value, mask, is_causal, scale):
             seen, (*seen.shape[:2], heads // kv_heads, seq_q, seen.shape[4])
         )
         seen = seen.reshape(*seen.shape[:2], -1, seen.shape[4])
-        logits = jnp.where(seen, logits, -jnp.inf)
+        logits = jnp.where(seen, logits, nothing(logits.dtype))
     top = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - top[..., None])
     summed = jnp.einsum("bkqs,bskd->bkqd", weights, widen(value))
@@ -255,7 +270,7 @@ def _reference(query, key, value, mask, is_causal, scale):
         x = x.reshape(batch, kv_heads, heads // kv_heads, seq_q, *x.shape[3:])
         return jnp.moveaxis(x, 3, 1).reshape(batch, seq_q, heads, *x.shape[4:])
 
-    return in_order(out).astype(value.dtype), in_order(lse)
+    return in_order(out), in_order(lse)
 
 
 def merge_attention(
@@ -286,12 +301,25 @@ def merge_attention(
     check_shape(op, "out_b", out_b, out_a.shape)
     for name, lse in [("lse_a", lse_a), ("lse_b", lse_b)]:
         check_shape(op, name, lse, out_a.shape[:3])
+    lse_a, lse_b = (jnp.maximum(lse, nothing(lse.dtype)) for lse in (lse_a, lse_b))
+    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    return out, with_infinity(lse)
+
+
+def merge(
+    out_a: Float[Array, "batch seq heads dim"],
+    lse_a: Float[Array, "batch seq heads"],
+    out_b: Float[Array, "batch seq heads dim"],
+    lse_b: Float[Array, "batch seq heads"],
+) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq heads"]]:
+    """`merge_attention`, where the log-sum-exp of no key is `nothing`."""
     top = finite(lax.stop_gradient(jnp.maximum(lse_a, lse_b)))
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     wide = max(out_a.dtype, lse_a.dtype, key=lambda dtype: dtype.itemsize)
     part_a, part_b = (
-        weight[..., None].astype(wide) * out.astype(wide)
-        for weight, out in [(weight_a, out_a), (weight_b, out_b)]
+        weight[..., None].astype(wide)
+        * jnp.where(sees(lse)[..., None], out.astype(wide), 0)
+        for weight, lse, out in [(weight_a, lse_a, out_a), (weight_b, lse_b, out_b)]
     )
     out, lse = normalize(part_a + part_b, top, weight_a + weight_b)
     return out.astype(out_a.dtype), lse

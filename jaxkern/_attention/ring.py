@@ -128,7 +128,7 @@ def ring_attention(
         layout=layout if is_causal else None,
         implementation=choose_dense(op, implementation, query, key, value),
     )
-    return out
+    return out.astype(value.dtype)
 
 
 def _attend_dilated(

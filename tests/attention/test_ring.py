@@ -209,7 +209,7 @@ def scores(part, seq):
     if part is None:
         return 0
     tiling = make_tiling(seq - part.first_query, part.end_key, part.diagonal, 1)
-    return len(tiling.visited())
+    return (tiling.last_columns() + 1).sum()
 
 
 @given(devices=st.integers(1, 6), half=st.integers(1, 6))

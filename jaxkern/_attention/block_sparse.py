@@ -9,12 +9,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._core.checks import check_flag, kind_of
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
-from .checks import LEAST_QUERIES, check_query_key_value, check_scale
+from .checks import (
+    LEAST_QUERIES,
+    check_query_key_value,
+    check_scale,
+    check_whole_sequence,
+)
 from .tiles import (
     add_tile,
     cotangents_of,
@@ -120,6 +126,8 @@ def block_sparse_attention(
     op = "block_sparse_attention"
     check_implementation(op, implementation)
     check_query_key_value(op, query, key, value)
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(op, return_lse=return_lse)
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)
@@ -150,7 +158,7 @@ def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None
     if not isinstance(mask, BlockMask):
         raise TypeError(
             f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
-            f"or BlockMask.from_dense(mask), got {type(mask).__name__}"
+            f"or BlockMask.from_dense(mask), got {kind_of(mask)}"
         )
     batch, seq_q, heads, _ = query.shape
     lengths = seq_q, key.shape[1]
@@ -328,5 +336,5 @@ def _join(
 def _sum_groups(
     x: Float[Array, "batch seq heads dim"], kv_heads: int
 ) -> Float[Array, "batch seq kv_heads dim"]:
-    batch, seq, _, dim = x.shape
-    return x.reshape(batch, seq, kv_heads, -1, dim).sum(3)
+    batch, seq, heads, dim = x.shape
+    return x.reshape(batch, seq, kv_heads, heads // kv_heads, dim).sum(3)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_flag, check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .block_mask.mask import BlockMask, band_mask, with_keys
@@ -18,6 +18,7 @@ from .checks import (
     check_mask,
     check_query_key_value,
     check_scale,
+    check_whole_sequence,
     unsupported_by_cudnn,
 )
 from .tiles import (
@@ -89,7 +90,8 @@ def attention(
 
     Logits, softmax and sums are float32, float64 if the arguments are; 16-bit arguments
     are multiplied as they are, and so are the weights, rounded to 16 bits, in long
-    sequences. $L$ is not rounded, and its gradient is exact.
+    sequences; in float16 their gradients are not, since they would underflow: those
+    products are float32. $L$ is not rounded, and its gradient is exact.
 
     Implementations:
 
@@ -113,9 +115,9 @@ def attention(
 
     Raises:
         TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
-            not boolean, or `scale` is no number.
-        ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
-            unknown.
+            not boolean, `scale` is no number, or a flag neither True nor False.
+        ValueError: the shapes do not fit, `scale` is not finite, `implementation` is
+            unknown, or an explicit mesh axis splits the tokens.
         NotImplementedError: the named implementation cannot run this; it says why.
 
     References:
@@ -125,6 +127,8 @@ def attention(
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
     check_query_key_value(op, query, key, value)
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
@@ -249,17 +253,19 @@ def _reference(query, key, value, mask, is_causal, scale):
         mask = causal if mask is None else mask & causal
     batch, seq_q, heads, dim = query.shape
     kv_heads = key.shape[2]
+    # All sizes are named, since an empty batch leaves -1 open.
+    sharing = heads // kv_heads * seq_q
     # Query heads that share a key head are more rows of it. Of products with one such
     # axis XLA's CPU backend fuses the softmax, with two it took up to 3 times as long.
     rows = query.reshape(batch, seq_q, kv_heads, heads // kv_heads, dim)
-    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
+    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, sharing, dim)
     logits = jnp.einsum("bkqd,bskd->bkqs", widen(rows), widen(key)) * scale
     if mask is not None:
         seen = group_heads(mask, kv_heads)
         seen = jnp.broadcast_to(
             seen, (*seen.shape[:2], heads // kv_heads, seq_q, seen.shape[4])
         )
-        seen = seen.reshape(*seen.shape[:2], -1, seen.shape[4])
+        seen = seen.reshape(*seen.shape[:2], sharing, seen.shape[4])
         logits = jnp.where(seen, logits, nothing(logits.dtype))
     top = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - top[..., None])

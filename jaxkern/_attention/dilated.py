@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import raise_unknown
+from .._core.checks import check_flag, raise_unknown
 from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
 from .checks import (
@@ -17,6 +17,7 @@ from .checks import (
     check_one_length,
     check_query_key_value,
     check_scale,
+    check_whole_sequence,
 )
 from .dense import attend_by_xla, choose_dense, dense_blocks
 from .dilation import HeadOffsets, Pattern, check_covered, make_patterns, split_heads
@@ -144,8 +145,14 @@ def dilated_attention(
     batch, seq, heads, _ = query.shape
     check_one_length(op, query, key)
     check_key_mask(op, key_mask, (batch, seq))
-    if not isinstance(head_groups, bool):
-        raise_unknown(op, "head_groups", head_groups, (False, True))
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(
+        op,
+        is_causal=is_causal,
+        head_groups=head_groups,
+        stop_gradient_mix=stop_gradient_mix,
+        return_lse=return_lse,
+    )
     if uncovered not in get_args(Uncovered):
         raise_unknown(op, "uncovered", uncovered, get_args(Uncovered))
     patterns = make_patterns(

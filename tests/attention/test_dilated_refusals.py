@@ -74,8 +74,8 @@ REFUSALS = [
     ),
     (
         {"head_groups": "two"},
-        ValueError,
-        "head_groups must be one of False, True, got 'two'",
+        TypeError,
+        "head_groups must be True or False, and known when traced, got 'two'",
     ),
     (
         {"uncovered": "nan"},

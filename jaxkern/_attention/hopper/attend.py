@@ -99,6 +99,8 @@ def unsupported(
     dim = query.shape[-1]
     if reason := device.unsupported_dtype(query.dtype):
         return reason
+    if not query.shape[0]:
+        return f"batch must not be empty for mosaic_gpu, got {query.shape}"
     if max(dim, value.shape[-1]) > MAX_DIM:
         return (
             f"dim and dim_v must be at most {MAX_DIM} for mosaic_gpu, "

@@ -54,7 +54,7 @@ def check_array(
 def check_flag(op: str, **flags: object) -> None:
     """Each is True or False, and known when traced."""
     for name, flag in flags.items():
-        if not isinstance(flag, bool):
+        if not isinstance(flag, bool | np.bool_):
             raise TypeError(
                 f"{op}: {name} must be True or False, and known when traced, "
                 f"got {flag!r}"

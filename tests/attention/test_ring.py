@@ -289,5 +289,7 @@ def test_context_parallel_refusals():
         run(axis_name="ring", is_causal=True)
     with pytest.raises(ValueError, match="multiple of 8 .* got 100: pad it by 4"):
         run(axis_name="ring", is_causal=True, layout="striped")
+    with pytest.raises(ValueError, match="got 100: no padding helps without is_causal"):
+        run(axis_name="ring")
     with pytest.raises(ValueError, match="ring_permutation: layout must be one of"):
         untyped.ring_permutation(8, 2, "brick")

@@ -114,7 +114,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "options, error, message", REFUSALS, ids=[m for *_, m in REFUSALS]
 )

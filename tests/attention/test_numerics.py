@@ -34,10 +34,10 @@ SEEN = np.arange(SEQ) > 0
 BLOCKS = BlockMask.from_dense(np.tri(SEQ, dtype=bool) & SEEN, block_size=8)
 
 
-def by_tiles(query, key, value):
+def by_tiles(query, key, value, return_lse=True):
     mask, tiling = jnp.asarray(SEEN)[None, None, None], make_tiling(SEQ, SEQ, 0, 8)
     out, lse = attention_by_tiles(query, key, value, mask, 0.5, tiling)
-    return out, with_infinity(lse)
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 UNSEEN = {
@@ -76,8 +76,8 @@ def test_rows_that_see_nothing_have_no_gradient_whatever_their_cotangent(form, b
     assert all(np.isfinite(x).all() for x in got[1])
 
 
-def only_out(form):
-    return lambda x: form(x, x, x)[0]
+def without_lse(form):
+    return lambda x: form(x, x, x, return_lse=False)
 
 
 def token_losses(hidden):
@@ -90,7 +90,7 @@ X = jnp.asarray(np.random.default_rng(1).standard_normal((1, SEQ, 1, 4)), jnp.fl
 RING = {"mesh": mesh(ring=2), "axis_name": "ring"}
 NO_KEY = jnp.full((1, SEQ, 1), -jnp.inf)
 DEBUGGED = {
-    **{name: (only_out(form), X) for name, form in UNSEEN.items()},
+    **{name: (without_lse(form), X) for name, form in UNSEEN.items()},
     "all rows see": (lambda x: attention(x, x, x, return_lse=True), X),
     "public tiles": (
         lambda x: attention(x, x, x, is_causal=True, return_lse=True),
@@ -134,15 +134,20 @@ ROUNDED = {
     "peaked": (128, 30, 1),
     "peaked, tiles": (320, 30, 1),
     "small cotangents": (128, 1, 1e-3),
-    "long": (1024, 1, 1e-2),
-    "long, smaller cotangents": (1024, 1, 1e-3),
+    "long": (1024, 1, 1e-3),
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["f16", "bf16"])
-@pytest.mark.parametrize("case", ROUNDED.values(), ids=ROUNDED)
-def test_error_in_16_bits_is_that_of_the_plain_form(case, dtype):
-    seq, peak, cotangent = case
+# Gradients of bfloat16 do not underflow.
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *((name, jnp.float16) for name in ROUNDED),
+        *((name, jnp.bfloat16) for name in ("peaked", "peaked, tiles")),
+    ],
+)
+def test_error_in_16_bits_is_that_of_the_plain_form(name, dtype):
+    seq, peak, cotangent = ROUNDED[name]
     rng, scales = np.random.default_rng(0), (peak, 1, 1, cotangent)
     *args, d_out = (
         jnp.asarray(scale * rng.standard_normal((1, seq, 1, 16)), dtype)

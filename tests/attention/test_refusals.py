@@ -166,7 +166,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_refusals(refusal):
     error, message, args, options = refusal

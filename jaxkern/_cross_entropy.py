@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,7 +15,7 @@ from ._core.checks import (
     check_integer,
     check_shape,
 )
-from ._core.precision import widen
+from ._core.precision import widen, widen_range
 from ._core.sharding import vary_alike
 
 
@@ -35,14 +36,16 @@ def cross_entropy(
     memory holds tokens x `chunk` logits. Saved for the backward are the arguments and
     one log-sum-exp a token. The gradient is exact; there is no forward-mode derivative.
 
-    Logits, sums and the result are float32, float64 if the arguments are; the gradient
-    of the logits is rounded to the dtype of `hidden`.
+    Logits, sums and the result are float32, float64 if the arguments are. The gradient
+    of the logits is rounded to the dtype of `hidden` if that is bfloat16, and not if it
+    is float16, in which it would underflow: then its products are float32.
 
     Chunk $i$ of $n$ holds the columns $i, i + n, ...$: where devices share the columns,
     each has its part of every chunk.
 
     Args:
-        where: False for tokens whose loss is 0, whatever their target.
+        where: False for tokens whose loss is 0 and that have no gradient, whatever
+            their target and their `hidden`.
         chunk: the most columns at a time.
 
     Returns:
@@ -68,8 +71,23 @@ def cross_entropy(
         check_array(op, "where", where, "boolean")
         check_shape(op, "where", where, hidden.shape[:-1], given)
     chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
-    losses = _losses(*vary_alike(hidden, head, jnp.asarray(targets)), chunks)
+    targets = _within(targets, head.shape[1])
+    if where is not None:
+        # Whatever they are: 0 times a NaN would be NaN in the gradient of `head`.
+        hidden = jnp.where(where[..., None], hidden, 0)
+        targets = jnp.where(where, targets, 0)
+    losses = _losses(*vary_alike(hidden, head, targets), chunks)
     return losses if where is None else jnp.where(where, losses, 0)
+
+
+def _within(targets: Int[Array, "*batch"], vocab: int) -> Int[Array, "*batch"]:
+    """In 32 bits, and -1 if not in the vocabulary: others may wrap or not hold it."""
+    on_host = isinstance(targets, np.ndarray)
+    if targets.dtype.itemsize < 4:
+        targets = targets.astype(np.int32)
+    inside = (targets >= 0) & (targets < vocab)
+    kept = (np if on_host else jnp).where(inside, targets, -1)
+    return jnp.asarray(kept.astype(np.int32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -77,6 +95,8 @@ def _losses(hidden, head, targets, chunks):
     return _forward(hidden, head, targets, chunks)[0]
 
 
+# Compiled once for all calls that are not within jit, as is its gradient.
+@partial(jax.jit, static_argnames="chunks")
 def _forward(hidden, head, targets, chunks):
     vocab = head.shape[1]
 
@@ -90,8 +110,7 @@ def _forward(hidden, head, targets, chunks):
         return (higher, total, target_logit + jnp.where(hit, logits, 0).sum(-1)), None
 
     zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
-    inside = (targets >= 0) & (targets < vocab)
-    start = zero - jnp.inf, zero, jnp.where(inside, zero, jnp.nan)
+    start = zero + _below(zero), zero, jnp.where(targets >= 0, zero, jnp.nan)
     carry, _ = lax.scan(add, vary_alike(*start, like=(hidden,)), _split(head, chunks))
     top, total, target_logit = carry
     lse = top + jnp.log(total)
@@ -99,7 +118,11 @@ def _forward(hidden, head, targets, chunks):
 
 
 def _backward(chunks, saved, g):
-    hidden, head, targets, lse = saved
+    return *_gradients(*saved, g, chunks), None
+
+
+@partial(jax.jit, static_argnames="chunks")
+def _gradients(hidden, head, targets, lse, g, chunks):
     vocab = head.shape[1]
     axes = tuple(range(targets.ndim))
 
@@ -107,18 +130,21 @@ def _backward(chunks, saved, g):
         logits, ids = _logits(hidden, numbered, chunks, vocab)
         hit = (ids == targets[..., None].astype(ids.dtype)).astype(lse.dtype)
         d_logits = g[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
-        d_logits = d_logits.astype(hidden.dtype)
-        part, wide = numbered[0], {"preferred_element_type": lse.dtype}
+        part, states = widen_range(numbered[0]), widen_range(hidden)
+        d_logits, wide = (
+            d_logits.astype(part.dtype),
+            {"preferred_element_type": lse.dtype},
+        )
         like = _explicit_sharding(hidden)
         d_hidden += jnp.matmul(d_logits, part.T, out_sharding=like, **wide)
         like, tokens = _explicit_sharding(part), (axes, axes)
-        d_part = jnp.tensordot(hidden, d_logits, tokens, out_sharding=like, **wide)
+        d_part = jnp.tensordot(states, d_logits, tokens, out_sharding=like, **wide)
         return d_hidden, d_part.astype(head.dtype)
 
     (start,) = vary_alike(jnp.zeros_like(hidden, lse.dtype), like=(hidden,))
     d_hidden, d_parts = lax.scan(add, start, _split(head, chunks))
     d_head = jnp.moveaxis(d_parts, 0, 2).reshape(head.shape[0], -1)[:, :vocab]
-    return d_hidden.astype(hidden.dtype), d_head, None
+    return d_hidden.astype(hidden.dtype), d_head
 
 
 _losses.defvjp(_forward, _backward)
@@ -138,7 +164,12 @@ def _logits(hidden, numbered, chunks, vocab):
     logits = jnp.matmul(hidden, part, preferred_element_type=wide)
     ids = number + chunks * jnp.arange(part.shape[1])
     ids = jnp.expand_dims(ids, range(hidden.ndim - 1))
-    return jnp.where(ids < vocab, logits, -jnp.inf), ids
+    return jnp.where(ids < vocab, logits, _below(logits)), ids
+
+
+def _below(logits):
+    """Less than any logit, and finite, as `jax.debug_infs` has it."""
+    return float(jnp.finfo(logits.dtype).min) / 2
 
 
 def _explicit_sharding(x):

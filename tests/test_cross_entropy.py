@@ -117,6 +117,45 @@ def test_tokens_that_do_not_count():
     np.testing.assert_array_equal(np.isnan(losses), bad)
 
 
+def test_hidden_of_tokens_that_do_not_count_is_not_read():
+    hidden, head, targets, g = make_arguments((5,), 3, 11)
+    where = jnp.arange(5) < 3
+    clean, broken = (
+        run(jnp.where(where[:, None], hidden, fill), head, targets, g, where=where)
+        for fill in (0, jnp.nan)
+    )
+    jax.tree.map(np.testing.assert_array_equal, broken, clean)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64]
+)
+def test_targets_of_any_integer(dtype):
+    """A vocabulary that a narrow dtype cannot count, targets that 32 bits cannot."""
+    vocab = 256
+    hidden, head = jnp.zeros((3, 4)), jnp.zeros((4, vocab))
+    largest = np.iinfo(dtype).max
+    targets = np.array([0, min(largest, vocab - 1), largest], dtype)
+    losses = cross_entropy(hidden, head, targets)
+    inside = targets.astype(object) < vocab
+    np.testing.assert_allclose(losses, np.where(inside, np.log(vocab), np.nan))
+    if dtype().itemsize < 8:
+        np.testing.assert_array_equal(
+            cross_entropy(hidden, head, jnp.asarray(targets)), losses
+        )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["f16", "bf16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_gradients_in_16_bits_with_small_cotangents(dtype, scale):
+    """A mean over many tokens of a large vocabulary: g p is less than 1e-7."""
+    hidden, head, targets, g = make_arguments((64,), 16, 2000, dtype)
+    head = head / 4
+    args, g = (hidden, head), scale * jnp.abs(g)
+    theirs = value_and_vjp(lambda h, w: plain(h, w, targets), args, g)
+    assert_as_close(run(*args, targets, g), theirs, float64(*args, targets, g))
+
+
 def test_memory():
     """A tenth of the logits at a time, and the head once more."""
     shape, vocab = (1024, 64), 20_000

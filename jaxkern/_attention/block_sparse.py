@@ -9,13 +9,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from .._core.checks import check_flag, kind_of
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
-from .checks import LEAST_QUERIES, check_query_key_value, check_scale
-from .tiles import add_tile, empty_carry, normalize, tile_gradients, tile_logits
+from .checks import (
+    LEAST_QUERIES,
+    check_query_key_value,
+    check_scale,
+    check_whole_sequence,
+)
+from .tiles import (
+    add_tile,
+    cotangents_of,
+    empty_carry,
+    normalize,
+    tile_gradients,
+    tile_logits,
+    with_infinity,
+)
 
 
 @overload
@@ -68,8 +82,9 @@ def block_sparse_attention(
     reads key head $\lfloor h\,$kv_heads / heads$\rfloor$.
 
     Time, forward and backward, is that of the mask's blocks, and a row of blocks takes
-    as long as its own list. Saved for the backward are the arguments, $o$ and $L$. The
-    heads that share a row of the mask are computed together, others after each other.
+    as long as its own list. Saved for the backward are the arguments, $L$ and, in
+    float32, $o$. The heads that share a row of the mask are computed together, others
+    after each other.
     Products, softmax and sums are as in `attention`; the gradient of $L$ is exact.
     There is no forward-mode derivative.
 
@@ -111,6 +126,8 @@ def block_sparse_attention(
     op = "block_sparse_attention"
     check_implementation(op, implementation)
     check_query_key_value(op, query, key, value)
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(op, return_lse=return_lse)
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)
@@ -128,7 +145,7 @@ def block_sparse_attention(
             )
             mask = jax.tree.unflatten(tree, leaves)
             out, lse = _attend(query, key, value, mask, scale)
-    return (out, lse) if return_lse else out
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | None:
@@ -141,7 +158,7 @@ def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None
     if not isinstance(mask, BlockMask):
         raise TypeError(
             f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
-            f"or BlockMask.from_dense(mask), got {type(mask).__name__}"
+            f"or BlockMask.from_dense(mask), got {kind_of(mask)}"
         )
     batch, seq_q, heads, _ = query.shape
     lengths = seq_q, key.shape[1]
@@ -160,12 +177,12 @@ def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, mask, scale):
-    return _forward(query, key, value, mask, scale)
+    return _attend_forward(query, key, value, mask, scale)[0]
 
 
 def _attend_forward(query, key, value, mask, scale):
     out, lse = _forward(query, key, value, mask, scale)
-    return (out, lse), (query, key, value, mask, out, lse)
+    return (out.astype(value.dtype), lse), (query, key, value, mask, out, lse)
 
 
 def _attend_backward(scale, saved, cotangents):
@@ -189,13 +206,12 @@ def _forward(query, key, value, mask, scale):
         return normalize(*_visit(mask, "kv", (b, h, i), add, carry))
 
     out, lse = _map_rows(row, *queries.shape[:3])
-    return _join(out, query.shape[1]).astype(value.dtype), _join(lse, query.shape[1])
+    return _join(out, query.shape[1]), _join(lse, query.shape[1])
 
 
 @partial(jax.jit, static_argnames="scale")
 def _backward(query, key, value, mask, out, lse, d_out, d_lse, scale):
-    unseen = jnp.isneginf(lse)
-    delta = (widen(d_out) * widen(out)).sum(-1) - jnp.where(unseen, 0, d_lse)
+    d_out, delta = cotangents_of(out, lse, d_out, d_lse, query.dtype)
     queries, keys, values = _cut_all(mask, query, key, value)
     d_outs, lses, deltas = (_cut(mask, x, key.shape[2]) for x in (d_out, lse, delta))
 
@@ -320,5 +336,5 @@ def _join(
 def _sum_groups(
     x: Float[Array, "batch seq heads dim"], kv_heads: int
 ) -> Float[Array, "batch seq kv_heads dim"]:
-    batch, seq, _, dim = x.shape
-    return x.reshape(batch, seq, kv_heads, -1, dim).sum(3)
+    batch, seq, heads, dim = x.shape
+    return x.reshape(batch, seq, kv_heads, heads // kv_heads, dim).sum(3)

@@ -28,6 +28,17 @@ def check_query_key_value(
         )
 
 
+def check_whole_sequence(op: str, **arrays: jax.Array) -> None:
+    """No mesh axis splits the tokens of an array, as far as its type says."""
+    for name, array in arrays.items():
+        axis = jax.typeof(array).sharding.spec[1]
+        if axis is not None:
+            raise ValueError(
+                f"{op}: the tokens of {name} must not be split over an explicit mesh "
+                f"axis, got {axis!r}; context_parallel_attention takes such arrays"
+            )
+
+
 def check_one_length(op: str, query: jax.Array, key: jax.Array) -> None:
     """The same tokens are queries and keys."""
     because = f" for query of shape {query.shape}"
@@ -51,8 +62,8 @@ def check_mask(op: str, mask: jax.Array, query: jax.Array, key: jax.Array) -> No
     )
     if not fits:
         raise ValueError(
-            f"{op}: mask must be broadcastable to (batch, heads, seq_q, seq_kv) = "
-            f"{full}, got {mask.shape}"
+            f"{op}: mask must have four axes, (batch, heads, seq_q, seq_kv) = {full}, "
+            f"each of which may be 1, got {mask.shape}"
         )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_flag, check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
 from .block_mask.mask import BlockMask, band_mask, with_keys
@@ -18,9 +18,20 @@ from .checks import (
     check_mask,
     check_query_key_value,
     check_scale,
+    check_whole_sequence,
     unsupported_by_cudnn,
 )
-from .tiles import TILE, attention_by_tiles, finite, group_heads, make_tiling, normalize
+from .tiles import (
+    TILE,
+    attention_by_tiles,
+    finite,
+    group_heads,
+    make_tiling,
+    normalize,
+    nothing,
+    sees,
+    with_infinity,
+)
 
 ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
 
@@ -79,7 +90,8 @@ def attention(
 
     Logits, softmax and sums are float32, float64 if the arguments are; 16-bit arguments
     are multiplied as they are, and so are the weights, rounded to 16 bits, in long
-    sequences. $L$ is not rounded, and its gradient is exact.
+    sequences; in float16 their gradients are not, since they would underflow: those
+    products are float32. $L$ is not rounded, and its gradient is exact.
 
     Implementations:
 
@@ -103,9 +115,9 @@ def attention(
 
     Raises:
         TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
-            not boolean, or `scale` is no number.
-        ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
-            unknown.
+            not boolean, `scale` is no number, or a flag neither True nor False.
+        ValueError: the shapes do not fit, `scale` is not finite, `implementation` is
+            unknown, or an explicit mesh axis splits the tokens.
         NotImplementedError: the named implementation cannot run this; it says why.
 
     References:
@@ -115,6 +127,8 @@ def attention(
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
     check_query_key_value(op, query, key, value)
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
@@ -139,7 +153,8 @@ def attention(
             out, lse = attend.attend(query, key, value, mask=blocks, scale=scale)
         case "xla":
             out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
-    return (out, lse) if return_lse else out
+    out = out.astype(value.dtype)
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def _choose(
@@ -210,7 +225,10 @@ def attend_by_xla(
     is_causal: bool,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse): all logits of a head at once if they are few, else by tiles."""
+    """(out, lse), in float32: all logits of a head at once if they are few.
+
+    Else by tiles. The log-sum-exp of no key is `nothing`.
+    """
     if _is_small(query.shape[1], key.shape[1]):
         return _reference(query, key, value, mask, is_causal, scale)
     tiling = make_tiling(query.shape[1], key.shape[1], 0 if is_causal else None)
@@ -228,24 +246,27 @@ def _is_small(queries: int, keys: int) -> bool:
     return queries * keys <= TILE**2
 
 
+@partial(jax.jit, static_argnames=("is_causal", "scale"))
 def _reference(query, key, value, mask, is_causal, scale):
     if is_causal:
         causal = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None]
         mask = causal if mask is None else mask & causal
     batch, seq_q, heads, dim = query.shape
     kv_heads = key.shape[2]
+    # All sizes are named, since an empty batch leaves -1 open.
+    sharing = heads // kv_heads * seq_q
     # Query heads that share a key head are more rows of it. Of products with one such
     # axis XLA's CPU backend fuses the softmax, with two it took up to 3 times as long.
     rows = query.reshape(batch, seq_q, kv_heads, heads // kv_heads, dim)
-    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
+    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, sharing, dim)
     logits = jnp.einsum("bkqd,bskd->bkqs", widen(rows), widen(key)) * scale
     if mask is not None:
         seen = group_heads(mask, kv_heads)
         seen = jnp.broadcast_to(
             seen, (*seen.shape[:2], heads // kv_heads, seq_q, seen.shape[4])
         )
-        seen = seen.reshape(*seen.shape[:2], -1, seen.shape[4])
-        logits = jnp.where(seen, logits, -jnp.inf)
+        seen = seen.reshape(*seen.shape[:2], sharing, seen.shape[4])
+        logits = jnp.where(seen, logits, nothing(logits.dtype))
     top = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - top[..., None])
     summed = jnp.einsum("bkqs,bskd->bkqd", weights, widen(value))
@@ -255,7 +276,7 @@ def _reference(query, key, value, mask, is_causal, scale):
         x = x.reshape(batch, kv_heads, heads // kv_heads, seq_q, *x.shape[3:])
         return jnp.moveaxis(x, 3, 1).reshape(batch, seq_q, heads, *x.shape[4:])
 
-    return in_order(out).astype(value.dtype), in_order(lse)
+    return in_order(out), in_order(lse)
 
 
 def merge_attention(
@@ -286,12 +307,25 @@ def merge_attention(
     check_shape(op, "out_b", out_b, out_a.shape)
     for name, lse in [("lse_a", lse_a), ("lse_b", lse_b)]:
         check_shape(op, name, lse, out_a.shape[:3])
+    lse_a, lse_b = (jnp.maximum(lse, nothing(lse.dtype)) for lse in (lse_a, lse_b))
+    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    return out, with_infinity(lse)
+
+
+def merge(
+    out_a: Float[Array, "batch seq heads dim"],
+    lse_a: Float[Array, "batch seq heads"],
+    out_b: Float[Array, "batch seq heads dim"],
+    lse_b: Float[Array, "batch seq heads"],
+) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq heads"]]:
+    """`merge_attention`, where the log-sum-exp of no key is `nothing`."""
     top = finite(lax.stop_gradient(jnp.maximum(lse_a, lse_b)))
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     wide = max(out_a.dtype, lse_a.dtype, key=lambda dtype: dtype.itemsize)
     part_a, part_b = (
-        weight[..., None].astype(wide) * out.astype(wide)
-        for weight, out in [(weight_a, out_a), (weight_b, out_b)]
+        weight[..., None].astype(wide)
+        * jnp.where(sees(lse)[..., None], out.astype(wide), 0)
+        for weight, lse, out in [(weight_a, lse_a, out_a), (weight_b, lse_b, out_b)]
     )
     out, lse = normalize(part_a + part_b, top, weight_a + weight_b)
     return out.astype(out_a.dtype), lse

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import raise_unknown
+from .._core.checks import check_flag, raise_unknown
 from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
 from .checks import (
@@ -17,9 +17,11 @@ from .checks import (
     check_one_length,
     check_query_key_value,
     check_scale,
+    check_whole_sequence,
 )
 from .dense import attend_by_xla, choose_dense, dense_blocks
 from .dilation import HeadOffsets, Pattern, check_covered, make_patterns, split_heads
+from .tiles import nothing, sees, with_infinity
 
 Uncovered = Literal["zero", "error"]
 
@@ -143,8 +145,14 @@ def dilated_attention(
     batch, seq, heads, _ = query.shape
     check_one_length(op, query, key)
     check_key_mask(op, key_mask, (batch, seq))
-    if not isinstance(head_groups, bool):
-        raise_unknown(op, "head_groups", head_groups, (False, True))
+    check_whole_sequence(op, query=query, key=key, value=value)
+    check_flag(
+        op,
+        is_causal=is_causal,
+        head_groups=head_groups,
+        stop_gradient_mix=stop_gradient_mix,
+        return_lse=return_lse,
+    )
     if uncovered not in get_args(Uncovered):
         raise_unknown(op, "uncovered", uncovered, get_args(Uncovered))
     patterns = make_patterns(
@@ -169,7 +177,7 @@ def dilated_attention(
         parts = [attend(queries, keys, values, pattern=x) for x in of_heads]
         mixed.append(mix(of_heads, parts, seq, value.dtype, stop_gradient_mix))
     out, lse = (jnp.concatenate(part, axis=2) for part in zip(*mixed, strict=True))
-    return (out, lse) if return_lse else out
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def mix(
@@ -182,12 +190,12 @@ def mix(
     """The results of all patterns, over the rows each selects, as one softmax."""
     stacked = jnp.stack(
         [
-            pattern.spread(lse, seq, fill=-jnp.inf)
+            pattern.spread(lse, seq, fill=nothing(lse.dtype))
             for pattern, (_, lse) in zip(patterns, parts, strict=True)
         ]
     )
-    reached = ~jnp.isneginf(stacked).all(0)
-    # Without the inner guard its gradient is 0/0 where no pattern reaches.
+    reached = sees(stacked).any(0)
+    # Without the inner guard rows that no pattern reaches would share their sum.
     total = jax.nn.logsumexp(jnp.where(reached[None], stacked, 0), axis=0)
     shares = jnp.exp(stacked - total[None])
     if stop_gradient_mix:
@@ -198,7 +206,7 @@ def mix(
         for pattern, share, (out, _) in zip(patterns, shares, parts, strict=True)
     ]
     mixed = reduce(jnp.add, weighted)
-    return mixed.astype(dtype), jnp.where(reached, total, -jnp.inf)
+    return mixed.astype(dtype), jnp.where(reached, total, nothing(total.dtype))
 
 
 def attend_pattern(

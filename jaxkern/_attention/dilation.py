@@ -147,6 +147,8 @@ def make_patterns(
         )
     patterns = []
     for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        # A head takes at most one row of a segment, the same one as of any longer step.
+        r = min(r, max(seq, heads, len(rates)))
         match head_offsets:
             case "paper":
                 dilation = Dilation(r, heads)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_flag, check_floating, check_shape
 from .checks import check_key_mask
 
 
@@ -32,6 +32,7 @@ def quadratic_attention(
     """
     op = "quadratic_attention"
     check_floating(op, query=query, key=key, value=value)
+    check_flag(op, is_causal=is_causal)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, seq_q, heads, dim = query.shape
     check_shape(op, "key", key, (batch, "seq_kv", heads, dim))

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from .._core.checks import raise_unknown
+from .._core.checks import check_flag, raise_unknown
 from .._core.dispatch import Implementation, check_implementation
 from .checks import check_one_length, check_query_key_value, check_scale
 from .dense import choose_dense
@@ -91,6 +91,7 @@ def ring_attention(
     check_implementation(op, implementation)
     _check_layout(op, layout)
     check_query_key_value(op, query, key, value)
+    check_flag(op, is_causal=is_causal)
     scale = check_scale(op, scale, query.shape[-1])
     if is_causal:
         _check_causal(op, query.shape[1], key.shape[1], layout)
@@ -128,7 +129,7 @@ def ring_attention(
         layout=layout if is_causal else None,
         implementation=choose_dense(op, implementation, query, key, value),
     )
-    return out
+    return out.astype(value.dtype)
 
 
 def _attend_dilated(
@@ -217,7 +218,7 @@ def ring_permutation(
     """
     op = "ring_permutation"
     _check_layout(op, layout)
-    _check_divisible(op, seq, devices, layout)
+    _check_divisible(op, seq, devices, layout, True)
     tokens = np.arange(seq)
     match layout:
         case "contiguous":
@@ -270,14 +271,43 @@ def context_parallel_attention(
         layout = "zigzag" if segment_lengths is None else "contiguous"
     _check_layout(op, layout)
     check_query_key_value(op, query, key, value)
+    check_flag(op, is_causal=is_causal)
     _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     if axis_name not in mesh.axis_names:
         raise_unknown(op, "axis_name", axis_name, mesh.axis_names)
     devices = mesh.shape[axis_name]
     layout = layout if is_causal else "contiguous"
     for seq in (query.shape[1], key.shape[1]):
-        _check_divisible(op, seq, devices, layout)
-    indices, inverse = ring_permutation(query.shape[1], devices, layout)
+        _check_divisible(op, seq, devices, layout, is_causal)
+    if segment_lengths is not None and dilation_rates is not None:
+        segment_lengths, dilation_rates = tuple(segment_lengths), tuple(dilation_rates)
+    return _in_parallel(
+        query,
+        key,
+        value,
+        mesh=mesh,
+        axis_name=axis_name,
+        is_causal=is_causal,
+        layout=layout,
+        scale=check_scale(op, scale, query.shape[-1]),
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        head_offsets=head_offsets,
+        implementation=implementation,
+    )
+
+
+# One program for a call that is not within jit: a shard_map would compile each of its
+# operations, and all of them again in the next call.
+@partial(
+    jax.jit,
+    static_argnames=(
+        *("mesh", "axis_name", "is_causal", "layout", "scale", "segment_lengths"),
+        *("dilation_rates", "head_offsets", "implementation"),
+    ),
+)
+def _in_parallel(query, key, value, *, mesh, axis_name, layout, **options):
+    indices, inverse = ring_permutation(query.shape[1], mesh.shape[axis_name], layout)
     whole, split = (partial(_place, mesh=mesh, axis_name=x) for x in (None, axis_name))
 
     def reorder(x, order, back):
@@ -288,13 +318,8 @@ def context_parallel_attention(
         partial(
             ring_attention,
             axis_name=axis_name,
-            is_causal=is_causal,
             layout=layout,
-            scale=scale,
-            segment_lengths=segment_lengths,
-            dilation_rates=dilation_rates,
-            head_offsets=head_offsets,
-            implementation=implementation,
+            **options,
         ),
         mesh=mesh,
         in_specs=spec,
@@ -364,11 +389,17 @@ def _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout) -
         )
 
 
-def _check_divisible(op: str, seq: int, devices: int, layout: Layout) -> None:
+def _check_divisible(
+    op: str, seq: int, devices: int, layout: Layout, is_causal: bool
+) -> None:
     parts = 2 * devices if layout == "zigzag" else devices
     if seq % parts:
+        advice = (
+            f"pad it by {-seq % parts} at the end, which causal queries do not see"
+            if is_causal
+            else "no padding helps without is_causal, since all queries would see it"
+        )
         raise ValueError(
             f"{op}: seq must be a multiple of {parts} for layout {layout!r} over "
-            f"{devices} devices, got {seq}: pad it by {-seq % parts} at the end, "
-            "which causal queries do not see"
+            f"{devices} devices, got {seq}: {advice}"
         )

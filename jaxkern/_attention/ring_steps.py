@@ -9,11 +9,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._core.dispatch import Implementation
-from .._core.precision import widen
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask, band_mask
-from .dense import merge_attention
-from .tiles import Tiling, attend, attend_gradients, make_tiling, pad_axis
+from .dense import merge
+from .tiles import (
+    Tiling,
+    attend,
+    attend_gradients,
+    cotangents_of,
+    make_tiling,
+    nothing,
+    pad_axis,
+)
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 
@@ -47,7 +54,10 @@ def attend_around(
     layout: Layout | None,
     implementation: Implementation,
 ) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
-    """Attention to all keys of a ring; a layout makes it causal, None does not."""
+    """Attention to all keys of a ring; a layout makes it causal, None does not.
+
+    Both results are in float32.
+    """
     arrays = vary_alike(query, key, value, ring.rank())
     return _around(*arrays, ring, scale, layout, implementation)
 
@@ -112,7 +122,7 @@ def _attend(query, keys_values, *, part, scale, implementation: Implementation):
         case "xla":
             tiling = part.tiling(query.shape[1])
             out, lse = attend(query[:, first:], key, value, None, scale, tiling)
-    return pad_axis(out, 1, first, 0), pad_axis(lse, 1, first, 0, -jnp.inf)
+    return pad_axis(out, 1, first, 0), pad_axis(lse, 1, first, 0, nothing(lse.dtype))
 
 
 def _gradients(
@@ -166,7 +176,7 @@ def _around_forward(query, key, value, rank, ring, scale, layout, implementation
         def run(part):
             if part is None:
                 return out, lse
-            return merge_attention(out, lse, *attend(held, part=part))
+            return merge(out, lse, *attend(held, part=part))
 
         return _pick(parts, step, rank, run)
 
@@ -183,17 +193,14 @@ def _around_forward(query, key, value, rank, ring, scale, layout, implementation
         carry = out, lse, arriving
         (out, lse, held), _ = lax.scan(turn, carry, jnp.arange(1, devices - 1))
         out, lse = add(out, lse, held, devices - 1)
-    return (out.astype(value.dtype), lse), (query, key, value, rank, out, lse)
+    return (out, lse), (query, key, value, rank, out, lse)
 
 
 def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     query, key, value, rank, out, lse = saved
-    d_out, d_lse = cotangents
+    d_out, delta = cotangents_of(out, lse, *cotangents, query.dtype)
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
-    # Without this barrier XLA would sum inside of what transposes and stacks it for the
-    # kernels.
-    delta = lax.optimization_barrier((widen(d_out) * out).sum(-1)) - d_lse
 
     def gradients(keys_values, part):
         return _gradients(

@@ -18,7 +18,7 @@ def check_floating(op: str, **arrays: object) -> None:
     first, dtype = "", None
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
-            kind = type(array).__name__
+            kind = kind_of(array)
             hint = (
                 ", of which [...] is the array" if hasattr(array, "get_value") else ""
             )
@@ -43,13 +43,29 @@ def check_array(
 ) -> None:
     """`array` is an array of this kind."""
     if not isinstance(array, jax.Array | np.ndarray):
-        got = type(array).__name__
-        raise TypeError(f"{op}: {name} must be an array, got {got}")
+        raise TypeError(f"{op}: {name} must be an array, got {kind_of(array)}")
     if not jnp.issubdtype(array.dtype, np.bool_ if kind == "boolean" else np.integer):
         article = "a" if kind == "boolean" else "an"
         raise TypeError(
             f"{op}: {name} must be {article} {kind} array, got {array.dtype}"
         )
+
+
+def check_flag(op: str, **flags: object) -> None:
+    """Each is True or False, and known when traced."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(
+                f"{op}: {name} must be True or False, and known when traced, "
+                f"got {flag!r}"
+            )
+
+
+def kind_of(value: object) -> str:
+    """What it is, for a message: an array's dtype and shape, or a type's name."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    return type(value).__name__
 
 
 def check_integer(op: str, name: str, value: object, least: int = 1) -> int:
@@ -100,7 +116,7 @@ def check_pair(op: str, name: str, pair: object) -> None:
     """A low-rank weight is a tuple or list of two arrays."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         size = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
-        kind = type(pair).__name__
+        kind = kind_of(pair)
         raise TypeError(f"{op}: {name} must be a pair (w_in, w_out), got {kind}{size}")
 
 
@@ -111,14 +127,19 @@ def check_shape(
     expected: tuple[str | int, ...],
     because: str = "",
 ) -> None:
-    """`array` has the expected shape; a name stands for a size of at least 1."""
+    """`array` has the expected shape; a name stands for a size of at least 1.
+
+    "batch" may be 0: then there is nothing to do.
+    """
     shape = array.shape
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or got == want
         for got, want in zip(shape, expected, strict=True)
     )
     named = {
-        got for got, want in zip(shape, expected, strict=fits) if isinstance(want, str)
+        got
+        for got, want in zip(shape, expected, strict=fits)
+        if isinstance(want, str) and want != "batch"
     }
     if fits and 0 not in named:
         return

@@ -49,7 +49,8 @@ def choose(
     here = device.on_hopper() and device.holds(*arrays) and lie_whole(*arrays)
     if not named and not (faster and here):
         return "xla"
-    reason = unsupported() or device.unsupported() or explicit_axes(*arrays)
+    # Without the device no other arguments would help.
+    reason = device.unsupported() or unsupported() or explicit_axes(*arrays)
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import (
     check_batched,
+    check_flag,
     check_floating,
     check_key,
     check_number,
@@ -227,6 +228,7 @@ def binary_concrete(
     check_number(
         op, "temperature", temperature, positive=True, finite=False, traced=True
     )
+    check_flag(op, hard=hard)
     return _binary_concrete(logits, key, temperature, hard)
 
 
@@ -299,6 +301,7 @@ def gumbel_softmax(
     check_number(
         op, "temperature", temperature, positive=True, finite=False, traced=True
     )
+    check_flag(op, hard=hard)
     return _gumbel_softmax(logits, key, temperature, axis, hard)
 
 

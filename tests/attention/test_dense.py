@@ -20,7 +20,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import attention, merge_attention
-from jaxkern._attention.tiles import TILE, attention_by_tiles, make_tiling
+from jaxkern._attention.tiles import (
+    TILE,
+    attention_by_tiles,
+    make_tiling,
+    with_infinity,
+)
 
 # (batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v), the mask's shape, is_causal
 CASES = {
@@ -47,7 +52,8 @@ def by_tiles(query, key, value, *, mask=None, is_causal=False, scale=None, limit
     diagonal = 0 if is_causal else None
     tiling = make_tiling(query.shape[1], key.shape[1], diagonal, limit)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attention_by_tiles(query, key, value, mask, scale, tiling)
+    out, lse = attention_by_tiles(query, key, value, mask, scale, tiling)
+    return out.astype(value.dtype), with_infinity(lse)
 
 
 FORMS = {"short": public, "tiles": by_tiles}
@@ -159,17 +165,40 @@ def test_only_tiles_with_something_to_see_are_visited(seq_q, seq_kv, limit, diag
     visible = np.ones((seq_q, seq_kv), bool)
     if diagonal is not None:
         visible = np.tri(seq_q, seq_kv, diagonal, dtype=bool)
-    expected = {
-        (i, j)
+    expected = [
+        [
+            j
+            for j in range(-(-seq_kv // tiling.columns))
+            if visible[
+                i * tiling.rows : (i + 1) * tiling.rows,
+                j * tiling.columns : (j + 1) * tiling.columns,
+            ].any()
+        ]
         for i in range(-(-seq_q // tiling.rows))
-        for j in range(-(-seq_kv // tiling.columns))
-        if visible[
-            i * tiling.rows : (i + 1) * tiling.rows,
-            j * tiling.columns : (j + 1) * tiling.columns,
-        ].any()
-    }
-    visited = [tuple(pair) for pair in tiling.visited().tolist()]
-    assert len(visited) == len(expected) and set(visited) == expected
+    ]
+    assert [[*range(last + 1)] for last in tiling.last_columns()] == expected
+
+
+@pytest.mark.parametrize("diagonal", [None, -1, 0, 1])
+def test_every_tile_is_visited_once(diagonal):
+    tiling = make_tiling(4, 6, diagonal, 1)
+    visited = tiling.visit(lambda count, i, j: count.at[i, j].add(1), jnp.zeros((4, 6)))
+    expected = np.ones((4, 6)) if diagonal is None else np.tri(4, 6, diagonal)
+    np.testing.assert_array_equal(visited, expected)
+
+
+def test_programs_are_as_long_for_any_sequence():
+    def text(seq):
+        def both_passes(query, key, value):
+            out, vjp = jax.vjp(partial(attention, is_causal=True), query, key, value)
+            return vjp(out)
+
+        args = [jax.ShapeDtypeStruct((1, seq, 1, 8), jnp.float32)] * 3
+        return jax.jit(both_passes).lower(*args).as_text()
+
+    # A list of tiles in the program would be 2**20 bytes longer at the least. A row of
+    # tiles has four bytes, and eight digits.
+    assert len(text(2**17)) - len(text(2**12)) < 2**14
 
 
 def temporary_bytes(fn, *shapes):

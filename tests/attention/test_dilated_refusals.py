@@ -74,8 +74,8 @@ REFUSALS = [
     ),
     (
         {"head_groups": "two"},
-        ValueError,
-        "head_groups must be one of False, True, got 'two'",
+        TypeError,
+        "head_groups must be True or False, and known when traced, got 'two'",
     ),
     (
         {"uncovered": "nan"},
@@ -114,7 +114,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "options, error, message", REFUSALS, ids=[m for *_, m in REFUSALS]
 )

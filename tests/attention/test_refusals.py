@@ -10,9 +10,81 @@ from attention_definitions import (
     plain_attention,
     see,
 )
-from helpers import DTYPES, assert_as_close, to_float64, untyped, value_and_vjp
+from helpers import DTYPES, assert_as_close, mesh, to_float64, untyped, value_and_vjp
 
-from jaxkern import attention
+from jaxkern import (
+    BlockMask,
+    attention,
+    block_sparse_attention,
+    cross_entropy,
+    dilated_attention,
+    merge_attention,
+    rotary_embedding,
+)
+
+X = jnp.zeros((1, 8, 2, 4))
+PATTERNS = {"segment_lengths": [4], "dilation_rates": [1]}
+KEY = jax.random.key(0)
+FLAGS = {
+    "attention": ((X, X, X), {}, ("is_causal", "return_lse")),
+    "block_sparse_attention": (
+        (X, X, X),
+        {"mask": BlockMask.causal(8, 8)},
+        ("return_lse",),
+    ),
+    "dilated_attention": (
+        (X, X, X),
+        PATTERNS,
+        ("is_causal", "head_groups", "stop_gradient_mix", "return_lse"),
+    ),
+    "ring_attention": ((X, X, X), {"axis_name": "ring"}, ("is_causal",)),
+    "context_parallel_attention": (
+        (X, X, X),
+        {"mesh": mesh(ring=2), "axis_name": "ring"},
+        ("is_causal",),
+    ),
+    "binary_concrete": ((X,), {"key": KEY}, ("hard",)),
+    "gumbel_softmax": ((X,), {"key": KEY}, ("hard",)),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("op", FLAGS)
+def test_flags_are_true_or_false(op):
+    args, options, names = FLAGS[op]
+    run = partial(getattr(untyped, op), *args, **options)
+    for name in names:
+        message = f"^{op}: {name} must be True or False, and known when traced, got "
+        for wrong in ("no", 1, None, jnp.array(True)):
+            with pytest.raises(TypeError, match=message):
+                run(**{name: wrong})
+        with pytest.raises(TypeError, match=message):
+            jax.eval_shape(lambda flag, name=name: run(**{name: flag}), True)
+
+
+EMPTY = jnp.zeros((0, 8, 2, 4))
+OF_NO_BATCH = {
+    "attention": lambda x: attention(x, x, x, is_causal=True),
+    "attention, tiles": lambda x: attention(*[jnp.tile(x, (1, 33, 1, 1))] * 3),
+    "attention, mask": lambda x: attention(x, x, x, mask=jnp.ones((1, 1, 8, 8), bool)),
+    "block-sparse": lambda x: block_sparse_attention(
+        x, x, x, mask=BlockMask.causal(8, 8, block_size=4)
+    ),
+    "dilated": lambda x: dilated_attention(
+        x, x, x, segment_lengths=[3], dilation_rates=[2]
+    ),
+    "merge": lambda x: merge_attention(x, x[..., 0], x, x[..., 0])[0],
+    "rotary": rotary_embedding,
+    "cross_entropy": lambda x: cross_entropy(
+        x[:, 0, 0], jnp.ones((4, 9)), jnp.zeros(0, int)
+    ),
+}
+
+
+@pytest.mark.parametrize("op", OF_NO_BATCH.values(), ids=OF_NO_BATCH)
+def test_an_empty_batch(op):
+    value, vjp = jax.vjp(op, EMPTY)
+    assert value.shape[0] == 0 and vjp(value)[0].shape == EMPTY.shape
 
 
 def f32(*shape):
@@ -60,13 +132,13 @@ REFUSALS = {
     ),
     "mask shape": (
         ValueError,
-        r"seq_q, seq_kv\) = \(2, 6, 8, 9\), got \(2, 3, 8, 9\)",
+        r"= \(2, 6, 8, 9\), each of which may be 1, got \(2, 3, 8, 9\)",
         GOOD,
         {"mask": jnp.ones((2, 3, 8, 9), bool)},
     ),
     "mask rank": (
         ValueError,
-        r"got \(8, 9\)",
+        r"mask must have four axes, .* got \(8, 9\)",
         GOOD,
         {"mask": jnp.ones((8, 9), bool)},
     ),
@@ -94,7 +166,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_refusals(refusal):
     error, message, args, options = refusal

@@ -209,7 +209,7 @@ def scores(part, seq):
     if part is None:
         return 0
     tiling = make_tiling(seq - part.first_query, part.end_key, part.diagonal, 1)
-    return len(tiling.visited())
+    return (tiling.last_columns() + 1).sum()
 
 
 @given(devices=st.integers(1, 6), half=st.integers(1, 6))
@@ -289,5 +289,7 @@ def test_context_parallel_refusals():
         run(axis_name="ring", is_causal=True)
     with pytest.raises(ValueError, match="multiple of 8 .* got 100: pad it by 4"):
         run(axis_name="ring", is_causal=True, layout="striped")
+    with pytest.raises(ValueError, match="got 100: no padding helps without is_causal"):
+        run(axis_name="ring")
     with pytest.raises(ValueError, match="ring_permutation: layout must be one of"):
         untyped.ring_permutation(8, 2, "brick")

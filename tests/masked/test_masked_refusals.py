@@ -9,7 +9,7 @@ from jaxkern import reinmax
 (H, WS, LS, BS), _ = bilinear_args((2, 3, 4, 5, 6))
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "changes, error, message",
     [
@@ -73,7 +73,7 @@ def test_refusals_of_masked_matmul(changes, error, message):
         untyped.masked_matmul(**options)
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "changes, error, message",
     [

@@ -153,6 +153,7 @@ def shapes(heads=2, batch=8, dim=64, hidden=128, dtype=jnp.bfloat16):
     return flash_mlp_args((heads, batch, dim, hidden), dtype)[0]
 
 
+@pytest.mark.usefixtures("chooses_hopper")
 @pytest.mark.parametrize(
     "args, reason",
     [
@@ -166,13 +167,19 @@ def shapes(heads=2, batch=8, dim=64, hidden=128, dtype=jnp.bfloat16):
             shapes(hidden=0),
             r"no axis of w1 may be empty for mosaic_gpu, got \(2, 64, 0\)",
         ),
-        (shapes(), "mosaic_gpu needs an H100 or H200, but the default device is cpu"),
     ],
 )
-def test_unsupported(args, reason):
-    assert not device.on_hopper()
+def test_unsupported_arguments(args, reason):
     with pytest.raises(NotImplementedError, match=f"flash_mlp: {reason}"):
         flash_mlp(*args, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_unsupported_device(dtype):
+    assert not device.on_hopper()
+    reason = "mosaic_gpu needs an H100 or H200, but the default device is cpu"
+    with pytest.raises(NotImplementedError, match=f"flash_mlp: {reason}"):
+        flash_mlp(*shapes(dtype=dtype), implementation="mosaic_gpu")
 
 
 def test_which_arrays_lie_whole():

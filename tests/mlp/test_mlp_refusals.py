@@ -4,7 +4,7 @@ from helpers import untyped
 from mlp_definitions import DOWN, UP, V, W, X
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "call, error, message",
     [

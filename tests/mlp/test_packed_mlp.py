@@ -223,7 +223,7 @@ DOWN = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 12), (8, 4)))
         ),
     ],
 )
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()

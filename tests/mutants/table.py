@@ -54,8 +54,8 @@ MUTANTS = (
         "lse-gradient",
         "The gradient of the log-sum-exp is dropped.",
         "jaxkern/_attention/tiles.py",
-        "out).sum(-1) - d_lse",
-        "out).sum(-1)",
+        "return d_out, delta - jnp.where(seen, d_lse, 0)",
+        "return d_out, delta",
         BY_TILES,
     ),
     Mutant(
@@ -111,6 +111,14 @@ MUTANTS = (
         ("tests/attention/block_mask/test_mask.py", "test_local_window"),
     ),
     Mutant(
+        "full-block",
+        "A partial block after the last full one of a band counts as full.",
+        "jaxkern/_attention/block_mask/patterns.py",
+        "full = row, blocks_of(start, block_size), stop // block_size",
+        "full = row, blocks_of(start, block_size), stop // block_size + 1",
+        ("tests/attention/block_mask/test_mask.py", "test_states_at_every_edge"),
+    ),
+    Mutant(
         "ragged-keys",
         "A kernel's last partial block sees the zeros after the last key.",
         "jaxkern/_attention/hopper/predicates.py",
@@ -138,8 +146,8 @@ MUTANTS = (
         "last-columns",
         "The columns that fill up the last chunk of the vocabulary are tokens.",
         "jaxkern/_cross_entropy.py",
-        "jnp.where(ids < vocab, logits, -jnp.inf), ids",
-        "jnp.where(ids <= vocab, logits, -jnp.inf), ids",
+        "jnp.where(ids < vocab, logits, _below(logits)), ids",
+        "jnp.where(ids <= vocab, logits, _below(logits)), ids",
         ("tests/test_cross_entropy.py", "test_values_and_gradients and ragged"),
     ),
     # Rings.

@@ -243,7 +243,7 @@ def test_linen_users():
 X = jnp.ones((2, EMBED))
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "call, error, message",
     [

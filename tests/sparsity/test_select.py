@@ -293,7 +293,7 @@ def test_packed_is_a_pytree():
 X = jnp.ones((2, 8))
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unchecked_types", "chooses_hopper")
 @pytest.mark.parametrize(
     "call, error, message",
     [

@@ -1,12 +1,13 @@
 """What the makers of block masks ask of their arguments."""
 
+import inspect
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from ..._core.checks import check_array, check_integer
+from ..._core.checks import check_array, check_integer, kind_of
 from .patterns import blocks_of
 
 
@@ -21,9 +22,29 @@ def on_host(array: Any) -> Any:
 
 
 def check_sizes(op: str, least: int, **sizes: object) -> None:
-    """Each is an integer of at least `least`."""
+    """Each is an integer of at least `least`, and lengths fit in 32 bits."""
     for name, size in sizes.items():
-        check_integer(op, name, size, least)
+        value = check_integer(op, name, size, least)
+        if name in ("q_len", "kv_len", "block_size") and value >= 2**31:
+            raise ValueError(f"{op}: {name} must be less than 2**31, got {value}")
+
+
+def check_mask_fn(op: str, name: str, fn: object) -> None:
+    """A function that takes (b, h, q, k), as far as it can be told."""
+    if not callable(fn):
+        raise TypeError(f"{op}: {name} must be a function, got {kind_of(fn)}")
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:
+        # Some functions that are written in C do not say what they take.
+        return
+    try:
+        signature.bind(0, 0, 0, 0)
+    except TypeError:
+        raise TypeError(
+            f"{op}: {name} must take four arguments, (b, h, q, k), got one of "
+            f"{signature}"
+        ) from None
 
 
 def check_concrete(op: str, **arrays: object) -> None:
@@ -31,7 +52,8 @@ def check_concrete(op: str, **arrays: object) -> None:
         if not has_values(array):
             raise TypeError(
                 f"{op}: {name} must have values, got an array traced by jit; under jit "
-                "there are BlockMask.document and BlockMask.from_blocks"
+                "there are BlockMask.document, of segment ids, and "
+                "BlockMask.from_blocks, of blocks"
             )
 
 

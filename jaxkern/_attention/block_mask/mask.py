@@ -17,6 +17,7 @@ from .checks import (
     check_broadcast,
     check_concrete,
     check_index,
+    check_mask_fn,
     check_segment_ids,
     check_sizes,
     fitting_length,
@@ -92,7 +93,7 @@ class BlockMask:
     def local_window(
         q_len: int, kv_len: int, *, window: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """`|q - k| <= window`, in tokens."""
+        """`|q - k| <= window`, in tokens; any window of all tokens is no limit."""
         op = "BlockMask.local_window"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 0, window=window)
@@ -106,8 +107,10 @@ class BlockMask:
         op = "BlockMask.dilated"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 1, **{f"rates[{i}]": rate for i, rate in enumerate(rates)})
-        fn = predicates.Diagonals((0, *sorted({*rates})), block_size)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+        # Others see nothing, and would not fit in 32 bits.
+        near = sorted({rate for rate in rates if rate < max(grid)})
+        fn = predicates.Diagonals((0, *near), block_size)
         runs = patterns.diagonals(fn.distances, *grid)
         return _build(runs, fn, q_len, kv_len, block_size)
 
@@ -119,8 +122,9 @@ class BlockMask:
         op = "BlockMask.strided"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 1, stride=stride)
-        fn = predicates.Strided(stride, block_size)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+        stride = min(stride, max(grid))
+        fn = predicates.Strided(stride, block_size)
         return _build(patterns.strided(stride, *grid), fn, q_len, kv_len, block_size)
 
     @staticmethod
@@ -137,7 +141,9 @@ class BlockMask:
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 0, global_tokens=global_tokens, window=window)
         sizes = q_len, kv_len, block_size
-        near, first = predicates.Band(-window, window), predicates.Global(global_tokens)
+        near = _band(-window, window, q_len, kv_len)
+        global_tokens = min(global_tokens, max(q_len, kv_len))
+        first = predicates.Global(global_tokens)
         runs = combine(
             np.maximum,
             patterns.band(near, *sizes),
@@ -166,10 +172,16 @@ class BlockMask:
         seq = segment_ids.shape[-1]
         ids = on_host(segment_ids).reshape(-1, seq)
         sizes = seq, seq, block_size
-        fn = predicates.Segments(ids[:, None])
         if isinstance(ids, Tracer):
-            return _build(patterns.segment_states(ids, block_size), fn, *sizes)
-        return _build(patterns.segments(ids, block_size), fn, *sizes)
+            states, fn = (
+                patterns.segment_states(ids, block_size),
+                predicates.Segments(ids[:, None]),
+            )
+            return _build(states, fn, *sizes)
+        # Their numbers in ascending order, since JAX may keep 32 bits of an id.
+        numbers = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
+        fn = predicates.Segments(numbers[:, None].astype(np.int32))
+        return _build(patterns.segments(numbers, block_size), fn, *sizes)
 
     @staticmethod
     def from_blocks(
@@ -188,7 +200,8 @@ class BlockMask:
         mask_fn: as in `from_mask_fn`.
 
         Raises:
-            TypeError: the blocks are not boolean.
+            TypeError: the blocks are not boolean, or `mask_fn` is no function of four
+                arguments.
             ValueError: they have another shape, or the lengths do not fit their number.
         """
         op = "BlockMask.from_blocks"
@@ -203,6 +216,7 @@ class BlockMask:
         state = FULL if mask_fn is None else PARTIAL
         states = state * blocks.astype(np.int8)
         if mask_fn is not None:
+            check_mask_fn(op, "mask_fn", mask_fn)
             mask_fn = predicates.Function(mask_fn, *blocks.shape[:2])
         fn = predicates.Blocks(states, mask_fn, block_size)
         on = states if isinstance(states, Tracer) else runs_of_dense(np.asarray(states))
@@ -242,19 +256,24 @@ class BlockMask:
 
         `fn` gets two integers and two arrays of positions, `q` of shape (rows, 1) and
         `k` of shape (1, columns), in a kernel both of (rows, columns), and computes in
-        jnp. It is asked about every pair, a row of blocks at a time. As a static part
-        of the mask it must not hold traced arrays, and jit compiles again for each new
-        function: define it once.
+        jnp. It is asked about every pair, a row of blocks at a time, in time quadratic
+        in the length: who knows the blocks gives them to `from_blocks` with
+        `mask_fn=fn`, which asks nothing here. As a static part of the mask it must not
+        hold traced arrays, and jit compiles again for each new function: define it
+        once. Segment ids that jit traces are for `document`.
 
         Raises:
-            TypeError: `fn` does not give booleans, or holds traced arrays.
+            TypeError: `fn` is no function of four arguments, does not give booleans, or
+                holds traced arrays.
         """
         op = "BlockMask.from_mask_fn"
         check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
         check_sizes(op, 1, batch=batch, heads=heads)
+        check_mask_fn(op, "fn", fn)
         fn = predicates.Function(fn, batch, heads)
         q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (1, 2)))
-        dtype = jax.eval_shape(fn, 0, 0, q, k).dtype
+        given = jax.eval_shape(fn, 0, 0, q, k)
+        dtype = getattr(given, "dtype", type(given).__name__)
         if dtype != jnp.bool_:
             raise TypeError(f"{op}: fn must give booleans, got {dtype}")
         states = patterns.states_of_function(fn, q_len, kv_len, block_size)
@@ -403,9 +422,20 @@ def band_mask(
     block_size: int = BLOCK_SIZE,
 ) -> BlockMask:
     """`lower <= k - q <= upper`, where None is no bound."""
-    fn = predicates.Band(lower, upper)
+    fn = _band(lower, upper, q_len, kv_len)
     runs = patterns.band(fn, q_len, kv_len, block_size)
     return _build(runs, fn, q_len, kv_len, block_size)
+
+
+def _band(
+    lower: int | None, upper: int | None, q_len: int, kv_len: int
+) -> predicates.Band:
+    """Without the bounds that hold for every pair, which may be beyond 32 bits."""
+    if lower is not None and lower <= 1 - q_len:
+        lower = None
+    if upper is not None and upper >= kv_len - 1:
+        upper = None
+    return predicates.Band(lower, upper)
 
 
 def with_keys(mask: BlockMask, seen: AnyArray) -> BlockMask:

@@ -27,7 +27,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
-from ..._core.precision import widen
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, round_up, zeros
 from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
@@ -35,6 +34,7 @@ from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
 from ..dilation import Dilation
+from ..tiles import cotangents_of, sees
 from .batching import over_batch
 from .predicates import unreadable
 from .tokens import Tokens, rings_of, smem_bytes, tokens_of
@@ -99,6 +99,8 @@ def unsupported(
     dim = query.shape[-1]
     if reason := device.unsupported_dtype(query.dtype):
         return reason
+    if not query.shape[0]:
+        return f"batch must not be empty for mosaic_gpu, got {query.shape}"
     if max(dim, value.shape[-1]) > MAX_DIM:
         return (
             f"dim and dim_v must be at most {MAX_DIM} for mosaic_gpu, "
@@ -185,14 +187,12 @@ def _attend_forward(query, key, value, mask, scale, dilation):
 
 def _attend_backward(scale, dilation, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
-    d_out, d_lse = cotangents
-    d_lse = jnp.where(jnp.isneginf(lse2), 0, d_lse.mT)
-    # Without this barrier XLA sums inside of what transposes and stacks: 451 us on an
-    # H200 at (4, 4096, 16, 128), where to read the arrays takes about 60.
-    summed = lax.optimization_barrier((widen(d_out) * _sum(outs)).sum(-1))
-    delta = summed.mT - d_lse
+    d_out, delta = cotangents_of(_sum(outs), lse2.mT, *cotangents, query.dtype)
     gradients = _gradients(
-        query, key, value, d_out, lse2, delta, mask=mask, scale=scale, dilation=dilation
+        *(query, key, value, d_out, lse2, delta.mT),
+        mask=mask,
+        scale=scale,
+        dilation=dilation,
     )
     tokens = tokens_of(dilation, query, key, value)
     spread = [of.spread(x) for of, x in zip(tokens, gradients, strict=True)]
@@ -266,7 +266,7 @@ def _gradients(query, key, value, d_out, lse2, delta, *, mask, scale, dilation=N
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
-    lse2 = jnp.where(jnp.isneginf(lse2), jnp.inf, lse2)
+    lse2 = jnp.where(sees(lse2), lse2, jnp.inf)
     # Whole tiles, whose rows past the end have no weights whatever a copy brings there.
     end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
     lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)

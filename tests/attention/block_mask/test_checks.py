@@ -98,6 +98,38 @@ def under_jit(fn, *args):
             "BlockMask.from_mask_fn: fn must give booleans, got int32",
         ),
         (
+            lambda: untyped.BlockMask.from_mask_fn(lambda q, k: q >= k, 4, 4),
+            TypeError,
+            r"from_mask_fn: fn must take four arguments, .* got one of \(q, k\)",
+        ),
+        (
+            lambda: untyped.BlockMask.from_blocks(
+                np.ones((2, 2), bool), mask_fn=lambda q, k: q >= k
+            ),
+            TypeError,
+            "from_blocks: mask_fn must take four arguments",
+        ),
+        (
+            lambda: untyped.BlockMask.from_mask_fn(3, 4, 4),
+            TypeError,
+            "from_mask_fn: fn must be a function, got int",
+        ),
+        (
+            lambda: untyped.BlockMask.from_mask_fn(lambda b, h, q, k: (q, k), 4, 4),
+            TypeError,
+            "from_mask_fn: fn must give booleans, got tuple",
+        ),
+        (
+            lambda: untyped.BlockMask.local_window(4, 4, window=True),
+            ValueError,
+            "window must be an integer of at least 0, got True",
+        ),
+        (
+            lambda: BlockMask.causal(2**31, 4),
+            ValueError,
+            r"q_len must be less than 2\*\*31, got 2147483648",
+        ),
+        (
             under_jit(
                 lambda x: BlockMask.from_mask_fn(lambda b, h, q, k: x[q] == k, 4, 4),
                 np.arange(4),

@@ -1,3 +1,4 @@
+import itertools
 import time
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import BlockMask
+from jaxkern._attention.block_mask import patterns
+from jaxkern._attention.block_mask.mask import band_mask
+from jaxkern._attention.block_mask.runs import combine
 
 # (q_len, kv_len, block_size)
 SIZES = {
@@ -71,6 +75,49 @@ def test_local_window(size, window):
     q, k = positions(size)
     mask = BlockMask.local_window(*size[:2], window=window, block_size=size[2])
     assert_is(mask, abs(q - k) <= window)
+
+
+@pytest.mark.parametrize("lengths", [(8, 8), (9, 7), (12, 9), (7, 12)])
+def test_states_at_every_edge(lengths):
+    """Bands and first tokens with which a block is full, or empty, by one token."""
+    q, k = positions(lengths)
+    for lower, upper in itertools.product((None, *range(-9, 3)), (None, *range(-2, 9))):
+        dense = np.ones(lengths, bool)
+        if lower is not None:
+            dense &= k - q >= lower
+        if upper is not None:
+            dense &= k - q <= upper
+        got = states_listed(band_mask(lower, upper, *lengths, 4))[0, 0]
+        np.testing.assert_array_equal(got, states_of(dense, 4))
+    inside = patterns.inside(*lengths, 4)
+    for tokens in range(14):
+        first = patterns.first_tokens(tokens, *lengths, 4)
+        got = combine(np.minimum, first, inside).to_dense()[0, 0]
+        expected = states_of((q < tokens) | (k < tokens), 4)
+        np.testing.assert_array_equal(got, expected)
+
+
+# 2**31 and more do not fit in 32 bits, and are what users write for "no limit".
+@pytest.mark.parametrize("large", [2**31 - 1, 2**31, 2**63])
+def test_numbers_beyond_32_bits_are_no_limit(large):
+    q, k = positions((10, 7))
+    block = q // 4 - k // 4
+    for made, expected in [
+        (BlockMask.local_window(10, 7, window=large, block_size=4), True),
+        (BlockMask.strided(10, 7, stride=large, block_size=4), block == 0),
+        (BlockMask.dilated(10, 7, rates=[large, 1], block_size=4), abs(block) <= 1),
+        (
+            BlockMask.global_local(10, 7, global_tokens=large, window=0, block_size=4),
+            True,
+        ),
+    ]:
+        assert_is(made, np.broadcast_to(expected, (10, 7)), exact_lists=False)
+
+
+def test_ids_beyond_32_bits_stay_apart():
+    ids = np.array([1, 1, 2**32 + 1, 2**32 + 1, -(2**40)])
+    mask = BlockMask.document(ids, block_size=2)
+    assert_is(mask, ids[:, None] == ids)
 
 
 @each_size_and("rates", (1, 2, 4), (), (1,), (3, 3))

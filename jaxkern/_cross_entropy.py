@@ -5,9 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._core.checks import (
+    as_int32,
     check_array,
     check_batched,
     check_floating,
@@ -21,7 +22,7 @@ from ._core.sharding import vary_alike
 def cross_entropy(
     hidden: Float[Array, "*batch d_model"],
     head: Float[Array, "d_model vocab"],
-    targets: Int[Array, "*batch"],
+    targets: Integer[Array, "*batch"],
     *,
     where: Bool[Array, "*batch"] | None = None,
     chunk: int = 4096,
@@ -68,7 +69,7 @@ def cross_entropy(
         check_array(op, "where", where, "boolean")
         check_shape(op, "where", where, hidden.shape[:-1], given)
     chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
-    losses = _losses(*vary_alike(hidden, head, jnp.asarray(targets)), chunks)
+    losses = _losses(*vary_alike(hidden, head, as_int32(targets)), chunks)
     return losses if where is None else jnp.where(where, losses, 0)
 
 

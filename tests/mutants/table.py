@@ -263,9 +263,9 @@ MUTANTS = (
         "rotary-fraction",
         "Rotary angles lose the fraction of their frequency.",
         "jaxkern/_attention/rotary.py",
-        "(units - whole).astype(np.float32)",
-        "0 * (units - whole).astype(np.float32)",
-        ("tests/attention/test_rotary.py", "test_exact_at_long_positions"),
+        "size * whole + high * rest_high",
+        "size * whole",
+        ("tests/attention/test_rotary.py", "test_exact_at_any_position and uint32"),
     ),
     Mutant(
         "prompt-lengths",
@@ -277,6 +277,14 @@ MUTANTS = (
             "tests/nn/test_generate.py",
             "test_prompts_of_unequal_length_are_as_alone and not dilated",
         ),
+    ),
+    Mutant(
+        "top-p",
+        "A token stays where likelier ones have just top_p.",
+        "jaxkern/nn/_generate.py",
+        "before < top_p, after > 1 - top_p",
+        "before <= top_p, after >= 1 - top_p",
+        ("tests/nn/test_generate.py", "test_top_p"),
     ),
     Mutant(
         "sharded-rows",

@@ -237,14 +237,15 @@ def _reference(query, key, value, mask, is_causal, scale):
     # Query heads that share a key head are more rows of it. Of products with one such
     # axis XLA's CPU backend fuses the softmax, with two it took up to 3 times as long.
     rows = query.reshape(batch, seq_q, kv_heads, heads // kv_heads, dim)
-    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, -1, dim)
+    count = heads // kv_heads * seq_q
+    rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, count, dim)
     logits = jnp.einsum("bkqd,bskd->bkqs", widen(rows), widen(key)) * scale
     if mask is not None:
         seen = group_heads(mask, kv_heads)
         seen = jnp.broadcast_to(
             seen, (*seen.shape[:2], heads // kv_heads, seq_q, seen.shape[4])
         )
-        seen = seen.reshape(*seen.shape[:2], -1, seen.shape[4])
+        seen = seen.reshape(*seen.shape[:2], count, seen.shape[4])
         logits = jnp.where(seen, logits, -jnp.inf)
     top = finite(lax.stop_gradient(logits.max(-1)))
     weights = jnp.exp(logits - top[..., None])

@@ -141,14 +141,19 @@ def check_shape(
     expected: tuple[str | int, ...],
     because: str = "",
 ) -> None:
-    """`array` has the expected shape; a name stands for a size of at least 1."""
+    """`array` has the expected shape; a name stands for a size of at least 1.
+
+    "batch" stands for any size: nothing is computed for no samples.
+    """
     shape = array.shape
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or got == want
         for got, want in zip(shape, expected, strict=True)
     )
     named = {
-        got for got, want in zip(shape, expected, strict=fits) if isinstance(want, str)
+        got
+        for got, want in zip(shape, expected, strict=fits)
+        if isinstance(want, str) and want != "batch"
     }
     if fits and 0 not in named:
         return

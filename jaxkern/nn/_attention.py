@@ -208,7 +208,8 @@ def _normalize(norm, x, across_heads):
     """By each head's features, or by those of all heads together."""
     if not across_heads:
         return norm(x)
-    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+    *tokens, heads, dim = x.shape
+    return norm(x.reshape(*tokens, heads * dim)).reshape(x.shape)
 
 
 def _check_heads(embed_dim, num_heads, kv_heads, head_dim) -> tuple[int, ...]:

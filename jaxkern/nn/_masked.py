@@ -74,10 +74,9 @@ def _check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
 ) -> None:
     check_floating(module, x=x)
-    if x.ndim < 2 or x.shape[-1] != features or 0 in x.shape:
+    if x.ndim < 2 or x.shape[-1] != features:
         raise ValueError(
-            f"{module}: x must have shape (batch, ..., {features}) and no empty axis, "
-            f"got {x.shape}"
+            f"{module}: x must have shape (batch, ..., {features}), got {x.shape}"
         )
     if num_masks is not None and len(x) > num_masks:
         raise ValueError(

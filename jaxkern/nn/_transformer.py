@@ -7,15 +7,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax import lax
+from jax import export, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._core.checks import as_int32, check_array, check_number, check_shape
+from .._core.checks import (
+    as_int32,
+    check_array,
+    check_integer,
+    check_number,
+    check_shape,
+)
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .._cross_entropy import cross_entropy
@@ -48,6 +55,22 @@ class KVCache(NamedTuple):
     keys: Float[Array, "layers batch capacity kv_heads dim"]
     values: Float[Array, "layers batch capacity kv_heads dim"]
     length: Integer[Array, ""] | Integer[Array, " batch"]
+
+    # Those of tuples would ask arrays for their truth.
+    def __eq__(self, other: object) -> bool:
+        """Whether all arrays are equal; not under `jit`."""
+        return isinstance(other, KVCache) and all(map(np.array_equal, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        raise TypeError("unhashable type: 'KVCache'")
+
+
+export.register_namedtuple_serialization(
+    KVCache, serialized_name="jaxkern.nn.KVCache"
+)
 
 
 def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
@@ -273,8 +296,8 @@ class TransformerLM(nnx.Module):
         """An empty one, for up to `capacity` tokens of so many sequences.
 
         Raises:
-            ValueError: the model has an `attention_fn` of its own, a size is not a
-                positive integer, or `capacity` is above `context_length`.
+            ValueError: the model has an `attention_fn` of its own, a size is no integer
+                or negative, or `capacity` is 0 or above `context_length`.
         """
         op = "TransformerLM.make_cache"
         if not self.can_cache:
@@ -282,7 +305,8 @@ class TransformerLM(nnx.Module):
                 f"{op}: attention_fn must be None for a cache, got one; "
                 "generate(cache=False) needs none"
             )
-        batch, capacity = check_arguments(op, None, batch=batch, capacity=capacity)
+        batch = check_integer(op, "batch", batch, least=0)
+        capacity = check_integer(op, "capacity", capacity)
         _check_length(op, "capacity", capacity, self.context_length)
         layers, kv_heads, dim = self.cache_shape
         shape = layers, batch, capacity, kv_heads, dim
@@ -306,8 +330,8 @@ class TransformerLM(nnx.Module):
         check_array(op, "cache.length", cache.length, "integer")
         lengths, seq = known(cache.length), tokens.shape[1]
         if lengths is not None:
-            most = cache.keys.shape[2]
-            _check_length(op, "tokens and cache", int(lengths.max()) + seq, most)
+            length, most = int(lengths.max(initial=0)), cache.keys.shape[2]
+            _check_length(op, "tokens and cache", length + seq, most)
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         length = as_int32(cache.length)
 

@@ -68,9 +68,7 @@ class KVCache(NamedTuple):
         raise TypeError("unhashable type: 'KVCache'")
 
 
-export.register_namedtuple_serialization(
-    KVCache, serialized_name="jaxkern.nn.KVCache"
-)
+export.register_namedtuple_serialization(KVCache, serialized_name="jaxkern.nn.KVCache")
 
 
 def _places_with_cache(tokens: P) -> tuple[P, KVCache]:

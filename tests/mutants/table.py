@@ -27,6 +27,13 @@ class Mutant:
     tests: tuple[str, str]
 
 
+SAVE = "        self.manager.save(step, args=ocp.args.StandardSave(state))\n"
+LOSSES = """        if is_first():
+            with to_write(), self.losses.open("a") as file:
+                file.writelines(f"{loss!r}\\n" for loss in losses)
+                file.flush()
+                os.fsync(file.fileno())
+"""
 BY_TILES = (
     "tests/attention/test_dense.py",
     "test_values_and_gradients and tiles and 17x65-causal",
@@ -293,6 +300,14 @@ MUTANTS = (
         'rngs, narrow, param_dtype, ("mlp", "embed")',
         'rngs, narrow, param_dtype, ("embed", "mlp")',
         ("tests/nn/test_mlp.py", "test_every_kernel_has_a_partition_spec"),
+    ),
+    Mutant(
+        "checkpoint-first",
+        "A checkpoint is written before the losses up to it.",
+        "examples/train_lm.py",
+        LOSSES + SAVE,
+        SAVE + LOSSES,
+        ("tests/examples/test_train_lm.py", "beside_the_write_of_a_checkpoint"),
     ),
     Mutant(
         "times-first",

@@ -332,8 +332,6 @@ class Checkpoints:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self.manager is not None:
-            self.manager.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -342,16 +340,14 @@ class Checkpoints:
         if self.manager is None:
             return
         saves = -(-(self.args.steps - first) // self.args.every)
+        kept = min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
         # One is written before the oldest is deleted.
-        more = (
-            KEPT_CHECKPOINTS + 1 - min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
-        )
-        needed = min(saves, more) * bytes_each
+        more = min(saves, KEPT_CHECKPOINTS + 1 - kept)
         free = shutil.disk_usage(self.losses.parent).free
-        if free < needed:
+        if free < more * bytes_each:
             sys.exit(
-                f"--folder must be on a disk with {needed / 1e6:.1f} MB free, for "
-                f"{min(saves, more)} more checkpoints, got {free / 1e6:.1f} MB"
+                f"--folder must be on a disk with {more * bytes_each / 1e6:.1f} MB "
+                f"free, for {more} checkpoints, got {free / 1e6:.1f} MB"
             )
 
     def restore(self, state):
@@ -399,8 +395,10 @@ class Checkpoints:
         self.manager.reload()
 
     def _keep_losses(self, count: int) -> None:
+        if not is_first():
+            return
         lines = self.losses.read_text().splitlines(keepends=True)
-        if is_first() and len(lines) > count:
+        if len(lines) > count:
             with to_write(), replacing(self.losses) as part:
                 part.write_text("".join(lines[:count]))
 

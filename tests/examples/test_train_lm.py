@@ -107,7 +107,7 @@ def test_a_kill_beside_the_write_of_a_checkpoint_loses_no_line(
     assert (folder / "losses.csv").read_text() == losses
 
 
-def test_a_folder_has_one_run_and_one_text(folder, tmp_path, text, monkeypatch):
+def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
     argv, files = ("--folder", str(folder)), [folder / "losses.csv"]
     files.append(folder / "settings.json")
     before = [file.read_bytes() for file in files]

@@ -16,7 +16,6 @@ import jaxkern
 from jaxkern import nn
 
 PATTERN = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
-WARM = partial(jaxkern.binary_concrete, temperature=0.5)
 LM = {"vocab_size": 20, "context_length": 8, "d_model": 16, "num_layers": 2}
 LM |= {"num_heads": 2, "d_ff": 12}
 FEATURES, IDS = (8, 16), (8,)
@@ -63,7 +62,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "MaskedLinear": (
         nn.MaskedLinear,
         {"in_features": 16, "out_features": 12, "num_masks": 2},
-        lambda: {"estimator": partial(WARM, temperature=0.25)},
+        lambda: {"estimator": partial(jaxkern.straight_through, key=None)},
         FEATURES,
     ),
     "Bilinear": (
@@ -75,13 +74,13 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "MaskedBilinear": (
         nn.MaskedBilinear,
         {"in_features": 16, "hidden_features": 12, "num_masks": 2},
-        lambda: {"estimator": partial(WARM, temperature=0.25)},
+        lambda: {"estimator": partial(jaxkern.straight_through, key=None)},
         FEATURES,
     ),
     "QuadraticTransformer": (
         nn.QuadraticTransformer,
         {"vocab_size": 20, "embed_dim": 16, "num_heads": 2, "num_layers": 2},
-        lambda: {"masked_layers": (1,), "estimator": partial(WARM)},
+        lambda: {"masked_layers": (1,), "estimator": partial(jaxkern.reinmax)},
         IDS,
     ),
     "TransformerLM": (nn.TransformerLM, LM, dict, IDS),

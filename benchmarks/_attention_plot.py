@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ._attention_report import allocated_mib
 from ._harness import Row
+from ._report import save_figure
 
 # Those of one kind share a colour; peers are grey, causal rows dashed.
 COLOURS = {
@@ -86,7 +87,7 @@ def plot(
         fontsize=8.5,
     )
     figure.tight_layout(rect=(0, inches / figure.get_figheight(), 1, 0.99))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ._estimators_report import KERNEL, TITLES, Found, peak_mib, total_ms
 from ._harness import Row
+from ._report import save_figure
 
 COLOURS = {
     "fused": "#c1272d",
@@ -58,7 +59,7 @@ def plot(
     text = f"{meta['device']}, {meta['dtype']}, jaxkern {meta['revision']}"
     figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
     figure.tight_layout(rect=(0, 0.015, 1, 0.95))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -5,7 +5,6 @@ logits is a sum over 64 outcomes.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +16,16 @@ from rich.console import Console
 
 import jaxkern
 
-from ._report import make_console, metadata, number, print_header, print_table, table
+from ._report import (
+    Results,
+    make_console,
+    metadata,
+    number,
+    print_header,
+    print_table,
+    save_figure,
+    table,
+)
 
 ENTRIES, DRAWS = 6, 2**16
 SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -244,7 +252,7 @@ def plot(rows: list[Row], path: Any, meta: Mapping[str, Any]) -> None:
     text = f"{DRAWS} draws, seed {meta['seed']}, jaxkern {meta['revision']}"
     figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
     figure.tight_layout(rect=(0, 0.015, 1, 0.93))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 
@@ -277,8 +285,9 @@ def main(args: argparse.Namespace) -> int:
     with jax.default_matmul_precision("highest"):
         rows = study(args.seed)
     print_study(console, rows)
-    if args.json:
-        args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    results = Results(args.json, meta)
+    results.rows = rows
+    saved = results.end(complete=True)
     if args.plot:
         plot(rows, args.plot, meta)
-    return 0
+    return int(not saved)

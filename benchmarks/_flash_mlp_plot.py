@@ -10,6 +10,7 @@ from . import _flash_mlp_model as model
 from ._flash_mlp_model import PASSES, Shape
 from ._flash_mlp_report import PUBLISHED_ROWS, by_shape, published_ms, shape_of
 from ._harness import Row
+from ._report import save_figure
 
 COLOURS = {
     "mosaic_gpu": "#c1272d",
@@ -43,7 +44,7 @@ def _pyplot() -> Any:
 def _save(figure: Any, path: Path, meta: Mapping[str, Any]) -> None:
     text = f"{meta['device']}, {meta['dtype']}, jaxkern {meta['revision']}"
     figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     _pyplot().close(figure)
 
 

@@ -30,7 +30,7 @@ from ._mlp_stages import (
     predicted_us,
 )
 from ._mlp_stages_report import sum_of, times
-from ._report import WIDTH, print_table, table
+from ._report import WIDTH, print_table, save_figure, table
 
 TOKENS = (512, 2048, 8192, 32768)
 # Of x and of the hidden layer; their ranks go up to where full rank is smaller.
@@ -201,7 +201,7 @@ def plot(
         text = f"{meta['device']}, {meta['dtype']}, {text}"
     figure.text(0.995, 0.01, text, ha="right", va="bottom", fontsize=7)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)
 
 

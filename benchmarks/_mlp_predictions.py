@@ -65,11 +65,9 @@ def main(args: argparse.Namespace) -> int:
         rows = predictions()
         _print_rows(console, [row for row in rows if "part" not in row])
         _print_stages(console, [row for row in rows if "part" in row])
-        if args.json:
-            results = Results(args.json, meta)
-            results.rows, results.meta["complete"] = rows, True
-            results.save()
-            status = int(results.error is not None)
+        results = Results(args.json, meta)
+        results.rows = rows
+        status = int(not results.end(complete=True))
     points = break_even.predicted()
     break_even.print_predicted(console, points)
     if args.break_even:

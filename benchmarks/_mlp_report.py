@@ -10,7 +10,7 @@ from rich.console import Console
 from . import _mlp_model as shapes
 from . import _mlp_peers as peers
 from ._harness import Row
-from ._report import number, print_problems, print_table, ratio, table
+from ._report import number, print_problems, print_table, ratio, save_figure, table
 
 PUBLISHED_ON = "PyTorch, RTX 3090, bfloat16; the 2:4 there is the static mask"
 Figures = Mapping[tuple[str, int, str], float]
@@ -234,5 +234,5 @@ def plot(
     figure.text(
         0.99, 0.005, f"{meta['device']}, {meta['dtype']}", ha="right", fontsize=7
     )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     plt.close(figure)

@@ -10,7 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,29 @@ def print_header(console: Console, question: str, meta: Mapping[str, Any]) -> No
     console.print()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, which takes its place once it is whole.
+
+    Of this process alone: others may write to the same `path`, and the last one wins.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """What cannot be written ends the program with its reason; `path` stays whole."""
+    try:
+        with replacing(path) as part:
+            figure.savefig(part, dpi=150, format=path.suffix[1:].lower())
+    except OSError as error:
+        sys.exit(f"not drawn: {error}")
+
+
 class Results:
     """Rows on their way to a JSON file that is whole after each of them."""
 
@@ -130,14 +154,21 @@ class Results:
         if self.path is None or not self.rows:
             return
         whole = json.dumps({"meta": self.meta, "rows": self.rows}, indent=1)
-        part = self.path.with_name(self.path.name + ".part")
         try:
-            part.write_text(whole + "\n")
-            part.replace(self.path)
+            with replacing(self.path) as part:
+                part.write_text(whole + "\n")
             self.error = None
         # A full disk must not end the run: the rows are printed all the same.
         except OSError as error:
             self.error = error
+
+    def end(self, complete: bool) -> bool:
+        """Save once more; whether it went well, and why not is printed."""
+        self.meta["complete"] = complete
+        self.save()
+        if self.error:
+            print(f"not saved: {self.error}", file=sys.stderr)
+        return self.error is None
 
 
 class RowProgress:
@@ -238,12 +269,9 @@ def execute(
             )
         except KeyboardInterrupt:
             complete = False
-    results.meta["complete"] = complete
-    results.save()
-    if results.error:
-        print(f"not saved: {results.error}", file=sys.stderr)
-    failed = results.error or any(row["status"] == "failed" for row in results.rows)
-    return results.rows, int(bool(failed)) if complete else 130
+    saved = results.end(complete)
+    failed = not saved or any(row["status"] == "failed" for row in results.rows)
+    return results.rows, int(failed) if complete else 130
 
 
 def table(title: str, columns: Sequence[str]) -> Table:

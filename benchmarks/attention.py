@@ -303,9 +303,8 @@ def _add_figures(
     tasks = {(e.task.shape.sizes, e.name): e.task for e in kernels.entries(args)}
     kernels.add_figures(rows, tasks, args.on_device)
     results = Results(args.json, meta)
-    results.rows, results.meta["complete"] = rows, len(rows) == count
-    results.save()
-    return int(results.error is not None)
+    results.rows = rows
+    return int(not results.end(complete=len(rows) == count))
 
 
 if __name__ == "__main__":

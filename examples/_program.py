@@ -1,7 +1,8 @@
-"""How the examples check where they draw, and how they run.
+"""How the examples write files and check where they draw, and how they run.
 
 Examples stand alone, for who takes the folder away: so `run_program` is here and, for
-benchmarks, in `benchmarks/_cli.py`. One test holds both to the same.
+benchmarks, in `benchmarks/_cli.py`, as is `replacing`, in `benchmarks/_report.py`. One
+test holds both to the same.
 """
 
 import argparse
@@ -9,7 +10,8 @@ import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +27,33 @@ def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if path.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf, got {str(path)!r}")
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+    if not os.access(path.resolve().parent, os.W_OK):
         parser.error(f"--plot must be in a folder to write to, got {str(path)!r}")
-    if path.exists() and not os.access(path, os.W_OK):
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         parser.error(f"--plot must be a file to write, got {str(path)!r}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, which takes its place once it is whole and on the disk."""
+    path = path.resolve()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """What cannot be written ends the program with its reason; `path` stays whole."""
+    try:
+        with replacing(path) as part:
+            figure.savefig(part, dpi=150, format=path.suffix[1:])
+    except OSError as error:
+        sys.exit(f"not drawn: {error}")
 
 
 def run_program(main: Callable[[], Any]) -> NoReturn:

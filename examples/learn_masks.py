@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from _program import check_plot, run_program
+from _program import check_plot, run_program, save_figure
 from flax import nnx
 
 import jaxkern
@@ -137,7 +137,7 @@ def plot(frontier: dict[str, list[tuple[float, float]]], path: Path) -> None:
     axis.grid(lw=0.4)
     axis.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _program import check_plot, run_program
+from _program import check_plot, run_program, save_figure
 from flax import nnx
 
 import jaxkern
@@ -158,7 +158,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     axes.set_title(EMULATED, fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

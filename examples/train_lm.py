@@ -14,24 +14,27 @@ srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder r
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from _program import check_plot, run_program
+from _program import check_plot, replacing, run_program, save_figure
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -243,40 +246,109 @@ def pure(tree: Any) -> Any:
     )
 
 
-class Checkpoints:
-    """In a folder, or nowhere; the settings of the run lie beside them."""
+@contextmanager
+def to_write() -> Iterator[None]:
+    """What the folder does not take ends the run with its reason."""
+    try:
+        yield
+    except OSError as error:
+        sys.exit(f"--folder must be a folder to write to: {error}")
 
-    def __init__(self, args: argparse.Namespace, bytes_each: int):
-        self.manager = None
+
+def keep_settings(path: Path, settings: dict[str, str]) -> None:
+    """Of a run's first start; later ones must have the same."""
+    try:
+        old = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        sys.exit(f"{path} cannot be read: {error}")
+    changed = [k for k in settings if settings[k] != old.get(k, settings[k])]
+    if changed:
+        text = ", ".join(f"{k} {old[k]}, now {settings[k]}" for k in changed)
+        sys.exit(f"{path.parent} holds a run with other settings: {text}")
+    if is_first() and settings != old:
+        with replacing(path) as part:
+            part.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def take(folder: Path) -> TextIO | None:
+    """Hold the folder while the file is open; a process that dies lets it go."""
+    lock = (folder / "lock").open("a+")
+    # Windows has no such locks.
+    if importlib.util.find_spec("fcntl") is None:
+        return lock
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        sys.exit(f"--folder must be of no other run, got {folder}, held by {holder}")
+    except OSError as error:
+        say(f"{folder} cannot be locked, so start no second run in it: {error}")
+        return lock
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
+    lock.flush()
+    return lock
+
+
+class Checkpoints:
+    """In a folder, or nowhere; the settings of the run lie beside them.
+
+    Until `with` ends, the folder is this run's alone.
+    """
+
+    def __init__(self, args: argparse.Namespace, text: np.ndarray):
+        self.manager, self.lock, self.args = None, None, args
         if args.folder is None:
             return
         settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in HOW}
-        folder, saved = args.folder.resolve(), args.folder / "settings.json"
+        # Another text of the same name would go on where this one ended.
+        settings["text_sha256"] = hashlib.sha256(text).hexdigest()
+        folder = args.folder.resolve()
         self.losses = folder / "losses.csv"
-        # Before an hour of training, not after it.
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.losses.touch()
-            free = shutil.disk_usage(folder).free
-        except OSError as error:
-            sys.exit(f"--folder must be a folder to write to: {error}")
-        # One is written before the oldest is deleted.
-        needed = (KEPT_CHECKPOINTS + 1) * bytes_each
-        if free < needed:
-            sys.exit(
-                f"--folder must be on a disk with {needed / 1e6:.1f} MB free, for "
-                f"{KEPT_CHECKPOINTS + 1} checkpoints, got {free / 1e6:.1f} MB"
-            )
-        if saved.exists() and (old := json.loads(saved.read_text())) != settings:
-            changed = [k for k in settings if settings[k] != old.get(k)]
-            text = ", ".join(f"{k} {old.get(k)}, now {settings[k]}" for k in changed)
-            sys.exit(f"{args.folder} holds a run with other settings: {text}")
-        if is_first():
-            saved.write_text(json.dumps(settings, indent=1) + "\n")
+            # Before an hour of training, not after it.
+            with to_write():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.losses.touch()
+                self.lock = take(folder) if is_first() else None
+                keep_settings(folder / "settings.json", settings)
+        except BaseException:
+            self.__exit__()
+            raise
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
         )
-        self.manager = ocp.CheckpointManager(folder / "checkpoints", options=options)
+        # Named, since orbax would guess it from the newest one, which may be damaged.
+        handler = ocp.StandardCheckpointHandler()
+        self.manager = ocp.CheckpointManager(
+            folder / "checkpoints", options=options, item_handlers=handler
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.lock is not None:
+            self.lock.close()
+
+    def check_room(self, first: int, bytes_each: int) -> None:
+        """The disk holds what is still to be saved, or the run ends at once."""
+        if self.manager is None:
+            return
+        saves = -(-(self.args.steps - first) // self.args.every)
+        kept = min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
+        # One is written before the oldest is deleted.
+        more = min(saves, KEPT_CHECKPOINTS + 1 - kept)
+        free = shutil.disk_usage(self.losses.parent).free
+        if free < more * bytes_each:
+            sys.exit(
+                f"--folder must be on a disk with {more * bytes_each / 1e6:.1f} MB "
+                f"free, for {more} checkpoints, got {free / 1e6:.1f} MB"
+            )
 
     def restore(self, state):
         """The latest state that can be read and its step; at first the one given and 0.
@@ -323,16 +395,19 @@ class Checkpoints:
         self.manager.reload()
 
     def _keep_losses(self, count: int) -> None:
-        if is_first():
-            lines = self.losses.read_text().splitlines(keepends=True)[:count]
-            self.losses.write_text("".join(lines))
+        if not is_first():
+            return
+        lines = self.losses.read_text().splitlines(keepends=True)
+        if len(lines) > count:
+            with to_write(), replacing(self.losses) as part:
+                part.write_text("".join(lines[:count]))
 
     def save(self, step: int, state, losses: list[float]) -> None:
         if self.manager is None:
             return
         # The losses first: a kill in between leaves too many, which are dropped.
         if is_first():
-            with self.losses.open("a") as file:
+            with to_write(), self.losses.open("a") as file:
                 file.writelines(f"{loss!r}\n" for loss in losses)
                 file.flush()
                 os.fsync(file.fileno())
@@ -388,11 +463,26 @@ class Run(NamedTuple):
 
 
 def train(args: argparse.Namespace) -> Run:
-    train_text, held_out = split(read_bytes(args.text), args.context)
-    mesh, (graph, init, step, loss) = prepare(args)
+    text = read_bytes(args.text)
+    split(text, args.context)
+    mesh, programs = prepare(args)
+    with Checkpoints(args, text) as checkpoints:
+        return train_on(text, args, mesh, programs, checkpoints)
+
+
+def train_on(
+    text: np.ndarray,
+    args: argparse.Namespace,
+    mesh: jax.sharding.Mesh,
+    programs: Any,
+    checkpoints: Checkpoints,
+) -> Run:
+    train_text, held_out = split(text, args.context)
+    graph, init, step, loss = programs
     shapes = jax.tree.leaves(jax.eval_shape(init))
-    checkpoints = Checkpoints(args, sum(x.size * x.dtype.itemsize for x in shapes))
     state, first = checkpoints.restore(init())
+    size = sum(x.size * x.dtype.itemsize for x in shapes)
+    checkpoints.check_room(first, size)
     size = sum(w.size for w in jax.tree.leaves(state["weights"]))
     say(f"{size} parameters, {len(train_text)} bytes to learn from")
     batch = partial(make_batch, train_text, args, mesh)
@@ -464,7 +554,7 @@ def plot(runs: list[Run], path: Path) -> None:
     axes.set_ylabel("loss, nats a byte")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

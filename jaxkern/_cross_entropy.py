@@ -4,11 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ._core.checks import (
+    as_int32,
     check_array,
     check_batched,
     check_floating,
@@ -22,7 +22,7 @@ from ._core.sharding import vary_alike
 def cross_entropy(
     hidden: Float[Array, "*batch d_model"],
     head: Float[Array, "d_model vocab"],
-    targets: Int[Array, "*batch"],
+    targets: Integer[Array, "*batch"],
     *,
     where: Bool[Array, "*batch"] | None = None,
     chunk: int = 4096,
@@ -71,23 +71,13 @@ def cross_entropy(
         check_array(op, "where", where, "boolean")
         check_shape(op, "where", where, hidden.shape[:-1], given)
     chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
-    targets = _within(targets, head.shape[1])
+    targets = as_int32(targets)
     if where is not None:
         # Whatever they are: 0 times a NaN would be NaN in the gradient of `head`.
         hidden = jnp.where(where[..., None], hidden, 0)
         targets = jnp.where(where, targets, 0)
     losses = _losses(*vary_alike(hidden, head, targets), chunks)
     return losses if where is None else jnp.where(where, losses, 0)
-
-
-def _within(targets: Int[Array, "*batch"], vocab: int) -> Int[Array, "*batch"]:
-    """In 32 bits, and -1 if not in the vocabulary: others may wrap or not hold it."""
-    on_host = isinstance(targets, np.ndarray)
-    if targets.dtype.itemsize < 4:
-        targets = targets.astype(np.int32)
-    inside = (targets >= 0) & (targets < vocab)
-    kept = (np if on_host else jnp).where(inside, targets, -1)
-    return jnp.asarray(kept.astype(np.int32))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

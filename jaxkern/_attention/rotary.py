@@ -1,12 +1,13 @@
 """Rotary position embedding."""
 
-import math
+from decimal import Decimal, localcontext
+from functools import cache
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from .._core.checks import (
     check_array,
@@ -18,11 +19,14 @@ from .._core.checks import (
 from .._core.precision import widen
 
 Pairs = Literal["interleaved", "halves", "seed"]
+# 1 / (2 pi), to more digits than the product of two 64-bit integers has.
+TURNS_A_RADIAN = Decimal("0.15915494309189533576888376337251436203445964574046")
+DIGITS = 50
 
 
 def rotary_embedding(
     x: Float[Array, "batch seq heads dim"],
-    positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+    positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
     *,
     theta: float = 1e4,
     pairs: Pairs = "interleaved",
@@ -45,19 +49,20 @@ def rotary_embedding(
       weights that were trained with it.
 
     Angles, sines and products are float32, float64 if `x` is; the result is rounded
-    once. An angle is reduced modulo $2 \pi$ in 64 bits of integer arithmetic before it
-    is rounded, so that it is off by at most 4e-7 at any position, where the float32
+    once. An angle is reduced modulo $2 \pi$ in exact integer arithmetic before it is
+    rounded, so that it is off by at most 4e-7 at any position, where the float32
     product $p\,\omega_i$ is off by 0.03 at a million.
 
     Args:
-        positions: of the tokens, of any sign; None for 0, 1, ...
+        positions: of the tokens, of any sign and integer dtype; None for 0, 1, ...
+            Those of NumPy must fit in 32 bits where JAX's 64-bit types are off.
         theta: a number known when traced.
 
     Raises:
         TypeError: `x` is no floating-point array, `positions` no integer array, or
             `theta` no number.
         ValueError: the shapes do not fit, dim is odd, `theta` is not positive and
-            finite, or `pairs` is unknown.
+            finite, `pairs` is unknown, or a position does not fit in 32 bits.
 
     References:
         RoFormer, eq. 34: https://arxiv.org/abs/2104.09864.
@@ -73,13 +78,13 @@ def rotary_embedding(
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if positions is None:
         positions = jnp.arange(seq)
-    _check_positions(op, positions, batch, seq)
-    omega = float(theta) ** (-2 * np.arange(dim // 2) / dim)
-    omega = np.repeat(omega, 2) if pairs == "interleaved" else np.tile(omega, 2)
+    positions = _check_positions(op, positions, batch, seq)
     wide = widen(x)
     if positions.ndim == 1:
         positions = positions[None]
-    angles = _angles(positions, omega[None, None], wide.dtype)[:, :, None]
+    order = np.arange(dim // 2)
+    order = np.repeat(order, 2) if pairs == "interleaved" else np.tile(order, 2)
+    angles = _angles(positions, float(theta), order, wide.dtype)[:, :, None]
     rotated = wide * jnp.cos(angles) + _quarter_turn(wide, pairs) * jnp.sin(angles)
     return rotated.astype(x.dtype)
 
@@ -93,25 +98,58 @@ def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
     return jnp.stack([-b, a], axis=-1).reshape(x.shape)
 
 
-def _angles(positions: jax.Array, omega: np.ndarray, dtype: jnp.dtype) -> jax.Array:
-    """positions * omega, modulo a whole turn."""
-    if dtype.itemsize > 4:
-        return positions.astype(dtype)[..., None] * omega
-    # A turn is 2**32: whole parts multiply exactly modulo 2**32, as unsigned integers
-    # do, and what the fractions add to them is small.
-    units = omega / (2 * math.pi) * 2**32
-    whole = np.rint(units)
-    fraction = (units - whole).astype(np.float32)
-    p = positions.astype(jnp.int32)[..., None]
-    turned = p * (whole % 2**32).astype(np.uint32).astype(np.int32)
-    turned += jnp.rint(p.astype(jnp.float32) * fraction).astype(jnp.int32)
-    return turned.astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
+def _angles(
+    positions: jax.Array, theta: float, order: np.ndarray, dtype: jnp.dtype
+) -> jax.Array:
+    """positions * theta ** (-order / len), modulo a whole turn."""
+    bits = 8 * max(positions.dtype.itemsize, dtype.itemsize, 4)
+    half, unsigned = bits // 2, np.dtype(f"uint{bits}")
+    whole, rest = (x[None, None, order] for x in _turns(theta, len(order) // 2, bits))
+    p = positions[..., None]
+    # Without the sign; that of the least integer is right as an unsigned one.
+    size = abs(p).astype(unsigned)
+    # A turn is 2**bits: the lower bits of a product are its place in the turn. Of what
+    # is less than a unit only the upper bits of the product count.
+    high, low = size >> half, size & (2**half - 1)
+    rest_high, rest_low = rest >> half, rest & (2**half - 1)
+    turned = size * whole + high * rest_high
+    turned += ((high * rest_low) >> half) + ((low * rest_high) >> half)
+    turned = jnp.where(p < 0, -turned, turned).astype(f"int{bits}")
+    return turned.astype(dtype) * np.asarray(2 * np.pi / 2**bits, dtype)
 
 
-def _check_positions(op: str, positions: jax.Array, batch: int, seq: int) -> None:
+@cache
+def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """theta ** (-i / count) / (2 pi), whole and rest in units of 2 ** -bits turns."""
+    with localcontext(prec=DIGITS) as exact:
+        base, scale = Decimal(theta), TURNS_A_RADIAN * 4**bits
+        turns = [exact.power(base, -Decimal(i) / count) * scale for i in range(count)]
+    # The turns beyond the first one are none.
+    parts = [divmod(int(x) % 4**bits, 2**bits) for x in turns]
+    whole, rest = np.array(parts, f"uint{bits}").T
+    return whole, rest
+
+
+def _check_positions(
+    op: str, positions: jax.Array | np.ndarray, batch: int, seq: int
+) -> jax.Array:
+    """In at least 32 bits; NumPy's in 32 unless 64-bit types are on."""
     check_array(op, "positions", positions, "integer")
     if positions.shape not in ((seq,), (batch, seq)):
         raise ValueError(
             f"{op}: positions must have shape ({seq},) or ({batch}, {seq}), "
             f"got {positions.shape}"
         )
+    if positions.dtype.itemsize < 4:
+        return jnp.asarray(positions, jnp.int32)
+    narrow = jax.dtypes.canonicalize_dtype(positions.dtype)
+    if narrow == positions.dtype or positions.size == 0:
+        return jnp.asarray(positions)
+    least, most = int(positions.min()), int(positions.max())
+    for dtype in (jnp.int32, jnp.uint32):
+        if jnp.iinfo(dtype).min <= least and most <= jnp.iinfo(dtype).max:
+            return jnp.asarray(positions, dtype)
+    raise ValueError(
+        f"{op}: positions must fit in int32 or in uint32 unless jax_enable_x64 is on, "
+        f"got {least} to {most}"
+    )

@@ -13,6 +13,22 @@ from jax.core import Tracer
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+def check_dtype(op: str, name: str, dtype: Any) -> None:
+    """`dtype` names one of our dtypes."""
+    got = dtype
+    # Without this, None would be NumPy's float64.
+    if dtype is not None:
+        try:
+            got = jnp.dtype(dtype).name
+        except TypeError:
+            pass
+    if got not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be a floating-point dtype out of "
+            f"{', '.join(DTYPES)}, got {got}"
+        )
+
+
 def check_floating(op: str, **arrays: object) -> None:
     """Every array has one of our dtypes, and all have the first one's."""
     first, dtype = "", None
@@ -66,6 +82,20 @@ def kind_of(value: object) -> str:
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     return type(value).__name__
+
+
+def as_int32(array: jax.Array | np.ndarray) -> jax.Array:
+    """Integers in 32 bits, in which they can be compared, added to and stored.
+
+    One that does not fit is the nearest that does, so that it is out of range still.
+    """
+    limits, given = jnp.iinfo(jnp.int32), jnp.iinfo(array.dtype)
+    numpy: Any = np if isinstance(array, np.ndarray) else jnp
+    if given.max > limits.max:
+        array = numpy.minimum(array, limits.max)
+    if given.min < limits.min:
+        array = numpy.maximum(array, limits.min)
+    return jnp.asarray(array, jnp.int32)
 
 
 def check_integer(op: str, name: str, value: object, least: int = 1) -> int:

@@ -178,7 +178,7 @@ def _choose(
             return f"method must be None or 'fused' for mosaic_gpu, got {method!r}"
         return unsupported(x.dtype, [one.dtype for one in masks.arrays])
 
-    tokens = len(x) * x.shape[1] // masks.samples
+    tokens = len(x) * x.shape[1] // max(masks.samples, 1)
     enough = KERNEL_LEAST_TOKENS <= tokens <= KERNEL_MOST_TOKENS
     faster = masks.samples >= KERNEL_LEAST_SAMPLES and enough
     return choose(op, implementation, arrays, unsupported, faster)

@@ -1,7 +1,6 @@
 """Multi-head attention around any of the attention functions."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,8 +18,10 @@ from .._core.checks import (
 )
 from ._common import (
     axis_metadata,
+    bind,
     check_arguments,
     check_callable,
+    check_dtypes,
     default_attention_kernel_init,
     scale_init,
 )
@@ -73,7 +74,8 @@ class MultiHeadAttention(nnx.Module):
         kernel_init: for each kernel, as a matrix of all its heads.
 
     Raises:
-        TypeError: `attention_fn` or `norm` cannot be called, or `gain` is no number.
+        TypeError: `attention_fn` or `norm` cannot be called, `gain` is no number, a
+            dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or does not divide; `gain` is not
             positive and finite; `qk_norm` is unknown.
 
@@ -103,11 +105,11 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads}
-        _check_heads(sizes, kv_heads, head_dim)
+        embed_dim, num_heads, kv_heads, dim = _check_heads(
+            embed_dim, num_heads, kv_heads, head_dim
+        )
         _check_options(attention_fn, norm, qk_norm, gain)
-        dim = embed_dim // num_heads if head_dim is None else head_dim
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes = check_dtypes("MultiHeadAttention", dtype, param_dtype, rngs)
 
         def project(heads, name, init):
             return nnx.LinearGeneral(
@@ -147,9 +149,8 @@ class MultiHeadAttention(nnx.Module):
         self.num_kv_heads = kv_heads
         self.head_dim = dim
         self.qk_norm: QKNorm | None = qk_norm
-        self.attention_fn = (
-            partial(attention_fn, is_causal=True) if is_causal else attention_fn
-        )
+        options = {"is_causal": True} if is_causal else {}
+        self.attention_fn = bind(attention_fn, **options)
 
     def __call__(
         self,
@@ -178,13 +179,26 @@ class MultiHeadAttention(nnx.Module):
             check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)
+        q, k, v = self.to_heads(query, key, value)
+        heads = self.attention_fn(q, k, v, **options)
+        _check_result(heads, q.shape)
+        return self.from_heads(heads)
+
+    def to_heads(
+        self, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the call gives to `attention_fn`."""
         q, k, v = self.query(query), self.key(key), self.value(value)
         if self.qk_norm is not None:
             across = self.qk_norm == "embed"
             q = _normalize(self.query_norm, q, across)
             k = _normalize(self.key_norm, k, across)
-        heads = self.attention_fn(q, k, v, **options)
-        _check_result(heads, q.shape)
+        return q, k, v
+
+    def from_heads(
+        self, heads: Float[Array, "batch seq_q heads dim"]
+    ) -> Float[Array, "batch seq_q embed"]:
+        """What the call makes of the result of `attention_fn`."""
         if self.sub_norm is not None:
             heads = _normalize(self.sub_norm, heads, across_heads=True)
         return self.out(heads)
@@ -194,14 +208,16 @@ def _normalize(norm, x, across_heads):
     """By each head's features, or by those of all heads together."""
     if not across_heads:
         return norm(x)
-    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+    *tokens, heads, dim = x.shape
+    return norm(x.reshape(*tokens, heads * dim)).reshape(x.shape)
 
 
-def _check_heads(sizes, kv_heads, head_dim) -> None:
+def _check_heads(embed_dim, num_heads, kv_heads, head_dim) -> tuple[int, ...]:
+    """The same as Python's integers, `head_dim` too where it is None."""
     op = "MultiHeadAttention"
-    given = {} if head_dim is None else {"head_dim": head_dim}
-    check_arguments(op, None, **sizes, num_kv_heads=kv_heads, **given)
-    embed_dim, num_heads = sizes["embed_dim"], sizes["num_heads"]
+    embed_dim, num_heads, kv_heads = check_arguments(
+        op, None, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads
+    )
     if head_dim is None and embed_dim % num_heads:
         raise ValueError(
             f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
@@ -211,6 +227,8 @@ def _check_heads(sizes, kv_heads, head_dim) -> None:
         raise ValueError(
             f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
         )
+    dim = embed_dim // num_heads if head_dim is None else head_dim
+    return embed_dim, num_heads, kv_heads, *check_arguments(op, None, head_dim=dim)
 
 
 def _check_options(attention_fn, norm, qk_norm, gain) -> None:

@@ -1,12 +1,22 @@
 """How our modules check their arguments and start their parameters."""
 
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.core import Tracer
 
-from .._core.checks import check_floating, check_integer
+from .._core.checks import (
+    as_int32,
+    check_array,
+    check_dtype,
+    check_floating,
+    check_integer,
+    check_shape,
+)
 from .._core.dispatch import Implementation, check_implementation
 
 # Of each factor's fan-in: the product of two factors then has the variance of a
@@ -17,17 +27,108 @@ default_attention_kernel_init = nnx.initializers.xavier_normal()
 
 def check_arguments(
     module: str, implementation: Implementation | None, **sizes: int
-) -> None:
-    """The implementation is one there is, and every size a positive integer."""
+) -> tuple[int, ...]:
+    """The implementation is one there is, and every size a positive integer.
+
+    Returns:
+        The sizes as Python's integers: a product of NumPy's narrow ones may not fit.
+    """
     check_implementation(module, implementation)
-    for name, size in sizes.items():
-        check_integer(module, name, size)
+    return tuple(check_integer(module, name, size) for name, size in sizes.items())
+
+
+def check_dtypes(
+    module: str, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
+) -> dict[str, Any]:
+    """The options of every module that has parameters, as its own modules take them."""
+    if dtype is not None:
+        check_dtype(module, "dtype", dtype)
+    check_dtype(module, "param_dtype", param_dtype)
+    if not isinstance(rngs, nnx.Rngs):
+        kind = type(rngs).__name__
+        raise TypeError(f"{module}: rngs must be an nnx.Rngs, got {kind}")
+    return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
 
 def check_callable(module: str, name: str, function: object) -> None:
     if not callable(function):
         kind = type(function).__name__
         raise TypeError(f"{module}: {name} must be callable, got {kind}")
+
+
+class Bound(partial[Any]):
+    """A `functools.partial` that equals another of the same function and arguments.
+
+    Without this, models that are built alike would differ, and programs of one would be
+    compiled anew for the other. Arrays are the same only if they are one object.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and _identity(self) == _identity(other)
+
+    def __hash__(self) -> int:
+        return hash(_identity(self))
+
+
+def bind(function: Any, **options: Any) -> Any:
+    """`function` with these options, for a module to keep."""
+    if type(function) is partial:
+        given = function.keywords | options
+        return Bound(bind(function.func), *function.args, **given)
+    return Bound(function, **options) if options else function
+
+
+def _identity(value: Any) -> Any:
+    """What can be hashed and compared in place of `value`."""
+    match value:
+        case partial():
+            options = _identity(value.keywords)
+            return _identity(value.func), _identity(value.args), options
+        case tuple() | list():
+            return tuple(map(_identity, value))
+        case dict():
+            return frozenset((name, _identity(x)) for name, x in value.items())
+    try:
+        hash(value)
+    except TypeError:
+        return id, id(value)
+    return type(value), value
+
+
+def check_tokens(op: str, name: str, tokens: Any) -> None:
+    check_array(op, name, tokens, "integer")
+    check_shape(op, name, tokens, ("batch", "seq"))
+
+
+def read_tokens(
+    op: str, name: str, tokens: Any, vocab_size: int, lengths: Any = None
+) -> jax.Array:
+    """In int32; those before the `lengths` are in the vocabulary, as far as known."""
+    values = known(tokens)
+    if values is not None and lengths is not None:
+        ends, places = known(lengths), np.arange(tokens.shape[1])
+        values = None if ends is None else values[places < ends[:, None]]
+    check_range(op, name, values, 0, vocab_size - 1)
+    return as_int32(tokens)
+
+
+def known(array: Any) -> np.ndarray | None:
+    """Values; a program is traced without any, and other processes' are unknown."""
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+        return None
+    return np.asarray(array)
+
+
+def check_range(
+    op: str, name: str, values: np.ndarray | None, least: int, most: int
+) -> None:
+    if values is None or values.size == 0:
+        return
+    for extreme in (values.min(), values.max()):
+        if not least <= extreme <= most:
+            raise ValueError(
+                f"{op}: {name} must be from {least} to {most}, got {extreme}"
+            )
 
 
 def check_input(module: str, x: jax.Array, features: int) -> None:

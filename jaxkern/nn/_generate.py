@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Integer, Key, UInt32
 
 from .._core.checks import check_key, check_number
 from .._core.sharding import on_automatic_axes
@@ -22,7 +22,7 @@ class Sampling(NamedTuple):
     top_p: float
 
 
-def check_sampling(op: str, temperature: Any, top_p: Any, key: object) -> None:
+def check_sampling(op: str, temperature: Any, top_p: Any, key: Any) -> Sampling:
     check_number(op, "temperature", temperature, least=0.0)
     check_number(op, "top_p", top_p)
     if not 0 < top_p <= 1:
@@ -31,16 +31,17 @@ def check_sampling(op: str, temperature: Any, top_p: Any, key: object) -> None:
         check_key(op, key, " at a temperature above 0")
     elif key is not None:
         raise TypeError(f"{op}: key must be None at temperature 0, got one")
+    return Sampling(key, float(temperature), float(top_p))
 
 
 def generate(
     model: nnx.Module,
-    prompt: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"] | None,
+    prompt: Integer[Array, "batch seq"],
+    lengths: Integer[Array, " batch"] | None,
     sampling: Sampling,
     count: int,
     cache: bool,
-) -> Int[Array, "batch total"]:
+) -> Integer[Array, "batch total"]:
     graph, state = nnx.split(model)
     return _generate(graph, count, cache, state, prompt, lengths, sampling)
 
@@ -57,16 +58,16 @@ def _go_on(model, prompt, lengths, sampling, count, cache):
     if lengths is None:
         new = run(model, prompt, prompt.shape[1], sampling, count)
         return jnp.concatenate([prompt, new], axis=1)
+    # What follows a prompt is no token: whatever it is, zeros stand for it.
+    is_read = jnp.arange(prompt.shape[1])[None] < lengths[:, None]
+    prompt = jnp.where(is_read, prompt, 0)
     new = run(model, prompt, lengths, sampling, count)
-    places = jnp.arange(prompt.shape[1])[None]
-    kept = jnp.where(places < lengths[:, None], prompt, 0)
-    tokens = jnp.pad(kept, ((0, 0), (0, count)))
-    return _put(tokens, lengths, new)
+    return _put(jnp.pad(prompt, ((0, 0), (0, count))), lengths, new)
 
 
 def _with_cache(model, prompt, lengths, sampling, count):
     def next_token(features, i):
-        return _sample(model.logits(features), sampling, i).astype(prompt.dtype)
+        return _sample(model.logits(features), sampling, i)
 
     def step(carry, i):
         token, cache = carry
@@ -89,7 +90,7 @@ def _without_cache(model, prompt, lengths, sampling, count):
     def step(tokens, i):
         # Later places hold nothing yet, and no earlier one sees them.
         last = _take(model.features(tokens), lengths - 1 + i)
-        token = _sample(model.logits(last), sampling, i).astype(tokens.dtype)
+        token = _sample(model.logits(last), sampling, i)
         return _put(tokens, lengths + i, token[:, None]), token
 
     tokens = jnp.pad(prompt, ((0, 0), (0, count)))
@@ -110,13 +111,18 @@ def _put(tokens, places, new):
 
 
 def _sample(
-    logits: Float[Array, "batch vocab"], sampling: Sampling, i: Int[Array, ""] | int
-) -> Int[Array, " batch"]:
+    logits: Float[Array, "batch vocab"], sampling: Sampling, i: Integer[Array, ""] | int
+) -> Integer[Array, " batch"]:
     key, temperature, top_p = sampling
     if key is None:
-        return logits.argmax(-1)
-    logits = _keep_top(logits / temperature, top_p)
-    return jax.random.categorical(jax.random.fold_in(key, i), logits)
+        return lax.argmax(logits, logits.ndim - 1, jnp.int32)
+    # A temperature below the least normal number is none: without this, the largest
+    # logit would be 0 / 0.
+    temperature = jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
+    kept = lax.cond(top_p < 1, _keep_top, lambda logits, _: logits, logits, top_p)
+    token = jax.random.categorical(jax.random.fold_in(key, i), kept)
+    return token.astype(jnp.int32)
 
 
 def _keep_top(
@@ -124,6 +130,12 @@ def _keep_top(
 ) -> Float[Array, "batch vocab"]:
     """-inf for tokens where likelier ones have `top_p` of the probability already."""
     falling = -jnp.sort(-logits)
-    before = jnp.cumsum(jax.nn.softmax(falling), axis=-1) - jax.nn.softmax(falling)
-    least = jnp.where(before < top_p, falling, jnp.inf).min(-1, keepdims=True)
+    p = jax.nn.softmax(falling)
+    # Likelier ones have top_p where it and less likely ones have at most the rest. The
+    # shorter sum is the exact one: many unlikely tokens would be lost in a sum near 1.
+    before, after = jnp.cumsum(p, -1) - p, lax.cumsum(p, p.ndim - 1, reverse=True)
+    kept = jnp.where(top_p < 0.5, before < top_p, after > 1 - top_p)
+    # The likeliest is needed for any top_p, one that is rounded to 0 as well.
+    kept = kept.at[..., 0].set(True)
+    least = jnp.where(kept, falling, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -11,7 +11,13 @@ from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation
 from .._core.precision import widen
 from .._mlp.mlp import low_rank_matmul
-from ._common import check_arguments, check_input, default_kernel_init, make_kernel
+from ._common import (
+    check_arguments,
+    check_dtypes,
+    check_input,
+    default_kernel_init,
+    make_kernel,
+)
 
 
 class LowRankLinear(nnx.Module):
@@ -28,6 +34,7 @@ class LowRankLinear(nnx.Module):
         implementation: as in `jaxkern.low_rank_matmul`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or `implementation` is unknown.
     """
 
@@ -48,13 +55,14 @@ class LowRankLinear(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(
+        in_features, out_features, rank = check_arguments(
             "LowRankLinear",
             implementation,
             in_features=in_features,
             out_features=out_features,
             rank=rank,
         )
+        check_dtypes("LowRankLinear", dtype, param_dtype, rngs)
         shape, names = (in_features, rank), axis_names[:2]
         self.w_in = make_kernel(kernel_init, rngs, shape, param_dtype, names)
         shape, names = (rank, out_features), axis_names[1:]

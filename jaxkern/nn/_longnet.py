@@ -14,7 +14,9 @@ from .._attention.dilated import dilated_attention
 from ._attention import MultiHeadAttention
 from ._common import (
     axis_metadata,
+    bind,
     check_arguments,
+    check_dtypes,
     check_input,
     default_attention_kernel_init,
     scale_init,
@@ -47,7 +49,7 @@ class LongNetBlock(nnx.Module):
         self.attention = MultiHeadAttention(
             embed_dim,
             num_heads,
-            attention_fn=partial(
+            attention_fn=bind(
                 dilated_attention,
                 segment_lengths=tuple(segment_lengths),
                 dilation_rates=tuple(dilation_rates),
@@ -106,6 +108,7 @@ class LongNet(nnx.Module):
         param_dtype: of the parameters.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or does not divide.
 
     References:
@@ -127,8 +130,13 @@ class LongNet(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        op = "LongNet"
+        embed_dim, num_layers = check_arguments(
+            op, None, embed_dim=embed_dim, num_layers=num_layers
+        )
         hidden = 4 * embed_dim if hidden_features is None else hidden_features
-        check_arguments("LongNet", None, num_layers=num_layers, hidden_features=hidden)
+        (hidden,) = check_arguments(op, None, hidden_features=hidden)
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         self.blocks = nnx.List(
             LongNetBlock(
                 embed_dim,
@@ -138,15 +146,11 @@ class LongNet(nnx.Module):
                 dilation_rates=dilation_rates,
                 is_causal=is_causal,
                 gain=math.sqrt(math.log(2 * num_layers)),
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
+                **dtypes,
             )
             for _ in range(num_layers)
         )
-        self.norm = nnx.LayerNorm(
-            embed_dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.norm = nnx.LayerNorm(embed_dim, **dtypes)
         self.embed_dim = embed_dim
 
     def __call__(

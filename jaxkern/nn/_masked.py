@@ -11,13 +11,15 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._core.checks import check_floating
-from .._core.dispatch import Implementation
+from .._core.checks import check_floating, check_integer
+from .._core.dispatch import Implementation, check_implementation
 from .._masked.estimators import Estimator, straight_through
 from .._masked.masked import Method, masked_bilinear, masked_matmul
 from ._common import (
     axis_metadata,
+    bind,
     check_arguments,
+    check_dtypes,
     default_kernel_init,
     make_kernel,
 )
@@ -72,10 +74,9 @@ def _check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
 ) -> None:
     check_floating(module, x=x)
-    if x.ndim < 2 or x.shape[-1] != features or 0 in x.shape:
+    if x.ndim < 2 or x.shape[-1] != features:
         raise ValueError(
-            f"{module}: x must have shape (batch, ..., {features}) and no empty axis, "
-            f"got {x.shape}"
+            f"{module}: x must have shape (batch, ..., {features}), got {x.shape}"
         )
     if num_masks is not None and len(x) > num_masks:
         raise ValueError(
@@ -124,6 +125,7 @@ class MaskedLinear(nnx.Module):
         implementation: as in `jaxkern.masked_matmul`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or `implementation` is unknown.
     """
 
@@ -144,9 +146,14 @@ class MaskedLinear(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = {"in_features": in_features, "out_features": out_features}
-        _check_sizes("MaskedLinear", implementation, num_masks, sizes)
-        shape = in_features, out_features
+        num_masks = _check_masks("MaskedLinear", num_masks)
+        in_features, out_features = shape = check_arguments(
+            "MaskedLinear",
+            implementation,
+            in_features=in_features,
+            out_features=out_features,
+        )
+        check_dtypes("MaskedLinear", dtype, param_dtype, rngs)
         self.kernel = make_kernel(kernel_init, rngs, shape, param_dtype, axis_names)
         zeros = nnx.initializers.zeros_init()
         self.bias: nnx.Param | None = (
@@ -159,7 +166,7 @@ class MaskedLinear(nnx.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.num_masks = num_masks
-        self.estimator: Estimator = estimator
+        self.estimator: Estimator = bind(estimator)
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
@@ -195,14 +202,8 @@ class MaskedLinear(nnx.Module):
         return mask_sparsity(self)
 
 
-def _check_sizes(
-    module: str,
-    implementation: Implementation | None,
-    num_masks: int | None,
-    sizes: dict[str, int],
-) -> None:
-    masks = {} if num_masks is None else {"num_masks": num_masks}
-    check_arguments(module, implementation, **sizes, **masks)
+def _check_masks(module: str, num_masks: int | None) -> int | None:
+    return None if num_masks is None else check_integer(module, "num_masks", num_masks)
 
 
 class Bilinear(nnx.Module):
@@ -218,6 +219,7 @@ class Bilinear(nnx.Module):
         kernel_init: for each kernel.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer.
 
     References:
@@ -234,19 +236,20 @@ class Bilinear(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        sizes = {"in_features": in_features, "hidden_features": hidden_features}
-        check_arguments(type(self).__name__, None, **sizes)
+        op = type(self).__name__
+        in_features, hidden_features = check_arguments(
+            op, None, in_features=in_features, hidden_features=hidden_features
+        )
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
 
         def linear(d_in: int, d_out: int, *names: str) -> nnx.Linear:
             return nnx.Linear(
                 d_in,
                 d_out,
-                dtype=dtype,
-                param_dtype=param_dtype,
                 kernel_init=kernel_init,
                 kernel_metadata=axis_metadata(*names),
                 bias_metadata=axis_metadata(names[1]),
-                rngs=rngs,
+                **dtypes,
             )
 
         self.left = linear(in_features, hidden_features, "embed", "mlp")
@@ -282,6 +285,7 @@ class MaskedBilinear(Bilinear):
         options: `dtype`, `param_dtype`, `kernel_init` and `rngs`, as in `Bilinear`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or `implementation` is unknown.
     """
 
@@ -297,14 +301,15 @@ class MaskedBilinear(Bilinear):
         implementation: Implementation | None = None,
         **options: Any,
     ):
-        _check_sizes("MaskedBilinear", implementation, num_masks, {})
+        num_masks = _check_masks("MaskedBilinear", num_masks)
+        check_implementation("MaskedBilinear", implementation)
         super().__init__(in_features, hidden_features, **options)
         masks = num_masks, initial_logit
         self.left_logits = _make_logits(self.left.kernel, *masks)
         self.right_logits = _make_logits(self.right.kernel, *masks)
         self.down_logits = _make_logits(self.down.kernel, *masks)
         self.num_masks = num_masks
-        self.estimator: Estimator = estimator
+        self.estimator: Estimator = bind(estimator)
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 

@@ -23,6 +23,7 @@ from .._mlp.mlp import (
 from .._sparsity.packed import pack_2_4, unpack_2_4
 from ._common import (
     check_arguments,
+    check_dtypes,
     check_input,
     default_kernel_init,
     make_kernel,
@@ -49,6 +50,7 @@ class SwiGLU(nnx.Module):
         implementation: as in `jaxkern.swiglu`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or `implementation` is unknown.
     """
 
@@ -63,12 +65,13 @@ class SwiGLU(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(
+        in_features, hidden_features = check_arguments(
             "SwiGLU",
             implementation,
             in_features=in_features,
             hidden_features=hidden_features,
         )
+        check_dtypes("SwiGLU", dtype, param_dtype, rngs)
         widen, narrow = (in_features, hidden_features), (hidden_features, in_features)
         self.w_gate = make_kernel(
             kernel_init, rngs, widen, param_dtype, ("embed", "mlp")
@@ -103,6 +106,7 @@ class LowRankSwiGLU(nnx.Module):
         implementation: as in `jaxkern.low_rank_swiglu`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or `implementation` is unknown.
     """
 
@@ -118,7 +122,7 @@ class LowRankSwiGLU(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(
+        in_features, hidden_features, rank = check_arguments(
             "LowRankSwiGLU",
             implementation,
             in_features=in_features,
@@ -128,11 +132,9 @@ class LowRankSwiGLU(nnx.Module):
         linear = partial(
             LowRankLinear,
             rank=rank,
-            param_dtype=param_dtype,
             kernel_init=kernel_init,
-            dtype=dtype,
             implementation=implementation,
-            rngs=rngs,
+            **check_dtypes("LowRankSwiGLU", dtype, param_dtype, rngs),
         )
         widen, narrow = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
         self.gate = linear(in_features, hidden_features, axis_names=widen)
@@ -204,6 +206,7 @@ class LowRankReLU2(nnx.Module):
         implementation: as in `jaxkern.low_rank_relu2`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, `sparsity`, `gradient` or
             `implementation` is unknown, or `gradient` does not go with `sparsity`.
     """
@@ -222,7 +225,7 @@ class LowRankReLU2(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(
+        in_features, hidden_features, rank = check_arguments(
             "LowRankReLU2",
             implementation,
             in_features=in_features,
@@ -232,11 +235,9 @@ class LowRankReLU2(nnx.Module):
         linear = partial(
             LowRankLinear,
             rank=rank,
-            param_dtype=param_dtype,
             kernel_init=kernel_init,
-            dtype=dtype,
             implementation=implementation,
-            rngs=rngs,
+            **check_dtypes("LowRankReLU2", dtype, param_dtype, rngs),
         )
         check_sparsity("LowRankReLU2", sparsity)
         check_gradient("LowRankReLU2", sparsity, gradient)
@@ -315,6 +316,7 @@ class FlashMLP(nnx.Module):
         implementation: as in `jaxkern.flash_mlp`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or a name is unknown.
     """
 
@@ -332,13 +334,14 @@ class FlashMLP(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        check_arguments(
+        num_heads, dim, hidden_features = check_arguments(
             "FlashMLP",
             implementation,
             num_heads=num_heads,
             dim=dim,
             hidden_features=hidden_features,
         )
+        check_dtypes("FlashMLP", dtype, param_dtype, rngs)
         get_activation("FlashMLP", activation)
 
         def kernel(d_in, d_out, *names):

@@ -10,6 +10,7 @@ from .._core.dispatch import Implementation
 from ._common import (
     axis_metadata,
     check_arguments,
+    check_dtypes,
     check_input,
     default_kernel_init,
 )
@@ -36,6 +37,7 @@ class MultiHeadMLP(nnx.Module):
         implementation: as in `jaxkern.flash_mlp`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer or does not divide, or a name is
             unknown.
 
@@ -58,14 +60,19 @@ class MultiHeadMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = "MultiHeadMLP"
-        check_arguments(op, implementation, in_features=in_features)
-        check_arguments(op, None, hidden_features=hidden_features, num_heads=num_heads)
+        in_features, hidden_features, num_heads = check_arguments(
+            op,
+            implementation,
+            in_features=in_features,
+            hidden_features=hidden_features,
+            num_heads=num_heads,
+        )
         if in_features % num_heads:
             raise ValueError(
                 f"{op}: num_heads must divide in_features={in_features}, "
                 f"got {num_heads}"
             )
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         heads = num_heads, in_features // num_heads
         self.w_in = nnx.LinearGeneral(
             in_features,

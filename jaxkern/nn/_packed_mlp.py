@@ -9,6 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from .._core.checks import check_dtype
 from .._core.dispatch import Implementation, check_implementation
 from .._mlp.packed_mlp import packed_relu2
 from .._sparsity.packed import Packed24
@@ -31,6 +32,7 @@ class PackedReLU2(nnx.Module):
         implementation: as in `jaxkern.packed_relu2`.
 
     Raises:
+        TypeError: `dtype` is none of ours.
         ValueError: a factor is missing, or `implementation` is unknown.
     """
 
@@ -42,6 +44,8 @@ class PackedReLU2(nnx.Module):
         implementation: Implementation | None = None,
     ):
         check_implementation("PackedReLU2", implementation)
+        if dtype is not None:
+            check_dtype("PackedReLU2", "dtype", dtype)
         if set(factors) != set(FACTORS):
             raise ValueError(
                 f"PackedReLU2: factors must be {', '.join(FACTORS)}, "

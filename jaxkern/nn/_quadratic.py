@@ -7,15 +7,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
-from .._core.checks import check_shape
 from .._core.dispatch import Implementation
 from .._masked.estimators import Estimator, straight_through
 from .._masked.masked import Method
-from ._common import axis_metadata, check_arguments
+from ._common import (
+    axis_metadata,
+    check_arguments,
+    check_dtypes,
+    check_tokens,
+    read_tokens,
+)
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)
@@ -159,6 +164,7 @@ class QuadraticTransformer(nnx.Module):
         implementation: of the masked MLPs, as in `jaxkern.masked_bilinear`.
 
     Raises:
+        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, or does not divide;
             `masked_layers` are no layers, or none and there is a number of masks.
 
@@ -186,18 +192,19 @@ class QuadraticTransformer(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        hidden = 4 * embed_dim if hidden_features is None else hidden_features
-        _check_options(
-            masked_layers,
-            num_masks,
+        op = "QuadraticTransformer"
+        vocab_size, embed_dim, num_heads, num_layers = check_arguments(
+            op,
             implementation,
             vocab_size=vocab_size,
             embed_dim=embed_dim,
             num_heads=num_heads,
             num_layers=num_layers,
-            hidden_features=hidden,
         )
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        hidden = 4 * embed_dim if hidden_features is None else hidden_features
+        (hidden,) = check_arguments(op, None, hidden_features=hidden)
+        _check_options(masked_layers, num_masks, embed_dim, num_heads, num_layers)
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         masks = {
             "num_masks": num_masks,
             "estimator": estimator,
@@ -224,11 +231,12 @@ class QuadraticTransformer(nnx.Module):
             )
             for layer in range(num_layers)
         )
-        self.masked_layers = tuple(sorted(set(masked_layers)))
+        self.vocab_size = vocab_size
+        self.masked_layers = tuple(sorted(map(int, set(masked_layers))))
 
     def __call__(
         self,
-        ids: Int[Array, "batch seq"],
+        ids: Integer[Array, "batch seq"],
         *,
         key_mask: Bool[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -236,18 +244,18 @@ class QuadraticTransformer(nnx.Module):
         """The logits of the next token, at every token.
 
         Args:
+            ids: from 0 to vocab_size - 1, which is checked outside of `jit`.
             key_mask: False for padding.
             key: for estimators that draw.
 
         Raises:
-            TypeError: `ids` are no integers.
-            ValueError: a shape does not fit, there are more samples than masks, or
-                there is a key, but no masked layer.
+            TypeError: `ids` is no integer array.
+            ValueError: a shape does not fit, an id is out of range, there are more
+                samples than masks, or there is a key, but no masked layer.
         """
         op = "QuadraticTransformer"
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"{op}: ids must be integers, got {ids.dtype}")
-        check_shape(op, "ids", ids, ("batch", "seq"))
+        check_tokens(op, "ids", ids)
+        ids = read_tokens(op, "ids", ids, self.vocab_size)
         if key is not None and not self.masked_layers:
             raise ValueError(f"{op}: key must be None without masked layers, got one")
         layers = self.masked_layers
@@ -268,18 +276,16 @@ class QuadraticTransformer(nnx.Module):
 def _check_options(
     masked_layers: Sequence[int],
     num_masks: int | None,
-    implementation: Implementation | None,
-    **sizes: int,
+    embed_dim: int,
+    num_heads: int,
+    num_layers: int,
 ) -> None:
     op = "QuadraticTransformer"
-    check_arguments(op, implementation, **sizes)
-    embed_dim, num_heads = sizes["embed_dim"], sizes["num_heads"]
     if embed_dim % (2 * num_heads):
         raise ValueError(
             f"{op}: embed_dim must be a multiple of 2 num_heads = {2 * num_heads}, "
             f"got {embed_dim}"
         )
-    num_layers = sizes["num_layers"]
     outside = [i for i in masked_layers if i not in range(num_layers)]
     if outside:
         raise ValueError(

@@ -10,19 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax import lax
-from jax.core import Tracer
+from jax import export, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._core.checks import check_array, check_number, check_shape
+from .._core.checks import (
+    as_int32,
+    check_array,
+    check_integer,
+    check_number,
+    check_shape,
+)
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .._cross_entropy import cross_entropy
-from ._common import check_arguments, check_callable, make_kernel
-from ._generate import Sampling, check_sampling, generate
+from ._common import (
+    check_arguments,
+    check_callable,
+    check_dtypes,
+    check_range,
+    check_tokens,
+    known,
+    make_kernel,
+    read_tokens,
+)
+from ._generate import check_sampling, generate
 from ._mlp import SwiGLU
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
@@ -40,7 +54,21 @@ class KVCache(NamedTuple):
 
     keys: Float[Array, "layers batch capacity kv_heads dim"]
     values: Float[Array, "layers batch capacity kv_heads dim"]
-    length: Int[Array, ""] | Int[Array, " batch"]
+    length: Integer[Array, ""] | Integer[Array, " batch"]
+
+    # Those of tuples would ask arrays for their truth.
+    def __eq__(self, other: object) -> bool:
+        """Whether all arrays are equal; not under `jit`."""
+        return isinstance(other, KVCache) and all(map(np.array_equal, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        raise TypeError("unhashable type: 'KVCache'")
+
+
+export.register_namedtuple_serialization(KVCache, serialized_name="jaxkern.nn.KVCache")
 
 
 def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
@@ -92,8 +120,8 @@ class TransformerLM(nnx.Module):
             do not depend on it. `get_sharding` says where the parameters lie on it.
 
     Raises:
-        TypeError: `attention_fn` or `mlp` cannot be called, or `rope_theta` is no
-            number.
+        TypeError: `attention_fn` or `mlp` cannot be called, `rope_theta` is no number,
+            a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, `num_heads` does not divide
             `d_model` into parts of even size, `num_kv_heads` does not divide
             `num_heads`, `rope_theta` is not a positive finite number, the devices
@@ -126,9 +154,18 @@ class TransformerLM(nnx.Module):
     ):
         op = "TransformerLM"
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"vocab_size": vocab_size, "context_length": context_length}
-        sizes |= {"d_model": d_model, "num_layers": num_layers, "d_ff": d_ff}
-        check_arguments(op, None, **sizes, num_heads=num_heads, num_kv_heads=kv_heads)
+        vocab_size, context_length, d_model, num_layers = check_arguments(
+            op,
+            None,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            d_model=d_model,
+            num_layers=num_layers,
+        )
+        d_ff, num_heads, kv_heads = check_arguments(
+            op, None, d_ff=d_ff, num_heads=num_heads, num_kv_heads=kv_heads
+        )
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         _check_heads(d_model, num_heads, kv_heads)
         check_number(op, "rope_theta", rope_theta, positive=True)
         mesh = None if mesh is None or mesh.size == 1 else mesh
@@ -152,7 +189,6 @@ class TransformerLM(nnx.Module):
         shape, names = (vocab_size, d_model), ("vocab", "embed")
         self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
         self.layers: Any = make_layers(make_block, num_layers, scan_layers, rngs)
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = make_norm(d_model, **dtypes)
         self.head = (
             None
@@ -170,8 +206,8 @@ class TransformerLM(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch seq"],
-        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        tokens: Integer[Array, "batch seq"],
+        positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq vocab"]:
         """The logits of each next token, in float32.
@@ -191,11 +227,11 @@ class TransformerLM(nnx.Module):
     @on_automatic_axes(lambda tokens: P())
     def loss(
         self,
-        tokens: Int[Array, "batch seq"],
-        targets: Int[Array, "batch seq"],
+        tokens: Integer[Array, "batch seq"],
+        targets: Integer[Array, "batch seq"],
         *,
         where: Bool[Array, "batch seq"] | None = None,
-        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         chunk: int = 4096,
         **options: Any,
     ) -> Float[Array, ""]:
@@ -209,7 +245,7 @@ class TransformerLM(nnx.Module):
             TypeError: an array has another dtype.
             ValueError: a shape does not fit, or a token or length is out of range.
         """
-        order, _ = self._order(tokens)
+        tokens, order, _ = self._order(tokens)
         features = self._features(tokens, positions, order, options)
         targets, where = _take(targets, order), _take(where, order)
         losses = cross_entropy(
@@ -222,12 +258,12 @@ class TransformerLM(nnx.Module):
     @on_automatic_axes(lambda tokens: P(*tokens, None))
     def features(
         self,
-        tokens: Int[Array, "batch seq"],
-        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        tokens: Integer[Array, "batch seq"],
+        positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq d_model"]:
         """What the head is applied to; arguments and errors are those of the call."""
-        order, inverse = self._order(tokens)
+        tokens, order, inverse = self._order(tokens)
         return _take(self._features(tokens, positions, order, options), inverse)
 
     def _features(self, tokens, positions, order, options):
@@ -258,8 +294,8 @@ class TransformerLM(nnx.Module):
         """An empty one, for up to `capacity` tokens of so many sequences.
 
         Raises:
-            ValueError: the model has an `attention_fn` of its own, a size is not a
-                positive integer, or `capacity` is above `context_length`.
+            ValueError: the model has an `attention_fn` of its own, a size is no integer
+                or negative, or `capacity` is 0 or above `context_length`.
         """
         op = "TransformerLM.make_cache"
         if not self.can_cache:
@@ -267,15 +303,18 @@ class TransformerLM(nnx.Module):
                 f"{op}: attention_fn must be None for a cache, got one; "
                 "generate(cache=False) needs none"
             )
-        check_arguments(op, None, batch=batch, capacity=capacity)
+        batch = check_integer(op, "batch", batch, least=0)
+        capacity = check_integer(op, "capacity", capacity)
         _check_length(op, "capacity", capacity, self.context_length)
         layers, kv_heads, dim = self.cache_shape
-        zeros = jnp.zeros((layers, batch, capacity, kv_heads, dim), self.dtype)
-        return KVCache(zeros, zeros, jnp.zeros((), int))
+        shape = layers, batch, capacity, kv_heads, dim
+        # One array for both could not be donated.
+        keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
     @on_automatic_axes(_places_with_cache)
     def extend(
-        self, tokens: Int[Array, "batch seq"], cache: KVCache
+        self, tokens: Integer[Array, "batch seq"], cache: KVCache
     ) -> tuple[Float[Array, "batch seq d_model"], KVCache]:
         """The features of tokens that follow those in the cache, and it with theirs.
 
@@ -285,43 +324,47 @@ class TransformerLM(nnx.Module):
                 checked outside of `jit` only.
         """
         op = "TransformerLM.extend"
-        if not isinstance(cache.length, Tracer):
-            length = int(cache.length.max()) + tokens.shape[-1]
-            _check_length(op, "tokens and cache", length, cache.keys.shape[2])
-
-        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        self._check_tokens(op, "tokens", tokens)
+        check_array(op, "cache.length", cache.length, "integer")
+        lengths, seq = known(cache.length), tokens.shape[1]
+        if lengths is not None:
+            length, most = int(lengths.max(initial=0)), cache.keys.shape[2]
+            _check_length(op, "tokens and cache", length + seq, most)
+        tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
+        length = as_int32(cache.length)
 
         def step(x, layer_and_inputs):
             layer, (keys, values) = layer_and_inputs
-            x, *grown = layer.extend(x, keys, values, cache.length)
+            x, *grown = layer.extend(x, keys, values, length)
             return x, grown
 
         x = self._embed(tokens)
         x, (keys, values) = self._run_layers(step, x, (cache.keys, cache.values))
-        length = cache.length + tokens.shape[1]
-        return self.norm(x), KVCache(keys, values, length)
+        return self.norm(x), KVCache(keys, values, length + seq)
 
     def generate(
         self,
-        prompt: Int[Array, "batch seq"],
+        prompt: Integer[Array, "batch seq"],
         *,
         max_new_tokens: int,
-        prompt_lengths: Int[Array, " batch"] | None = None,
+        prompt_lengths: Integer[Array, " batch"] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
         cache: bool = True,
-    ) -> Int[Array, "batch seq+{max_new_tokens}"]:
-        """The prompt and the tokens that the model continues it with.
+    ) -> Integer[Array, "batch seq+{max_new_tokens}"]:
+        """The prompt and the tokens that the model continues it with, in int32.
 
         Compiled, once for each shape of `prompt` and number of new tokens.
 
         Args:
             prompt_lengths: of each prompt; None where all fill `prompt`. What follows
-                the shorter ones there is not read: their new tokens come right behind
-                them, as if each was alone, and behind those zeros.
+                the shorter ones there is not read, and may be any integers: their new
+                tokens come right behind them, as if each was alone, and behind those
+                zeros.
             temperature: divides the logits; 0 takes the likeliest token.
-            top_p: sample from the fewest tokens whose probabilities sum to at least it.
+            top_p: sample from the fewest tokens whose probabilities sum to at least it,
+                and from those as likely as the last of them; 1 from all.
             key: for `jax.random`; needed at a temperature above 0, and only there.
             cache: keep keys and values, instead of running the whole sequence for each
                 token. The result is the same but for rounding.
@@ -336,15 +379,16 @@ class TransformerLM(nnx.Module):
             top_p: https://arxiv.org/abs/1904.09751, section 3.1.
         """
         op = "TransformerLM.generate"
-        check_arguments(op, None, max_new_tokens=max_new_tokens)
-        check_sampling(op, temperature, top_p, key)
-        _check_tokens(op, "prompt", prompt, self.vocab_size, self.context_length)
-        total = prompt.shape[1] + max_new_tokens
+        (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
+        sampling = check_sampling(op, temperature, top_p, key)
+        self._check_tokens(op, "prompt", prompt)
+        total = prompt.shape[1] + count
         _check_length(op, "prompt and max_new_tokens", total, self.context_length)
-        if prompt_lengths is not None:
-            _check_prompt_lengths(op, prompt_lengths, prompt)
-        sampling = Sampling(key, temperature, top_p)
-        return generate(self, prompt, prompt_lengths, sampling, max_new_tokens, cache)
+        lengths = prompt_lengths
+        if lengths is not None:
+            lengths = _read_prompt_lengths(op, lengths, prompt)
+        prompt = read_tokens(op, "prompt", prompt, self.vocab_size, lengths)
+        return generate(self, prompt, lengths, sampling, count, cache)
 
     def _run_layers(self, step, x, inputs):
         """`lax.scan` of `step` over the layers, each with its part of the inputs."""
@@ -357,16 +401,22 @@ class TransformerLM(nnx.Module):
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def _order(self, tokens):
-        """In which the devices share the tokens, and the way back; None for none."""
+        """The tokens, in which order devices share them, and back; None for none."""
         op = "TransformerLM"
-        _check_tokens(op, "tokens", tokens, self.vocab_size, self.context_length)
+        self._check_tokens(op, "tokens", tokens)
+        tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         if self.mesh is None:
-            return None, None
+            return tokens, None, None
         check_batch(op, self.mesh, *tokens.shape)
         rings = self.mesh.shape["context"]
         if rings == 1:
-            return None, None
-        return map(jnp.asarray, ring_permutation(tokens.shape[1], rings, "zigzag"))
+            return tokens, None, None
+        orders = ring_permutation(tokens.shape[1], rings, "zigzag")
+        return tokens, *map(jnp.asarray, orders)
+
+    def _check_tokens(self, op: str, name: str, tokens: Any) -> None:
+        check_tokens(op, name, tokens)
+        _check_length(op, name, tokens.shape[1], self.context_length)
 
     def _share(self, x: jax.Array, *axes: Any) -> jax.Array:
         if self.mesh is None:
@@ -412,27 +462,9 @@ def _check_length(op: str, name: str, length: int, most: int) -> None:
         raise ValueError(f"{op}: {name} must be at most {most} tokens, got {length}")
 
 
-def _check_tokens(op: str, name: str, tokens: Any, vocab_size: int, most: int) -> None:
-    check_array(op, name, tokens, "integer")
-    check_shape(op, name, tokens, ("batch", "seq"))
-    _check_length(op, name, tokens.shape[1], most)
-    _check_range(op, name, tokens, 0, vocab_size - 1)
-
-
-def _check_prompt_lengths(op: str, lengths: Any, prompt: Any) -> None:
+def _read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:
     check_array(op, "prompt_lengths", lengths, "integer")
     given = f" for prompt of shape {prompt.shape}"
     check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
-    _check_range(op, "prompt_lengths", lengths, 1, prompt.shape[1])
-
-
-def _check_range(op: str, name: str, array: Any, least: int, most: int) -> None:
-    # What a program is traced with has no values yet, and other processes' are unknown.
-    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
-        return
-    values = np.asarray(array)
-    for extreme in (values.min(), values.max()):
-        if not least <= extreme <= most:
-            raise ValueError(
-                f"{op}: {name} must be from {least} to {most}, got {extreme}"
-            )
+    check_range(op, "prompt_lengths", known(lengths), 1, prompt.shape[1])
+    return as_int32(lengths)

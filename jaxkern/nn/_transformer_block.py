@@ -13,12 +13,12 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from .._attention.dense import attention
 from .._attention.rotary import rotary_embedding
 from ._attention import MultiHeadAttention
-from ._common import axis_metadata, check_callable
+from ._common import axis_metadata, bind, check_callable
 from ._sharding import attend_on_mesh
 
 EPSILON = 1e-5
@@ -43,15 +43,15 @@ def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]
     if attention_fn is not None:
         return _causal(attention_fn)
     if mesh is not None:
-        return partial(attend_on_mesh, mesh=mesh, is_causal=True)
-    return partial(attention, is_causal=True)
+        return bind(attend_on_mesh, mesh=mesh, is_causal=True)
+    return bind(attention, is_causal=True)
 
 
 def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
     """`attention_fn` with `is_causal=True`, where it has such an option."""
     check_callable("TransformerLM", "attention_fn", attention_fn)
     has_option = "is_causal" in inspect.signature(attention_fn).parameters
-    return partial(attention_fn, is_causal=True) if has_option else attention_fn
+    return bind(attention_fn, **({"is_causal": True} if has_option else {}))
 
 
 def _attend(query, key, value, *, positions, theta, attention_fn, **options):
@@ -82,11 +82,12 @@ class TransformerBlock(nnx.Module):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = partial(make_norm, d_model, **dtypes)
         self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention_fn = bind(_attend, theta=rope_theta, attention_fn=attention_fn)
         self.attention = MultiHeadAttention(
             d_model,
             num_heads,
             num_kv_heads=num_kv_heads,
-            attention_fn=partial(_attend, theta=rope_theta, attention_fn=attention_fn),
+            attention_fn=self.attention_fn,
             use_bias=False,
             kernel_init=linear_init,
             **dtypes,
@@ -97,7 +98,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
-        positions: Int[Array, " seq"] | Int[Array, "batch seq"] | None = None,
+        positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq d_model"]:
         x = x + self.attention(self.attention_norm(x), positions=positions, **options)
@@ -108,7 +109,7 @@ class TransformerBlock(nnx.Module):
         x: Float[Array, "batch seq d_model"],
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
-        length: Int[Array, ""] | Int[Array, " batch"],
+        length: Integer[Array, ""] | Integer[Array, " batch"],
     ) -> tuple[
         Float[Array, "batch seq d_model"],
         Float[Array, "batch capacity kv_heads dim"],
@@ -118,21 +119,32 @@ class TransformerBlock(nnx.Module):
 
         Returns:
             The result, and keys and values with those of the new tokens.
+
+        Raises:
+            ValueError: the attention was given another `attention_fn` than the model's.
         """
         of = self.attention
+        if of.attention_fn != self.attention_fn:
+            raise ValueError(
+                "TransformerLM: attention_fn of a block must be the model's own for a "
+                "cache, got another one; generate(cache=False) needs no cache"
+            )
         normed = self.attention_norm(x)
         # (seq,), or (batch, seq) where sequences differ in length
-        order = jnp.expand_dims(jnp.arange(x.shape[1]), range(length.ndim))
+        order = jnp.arange(x.shape[1], dtype=length.dtype)
+        order = jnp.expand_dims(order, range(length.ndim))
         positions = length[..., None] + order
         rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
-        query, key, value = rotate(of.query(normed)), of.key(normed), of.value(normed)
-        keys, values = _put(keys, rotate(key), length), _put(values, value, length)
-        places = jnp.expand_dims(jnp.arange(keys.shape[1]), range(positions.ndim))
+        query, key, value = of.to_heads(normed, normed, normed)
+        query, key = rotate(query), rotate(key)
+        keys, values = _put(keys, key, length), _put(values, value, length)
+        places = jnp.arange(keys.shape[1], dtype=length.dtype)
+        places = jnp.expand_dims(places, range(positions.ndim))
         seen = positions[..., None] >= places
         mask = seen.reshape(-1, 1, *seen.shape[-2:])
         args = promote_dtype((query, keys, values), dtype=query.dtype)
         heads: Any = attention(*args, mask=mask)
-        x = x + of.out(heads)
+        x = x + of.from_heads(heads)
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
 

@@ -1,3 +1,5 @@
+from decimal import Decimal, localcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,14 +57,48 @@ def test_values(shape, positions, dtype, pairs):
     assert_near(got, exact, 2 * float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("theta", [1e4, 5e5, 0.5])
-def test_exact_at_long_positions(theta):
+TURN = Decimal("6.28318530717958647692528676655900576839433879875021164194988918")
+
+
+def rotated_ones(positions, theta, half):
+    """cos - sin and cos + sin of each pair's angle, reduced in 70 digits."""
+    with localcontext(prec=70):
+        frequencies = [Decimal(theta) ** (-Decimal(i) / half) for i in range(half)]
+        angles = [[int(p) * f % TURN for f in frequencies] for p in positions]
+    cos, sin = (f(np.array(angles, np.float64)) for f in (np.cos, np.sin))
+    return np.stack([cos - sin, cos + sin], -1).reshape(len(positions), 2 * half)
+
+
+INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("theta", [1e4, 0.5])
+def test_exact_at_any_position(dtype, theta):
     """The float32 product of position and frequency would be off by whole turns."""
-    positions = np.array([2**31 - 1, -(2**31), 10**6, 2**24 + 1, 12345677, 1, 0])
-    x = normal(0, SHAPE)
-    got = rotary_embedding(x, jnp.asarray(positions, jnp.int32), theta=theta)
-    exact = rotary_float64(x, positions, theta, "interleaved")
-    np.testing.assert_allclose(got, exact, atol=4e-6)
+    limits, wide = np.iinfo(dtype), dtype.endswith("64")
+    between = np.random.default_rng(0).integers(limits.min, limits.max, 3, dtype)
+    positions = np.array([limits.min, limits.max, *between, 2, 1, 0], dtype)
+    exact = rotated_ones(positions, theta, 4)
+    with jax.enable_x64(wide):
+        for kind in (jnp.float32, jnp.float64)[: 1 + wide]:
+            x = jnp.ones((1, len(positions), 1, 8), kind)
+            got = rotary_embedding(x, jnp.asarray(positions), theta=theta)
+            bound = 1e-6 if kind == jnp.float32 else 2e-15
+            np.testing.assert_allclose(got[0, :, 0], exact, rtol=0, atol=bound)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_wide_positions_of_numpy_are_exact_or_refused():
+    x = jnp.ones((1, 2, 1, 8))
+    for positions in ([-(2**31), 2**31 - 1], [0, 2**32 - 1]):
+        got = untyped.rotary_embedding(x, np.array(positions, np.int64))
+        exact = rotated_ones(positions, 1e4, 4)
+        np.testing.assert_allclose(got[0, :, 0], exact, rtol=0, atol=1e-6)
+    for positions in ([0, 2**32], [-1, 2**31], [-(2**63), 0]):
+        least, most = positions
+        with pytest.raises(ValueError, match=f"must fit .*, got {least} to {most}"):
+            untyped.rotary_embedding(x, np.array(positions))
 
 
 @pytest.mark.parametrize("pairs", PAIRS)

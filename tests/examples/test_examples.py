@@ -1,9 +1,14 @@
+import errno
+import os
 import runpy
 from functools import partial
+from pathlib import Path
 
+import _program
 import pytest
 
-from examples import compress_mlp, learn_masks, long_context, train_2_4
+from benchmarks import _report
+from examples import compress_mlp, learn_masks, long_context, train_2_4, train_lm
 from jaxkern.nn import QuadraticTransformer
 
 
@@ -124,3 +129,36 @@ def test_wrong_options_are_refused_before_any_work(example, arguments, message, 
         example.main(arguments)
     out, err = capsys.readouterr()
     assert message in err and not out
+
+
+@pytest.mark.parametrize("example", [learn_masks, train_2_4, train_lm])
+def test_a_plot_onto_no_file_is_refused_before_any_work(example, tmp_path, capsys):
+    folder, link = tmp_path / "folder.png", tmp_path / "link.png"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for path in (folder, link, Path("/dev/null")):
+        with pytest.raises(SystemExit):
+            example.main(["--plot", str(path)])
+        out, err = capsys.readouterr()
+        assert "--plot must " in err and not out
+
+
+@pytest.mark.parametrize("home", [_program, _report], ids=["examples", "benchmarks"])
+def test_what_cannot_be_written_leaves_the_file_whole(home, tmp_path, capsys):
+    """Of examples and benchmarks alike, and of two processes each has its own part."""
+    path, parts = tmp_path / "a.png", []
+    path.write_bytes(b"good")
+
+    class Figure:
+        def savefig(self, part, dpi, format):
+            parts.append(part)
+            part.write_bytes(b"torn")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match="not drawn: .* No space left on device"):
+        home.save_figure(Figure(), path)
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+    assert str(os.getpid()) in parts[0].name
+    with home.replacing(path) as part:
+        part.write_bytes(b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

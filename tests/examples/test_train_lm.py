@@ -1,4 +1,5 @@
 import collections
+import errno
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers import free_port, run_together
 
@@ -50,11 +52,14 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     for file in (folder / "checkpoints" / "4").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
+    (folder / "checkpoints" / "62").mkdir()
     run("--text", text, "--folder", str(folder))
     printed = capsys.readouterr().out
-    assert "checkpoint 4 cannot be read" in printed and "from step 2" in printed
+    for damaged in (62, 4):
+        assert f"checkpoint {damaged} cannot be read" in printed
+    assert "going on from step 2" in printed
     assert "step     6" in printed and "held-out loss" in printed
-    assert len(list((folder / "unreadable").iterdir())) == 1
+    assert len(list((folder / "unreadable").iterdir())) == 2
     assert (folder / "losses.csv").read_text() == losses
     with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
         run("--text", text, "--folder", str(folder), "--d-model", "16")
@@ -80,6 +85,67 @@ def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
     run(*steps, "--folder", str(whole))
     assert 20 <= before < 60
     assert losses.read_text() == (whole / "losses.csv").read_text()
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["before", "after"])
+def test_a_kill_beside_the_write_of_a_checkpoint_loses_no_line(
+    tmp_path, text, finished, monkeypatch, saved
+):
+    def die(manager, step, args):
+        if saved or step < 4:
+            save(manager, step, args=args)
+        if step == 4:
+            raise SystemExit("killed")
+
+    save, folder = ocp.CheckpointManager.save, tmp_path / "run"
+    argv = "--text", text, "--folder", str(folder)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(ocp.CheckpointManager, "save", die)
+        run(*argv)
+    run(*argv)
+    losses = (finished / "losses.csv").read_text()
+    assert (folder / "losses.csv").read_text() == losses
+
+
+def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
+    argv, files = ("--folder", str(folder)), [folder / "losses.csv"]
+    files.append(folder / "settings.json")
+    before = [file.read_bytes() for file in files]
+    lock = train_lm.take(folder)
+    holder = f"held by process {os.getpid()} on "
+    with pytest.raises(SystemExit, match=f"must be of no other run, got .*{holder}"):
+        run("--text", text, *argv)
+    assert lock is not None
+    lock.close()
+    # The same name, other bytes.
+    kept = Path(text).read_bytes()
+    try:
+        Path(text).write_bytes(kept[::-1])
+        with pytest.raises(SystemExit, match="other settings: text_sha256 "):
+            run("--text", text, *argv)
+    finally:
+        Path(text).write_bytes(kept)
+
+    def fill(path, text):
+        path.write_bytes(text.encode()[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.rmtree(folder / "checkpoints" / "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill)
+        for damage in (lambda: None, files[1].unlink):
+            damage()
+            with pytest.raises(SystemExit, match="a folder to write to: .* No space"):
+                run("--text", text, *argv)
+    assert files[0].read_bytes() == before[0] and not files[1].exists()
+    assert not list(folder.glob("*.part"))
+    # Of what is there already no more room is needed: 4 more are never written.
+    files[1].write_bytes(before[1])
+    free = sum(f.stat().st_size for f in (folder / "checkpoints" / "4").rglob("*"))
+    disk = collections.namedtuple("disk", "free")(2 * free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    run("--text", text, *argv)
+    assert files[0].read_bytes() == before[0]
 
 
 def test_nothing_is_lost_where_no_checkpoint_can_be_read(folder, text):

@@ -27,6 +27,13 @@ class Mutant:
     tests: tuple[str, str]
 
 
+SAVE = "        self.manager.save(step, args=ocp.args.StandardSave(state))\n"
+LOSSES = """        if is_first():
+            with to_write(), self.losses.open("a") as file:
+                file.writelines(f"{loss!r}\\n" for loss in losses)
+                file.flush()
+                os.fsync(file.fileno())
+"""
 BY_TILES = (
     "tests/attention/test_dense.py",
     "test_values_and_gradients and tiles and 17x65-causal",
@@ -271,9 +278,9 @@ MUTANTS = (
         "rotary-fraction",
         "Rotary angles lose the fraction of their frequency.",
         "jaxkern/_attention/rotary.py",
-        "(units - whole).astype(np.float32)",
-        "0 * (units - whole).astype(np.float32)",
-        ("tests/attention/test_rotary.py", "test_exact_at_long_positions"),
+        "size * whole + high * rest_high",
+        "size * whole",
+        ("tests/attention/test_rotary.py", "test_exact_at_any_position and uint32"),
     ),
     Mutant(
         "prompt-lengths",
@@ -287,12 +294,28 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "top-p",
+        "A token stays where likelier ones have just top_p.",
+        "jaxkern/nn/_generate.py",
+        "before < top_p, after > 1 - top_p",
+        "before <= top_p, after >= 1 - top_p",
+        ("tests/nn/test_generate.py", "test_top_p"),
+    ),
+    Mutant(
         "sharded-rows",
         "The last weight of SwiGLU is split along its other axis.",
         "jaxkern/nn/_mlp.py",
         'rngs, narrow, param_dtype, ("mlp", "embed")',
         'rngs, narrow, param_dtype, ("embed", "mlp")',
         ("tests/nn/test_mlp.py", "test_every_kernel_has_a_partition_spec"),
+    ),
+    Mutant(
+        "checkpoint-first",
+        "A checkpoint is written before the losses up to it.",
+        "examples/train_lm.py",
+        LOSSES + SAVE,
+        SAVE + LOSSES,
+        ("tests/examples/test_train_lm.py", "beside_the_write_of_a_checkpoint"),
     ),
     Mutant(
         "times-first",

@@ -12,8 +12,14 @@ from flax import nnx
 from helpers import assert_near, normal, untyped
 
 from jaxkern import dilated_attention
-from jaxkern.nn import FlashMLP, MultiHeadMLP, TransformerLM
-from jaxkern.nn._generate import _keep_top
+from jaxkern.nn import (
+    FlashMLP,
+    LowRankSwiGLU,
+    MultiHeadAttention,
+    MultiHeadMLP,
+    TransformerLM,
+)
+from jaxkern.nn._generate import _generate, _keep_top
 
 VOCAB, CONTEXT = 50, 16
 dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
@@ -91,9 +97,16 @@ def test_prompts_of_unequal_length_are_as_alone(options, cache):
         alone = whole[i] if length == 4 else run(PROMPT[i, None, :length])[0]
         np.testing.assert_array_equal(row[: length + 5], alone)
         assert not np.any(row[length + 5 :])
-    other = jnp.where(jnp.arange(4)[None] < jnp.array(lengths)[:, None], PROMPT, 7)
-    again = run(other, prompt_lengths=jnp.array(lengths))
-    np.testing.assert_array_equal(again, got)
+    for padding in (7, -1, VOCAB, 2**31 - 1):
+        read = jnp.arange(4)[None] < jnp.array(lengths)[:, None]
+        padded = jnp.where(read, PROMPT, padding)
+        again = run(padded, prompt_lengths=jnp.array(lengths))
+        np.testing.assert_array_equal(again, got)
+    # What is read is checked as ever.
+    with pytest.raises(ValueError, match="prompt must be from 0 to 49, got -1"):
+        run(padded.at[0, 1].set(-1), prompt_lengths=jnp.array(lengths))
+    traced = jax.jit(lambda *args: run(args[0], prompt_lengths=args[1]))
+    np.testing.assert_array_equal(traced(padded, jnp.array(lengths)), got)
     equal = run(PROMPT, prompt_lengths=jnp.full(3, 4))
     np.testing.assert_array_equal(equal, whole)
 
@@ -137,7 +150,8 @@ def test_sampling():
     assert not np.array_equal(got, other)
     # A low temperature and a small top_p are greedy.
     greedy = model.generate(PROMPT, max_new_tokens=5)
-    for changed in ({"temperature": 1e-4}, {"top_p": 1e-6}):
+    least = [{"temperature": x} for x in (1e-4, 1e-40, 1e-300)]
+    for changed in (*least, {"top_p": 1e-6}, {"top_p": 1e-40}, {"top_p": 1e-300}):
         cold = model.generate(PROMPT, key=key, **options | changed)
         np.testing.assert_array_equal(cold, greedy)
 
@@ -159,6 +173,19 @@ def test_top_p():
         assert one.sum() == kept and one[1]
         # Those as likely as the last one that is needed stay.
         assert equal.all()
+    # The likelier ones have just that.
+    halves = jnp.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]])
+    for top_p, kept in [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 3), (0.9375, 5)]:
+        assert np.isfinite(_keep_top(jnp.log(halves), top_p)).sum() == kept
+    # As many as there are, of which a sum in float32 loses the last ones.
+    many = 3 * normal(0, (1, 131072))
+    assert np.isfinite(_keep_top(many, 1.0)).all()
+    p = -np.sort(-np.asarray(jax.nn.softmax(many.astype(jnp.float64)))[0])
+    for top_p in (1e-3, 0.3, 0.9, 0.9999, 0.999999):
+        kept = np.isfinite(_keep_top(many, top_p)).sum()
+        # To float32's rounding of top_p and of the probabilities.
+        low, high = (np.searchsorted(p.cumsum(), top_p + d) for d in (-2e-7, 2e-7))
+        assert low <= kept <= high + 2
 
 
 def test_compiles_once():
@@ -210,6 +237,21 @@ def generate(prompt=PROMPT, **options):
             generate(temperature=-1.0),
             ValueError,
             "temperature must be at least 0, got -1",
+        ),
+        (
+            generate(temperature=float("nan")),
+            ValueError,
+            "temperature must be finite and at least 0, got nan",
+        ),
+        (
+            generate(temperature=float("inf")),
+            ValueError,
+            "temperature must be finite, got inf",
+        ),
+        (
+            generate(temperature=1.0, top_p=float("nan"), key=jax.random.key(0)),
+            ValueError,
+            "top_p must be finite, got nan",
         ),
         (
             generate(temperature=1.0),
@@ -272,3 +314,43 @@ def test_multi_head_mlp(gated):
     assert module(x[0, 0]).shape == (24,)
     size = sum(p.size for p in jax.tree.leaves(nnx.state(module.heads)))
     assert size == (3 if gated else 2) * 24 * 10
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "embed"])
+def test_a_block_with_norms_of_its_own_decodes_as_it_computes(qk_norm):
+    model = build(scan_layers=False)
+    block = model.layers[1]
+    block.attention = MultiHeadAttention(
+        24,
+        4,
+        attention_fn=block.attention.attention_fn,
+        use_bias=False,
+        qk_norm=qk_norm,
+        sub_layer_norm=True,
+        norm=nnx.RMSNorm,
+        rngs=nnx.Rngs(1),
+    )
+    for norm in (block.attention.query_norm, block.attention.sub_norm):
+        norm.scale[...] = 5 * norm.scale[...]
+    cache = model.make_cache(3, 4)
+    assert_near(model.extend(PROMPT, cache)[0], model.features(PROMPT))
+    block.attention.attention_fn = dilated
+    with pytest.raises(ValueError, match="attention_fn of a block must be the model's"):
+        model.extend(PROMPT, cache)
+
+
+def test_equal_models_share_a_program():
+    """Each is built anew, as where a checkpoint is read."""
+    mlp: Any = partial(LowRankSwiGLU, rank=4)
+    options: Any = {"max_new_tokens": 2, "cache": False}
+
+    def fresh(**given):
+        given = {"attention_fn": partial(dilated), "mlp": mlp} | given
+        return build(**given).generate(PROMPT, **options)
+
+    fresh()
+    before = _generate._cache_size()
+    fresh()
+    assert _generate._cache_size() == before
+    fresh(num_kv_heads=2)
+    assert _generate._cache_size() == before + 1

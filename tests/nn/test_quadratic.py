@@ -283,7 +283,7 @@ def test_refusals(options, error, message):
 @pytest.mark.parametrize(
     "ids, options, error, message",
     [
-        (IDS.astype(float), {}, TypeError, "ids must be integers, got float32"),
+        (IDS.astype(float), {}, TypeError, "ids must be an integer array, got fl"),
         (IDS[0], {}, ValueError, r"ids must have shape \(batch, seq\), got \(7,\)"),
         (IDS, {"key": KEY}, ValueError, "key must be None without masked layers"),
         (

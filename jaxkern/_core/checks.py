@@ -13,9 +13,12 @@ from jax.core import Tracer
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def check_floating(op: str, **arrays: object) -> None:
-    """Every array has one of our dtypes, and all have the first one's."""
-    first, dtype = "", None
+def check_floating(op: str, **arrays: object) -> tuple[jax.Array, ...]:
+    """Every array has one of our dtypes, and all have the first one's.
+
+    Returns them as JAX's arrays, in order: NumPy's would compute in float64.
+    """
+    first, dtype, given = "", None, []
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
             kind = type(array).__name__
@@ -36,6 +39,8 @@ def check_floating(op: str, **arrays: object) -> None:
             raise TypeError(
                 f"{op}: {name} must have the dtype of {first}, {dtype}, got {got}"
             )
+        given.append(jnp.asarray(array))
+    return tuple(given)
 
 
 def check_array(

@@ -11,6 +11,7 @@ from .._core.activations import Activation, ActivationName, get_activation
 from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 from . import thresholds
 
 
@@ -97,6 +98,7 @@ def _unsupported(x: jax.Array, w1: jax.Array, *, gated: bool) -> str | None:
     return flash.unsupported(x, w1, gated=gated)
 
 
+@on_automatic_axes(lambda x: x)
 def _reference(
     x: jax.Array, ups: tuple[jax.Array, ...], w2: jax.Array, act: Activation
 ) -> jax.Array:

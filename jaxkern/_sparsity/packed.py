@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
 from .._core.checks import check_batched, check_floating, check_shape
+from .._core.sharding import on_automatic_axes
 from .select import GROUP, KEPT, group, last_index, magnitude, two_largest, ungroup
 
 POSITION_BITS = 2
@@ -37,13 +38,11 @@ def one_hot(
     return positions[..., None] == last_index((*positions.shape, GROUP))
 
 
-@jax.jit
 def pack_bits(positions: UInt8[Array, "*batch kept"]) -> UInt8[Array, "*batch bytes"]:
     quads = group(positions)
     return (quads << (POSITION_BITS * last_index(quads.shape))).sum(-1, dtype=jnp.uint8)
 
 
-@partial(jax.jit, static_argnames="kept")
 def unpack_bits(
     packed: UInt8[Array, "*batch bytes"], kept: int
 ) -> UInt8[Array, "*batch kept"]:
@@ -52,12 +51,22 @@ def unpack_bits(
 
 
 def unpack(packed: Packed24) -> Float[Array, "*batch features"]:
-    *batch, kept = packed.values.shape
+    return _unpack(packed.values, packed.indices, packed.features)
+
+
+@on_automatic_axes(lambda values: values)
+@partial(jax.jit, static_argnames="features")
+def _unpack(
+    values: Float[Array, "*batch kept"],
+    indices: UInt8[Array, "*batch bytes"],
+    features: int,
+) -> Float[Array, "*batch features"]:
+    *batch, kept = values.shape
     pairs = *batch, kept // KEPT, KEPT
-    positions = unpack_bits(packed.indices, kept).reshape(pairs)
-    values = packed.values.reshape(pairs)
+    positions = unpack_bits(indices, kept).reshape(pairs)
+    values = values.reshape(pairs)
     spread = jnp.where(one_hot(positions), values[..., None], 0).sum(-2)
-    return ungroup(spread, packed.features)
+    return ungroup(spread, features)
 
 
 def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
@@ -70,8 +79,17 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
         TypeError: `x` is no floating-point array.
         ValueError: `x` has no features.
     """
-    check_floating("pack_2_4", x=x)
+    (x,) = check_floating("pack_2_4", x=x)
     check_batched("pack_2_4", "x", x)
+    values, indices = _pack(x)
+    return Packed24(values, indices, x.shape[-1])
+
+
+@on_automatic_axes(lambda x: (x, x))
+@jax.jit
+def _pack(
+    x: Float[Array, "*batch features"],
+) -> tuple[Float[Array, "*batch kept"], UInt8[Array, "*batch bytes"]]:
     groups = group(x)
     largest = two_largest(magnitude(groups))
     first = jnp.argmax(largest, axis=-1)
@@ -80,7 +98,7 @@ def pack_2_4(x: Float[Array, "*batch features"]) -> Packed24:
     values = jnp.where(one_hot(positions), groups[..., None, :], 0).sum(-1)
     kept = KEPT * groups.shape[-2]
     positions = ungroup(positions, kept)
-    return Packed24(ungroup(values, kept), pack_bits(positions), x.shape[-1])
+    return ungroup(values, kept), pack_bits(positions)
 
 
 def check_packed_24(op: str, packed: Packed24, name: str = "packed") -> None:

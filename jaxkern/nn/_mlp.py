@@ -24,8 +24,10 @@ from .._sparsity.packed import pack_2_4, unpack_2_4
 from ._common import (
     check_arguments,
     check_input,
+    check_means,
     default_kernel_init,
     make_kernel,
+    relative_loss,
 )
 from ._linear import LowRankLinear
 from ._packed_mlp import FACTORS, PackedReLU2
@@ -162,14 +164,10 @@ class LowRankSwiGLU(nnx.Module):
             of the weight: see `LowRankLinear.approximate`.
 
         Raises:
-            TypeError: `module` is no `SwiGLU`.
+            TypeError: `module` is no `SwiGLU`, or a subclass with another call.
             ValueError: the rank is below 1 or above a kernel's smaller side.
         """
-        if not isinstance(module, SwiGLU):
-            kind = type(module).__name__
-            raise TypeError(
-                f"LowRankSwiGLU.from_full_rank: module must be a SwiGLU, got {kind}"
-            )
+        check_means("LowRankSwiGLU.from_full_rank", module, SwiGLU, "a SwiGLU")
         low_rank = cls(
             module.in_features,
             module.hidden_features,
@@ -275,8 +273,10 @@ class LowRankReLU2(nnx.Module):
             where that is zero.
 
         Raises:
+            TypeError: this is a subclass with another call.
             ValueError: the activations are 2:4-sparse too, which no tensor core takes.
         """
+        check_means("prune_2_4", self, LowRankReLU2, "a LowRankReLU2", "self")
         if self.sparsity is not None:
             raise ValueError(
                 "prune_2_4: sparsity must be None, since one operand of a matmul can "
@@ -287,10 +287,7 @@ class LowRankReLU2(nnx.Module):
         for name, w in weights:
             w = w.astype(self.dtype or w.dtype)
             factors[name] = pack_2_4(w.mT)
-            lost = w - unpack_2_4(factors[name]).mT
-            lost, w = lost.astype(jnp.float32), w.astype(jnp.float32)
-            norm = jnp.linalg.norm(w)
-            errors[name] = float(jnp.linalg.norm(lost) / jnp.where(norm > 0, norm, 1))
+            errors[name] = relative_loss(w, unpack_2_4(factors[name]).mT)
         options = {"dtype": self.dtype, "implementation": self.implementation}
         return PackedReLU2(factors, **options), errors
 

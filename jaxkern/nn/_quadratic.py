@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._core.checks import check_shape
 from .._core.dispatch import Implementation
+from .._core.sharding import on_automatic_axes
 from .._masked.estimators import Estimator, straight_through
 from .._masked.masked import Method
 from ._common import axis_metadata, check_arguments
@@ -226,6 +228,7 @@ class QuadraticTransformer(nnx.Module):
         )
         self.masked_layers = tuple(sorted(set(masked_layers)))
 
+    @on_automatic_axes(lambda ids: P(*ids, None))
     def __call__(
         self,
         ids: Int[Array, "batch seq"],

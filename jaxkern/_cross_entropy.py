@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ._core.checks import (
@@ -15,7 +16,7 @@ from ._core.checks import (
     check_shape,
 )
 from ._core.precision import widen
-from ._core.sharding import vary_alike
+from ._core.sharding import on_automatic_axes, vary_alike
 
 
 def cross_entropy(
@@ -68,8 +69,13 @@ def cross_entropy(
         check_array(op, "where", where, "boolean")
         check_shape(op, "where", where, hidden.shape[:-1], given)
     chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
-    losses = _losses(*vary_alike(hidden, head, jnp.asarray(targets)), chunks)
+    losses = _by_chunks(hidden, head, jnp.asarray(targets), chunks)
     return losses if where is None else jnp.where(where, losses, 0)
+
+
+@on_automatic_axes(lambda hidden: PartitionSpec(*hidden[:-1]))
+def _by_chunks(hidden, head, targets, chunks):
+    return _losses(*vary_alike(hidden, head, targets), chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -109,10 +115,8 @@ def _backward(chunks, saved, g):
         d_logits = g[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
         d_logits = d_logits.astype(hidden.dtype)
         part, wide = numbered[0], {"preferred_element_type": lse.dtype}
-        like = _explicit_sharding(hidden)
-        d_hidden += jnp.matmul(d_logits, part.T, out_sharding=like, **wide)
-        like, tokens = _explicit_sharding(part), (axes, axes)
-        d_part = jnp.tensordot(hidden, d_logits, tokens, out_sharding=like, **wide)
+        d_hidden += jnp.matmul(d_logits, part.T, **wide)
+        d_part = jnp.tensordot(hidden, d_logits, (axes, axes), **wide)
         return d_hidden, d_part.astype(head.dtype)
 
     (start,) = vary_alike(jnp.zeros_like(hidden, lse.dtype), like=(hidden,))
@@ -139,9 +143,3 @@ def _logits(hidden, numbered, chunks, vocab):
     ids = number + chunks * jnp.arange(part.shape[1])
     ids = jnp.expand_dims(ids, range(hidden.ndim - 1))
     return jnp.where(ids < vocab, logits, -jnp.inf), ids
-
-
-def _explicit_sharding(x):
-    """That of a gradient on a mesh with explicit axes; on others XLA chooses it."""
-    sharding = jax.typeof(x).sharding
-    return sharding if sharding.mesh.explicit_axes else None

@@ -7,11 +7,12 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
-from .._core.sharding import vary_alike
+from .._core.sharding import on_automatic_axes, vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
 from .checks import LEAST_QUERIES, check_query_key_value, check_scale
@@ -92,8 +93,9 @@ def block_sparse_attention(
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be
-            an argument of jit. On explicit mesh axes one that differs between batches
-            or heads needs `jax.shard_map`, with its `partition_specs`.
+            an argument of jit. Where devices share batches or heads between which it
+            differs, `jax.shard_map` with its `partition_specs` keeps each one's work on
+            it; elsewhere XLA gathers what a row of blocks needs.
         scale: a number known when traced; None stands for dim ** -0.5.
 
     Raises:
@@ -122,13 +124,17 @@ def block_sparse_attention(
 
             out, lse = attend.attend(query, key, value, mask=mask, scale=scale)
         case "xla":
-            leaves, tree = jax.tree.flatten(mask)
-            query, key, value, *leaves = vary_alike(
-                query, key, value, *map(jnp.asarray, leaves)
-            )
-            mask = jax.tree.unflatten(tree, leaves)
-            out, lse = _attend(query, key, value, mask, scale)
+            out, lse = _attend_by_xla(query, key, value, mask, scale)
     return (out, lse) if return_lse else out
+
+
+@on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))
+def _attend_by_xla(query, key, value, mask, scale):
+    leaves, tree = jax.tree.flatten(mask)
+    query, key, value, *leaves = vary_alike(
+        query, key, value, *map(jnp.asarray, leaves)
+    )
+    return _attend(query, key, value, jax.tree.unflatten(tree, leaves), scale)
 
 
 def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | None:

@@ -7,11 +7,13 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 from .block_mask.mask import BlockMask, band_mask, with_keys
 from .checks import (
     LEAST_QUERIES,
@@ -202,6 +204,7 @@ def dense_blocks(
     return blocks if mask is None else with_keys(blocks, mask[:, :, 0])
 
 
+@on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))
 def attend_by_xla(
     query: jax.Array,
     key: jax.Array,

@@ -59,7 +59,7 @@ def cross_entropy(
         by columns: Cut Your Losses, https://arxiv.org/abs/2411.09009.
     """
     op = "cross_entropy"
-    check_floating(op, hidden=hidden, head=head)
+    hidden, head = check_floating(op, hidden=hidden, head=head)
     check_batched(op, "hidden", hidden)
     given = f" for hidden of shape {hidden.shape}"
     check_shape(op, "head", head, (hidden.shape[-1], "vocab"), given)

@@ -112,7 +112,7 @@ def block_sparse_attention(
     """
     op = "block_sparse_attention"
     check_implementation(op, implementation)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)

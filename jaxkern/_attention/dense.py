@@ -116,7 +116,7 @@ def attention(
     """
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
@@ -281,8 +281,8 @@ def merge_attention(
         ValueError: the shapes do not fit.
     """
     op = "merge_attention"
-    check_floating(op, out_a=out_a, out_b=out_b)
-    check_floating(op, lse_a=lse_a, lse_b=lse_b)
+    out_a, out_b = check_floating(op, out_a=out_a, out_b=out_b)
+    lse_a, lse_b = check_floating(op, lse_a=lse_a, lse_b=lse_b)
     if lse_a.dtype.itemsize < 4:
         raise TypeError(f"{op}: lse_a must be float32 or float64, got {lse_a.dtype}")
     check_shape(op, "out_a", out_a, ("batch", "seq", "heads", "dim"))

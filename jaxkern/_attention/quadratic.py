@@ -30,7 +30,7 @@ def quadratic_attention(
         ValueError: the shapes do not fit.
     """
     op = "quadratic_attention"
-    check_floating(op, query=query, key=key, value=value)
+    query, key, value = check_floating(op, query=query, key=key, value=value)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, seq_q, heads, dim = query.shape
     check_shape(op, "key", key, (batch, "seq_kv", heads, dim))

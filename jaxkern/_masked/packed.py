@@ -11,14 +11,17 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from .._core.checks import check_floating, check_shape
 from .._core.sharding import on_automatic_axes
+from .._core.trees import ArrayTree, register
 
 WORD = 32
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedMask:
+@register
+@dataclass(frozen=True, eq=False)
+class PackedMask(ArrayTree):
     """A mask over weights (d_in, d_out), or one for each sample, in bits.
+
+    Two with the same words are equal. It pickles, and `jax.export` serializes it.
 
     `jax.tree.map(lambda words: words[:batch], packed)` are the first samples' masks.
 

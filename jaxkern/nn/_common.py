@@ -33,12 +33,13 @@ def check_callable(module: str, name: str, function: object) -> None:
         raise TypeError(f"{module}: {name} must be callable, got {kind}")
 
 
-def check_input(module: str, x: jax.Array, features: int) -> None:
-    check_floating(module, x=x)
+def check_input(module: str, x: jax.Array, features: int) -> jax.Array:
+    (x,) = check_floating(module, x=x)
     if x.ndim < 1 or x.shape[-1] != features:
         raise ValueError(
             f"{module}: x must have shape (..., {features}), got {x.shape}"
         )
+    return x
 
 
 def check_means(

@@ -81,7 +81,7 @@ class LowRankLinear(nnx.Module):
         return self.w_in[...], self.w_out[...]
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        check_input("LowRankLinear", x, self.in_features)
+        x = check_input("LowRankLinear", x, self.in_features)
         x, w_in, w_out = promote_dtype((x, *self.weight), dtype=self.dtype)
         return low_rank_matmul(x, (w_in, w_out), implementation=self.implementation)
 

@@ -83,8 +83,8 @@ def _make_logits(
 
 def _check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
-) -> None:
-    check_floating(module, x=x)
+) -> jax.Array:
+    (x,) = check_floating(module, x=x)
     if x.ndim < 2 or x.shape[-1] != features or 0 in x.shape:
         raise ValueError(
             f"{module}: x must have shape (batch, ..., {features}) and no empty axis, "
@@ -95,6 +95,7 @@ def _check_samples(
             f"{module}: x must have at most {num_masks} samples, as there are masks, "
             f"got {len(x)}"
         )
+    return x
 
 
 def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array:
@@ -190,7 +191,7 @@ class MaskedLinear(nnx.Module):
             TypeError: `x` is no floating-point array.
             ValueError: its shape does not fit, or it has more samples than masks.
         """
-        _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
+        x = _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
         x, kernel = promote_dtype((x, self.kernel[...]), dtype=self.dtype)
         y = masked_matmul(
             _flatten(x),
@@ -338,7 +339,7 @@ class MaskedBilinear(Bilinear):
                 with another call, such as an `nnx.LoRALinear`.
             ValueError: its shape does not fit, or it has more samples than masks.
         """
-        _check_samples("MaskedBilinear", x, self.in_features, self.num_masks)
+        x = _check_samples("MaskedBilinear", x, self.in_features, self.num_masks)
         layers = {"left": self.left, "right": self.right, "down": self.down}
         parameters = [array for layer in layers.items() for array in _arrays(*layer)]
         x, *p = promote_dtype((x, *parameters), dtype=self.dtype)

@@ -86,7 +86,7 @@ class SwiGLU(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("SwiGLU", x, self.in_features)
+        x = check_input("SwiGLU", x, self.in_features)
         args = (x, self.w_gate[...], self.w_up[...], self.w_down[...])
         args = promote_dtype(args, dtype=self.dtype)
         return swiglu(*args, implementation=self.implementation)
@@ -147,7 +147,7 @@ class LowRankSwiGLU(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("LowRankSwiGLU", x, self.in_features)
+        x = check_input("LowRankSwiGLU", x, self.in_features)
         factors = (*self.gate.weight, *self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         gate, up, down = (f[0], f[1]), (f[2], f[3]), (f[4], f[5])
@@ -250,7 +250,7 @@ class LowRankReLU2(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("LowRankReLU2", x, self.in_features)
+        x = check_input("LowRankReLU2", x, self.in_features)
         factors = (*self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         return low_rank_relu2(
@@ -353,7 +353,7 @@ class FlashMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "heads batch dim"]
     ) -> Float[Array, "heads batch dim"]:
-        check_input("FlashMLP", x, self.dim)
+        x = check_input("FlashMLP", x, self.dim)
         gates = () if self.w_gate is None else (self.w_gate[...],)
         weights = self.w1[...], self.w2[...], *gates
         x, w1, w2, *gates = promote_dtype((x, *weights), dtype=self.dtype)

@@ -98,7 +98,7 @@ class MultiHeadMLP(nnx.Module):
 
     @on_automatic_axes(lambda x: x)
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("MultiHeadMLP", x, self.in_features)
+        x = check_input("MultiHeadMLP", x, self.in_features)
         by_token = self.w_in(x)
         *batch, heads, dim = by_token.shape
         by_head = jnp.moveaxis(by_token.reshape(-1, heads, dim), 1, 0)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from ._core.checks import (
@@ -16,7 +17,7 @@ from ._core.checks import (
     check_shape,
 )
 from ._core.precision import widen, widen_range
-from ._core.sharding import vary_alike
+from ._core.sharding import on_automatic_axes, vary_alike
 
 
 def cross_entropy(
@@ -61,7 +62,7 @@ def cross_entropy(
         by columns: Cut Your Losses, https://arxiv.org/abs/2411.09009.
     """
     op = "cross_entropy"
-    check_floating(op, hidden=hidden, head=head)
+    hidden, head = check_floating(op, hidden=hidden, head=head)
     check_batched(op, "hidden", hidden)
     given = f" for hidden of shape {hidden.shape}"
     check_shape(op, "head", head, (hidden.shape[-1], "vocab"), given)
@@ -76,8 +77,13 @@ def cross_entropy(
         # Whatever they are: 0 times a NaN would be NaN in the gradient of `head`.
         hidden = jnp.where(where[..., None], hidden, 0)
         targets = jnp.where(where, targets, 0)
-    losses = _losses(*vary_alike(hidden, head, targets), chunks)
+    losses = _by_chunks(hidden, head, targets, chunks)
     return losses if where is None else jnp.where(where, losses, 0)
+
+
+@on_automatic_axes(lambda hidden: PartitionSpec(*hidden[:-1]))
+def _by_chunks(hidden, head, targets, chunks):
+    return _losses(*vary_alike(hidden, head, targets), chunks)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -125,10 +131,8 @@ def _gradients(hidden, head, targets, lse, g, chunks):
             d_logits.astype(part.dtype),
             {"preferred_element_type": lse.dtype},
         )
-        like = _explicit_sharding(hidden)
-        d_hidden += jnp.matmul(d_logits, part.T, out_sharding=like, **wide)
-        like, tokens = _explicit_sharding(part), (axes, axes)
-        d_part = jnp.tensordot(states, d_logits, tokens, out_sharding=like, **wide)
+        d_hidden += jnp.matmul(d_logits, part.T, **wide)
+        d_part = jnp.tensordot(states, d_logits, (axes, axes), **wide)
         return d_hidden, d_part.astype(head.dtype)
 
     (start,) = vary_alike(jnp.zeros_like(hidden, lse.dtype), like=(hidden,))
@@ -160,9 +164,3 @@ def _logits(hidden, numbered, chunks, vocab):
 def _below(logits):
     """Less than any logit, and finite, as `jax.debug_infs` has it."""
     return float(jnp.finfo(logits.dtype).min) / 2
-
-
-def _explicit_sharding(x):
-    """That of a gradient on a mesh with explicit axes; on others XLA chooses it."""
-    sharding = jax.typeof(x).sharding
-    return sharding if sharding.mesh.explicit_axes else None

@@ -7,12 +7,13 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, kind_of
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
-from .._core.sharding import vary_alike
+from .._core.sharding import on_automatic_axes, vary_alike
 from .block_mask.mask import BlockMask
 from .block_mask.runs import BlockLists
 from .checks import (
@@ -107,8 +108,9 @@ def block_sparse_attention(
 
     Args:
         mask: of the lengths of query and key, its batch and heads theirs or 1. May be
-            an argument of jit. On explicit mesh axes one that differs between batches
-            or heads needs `jax.shard_map`, with its `partition_specs`.
+            an argument of jit. Where devices share batches or heads between which it
+            differs, `jax.shard_map` with its `partition_specs` keeps each one's work on
+            it; elsewhere XLA gathers what a row of blocks needs.
         scale: a number known when traced; None stands for dim ** -0.5.
 
     Raises:
@@ -125,7 +127,7 @@ def block_sparse_attention(
     """
     op = "block_sparse_attention"
     check_implementation(op, implementation)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     check_whole_sequence(op, query=query, key=key, value=value)
     check_flag(op, return_lse=return_lse)
     _check_mask(op, mask, query, key)
@@ -139,13 +141,17 @@ def block_sparse_attention(
 
             out, lse = attend.attend(query, key, value, mask=mask, scale=scale)
         case "xla":
-            leaves, tree = jax.tree.flatten(mask)
-            query, key, value, *leaves = vary_alike(
-                query, key, value, *map(jnp.asarray, leaves)
-            )
-            mask = jax.tree.unflatten(tree, leaves)
-            out, lse = _attend(query, key, value, mask, scale)
+            out, lse = _attend_by_xla(query, key, value, mask, scale)
     return (out, with_infinity(lse)) if return_lse else out
+
+
+@on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))
+def _attend_by_xla(query, key, value, mask, scale):
+    leaves, tree = jax.tree.flatten(mask)
+    query, key, value, *leaves = vary_alike(
+        query, key, value, *map(jnp.asarray, leaves)
+    )
+    return _attend(query, key, value, jax.tree.unflatten(tree, leaves), scale)
 
 
 def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | None:

@@ -12,9 +12,12 @@ LEAST_QUERIES = 64
 
 def check_query_key_value(
     op: str, query: jax.Array, key: jax.Array, value: jax.Array
-) -> None:
-    """Shapes and dtypes fit, and the heads of key and value divide the query's."""
-    check_floating(op, query=query, key=key, value=value)
+) -> tuple[jax.Array, ...]:
+    """Shapes and dtypes fit, and the heads of key and value divide the query's.
+
+    Returns them as JAX's arrays.
+    """
+    query, key, value = check_floating(op, query=query, key=key, value=value)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, _, heads, dim = query.shape
     because = f" for query of shape {query.shape}"
@@ -26,6 +29,7 @@ def check_query_key_value(
             f"{op}: heads of query must be a multiple of those of key and value, "
             f"got {heads} and {key.shape[2]}"
         )
+    return query, key, value
 
 
 def check_whole_sequence(op: str, **arrays: jax.Array) -> None:

@@ -7,11 +7,13 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 from .block_mask.mask import BlockMask, band_mask, with_keys
 from .checks import (
     LEAST_QUERIES,
@@ -126,7 +128,7 @@ def attention(
     """
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     check_whole_sequence(op, query=query, key=key, value=value)
     check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
@@ -217,6 +219,7 @@ def dense_blocks(
     return blocks if mask is None else with_keys(blocks, mask[:, :, 0])
 
 
+@on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))
 def attend_by_xla(
     query: jax.Array,
     key: jax.Array,
@@ -299,8 +302,8 @@ def merge_attention(
         ValueError: the shapes do not fit.
     """
     op = "merge_attention"
-    check_floating(op, out_a=out_a, out_b=out_b)
-    check_floating(op, lse_a=lse_a, lse_b=lse_b)
+    out_a, out_b = check_floating(op, out_a=out_a, out_b=out_b)
+    lse_a, lse_b = check_floating(op, lse_a=lse_a, lse_b=lse_b)
     if lse_a.dtype.itemsize < 4:
         raise TypeError(f"{op}: lse_a must be float32 or float64, got {lse_a.dtype}")
     check_shape(op, "out_a", out_a, ("batch", "seq", "heads", "dim"))

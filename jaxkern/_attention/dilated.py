@@ -140,7 +140,7 @@ def dilated_attention(
     """
     op = "dilated_attention"
     check_implementation(op, implementation)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     scale = check_scale(op, scale, query.shape[-1])
     batch, seq, heads, _ = query.shape
     check_one_length(op, query, key)

@@ -31,7 +31,7 @@ def quadratic_attention(
         ValueError: the shapes do not fit.
     """
     op = "quadratic_attention"
-    check_floating(op, query=query, key=key, value=value)
+    query, key, value = check_floating(op, query=query, key=key, value=value)
     check_flag(op, is_causal=is_causal)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, seq_q, heads, dim = query.shape

@@ -90,7 +90,7 @@ def ring_attention(
     op = "ring_attention"
     check_implementation(op, implementation)
     _check_layout(op, layout)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     check_flag(op, is_causal=is_causal)
     scale = check_scale(op, scale, query.shape[-1])
     if is_causal:
@@ -270,7 +270,7 @@ def context_parallel_attention(
     if layout is None:
         layout = "zigzag" if segment_lengths is None else "contiguous"
     _check_layout(op, layout)
-    check_query_key_value(op, query, key, value)
+    query, key, value = check_query_key_value(op, query, key, value)
     check_flag(op, is_causal=is_causal)
     _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
     if axis_name not in mesh.axis_names:

@@ -68,7 +68,7 @@ def rotary_embedding(
         RoFormer, eq. 34: https://arxiv.org/abs/2104.09864.
     """
     op = "rotary_embedding"
-    check_floating(op, x=x)
+    (x,) = check_floating(op, x=x)
     check_shape(op, "x", x, ("batch", "seq", "heads", "dim"))
     batch, seq, _, dim = x.shape
     if dim % 2:

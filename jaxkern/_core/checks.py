@@ -29,9 +29,12 @@ def check_dtype(op: str, name: str, dtype: Any) -> None:
         )
 
 
-def check_floating(op: str, **arrays: object) -> None:
-    """Every array has one of our dtypes, and all have the first one's."""
-    first, dtype = "", None
+def check_floating(op: str, **arrays: object) -> tuple[jax.Array, ...]:
+    """Every array has one of our dtypes, and all have the first one's.
+
+    Returns them as JAX's arrays, in order: NumPy's would compute in float64.
+    """
+    first, dtype, given = "", None, []
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray):
             kind = kind_of(array)
@@ -52,6 +55,8 @@ def check_floating(op: str, **arrays: object) -> None:
             raise TypeError(
                 f"{op}: {name} must have the dtype of {first}, {dtype}, got {got}"
             )
+        given.append(jnp.asarray(array))
+    return tuple(given)
 
 
 def check_array(

@@ -3,12 +3,22 @@
 import jax
 from jaxtyping import Array
 
+from .sharding import vary_alike
+
+
+def with_derivative_of(value: Array, soft: Array) -> Array:
+    """`value`, with the derivative of `soft`.
+
+    Inside `jax.shard_map` one may vary over axes that the other does not, as a draw by
+    each device's own key.
+    """
+    return _with_derivative_of(*vary_alike(value, soft))
+
 
 @jax.custom_jvp
-def with_derivative_of(value: Array, soft: Array) -> Array:
-    """`value`, with the derivative of `soft`."""
+def _with_derivative_of(value: Array, soft: Array) -> Array:
     del soft
     return value
 
 
-with_derivative_of.defjvps(None, lambda soft_dot, out, value, soft: soft_dot)
+_with_derivative_of.defjvps(None, lambda soft_dot, out, value, soft: soft_dot)

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .activations import ACTIVATIONS
-from .sharding import lie_whole
+from .sharding import lie_whole, product_spec
 
 
 def matmul(
@@ -54,22 +54,8 @@ def relu2(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _out_sharding(x: jax.Array, w: jax.Array) -> NamedSharding | None:
-    rows, columns = jax.typeof(x).sharding, jax.typeof(w).sharding
-    if not rows.mesh.explicit_axes:
+    places = [jax.typeof(a).sharding for a in (x, w)]
+    mesh = next((one.mesh for one in places if one.mesh.explicit_axes), None)
+    if mesh is None:
         return None
-    batch, last = rows.spec[:-1], columns.spec[-1]
-    taken = {name for axis in batch for name in _mesh_axes(axis)}
-    # An axis that already splits the batch cannot split the columns too.
-    if taken & set(_mesh_axes(last)):
-        last = None
-    return NamedSharding(rows.mesh, PartitionSpec(*batch, last))
-
-
-def _mesh_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    match axis:
-        case None:
-            return ()
-        case str():
-            return (axis,)
-        case _:
-            return axis
+    return NamedSharding(mesh, product_spec(*(one.spec for one in places)))

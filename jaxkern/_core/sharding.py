@@ -1,13 +1,21 @@
 """Where arrays lie on a mesh, as kernels and custom gradients need to know it."""
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    PartitionSpec,
+    reshard,
+    use_abstract_mesh,
+)
 
 
 def lie_whole(*arrays: Any) -> bool:
@@ -66,40 +74,81 @@ def vary_alike(
 
 
 def on_automatic_axes[**In, Out](
-    place: Callable[[PartitionSpec], Any],
+    place: Callable[..., Any],
 ) -> Callable[[Callable[In, Out]], Callable[In, Out]]:
     """Where arguments lie on explicit axes, the function runs on automatic ones.
 
     XLA then chooses how to split what is between, as a large model needs. `place` says
-    where the results lie, from where the second argument does: a method's first one
-    after `self`.
+    where the results lie, a `PartitionSpec` for each array or for each tree of them. It
+    names those of the function's arguments whose specs it needs, a spec for each array.
+    An axis that the devices cannot share evenly is whole on each.
     """
+    wanted = tuple(inspect.signature(place).parameters)
 
-    def decorate(method: Callable[In, Out]) -> Callable[In, Out]:
-        @wraps(method)
+    def decorate(function: Callable[In, Out]) -> Callable[In, Out]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
         def run(*args: In.args, **options: In.kwargs) -> Out:
             leaves, tree = jax.tree.flatten((args, options))
-            is_array = [isinstance(x, jax.Array) for x in leaves]
             arrays = [x for x in leaves if isinstance(x, jax.Array)]
             meshes = (jax.typeof(x).sharding.mesh for x in arrays)
             mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
             if mesh is None:
-                return method(*args, **options)
-
-            def inside(*arrays: jax.Array) -> Any:
-                given = iter(arrays)
-                pairs = zip(is_array, leaves, strict=True)
-                filled = [next(given) if array else x for array, x in pairs]
-                call: Callable[..., Any] = method
-                inputs, named = jax.tree.unflatten(tree, filled)
-                return call(*inputs, **named)
-
-            first = jax.tree.leaves(args[1])[0]
-            places = place(jax.typeof(first).sharding.spec)
-            automatic: Any = jax.sharding.auto_axes(inside, out_sharding=places)
-            with jax.sharding.use_abstract_mesh(mesh):
-                return automatic(*arrays)
+                return function(*args, **options)
+            given = signature.bind(*args, **options).arguments
+            specs = jax.tree.map(_spec, {name: given[name] for name in wanted})
+            kinds = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+            with use_abstract_mesh(mesh.update_axis_types(kinds)):
+                inputs, named = jax.tree.unflatten(tree, map(_on_no_axis, leaves))
+                call: Callable[..., Any] = function
+                results = call(*inputs, **named)
+            with use_abstract_mesh(mesh):
+                return jax.tree.map(
+                    lambda spec, part: jax.tree.map(partial(_move, spec, mesh), part),
+                    place(**specs),
+                    results,
+                    is_leaf=lambda x: isinstance(x, PartitionSpec),
+                )
 
         return run
 
     return decorate
+
+
+def product_spec(x: PartitionSpec, w: PartitionSpec) -> PartitionSpec:
+    """Where `x @ w` lies: as the batch axes of `x` and the columns of `w`.
+
+    An axis that already splits the batch cannot split the columns too.
+    """
+    taken = {name for axis in x[:-1] for name in _mesh_axes(axis)}
+    last = None if taken & {*_mesh_axes(w[-1])} else w[-1]
+    return PartitionSpec(*x[:-1], last)
+
+
+def _spec(x: Any) -> PartitionSpec:
+    return jax.typeof(x).sharding.spec
+
+
+def _on_no_axis(x: Any) -> Any:
+    return reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x
+
+
+def _move(spec: PartitionSpec, mesh: AbstractMesh, x: jax.Array) -> jax.Array:
+    axes = [
+        axis
+        if size % math.prod(mesh.shape[name] for name in _mesh_axes(axis)) == 0
+        else None
+        for axis, size in zip(spec, x.shape, strict=False)
+    ]
+    return reshard(x, PartitionSpec(*axes))
+
+
+def _mesh_axes(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    match axis:
+        case None:
+            return ()
+        case str():
+            return (axis,)
+        case _:
+            return axis

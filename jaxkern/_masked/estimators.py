@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import (
@@ -24,6 +25,7 @@ from .._core.checks import (
 )
 from .._core.gradients import with_derivative_of
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 
 Derivative = Literal["identity", "sigmoid"]
 Number = Float[Array, ""] | float
@@ -102,7 +104,7 @@ def straight_through(
         https://arxiv.org/abs/1602.02830.
     """
     op = "straight_through"
-    check_floating(op, logits=logits)
+    (logits,) = check_floating(op, logits=logits)
     if derivative not in get_args(Derivative):
         raise_unknown(op, "derivative", derivative, get_args(Derivative))
     if clip is not None:
@@ -112,6 +114,7 @@ def straight_through(
     return _straight_through(logits, derivative, clip, key)
 
 
+@on_automatic_axes(lambda logits: logits)
 @partial(jax.jit, static_argnames="derivative")
 def _straight_through(
     logits: Array, derivative: Derivative, clip: Number | None, key: PRNGKeyArray | None
@@ -137,10 +140,11 @@ def seed_reinmax(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: `logits` is no floating-point array.
     """
-    check_floating("seed_reinmax", logits=logits)
+    (logits,) = check_floating("seed_reinmax", logits=logits)
     return _seed_reinmax(logits)
 
 
+@on_automatic_axes(lambda logits: logits)
 @jax.jit
 def _seed_reinmax(logits: Array) -> Array:
     wide = widen(logits)
@@ -178,13 +182,14 @@ def reinmax(
         https://arxiv.org/abs/2304.08612.
     """
     op = "reinmax"
-    check_floating(op, logits=logits)
+    (logits,) = check_floating(op, logits=logits)
     if key is not None:
         check_key(op, key)
     check_number(op, "temperature", temperature, least=1.0, finite=False, traced=True)
     return _reinmax(logits, key, temperature)
 
 
+@on_automatic_axes(lambda logits: logits)
 @jax.jit
 def _reinmax(logits: Array, key: PRNGKeyArray | None, temperature: Number) -> Array:
     wide = widen(logits)
@@ -223,7 +228,7 @@ def binary_concrete(
         The Concrete Distribution, appendix B: https://arxiv.org/abs/1611.00712.
     """
     op = "binary_concrete"
-    check_floating(op, logits=logits)
+    (logits,) = check_floating(op, logits=logits)
     check_key(op, key)
     check_number(
         op, "temperature", temperature, positive=True, finite=False, traced=True
@@ -232,6 +237,7 @@ def binary_concrete(
     return _binary_concrete(logits, key, temperature, hard)
 
 
+@on_automatic_axes(lambda logits: logits)
 @partial(jax.jit, static_argnames="hard")
 def _binary_concrete(
     logits: Array, key: PRNGKeyArray, temperature: Number, hard: bool
@@ -242,8 +248,8 @@ def _binary_concrete(
     return _attach(_threshold(noisy) if hard else soft, soft, logits)
 
 
-def _check_categorical(op: str, logits: Any, axis: Any) -> None:
-    check_floating(op, logits=logits)
+def _check_categorical(op: str, logits: Any, axis: Any) -> jax.Array:
+    (logits,) = check_floating(op, logits=logits)
     check_batched(op, "logits", logits)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
@@ -253,6 +259,7 @@ def _check_categorical(op: str, logits: Any, axis: Any) -> None:
         raise ValueError(
             f"{op}: logits must have a class on axis {axis}, got {logits.shape}"
         )
+    return logits
 
 
 def _gumbel(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -296,7 +303,7 @@ def gumbel_softmax(
         Gumbel-Softmax, eq. 2 and section 2.2: https://arxiv.org/abs/1611.01144.
     """
     op = "gumbel_softmax"
-    _check_categorical(op, logits, axis)
+    logits = _check_categorical(op, logits, axis)
     check_key(op, key)
     check_number(
         op, "temperature", temperature, positive=True, finite=False, traced=True
@@ -305,6 +312,7 @@ def gumbel_softmax(
     return _gumbel_softmax(logits, key, temperature, axis, hard)
 
 
+@on_automatic_axes(lambda logits: logits)
 @partial(jax.jit, static_argnames=("axis", "hard"))
 def _gumbel_softmax(
     logits: Array, key: PRNGKeyArray, temperature: Number, axis: int, hard: bool
@@ -342,12 +350,13 @@ def reinmax_categorical(
         ReinMax, algorithm 2: https://arxiv.org/abs/2304.08612.
     """
     op = "reinmax_categorical"
-    _check_categorical(op, logits, axis)
+    logits = _check_categorical(op, logits, axis)
     check_key(op, key)
     check_number(op, "temperature", temperature, least=1.0, finite=False, traced=True)
     return _reinmax_categorical(logits, key, temperature, axis)
 
 
+@on_automatic_axes(lambda logits: logits)
 @partial(jax.jit, static_argnames="axis")
 def _reinmax_categorical(
     logits: Array, key: PRNGKeyArray, temperature: Number, axis: int
@@ -414,6 +423,18 @@ def rule_of(estimator: Callable[..., jax.Array]) -> Rule | None:
     if estimator is reinmax:
         return "reinmax"
     return None
+
+
+def is_fixed(estimator: Callable[..., jax.Array]) -> bool:
+    """Whether `estimator` is known to do the same in every call.
+
+    As those here do, and a `functools.partial` of one that binds values.
+    """
+    if isinstance(estimator, partial):
+        bound = jax.tree.leaves((estimator.args, estimator.keywords))
+        traced = any(isinstance(value, Tracer) for value in bound)
+        return not traced and is_fixed(estimator.func)
+    return any(estimator is estimator_of("", name) for name in get_args(EstimatorName))
 
 
 def _are_defaults(fn: Callable[..., Any], options: dict[str, Any]) -> bool:

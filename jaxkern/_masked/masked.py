@@ -15,7 +15,8 @@ from .._core import device
 from .._core.checks import check_floating, check_key, check_shape, raise_unknown
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import add, matmul, widen
-from .estimators import Estimator, Rule, estimator_of, rule_of
+from .._core.sharding import on_automatic_axes, product_spec
+from .estimators import Estimator, Rule, estimator_of, is_fixed, rule_of
 from .packed import WORD, PackedMask, check_packed_mask, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
@@ -23,8 +24,10 @@ Arrays = tuple[jax.Array, ...]
 Logits = tuple[jax.Array | PackedMask, ...]
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Sum = Callable[[jax.Array, jax.Array], jax.Array]
-# From an input, its masks, and how to multiply and to add a bias, to the output.
-Layer = Callable[[jax.Array, Arrays, Product, Sum], jax.Array]
+# The weights, and a bias for each or None.
+Parameters = tuple[Arrays, Arrays | None]
+# From an input, parameters and masks, and how to multiply and add, to the output.
+Layer = Callable[[jax.Array, Parameters, Arrays, Product, Sum], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
 
 # "fused" keeps what has this name for the backward, beside its arguments.
@@ -67,6 +70,7 @@ def _by_bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.matmul(x, lax.optimization_barrier(_masked(x, w, mask)))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Masks:
     """The masks of a call, before they are made.
@@ -79,8 +83,8 @@ class _Masks:
     """
 
     logits: Logits
-    make: Callable[..., jax.Array]
-    rule: Rule | None
+    make: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    rule: Rule | None = dataclasses.field(metadata={"static": True})
     key: PRNGKeyArray | None
 
     @property
@@ -130,13 +134,26 @@ class _Masks:
         return self.rule, self.arrays
 
 
+@on_automatic_axes(lambda x, parameters: product_spec(x, parameters[0][-1]))
 def _by_xla(
-    layer: Layer, x: Float[Array, "batch seq d_in"], masks: _Masks, method: Method
+    layer: Layer,
+    x: Float[Array, "batch seq d_in"],
+    parameters: Parameters,
+    masks: _Masks,
+    method: Method,
 ) -> Float[Array, "batch seq d_out"]:
-    """`layer` of each sample and its masks."""
+    """`layer` of each sample and its masks.
 
+    An estimator of the user's is called by every call: it may draw anew each time.
+    """
+    fixed = masks.packed or is_fixed(masks.make)
+    run = _compiled_sample_by_sample if fixed else _sample_by_sample
+    return run(layer, x, parameters, masks, method)
+
+
+def _sample_by_sample(layer, x, parameters, masks, method):
     def sample(x: jax.Array, logits: Logits, keys: jax.Array | None) -> jax.Array:
-        return layer(x, masks.draw(logits, keys), _by_matmul, add)
+        return layer(x, parameters, masks.draw(logits, keys), _by_matmul, add)
 
     each = x, masks.logits, masks.keys
     if masks.shared:
@@ -146,9 +163,9 @@ def _by_xla(
             parts = [jax.tree.map(lambda a, b=b: a[b], each) for b in range(len(x))]
             return jnp.stack([sample(*part) for part in parts])
         case "einsum":
-            return layer(x, masks.draw_all(), _by_einsum, add)
+            return layer(x, parameters, masks.draw_all(), _by_einsum, add)
         case "bmm":
-            return layer(x, masks.draw_all(), _by_bmm, add)
+            return layer(x, parameters, masks.draw_all(), _by_bmm, add)
         case "vmap":
             return jax.vmap(sample)(*each)
         case "fused":
@@ -157,6 +174,11 @@ def _by_xla(
             policy = jax.checkpoint_policies.save_only_these_names(KEPT_NAME)
             one = jax.checkpoint(sample, prevent_cse=False, policy=policy)
             return lax.map(lambda part: one(*part), each)
+
+
+_compiled_sample_by_sample = jax.jit(
+    _sample_by_sample, static_argnames=("layer", "method")
+)
 
 
 def _choose(
@@ -212,18 +234,19 @@ def _check_options(op: str, method: object, implementation: Any, key: Any) -> No
 
 def _check_logits(
     op: str, name: str, logits: Any, w: Any, of: str, x: Any, shared: bool
-) -> None:
+) -> jax.Array | PackedMask:
     rows, columns = w.shape
     because = f" for the {x.shape[0]} samples of {of}"
     if isinstance(logits, PackedMask):
-        check_packed_mask(op, name, logits)
+        logits = check_packed_mask(op, name, logits)
         if logits.d_in != rows:
             raise ValueError(f"{op}: {name} must have d_in={rows}, got {logits.d_in}")
-        name, logits, rows = f"words of {name}", logits.words, -(-rows // WORD)
+        name, array, rows = f"words of {name}", logits.words, -(-rows // WORD)
     else:
-        check_floating(op, **{name: logits})
+        (logits,) = (array,) = check_floating(op, **{name: logits})
     batch = () if shared else (x.shape[0],)
-    check_shape(op, name, logits, (*batch, rows, columns), because)
+    check_shape(op, name, array, (*batch, rows, columns), because)
+    return logits
 
 
 def _check_masks(
@@ -337,28 +360,28 @@ def masked_matmul(
     """
     op = "masked_matmul"
     _check_options(op, method, implementation, key)
-    check_floating(op, x=x, w=w)
+    x, w = check_floating(op, x=x, w=w)
     check_shape(op, "x", x, ("batch", "seq", "d_in"))
     check_shape(op, "w", w, (x.shape[2], "d_out"), f" for x of shape {x.shape}")
     shared = getattr(mask_logits, "ndim", None) == 2
-    _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
-    x, w, mask_logits = jax.tree.map(jnp.asarray, (x, w, mask_logits))
-    masks = _check_masks(op, (mask_logits,), estimator, key)
-    wide = widen(w)
-
-    def layer(x: jax.Array, masks: Arrays, product: Product, add: Sum) -> jax.Array:
-        return product(x, wide, masks[0])
-
+    logits = _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
+    masks = _check_masks(op, (logits,), estimator, key)
     match _choose(op, x, (w,), masks, method, implementation):
         case "mosaic_gpu":
             # Mosaic is imported on first use of a kernel.
             from .hopper.multiply import multiply
 
             kind, (mask,) = masks.for_kernels()
-            return multiply(x, wide, mask, kind=kind)
+            return multiply(x, widen(w), mask, kind=kind)
         case "xla":
             form = method or _fastest_method(x, (w,), masks)
-            return _by_xla(layer, x, masks, form)
+            return _by_xla(_linear, x, ((w,), None), masks, form)
+
+
+def _linear(
+    x: jax.Array, parameters: Parameters, masks: Arrays, product: Product, add: Sum
+) -> jax.Array:
+    return product(x, widen(parameters[0][0]), masks[0])
 
 
 def _check_three(op: str, **tuples: Any) -> None:
@@ -373,24 +396,26 @@ def _check_three(op: str, **tuples: Any) -> None:
 
 def _check_bilinear(
     op: str, h: Any, weights: Any, mask_logits: Any, biases: Any | None
-) -> None:
+) -> tuple[jax.Array, Parameters, Logits]:
     _check_three(op, weights=weights, mask_logits=mask_logits)
     arrays = {f"weights[{i}]": w for i, w in enumerate(weights)}
     if biases is not None:
         _check_three(op, biases=biases)
         arrays |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
-    check_floating(op, h=h, **arrays)
+    h, *rest = check_floating(op, h=h, **arrays)
+    weights, biases = tuple(rest[:3]), tuple(rest[3:]) or None
     check_shape(op, "h", h, ("batch", "seq", "d_in"))
     given = f" for h of shape {h.shape}"
     check_shape(op, "weights[0]", weights[0], (h.shape[2], "hidden"), given)
     check_shape(op, "weights[1]", weights[1], weights[0].shape)
     check_shape(op, "weights[2]", weights[2], (weights[0].shape[1], "d_out"))
-    shared = getattr(mask_logits[0], "ndim", None) == 2
-    for i in range(3):
+    shared, logits = getattr(mask_logits[0], "ndim", None) == 2, []
+    for i, (given, w) in enumerate(zip(mask_logits, weights, strict=True)):
         if biases is not None:
-            check_shape(op, f"biases[{i}]", biases[i], weights[i].shape[1:])
+            check_shape(op, f"biases[{i}]", biases[i], w.shape[1:])
         name = f"mask_logits[{i}]"
-        _check_logits(op, name, mask_logits[i], weights[i], "h", h, shared)
+        logits.append(_check_logits(op, name, given, w, "h", h, shared))
+    return h, (weights, biases), tuple(logits)
 
 
 def masked_bilinear(
@@ -438,27 +463,30 @@ def masked_bilinear(
     """
     op = "masked_bilinear"
     _check_options(op, method, implementation, key)
-    _check_bilinear(op, h, weights, mask_logits, biases)
-    logits = tuple(jax.tree.map(jnp.asarray, one) for one in mask_logits)
+    h, parameters, logits = _check_bilinear(op, h, weights, mask_logits, biases)
+    weights = parameters[0]
     masks = _check_masks(op, logits, estimator, key)
-    h = jnp.asarray(h)
-    wide = [widen(jnp.asarray(w)) for w in weights]
-    wide_biases = None if biases is None else [widen(jnp.asarray(b)) for b in biases]
-
-    def layer(h: jax.Array, masks: Arrays, product: Product, add: Sum) -> jax.Array:
-        def affine(x: jax.Array, i: int) -> jax.Array:
-            y = product(x, wide[i], masks[i])
-            return y if wide_biases is None else add(y, wide_biases[i])
-
-        left, right = (checkpoint_name(affine(h, i), KEPT_NAME) for i in range(2))
-        return affine(left * right, 2)
-
     match _choose(op, h, weights, masks, method, implementation):
         case "mosaic_gpu":
             from .hopper.multiply import add_bias, multiply
 
             kind, made = masks.for_kernels()
-            return layer(h, made, partial(multiply, kind=kind), add_bias)
+            return _bilinear(
+                h, parameters, made, partial(multiply, kind=kind), add_bias
+            )
         case "xla":
             form = method or _fastest_method(h, weights, masks)
-            return _by_xla(layer, h, masks, form)
+            return _by_xla(_bilinear, h, parameters, masks, form)
+
+
+def _bilinear(
+    h: jax.Array, parameters: Parameters, masks: Arrays, product: Product, add: Sum
+) -> jax.Array:
+    weights, biases = parameters
+
+    def affine(x: jax.Array, i: int) -> jax.Array:
+        y = product(x, widen(weights[i]), masks[i])
+        return y if biases is None else add(y, widen(biases[i]))
+
+    left, right = (checkpoint_name(affine(h, i), KEPT_NAME) for i in range(2))
+    return affine(left * right, 2)

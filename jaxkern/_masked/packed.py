@@ -1,22 +1,27 @@
 """Weight masks as bits, 32 to a word: for inference with masks that no longer learn."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from .._core.checks import check_floating, check_shape
+from .._core.sharding import on_automatic_axes
+from .._core.trees import ArrayTree, register
 
 WORD = 32
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedMask:
+@register
+@dataclass(frozen=True, eq=False)
+class PackedMask(ArrayTree):
     """A mask over weights (d_in, d_out), or one for each sample, in bits.
+
+    Two with the same words are equal. It pickles, and `jax.export` serializes it.
 
     `jax.tree.map(lambda words: words[:batch], packed)` are the first samples' masks.
 
@@ -48,19 +53,27 @@ def pack_mask(
     op = "pack_mask"
     boolean = isinstance(mask, jax.Array | np.ndarray) and mask.dtype == bool
     if not boolean:
-        check_floating(op, mask=mask)
+        (mask,) = check_floating(op, mask=mask)
     if mask.ndim < 2:
         raise ValueError(
             f"{op}: mask must have shape (..., d_in, d_out), got {mask.shape}"
         )
+    return PackedMask(_pack(jnp.asarray(mask)), mask.shape[-2])
+
+
+@on_automatic_axes(lambda mask: mask)
+@jax.jit
+def _pack(
+    mask: Bool[Array, "*batch d_in d_out"] | Float[Array, "*batch d_in d_out"],
+) -> UInt32[Array, "*batch words d_out"]:
     *batch, d_in, d_out = mask.shape
     count = -(-d_in // WORD)
     missing = [(0, 0)] * len(batch) + [(0, count * WORD - d_in), (0, 0)]
-    bits = jnp.asarray(mask) if boolean else jnp.asarray(mask) > 0
+    bits = mask if mask.dtype == bool else mask > 0
     bits = jnp.pad(bits, missing, constant_values=False)
     bits = bits.reshape(*batch, count, WORD, d_out).astype(jnp.uint32)
     # Each bit has its own place, so that the sum is the word.
-    return PackedMask((bits << _places(bits.ndim)).sum(-2, dtype=jnp.uint32), d_in)
+    return (bits << _places(bits.ndim)).sum(-2, dtype=jnp.uint32)
 
 
 def _places(ndim: int) -> jax.Array:
@@ -76,14 +89,23 @@ def unpack_mask(packed: PackedMask) -> Bool[Array, "*batch d_in d_out"]:
         TypeError: `packed` is no PackedMask, or its words are not uint32.
         ValueError: the words do not fit `d_in`.
     """
-    check_packed_mask("unpack_mask", "packed", packed)
-    *batch, count, d_out = packed.words.shape
-    words = packed.words[..., None, :]
+    packed = check_packed_mask("unpack_mask", "packed", packed)
+    return _unpack(packed.words, packed.d_in)
+
+
+@on_automatic_axes(lambda words: words)
+@partial(jax.jit, static_argnames="d_in")
+def _unpack(
+    words: UInt32[Array, "*batch words d_out"], d_in: int
+) -> Bool[Array, "*batch d_in d_out"]:
+    *batch, count, d_out = words.shape
+    words = words[..., None, :]
     bits = (words >> _places(words.ndim)) & 1
-    return bits.reshape(*batch, count * WORD, d_out)[..., : packed.d_in, :] > 0
+    return bits.reshape(*batch, count * WORD, d_out)[..., :d_in, :] > 0
 
 
-def check_packed_mask(op: str, name: str, packed: Any) -> None:
+def check_packed_mask(op: str, name: str, packed: Any) -> PackedMask:
+    """`packed` has the dtype and shape that `pack_mask` gives its words."""
     if not isinstance(packed, PackedMask):
         kind = type(packed).__name__
         raise TypeError(f"{op}: {name} must be a PackedMask, got {kind}")
@@ -100,3 +122,4 @@ def check_packed_mask(op: str, name: str, packed: Any) -> None:
     because = f" for d_in = {packed.d_in}"
     expected = *words.shape[:-2], count, words.shape[-1]
     check_shape(op, f"words of {name}", words, expected, because)
+    return PackedMask(jnp.asarray(words), packed.d_in)

@@ -73,7 +73,7 @@ def _forward(x, w_up, w_down):
 
 
 # A group's tokens may lie anywhere on a mesh.
-@on_automatic_axes(lambda spec: spec)
+@on_automatic_axes(lambda x: x)
 def _sparsify_but_densest_of(hidden: jax.Array, x: jax.Array) -> jax.Array:
     return sparsify_along_tokens(x, densest(hidden))
 

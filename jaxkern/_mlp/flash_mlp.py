@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._core.activations import Activation, ActivationName, get_activation
+from .._core.activations import ACTIVATIONS, ActivationName, get_activation
 from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 from . import thresholds
 
 
@@ -65,9 +66,9 @@ def flash_mlp(
     """
     op = "flash_mlp"
     check_implementation(op, implementation)
-    act = get_activation(op, activation)
+    get_activation(op, activation)
     gate = {} if w_gate is None else {"w_gate": w_gate}
-    check_floating(op, x=x, w1=w1, w2=w2, **gate)
+    x, w1, w2, *gates = check_floating(op, x=x, w1=w1, w2=w2, **gate)
     if x.ndim != 3:
         raise ValueError(f"{op}: x must have shape (heads, batch, dim), got {x.shape}")
     heads, batch, dim = x.shape
@@ -77,7 +78,7 @@ def flash_mlp(
     check_shape(op, "w2", w2, (heads, hidden, dim), given)
     if w_gate is not None:
         check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
-    ups = (w1,) if w_gate is None else (w_gate, w1)
+    ups = *gates, w1
     gated = w_gate is not None
     faster = thresholds.flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
     unsupported = partial(_unsupported, x, w1, gated=gated)
@@ -87,7 +88,7 @@ def flash_mlp(
 
             return flash.mlp(x, ups, w2, activation)
         case "xla":
-            return _reference(x, ups, w2, act)
+            return _reference(x, ups, w2, activation)
 
 
 def _unsupported(x: jax.Array, w1: jax.Array, *, gated: bool) -> str | None:
@@ -97,9 +98,16 @@ def _unsupported(x: jax.Array, w1: jax.Array, *, gated: bool) -> str | None:
     return flash.unsupported(x, w1, gated=gated)
 
 
+@on_automatic_axes(lambda x: x)
+@partial(jax.jit, static_argnames="activation")
 def _reference(
-    x: jax.Array, ups: tuple[jax.Array, ...], w2: jax.Array, act: Activation
+    x: jax.Array,
+    ups: tuple[jax.Array, ...],
+    w2: jax.Array,
+    activation: ActivationName,
 ) -> jax.Array:
+    act = ACTIVATIONS[activation]
+
     def activate(z, *up):
         return math.prod(map(widen, up), start=act.value(widen(z))).astype(z.dtype)
 

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +71,14 @@ def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
     return (up[0], kept(up[1], axis=1)), (kept(down[0], axis=0), down[1])
 
 
-def _check_pairs(op: str, x: object, **pairs: Pair) -> None:
+def _check_pairs(op: str, x: Any, **pairs: Pair) -> tuple[Any, ...]:
+    """`x` and the pairs, as JAX's arrays."""
     arrays = {"x": x}
     for name, pair in pairs.items():
         check_pair(op, name, pair)
         arrays |= {f"{name}[{i}]": factor for i, factor in enumerate(pair)}
-    check_floating(op, **arrays)
+    x, *factors = check_floating(op, **arrays)
+    return x, *zip(factors[::2], factors[1::2], strict=True)
 
 
 def _check_low_rank(
@@ -170,7 +172,9 @@ def swiglu(
     """
     op = "swiglu"
     check_implementation(op, implementation)
-    check_floating(op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    x, w_gate, w_up, w_down = check_floating(
+        op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down
+    )
     check_batched(op, "x", x)
     check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"), _given(x))
     check_shape(op, "w_up", w_up, w_gate.shape)
@@ -188,8 +192,16 @@ def swiglu(
             y = fused.gated_mlp(x.reshape(-1, d_in), w_gate, w_up, w_down)
             return y.reshape(*batch, d_out)
         case "xla":
-            hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
-            return matmul(hidden, w_down)
+            return _swiglu(x, w_gate, w_up, w_down)
+
+
+# Compiled as one, so that a call outside of `jax.jit` compiles nothing anew.
+@jax.jit
+def _swiglu(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+    hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
+    return matmul(hidden, w_down)
 
 
 def _unsupported(
@@ -231,7 +243,7 @@ def low_rank_matmul(
     """
     op = "low_rank_matmul"
     check_implementation(op, implementation)
-    _check_pairs(op, x, weight=weight)
+    x, weight = _check_pairs(op, x, weight=weight)
     check_batched(op, "x", x)
     _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", _given(x))
     if implementation == "mosaic_gpu":
@@ -242,6 +254,7 @@ def low_rank_matmul(
     return _low_rank_matmul(x, weight)
 
 
+@jax.jit
 def _low_rank_matmul(x: jax.Array, weight: Pair) -> jax.Array:
     return matmul(matmul(x, weight[0]), weight[1])
 
@@ -286,7 +299,7 @@ def low_rank_swiglu(
     """
     op = "low_rank_swiglu"
     check_implementation(op, implementation)
-    _check_pairs(op, x, gate=gate, up=up, down=down)
+    x, gate, up, down = _check_pairs(op, x, gate=gate, up=up, down=down)
     check_batched(op, "x", x)
     _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", _given(x))
     hidden_size = gate[1].shape[1]
@@ -304,8 +317,13 @@ def low_rank_swiglu(
             core = _gated_in_kernels(core, gate[1], up[1], down[0])
             return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
         case "xla":
-            hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
-            return _low_rank_matmul(hidden, down)
+            return _low_rank_swiglu(x, gate, up, down)
+
+
+@jax.jit
+def _low_rank_swiglu(x: jax.Array, gate: Pair, up: Pair, down: Pair) -> jax.Array:
+    hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
+    return _low_rank_matmul(hidden, down)
 
 
 def _gated_in_kernels(
@@ -416,7 +434,7 @@ def low_rank_relu2(
     check_implementation(op, implementation)
     check_sparsity(op, sparsity)
     check_gradient(op, sparsity, gradient)
-    _check_pairs(op, x, up=up, down=down)
+    x, up, down = _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
     _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
@@ -435,12 +453,23 @@ def low_rank_relu2(
             core = matmul(x.reshape(-1, d_in), up[0])
             core = _relu2_in_kernels(core, up[1], down[0], sparsity, gradient)
             return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
-        case "xla" if gradient == "feature_wise":
-            core = feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
-            return matmul(core, down[1])
         case "xla":
-            hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
-            return _low_rank_matmul(hidden, down)
+            return _low_rank_relu2(x, up, down, sparsity, gradient)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _low_rank_relu2(
+    x: jax.Array,
+    up: Pair,
+    down: Pair,
+    sparsity: Sparsity | None,
+    gradient: Gradient | None,
+) -> jax.Array:
+    if gradient == "feature_wise":
+        core = feature_wise.relu2_between(matmul(x, up[0]), up[1], down[0])
+        return matmul(core, down[1])
+    hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
+    return _low_rank_matmul(hidden, down)
 
 
 def _relu2_in_kernels(

@@ -57,7 +57,7 @@ def packed_relu2(
     """
     op = "packed_relu2"
     check_implementation(op, implementation)
-    check_floating(op, x=x)
+    (x,) = check_floating(op, x=x)
     check_batched(op, "x", x)
     factors = _factors(op, x, up, down)
     tokens = math.prod(x.shape[:-1])
@@ -84,7 +84,7 @@ def _factors(
     for name, pair in (("up", up), ("down", down)):
         check_pair(op, name, pair)
         for i, factor in enumerate(pair):
-            check_packed_24(op, factor, f"{name}[{i}]")
+            factor = check_packed_24(op, factor, f"{name}[{i}]")
             check_floating(op, x=x, **{f"values of {name}[{i}]": factor.values})
             if factor.values.ndim != 2 or factor.features != features:
                 raise ValueError(
@@ -97,6 +97,7 @@ def _factors(
     return tuple(factors)
 
 
+@jax.jit
 def _unpacked(x: jax.Array, factors: Sequence[Packed24]) -> jax.Array:
     up_in, up_out, down_in, down_out = (unpack(factor).mT for factor in factors)
     hidden = relu2(matmul(matmul(x, up_in), up_out))

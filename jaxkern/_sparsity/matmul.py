@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import jax
 from jaxtyping import Array, Float
 
 from .._core import device
@@ -53,9 +54,9 @@ def matmul_2_4(
     """
     op = "matmul_2_4"
     check_implementation(op, implementation)
-    check_packed_24(op, packed)
-    values, indices = packed.values, packed.indices
-    check_floating(op, values=values, w=w)
+    packed = check_packed_24(op, packed)
+    indices = packed.indices
+    values, w = check_floating(op, values=packed.values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
     *batch, kept = values.shape
     rows = math.prod(batch)
@@ -69,4 +70,11 @@ def matmul_2_4(
             flat = values.reshape(rows, kept), indices.reshape(rows, -1)
             return product.matmul(*flat, w).reshape(*batch, w.shape[1])
         case "xla":
-            return matmul(unpack(packed), w)
+            return _multiply_unpacked(packed, w)
+
+
+@jax.jit
+def _multiply_unpacked(
+    packed: Packed24, w: Float[Array, "features d_out"]
+) -> Float[Array, "*batch d_out"]:
+    return matmul(unpack(packed), w)

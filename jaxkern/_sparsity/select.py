@@ -21,6 +21,7 @@ from .._core.checks import (
 )
 from .._core.gradients import with_derivative_of
 from .._core.precision import widen
+from .._core.sharding import on_automatic_axes
 
 # Entries of a group, and how many of them are kept.
 GROUP = 4
@@ -54,7 +55,6 @@ def last_index(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
     return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
 
 
-@jax.jit
 def two_largest(
     scores: Shaped[Array, "*batch groups 4"],
 ) -> Bool[Array, "*batch groups 4"]:
@@ -85,7 +85,6 @@ def _shrink(groups: Float[Array, "*batch groups 4"]) -> Float[Array, "*batch gro
     return groups - jnp.clip(groups, -second_smallest, second_smallest)
 
 
-@jax.jit
 def _soft(
     x: Float[Array, "*batch features"], scale: Float[Array, ""] | float | None
 ) -> Float[Array, "*batch features"]:
@@ -102,7 +101,6 @@ def _soft(
     return ungroup(largest[..., None] * (scale * shrunk), features).astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames="features")
 def _draw(
     groups: Float[Array, "*batch groups 4"], features: int, key: PRNGKeyArray
 ) -> Float[Array, "*batch groups 4"]:
@@ -182,9 +180,23 @@ def sparsify_2_4(
         https://arxiv.org/abs/2409.09099; mvue: https://arxiv.org/abs/2203.10991.
     """
     op = "sparsify_2_4"
-    check_floating(op, x=x)
+    (x,) = check_floating(op, x=x)
     check_batched(op, "x", x)
     _check_options(op, method, key, scale, gradient)
+    if gradient is None:
+        gradient = "exact" if method in ("top2", "static") else "straight_through"
+    return _sparsify(x, key, scale, method, gradient)
+
+
+@on_automatic_axes(lambda x: x)
+@partial(jax.jit, static_argnames=("method", "gradient"))
+def _sparsify(
+    x: Float[Array, "*batch features"],
+    key: PRNGKeyArray | None,
+    scale: Float[Array, ""] | float | None,
+    method: Method,
+    gradient: SelectionGradient,
+) -> Float[Array, "*batch features"]:
     features = x.shape[-1]
     match method:
         case "top2":
@@ -199,8 +211,6 @@ def sparsify_2_4(
         case "static":
             index = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
             kept = jnp.where(index % GROUP < KEPT, x, 0)
-    if gradient is None:
-        gradient = "exact" if method in ("top2", "static") else "straight_through"
     return kept if gradient == "exact" else with_derivative_of(kept, x)
 
 

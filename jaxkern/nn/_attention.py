@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from .._attention.dense import attention
@@ -16,6 +17,7 @@ from .._core.checks import (
     check_shape,
     raise_unknown,
 )
+from .._core.sharding import on_automatic_axes
 from ._common import (
     axis_metadata,
     bind,
@@ -152,6 +154,7 @@ class MultiHeadAttention(nnx.Module):
         options = {"is_causal": True} if is_causal else {}
         self.attention_fn = bind(attention_fn, **options)
 
+    @on_automatic_axes(lambda query: P(*query[:-1], None))
     def __call__(
         self,
         query: Float[Array, "batch seq_q embed"],
@@ -176,7 +179,7 @@ class MultiHeadAttention(nnx.Module):
         key = query if key is None else key
         value = key if value is None else value
         for name, x in [("query", query), ("key", key), ("value", value)]:
-            check_floating("MultiHeadAttention", **{name: x})
+            (x,) = check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)
         q, k, v = self.to_heads(query, key, value)

@@ -4,10 +4,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer
 from jax.core import Tracer
+from jaxtyping import Array, Float
 
 from .._core.checks import (
     as_int32,
@@ -18,6 +20,7 @@ from .._core.checks import (
     check_shape,
 )
 from .._core.dispatch import Implementation, check_implementation
+from .._core.precision import widen
 
 # Of each factor's fan-in: the product of two factors then has the variance of a
 # full-rank kernel with the same initializer.
@@ -131,12 +134,40 @@ def check_range(
             )
 
 
-def check_input(module: str, x: jax.Array, features: int) -> None:
-    check_floating(module, x=x)
+def check_input(module: str, x: jax.Array, features: int) -> jax.Array:
+    (x,) = check_floating(module, x=x)
     if x.ndim < 1 or x.shape[-1] != features:
         raise ValueError(
             f"{module}: x must have shape (..., {features}), got {x.shape}"
         )
+    return x
+
+
+def check_means(
+    op: str, module: object, kind: type[nnx.Module], wanted: str, name: str = "module"
+) -> None:
+    """`module` is a `kind`, and its call is that of one.
+
+    Subclasses may mean something else, as `nnx.LoRALinear` is an `nnx.Linear` that adds
+    a product to that of its kernel.
+    """
+    call: Any = kind.__call__
+    if not isinstance(module, kind) or type(module).__call__ is not call:
+        other = ", whose call is another" if isinstance(module, kind) else ""
+        got = type(module).__name__
+        raise TypeError(f"{op}: {name} must be {wanted}, got {got}{other}")
+
+
+def relative_loss(
+    w: Float[Array, "*shape"], approximation: Float[Array, "*shape"]
+) -> float:
+    r"""$\|W - A\|_F / \|W\|_F$, 0 where $W$ is; no square over- or underflows."""
+    w, approximation = widen(w), widen(approximation)
+    largest = jnp.abs(w).max()
+    largest = jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(w / largest)
+    lost = jnp.linalg.norm((w - approximation) / largest)
+    return float(lost / jnp.where(norm > 0, norm, 1))
 
 
 def make_kernel(

@@ -5,18 +5,22 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation
-from .._core.precision import widen
+from .._core.precision import matmul, widen
+from .._core.sharding import on_automatic_axes
 from .._mlp.mlp import low_rank_matmul
 from ._common import (
     check_arguments,
     check_dtypes,
     check_input,
+    check_means,
     default_kernel_init,
     make_kernel,
+    relative_loss,
 )
 
 
@@ -80,7 +84,7 @@ class LowRankLinear(nnx.Module):
         return self.w_in[...], self.w_out[...]
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        check_input("LowRankLinear", x, self.in_features)
+        x = check_input("LowRankLinear", x, self.in_features)
         x, w_in, w_out = promote_dtype((x, *self.weight), dtype=self.dtype)
         return low_rank_matmul(x, (w_in, w_out), implementation=self.implementation)
 
@@ -94,19 +98,14 @@ class LowRankLinear(nnx.Module):
             The layer, and the relative error of its weight: see `approximate`.
 
         Raises:
-            TypeError: `module` is no `nnx.Linear`.
+            TypeError: `module` is no `nnx.Linear`, or a subclass with another call, as
+                `nnx.LoRALinear` is: add its product to the kernel before.
             ValueError: it has a bias, or the rank is out of range.
         """
-        if not isinstance(module, nnx.Linear):
-            kind = type(module).__name__
-            raise TypeError(
-                "LowRankLinear.from_full_rank: module must be an nnx.Linear, "
-                f"got {kind}"
-            )
+        op = "LowRankLinear.from_full_rank"
+        check_means(op, module, nnx.Linear, "an nnx.Linear")
         if module.bias is not None:
-            raise ValueError(
-                "LowRankLinear.from_full_rank: module must have no bias, got one"
-            )
+            raise ValueError(f"{op}: module must have no bias, got one")
         low_rank = cls(
             module.in_features,
             module.out_features,
@@ -140,7 +139,7 @@ class LowRankLinear(nnx.Module):
             "LowRankLinear.approximate",
             (self.in_features, self.out_features),
         )
-        check_floating(op, kernel=kernel)
+        (kernel,) = check_floating(op, kernel=kernel)
         check_shape(op, "kernel", kernel, expected)
         if self.rank > min(expected):
             raise ValueError(
@@ -150,13 +149,18 @@ class LowRankLinear(nnx.Module):
         kernel = widen(kernel)
         if not jnp.isfinite(kernel).all():
             raise ValueError(f"{op}: kernel must be finite, got NaN or infinity in it")
-        left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
-        root = jnp.sqrt(values[: self.rank])
-        w_in, w_out = left[:, : self.rank] * root, root[:, None] * right[: self.rank]
-        self.w_in[...] = w_in.astype(self.param_dtype)
-        self.w_out[...] = w_out.astype(self.param_dtype)
-        w_in, w_out = widen(self.w_in[...]), widen(self.w_out[...])
+        w_in, w_out = (w.astype(self.param_dtype) for w in _factors(kernel, self.rank))
+        self.w_in.set_value(w_in)
+        self.w_out.set_value(w_out)
         with jax.default_matmul_precision("highest"):
-            lost = jnp.linalg.norm(kernel - w_in @ w_out)
-        norm = jnp.linalg.norm(kernel)
-        return float(lost / jnp.where(norm > 0, norm, 1))
+            return relative_loss(kernel, matmul(widen(w_in), widen(w_out)))
+
+
+@on_automatic_axes(lambda kernel: (P(kernel[0], None), P(None, kernel[1])))
+def _factors(
+    kernel: Float[Array, "d_in d_out"], rank: int
+) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
+    """Of the largest singular values, each to the root."""
+    left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(values[:rank])
+    return left[:, :rank] * root[None], root[:, None] * right[:rank]

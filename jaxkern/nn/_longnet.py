@@ -159,7 +159,7 @@ class LongNet(nnx.Module):
         key_mask: Bool[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """The encoded sequence; `key_mask` is False for padding."""
-        check_input("LongNet", x, self.embed_dim)
+        x = check_input("LongNet", x, self.embed_dim)
         for block in self.blocks:
             x = block(x, key_mask)
         return self.norm(x)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_floating, check_integer
 from .._core.dispatch import Implementation, check_implementation
+from .._core.sharding import on_automatic_axes
 from .._masked.estimators import Estimator, straight_through
 from .._masked.masked import Method, masked_bilinear, masked_matmul
 from ._common import (
@@ -20,6 +22,7 @@ from ._common import (
     bind,
     check_arguments,
     check_dtypes,
+    check_means,
     default_kernel_init,
     make_kernel,
 )
@@ -41,8 +44,10 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
     """The fraction of weights that are off, by the path of their logits, and in total.
 
     Off are those whose logit is at most 0, whatever the estimator. Each fraction has
-    the shape (num_masks,), or () where all samples share a mask; the total is over all
-    masked weights of a sample. Empty for a module without masks.
+    the shape (num_masks,), or () where all samples share a mask. The total is over all
+    masked weights of a sample, those under shared masks included; where numbers of
+    masks differ, it is of the samples that all have one for. Empty for a module without
+    masks.
     """
     logits = {
         ".".join(map(str, path)): variable[...]
@@ -50,9 +55,17 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
     }
     if not logits:
         return {}
-    fractions = {name: (x <= 0).mean((-2, -1)) for name, x in logits.items()}
-    parts = jnp.stack(list(fractions.values()))
-    sizes = [x.shape[-2] * x.shape[-1] for x in logits.values()]
+    return _fractions(logits)
+
+
+@on_automatic_axes(lambda: P())
+def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    # One axis at a time: float32 counts no further than 2^24.
+    fractions = {name: (x <= 0).mean(-1).mean(-1) for name, x in logits.items()}
+    least = min((len(x) for x in fractions.values() if x.ndim), default=None)
+    parts = [x[:least] if x.ndim else x for x in fractions.values()]
+    sizes = [float(x.shape[-2] * x.shape[-1]) for x in logits.values()]
+    parts = jnp.stack(jnp.broadcast_arrays(*parts))
     total = jnp.average(parts, 0, weights=jnp.array(sizes, parts.dtype))
     return fractions | {"total": total}
 
@@ -72,8 +85,8 @@ def _make_logits(
 
 def _check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
-) -> None:
-    check_floating(module, x=x)
+) -> jax.Array:
+    (x,) = check_floating(module, x=x)
     if x.ndim < 2 or x.shape[-1] != features:
         raise ValueError(
             f"{module}: x must have shape (batch, ..., {features}), got {x.shape}"
@@ -83,6 +96,7 @@ def _check_samples(
             f"{module}: x must have at most {num_masks} samples, as there are masks, "
             f"got {len(x)}"
         )
+    return x
 
 
 def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array:
@@ -94,7 +108,8 @@ def _flatten(x: jax.Array) -> jax.Array:
     return x.reshape(len(x), reduce(mul, x.shape[1:-1], 1), x.shape[-1])
 
 
-def _arrays(linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
+def _arrays(name: str, linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
+    check_means("MaskedBilinear", linear, nnx.Linear, "an nnx.Linear", name)
     assert linear.bias is not None
     return linear.kernel[...], linear.bias[...]
 
@@ -170,6 +185,7 @@ class MaskedLinear(nnx.Module):
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
+    @on_automatic_axes(lambda x: P(*x[:-1], None))
     def __call__(
         self,
         x: Float[Array, "batch *seq d_in"],
@@ -182,7 +198,7 @@ class MaskedLinear(nnx.Module):
             TypeError: `x` is no floating-point array.
             ValueError: its shape does not fit, or it has more samples than masks.
         """
-        _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
+        x = _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
         x, kernel = promote_dtype((x, self.kernel[...]), dtype=self.dtype)
         y = masked_matmul(
             _flatten(x),
@@ -259,6 +275,7 @@ class Bilinear(nnx.Module):
         self.hidden_features = hidden_features
         self.dtype = dtype
 
+    @on_automatic_axes(lambda x: x)
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
         return self.down(self.left(x) * self.right(x))
 
@@ -313,6 +330,7 @@ class MaskedBilinear(Bilinear):
         self.method: Method | None = method
         self.implementation: Implementation | None = implementation
 
+    @on_automatic_axes(lambda x: x)
     def __call__(
         self,
         x: Float[Array, "batch *seq embed"],
@@ -322,12 +340,13 @@ class MaskedBilinear(Bilinear):
         """The masked MLP; `key` is for estimators that draw.
 
         Raises:
-            TypeError: `x` is no floating-point array.
+            TypeError: `x` is no floating-point array, or a layer was replaced by one
+                with another call, such as an `nnx.LoRALinear`.
             ValueError: its shape does not fit, or it has more samples than masks.
         """
-        _check_samples("MaskedBilinear", x, self.in_features, self.num_masks)
-        layers = self.left, self.right, self.down
-        parameters = [array for layer in layers for array in _arrays(layer)]
+        x = _check_samples("MaskedBilinear", x, self.in_features, self.num_masks)
+        layers = {"left": self.left, "right": self.right, "down": self.down}
+        parameters = [array for layer in layers.items() for array in _arrays(*layer)]
         x, *p = promote_dtype((x, *parameters), dtype=self.dtype)
 
         def first(logits: MaskLogits) -> jax.Array:

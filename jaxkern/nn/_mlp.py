@@ -25,8 +25,10 @@ from ._common import (
     check_arguments,
     check_dtypes,
     check_input,
+    check_means,
     default_kernel_init,
     make_kernel,
+    relative_loss,
 )
 from ._linear import LowRankLinear
 from ._packed_mlp import FACTORS, PackedReLU2
@@ -87,7 +89,7 @@ class SwiGLU(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("SwiGLU", x, self.in_features)
+        x = check_input("SwiGLU", x, self.in_features)
         args = (x, self.w_gate[...], self.w_up[...], self.w_down[...])
         args = promote_dtype(args, dtype=self.dtype)
         return swiglu(*args, implementation=self.implementation)
@@ -147,7 +149,7 @@ class LowRankSwiGLU(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("LowRankSwiGLU", x, self.in_features)
+        x = check_input("LowRankSwiGLU", x, self.in_features)
         factors = (*self.gate.weight, *self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         gate, up, down = (f[0], f[1]), (f[2], f[3]), (f[4], f[5])
@@ -164,14 +166,10 @@ class LowRankSwiGLU(nnx.Module):
             of the weight: see `LowRankLinear.approximate`.
 
         Raises:
-            TypeError: `module` is no `SwiGLU`.
+            TypeError: `module` is no `SwiGLU`, or a subclass with another call.
             ValueError: the rank is below 1 or above a kernel's smaller side.
         """
-        if not isinstance(module, SwiGLU):
-            kind = type(module).__name__
-            raise TypeError(
-                f"LowRankSwiGLU.from_full_rank: module must be a SwiGLU, got {kind}"
-            )
+        check_means("LowRankSwiGLU.from_full_rank", module, SwiGLU, "a SwiGLU")
         low_rank = cls(
             module.in_features,
             module.hidden_features,
@@ -253,7 +251,7 @@ class LowRankReLU2(nnx.Module):
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("LowRankReLU2", x, self.in_features)
+        x = check_input("LowRankReLU2", x, self.in_features)
         factors = (*self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         return low_rank_relu2(
@@ -276,8 +274,10 @@ class LowRankReLU2(nnx.Module):
             where that is zero.
 
         Raises:
+            TypeError: this is a subclass with another call.
             ValueError: the activations are 2:4-sparse too, which no tensor core takes.
         """
+        check_means("prune_2_4", self, LowRankReLU2, "a LowRankReLU2", "self")
         if self.sparsity is not None:
             raise ValueError(
                 "prune_2_4: sparsity must be None, since one operand of a matmul can "
@@ -288,10 +288,7 @@ class LowRankReLU2(nnx.Module):
         for name, w in weights:
             w = w.astype(self.dtype or w.dtype)
             factors[name] = pack_2_4(w.mT)
-            lost = w - unpack_2_4(factors[name]).mT
-            lost, w = lost.astype(jnp.float32), w.astype(jnp.float32)
-            norm = jnp.linalg.norm(w)
-            errors[name] = float(jnp.linalg.norm(lost) / jnp.where(norm > 0, norm, 1))
+            errors[name] = relative_loss(w, unpack_2_4(factors[name]).mT)
         options = {"dtype": self.dtype, "implementation": self.implementation}
         return PackedReLU2(factors, **options), errors
 
@@ -359,7 +356,7 @@ class FlashMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "heads batch dim"]
     ) -> Float[Array, "heads batch dim"]:
-        check_input("FlashMLP", x, self.dim)
+        x = check_input("FlashMLP", x, self.dim)
         gates = () if self.w_gate is None else (self.w_gate[...],)
         weights = self.w1[...], self.w2[...], *gates
         x, w1, w2, *gates = promote_dtype((x, *weights), dtype=self.dtype)

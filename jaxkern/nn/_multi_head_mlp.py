@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from .._core.activations import ActivationName
 from .._core.dispatch import Implementation
+from .._core.sharding import on_automatic_axes
 from ._common import (
     axis_metadata,
     check_arguments,
@@ -102,8 +103,9 @@ class MultiHeadMLP(nnx.Module):
         )
         self.in_features = in_features
 
+    @on_automatic_axes(lambda x: x)
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("MultiHeadMLP", x, self.in_features)
+        x = check_input("MultiHeadMLP", x, self.in_features)
         by_token = self.w_in(x)
         *batch, heads, dim = by_token.shape
         by_head = jnp.moveaxis(by_token.reshape(-1, heads, dim), 1, 0)

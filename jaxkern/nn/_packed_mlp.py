@@ -69,7 +69,7 @@ class PackedReLU2(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        check_input("PackedReLU2", x, self.features[0])
+        x = check_input("PackedReLU2", x, self.features[0])
         factors = self.factors
         arrays = x, *(factor.values for factor in factors)
         x, *values = promote_dtype(arrays, dtype=self.dtype)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._core.dispatch import Implementation
+from .._core.sharding import on_automatic_axes
 from .._masked.estimators import Estimator, straight_through
 from .._masked.masked import Method
 from ._common import (
@@ -234,6 +236,7 @@ class QuadraticTransformer(nnx.Module):
         self.vocab_size = vocab_size
         self.masked_layers = tuple(sorted(map(int, set(masked_layers))))
 
+    @on_automatic_axes(lambda ids: P(*ids, None))
     def __call__(
         self,
         ids: Integer[Array, "batch seq"],

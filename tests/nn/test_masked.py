@@ -34,6 +34,13 @@ def linear(**options: Any) -> Any:
     return MaskedLinear(D_IN, HIDDEN, rngs=nnx.Rngs(0), **options)
 
 
+def linear_of(d_in, d_out) -> Any:
+    """No weight is on."""
+    zeros = nnx.initializers.zeros_init()
+    options: Any = {"initial_logit": 0.0, "kernel_init": zeros, "use_bias": False}
+    return MaskedLinear(d_in, d_out, rngs=nnx.Rngs(0), **options)
+
+
 def bilinear(**options: Any) -> Any:
     return MaskedBilinear(D_IN, HIDDEN, rngs=nnx.Rngs(0), **options)
 
@@ -189,6 +196,17 @@ def test_sparsity_by_logits_and_in_total():
     assert {name: float(totals[name]) for name in names} == dict(
         zip(names, (0.0, 1.0, 0.5), strict=True)
     )
+    # Own masks beside shared ones, and another number of them.
+    nested.append(linear(num_masks=3, initial_logit=0.0))
+    np.testing.assert_allclose(mask_sparsity(nested)["total"], [2 / 3] * 3, rtol=1e-6)
+    nested.append(linear(num_masks=2))
+    np.testing.assert_allclose(mask_sparsity(nested)["total"], [1 / 2] * 2, rtol=1e-6)
+
+
+def test_sparsity_of_more_weights_than_float32_counts():
+    assert mask_sparsity(linear_of(2**13, 2**12))["total"] == 1
+    sizes = jax.eval_shape(lambda: mask_sparsity(linear_of(2**16, 2**16)))
+    assert sizes["total"].shape == ()
 
 
 @pytest.mark.usefixtures("promoting")

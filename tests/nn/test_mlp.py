@@ -217,6 +217,67 @@ def test_from_full_rank_is_exact_where_the_weights_have_that_rank():
     assert_near(low(x), full(x))
 
 
+@pytest.mark.parametrize("scale", [1e-22, 1e20])
+def test_reported_errors_are_free_of_scale(scale):
+    """Squares of such weights vanish or overflow."""
+    kernel = normal(0, (EMBED, MLP), scale=EMBED**-0.5)
+    layer = LowRankLinear(EMBED, MLP, 2, rngs=nnx.Rngs(0))
+    expected = layer.approximate(kernel)
+    assert layer.approximate(scale * kernel) == pytest.approx(expected, rel=1e-4)
+    module = LowRankReLU2(EMBED, MLP, RANK, rngs=nnx.Rngs(0))
+    _, expected = module.prune_2_4()
+    module.up.w_in[...] *= scale
+    assert module.prune_2_4()[1] == pytest.approx(expected, rel=1e-4)
+
+
+class Doubled(SwiGLU):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class DoubledReLU2(LowRankReLU2):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, wanted",
+    [
+        (
+            lambda rngs: LowRankLinear.from_full_rank(
+                nnx.LoRALinear(8, 8, lora_rank=2, use_bias=False, rngs=rngs), 2
+            ),
+            "an nnx.Linear, got LoRALinear",
+        ),
+        (
+            lambda rngs: LowRankSwiGLU.from_full_rank(Doubled(8, 8, rngs=rngs), 2),
+            "a SwiGLU, got Doubled",
+        ),
+        (
+            lambda rngs: DoubledReLU2(8, 8, 2, rngs=rngs).prune_2_4(),
+            "a LowRankReLU2, got DoubledReLU2",
+        ),
+    ],
+    ids=["LoRA", "SwiGLU", "prune_2_4"],
+)
+def test_subclasses_with_another_call_are_refused(call, wanted):
+    with pytest.raises(TypeError, match=f"must be {wanted}, whose call is another"):
+        call(nnx.Rngs(0))
+
+
+def test_a_sharded_kernel_is_factored_on_explicit_axes():
+    kernel = normal(0, (8, 16))
+    placed = jax.device_put(
+        kernel, jax.NamedSharding(mesh("explicit", d=2, t=2), P("d", "t"))
+    )
+    layer = LowRankLinear(8, 16, 2, rngs=nnx.Rngs(0))
+    expected = layer.approximate(kernel)
+    assert layer.approximate(placed) == pytest.approx(expected, rel=1e-4)
+    assert jax.typeof(layer.w_in[...]).sharding.spec == P("d", None)
+    assert jax.typeof(layer.w_out[...]).sharding.spec == P(None, "t")
+
+
 def test_from_full_rank_keeps_dtypes():
     full = SwiGLU(
         EMBED, MLP, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)

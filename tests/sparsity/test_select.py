@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import chex
 import jax
@@ -110,6 +111,36 @@ def test_mvue_draws_light_entries_as_often_as_it_says():
     light = 1e-6 + 2**-23
     expected = 4 * 2**22 * 2 * (light / 2 + 2 * 0.5 * light)
     assert abs(drawn - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        partial(sparsify_2_4, method="mvue"),
+        jaxkern.gumbel_softmax,
+        jaxkern.reinmax_categorical,
+    ],
+    ids=["mvue", "gumbel_softmax", "reinmax_categorical"],
+)
+def test_noise_reaches_far_tails(draw, monkeypatch):
+    """A chance of 1e-9 needs noise of 21, where that of one uniform number ends at 16.
+
+    Draws that show it would take minutes, so here the noise is made by hand.
+    """
+    far = jnp.array([0.0, 0.0, 22.0, -5.0])
+
+    def gumbel(key, shape, dtype, mode):
+        assert mode == "high"
+        return jnp.broadcast_to(far, shape).astype(dtype)
+
+    monkeypatch.setattr(jax.random, "gumbel", gumbel)
+    # Logarithms for those who take logits; mvue takes weights. No other test has this
+    # shape, of which a program may be kept.
+    weights = jnp.full((3, 1, 5, 4), jnp.array([1.0, 1.0, 1e-9, 1e-9]))
+    is_mvue = isinstance(draw, partial)
+    got = draw(weights if is_mvue else jnp.log(weights), key=jax.random.key(0))
+    assert (got[..., 2] != 0).all() and (got[..., 3] == 0).all()
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Our own pytrees: they compare and hash by value, and `jax.export` serializes them."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.core import Tracer
+
+
+class ArrayTree:
+    """A frozen dataclass of arrays and static fields that is equal to its copies.
+
+    Traced arrays have no values yet: they are equal to themselves alone. Shapes in the
+    place of arrays, as `jax.eval_shape` gives them, are equal by shape and dtype.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        ours, theirs = jax.tree.flatten(self), jax.tree.flatten(other)
+        return ours[1] == theirs[1] and all(map(_same, ours[0], theirs[0]))
+
+    def __hash__(self) -> int:
+        # Of what equal ones have in common and need not be read from a device.
+        leaves, tree = jax.tree.flatten(self)
+        return hash((tree, *(getattr(x, "shape", None) for x in leaves)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    arrays = all(isinstance(x, jax.Array | np.ndarray) for x in (a, b))
+    if not arrays or any(isinstance(x, Tracer) for x in (a, b)):
+        return not arrays and bool(a == b)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(a, b)
+
+
+def register[T: type](cls: T) -> T:
+    """Make the dataclass a pytree that `jax.export` serializes.
+
+    Its static fields must be numbers, strings and the like.
+    """
+    export.register_pytree_node_serialization(
+        jax.tree_util.register_dataclass(cls),
+        serialized_name=f"jaxkern.{cls.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(bytes(text))),
+    )
+    return cls

@@ -1,0 +1,126 @@
+"""Every op and module gives on a mesh what it gives on one device."""
+
+from contextlib import nullcontext
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_near, mesh
+from jax import P
+from op_definitions import MODULES, OPS, Case
+
+# Where logical axes lie: heads and hidden features split, then features, then masks.
+RULES = [
+    {"mlp": "t", "heads": "t", "kv_heads": "t", "vocab": "t", "batch": "d"},
+    {"embed": "t", "rank": "d"},
+    {"batch": "d"},
+]
+
+
+@cache
+def find(name) -> Case:
+    """The case of this name; of a module its state is the first argument."""
+    if name in OPS:
+        return OPS[name]
+    build, x, *where = MODULES[name]
+    graph, state = nnx.split(build(rngs=nnx.Rngs(0)))
+    named = jax.tree.leaves(nnx.get_partition_spec(state))
+    by_sample, by_feature = where or ("d--", "d-t")
+    split = [
+        " ".join(
+            word(leaf.ndim, names, rules)
+            for leaf, names in zip(jax.tree.leaves(state), named, strict=True)
+        )
+        for rules in RULES
+    ]
+    places = f"{split[0]} {by_sample}", f"{split[1]} {by_feature}"
+    manual = f"{split[2]} {by_sample} >{by_sample}"
+    return Case(lambda state, x: nnx.merge(graph, state)(x), (state, x), places, manual)
+
+
+def word(ndim, names, rules):
+    """Of two axes that want the same mesh axis the first one has it."""
+    letters = []
+    for name in (*names, *[None] * (ndim - len(names))):
+        letter = rules.get(name, "-")
+        letters.append("-" if letter in letters else letter)
+    return "".join(letters)
+
+
+def parse(word: str) -> P:
+    axes = {"d": "d", "t": "t", "a": ("d", "t"), "-": None}
+    return P(*(axes[letter] for letter in word))
+
+
+def specs(words: str) -> list[P]:
+    return [parse(word) for word in words.split()]
+
+
+def with_gradients(op, tree):
+    """The value of `op` and its gradients, from the leaves of its arguments."""
+
+    def run(*leaves):
+        def loss(leaves):
+            y = op(*jax.tree.unflatten(tree, leaves))
+            weights = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+            return (y * weights).sum(), y
+
+        (_, y), grads = jax.value_and_grad(loss, has_aux=True, allow_int=True)(leaves)
+        return y, [g for g in grads if g.dtype != jax.dtypes.float0]
+
+    return run
+
+
+@cache
+def on_one_device(name):
+    op, args, *_ = find(name)
+    leaves, tree = jax.tree.flatten(args)
+    return jax.jit(with_gradients(op, tree))(*leaves)
+
+
+def assert_same(got, expected):
+    """The value and, as one vector, all gradients: some of these are 0."""
+    for a, b in zip(got, expected, strict=True):
+        joined = [np.concatenate([*map(np.ravel, jax.tree.leaves(x))]) for x in (a, b)]
+        assert_near(*joined)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("name", [*OPS, *MODULES])
+def test_sharded_arguments(name, kind):
+    op, args, places, _ = find(name)
+    devices = mesh(kind, d=2, t=2)
+    leaves, tree = jax.tree.flatten(args)
+    run = with_gradients(op, tree)
+    # XLA knows what automatic axes mean, so that one case shows that we let it.
+    for i, words in enumerate(places if kind == "explicit" else places[-1:]):
+        where = [jax.NamedSharding(devices, spec) for spec in specs(words)]
+        placed = jax.device_put(leaves, where)
+        with jax.set_mesh(devices) if i else nullcontext():
+            assert_same(jax.jit(run)(*placed), on_one_device(name))
+
+
+@pytest.mark.parametrize("name", [*OPS, *MODULES])
+def test_inside_shard_map(name):
+    op, args, _, manual = find(name)
+    if manual is None:
+        return
+    leaves, tree = jax.tree.flatten(args)
+    words, _, result = manual.partition(">")
+    result, _, summed = result.partition("+")
+
+    def local(*leaves):
+        y = op(*jax.tree.unflatten(tree, leaves))
+        return jax.lax.psum(y, summed) if summed else y
+
+    split = jax.shard_map(
+        local,
+        mesh=mesh(d=2, t=2),
+        in_specs=tuple(specs(words)),
+        out_specs=parse(result.strip()),
+    )
+    run = with_gradients(split, jax.tree.structure((0,) * len(leaves)))
+    assert_same(jax.jit(run)(*leaves), on_one_device(name))

@@ -1,4 +1,4 @@
-"""Thirty faults that someone could write, each with the tests that must see it.
+"""Faults that someone could write, each with the tests that must see it.
 
 The text that a mutant replaces occurs once in its file. Where the code has changed it
 is stale, and `run.py` says so: give it the text of today. Tests are a file and an
@@ -272,6 +272,47 @@ MUTANTS = (
         "isinstance(value, bool) or value < least",
         "value < least",
         ("tests/nn/test_mlp.py", "test_refusals"),
+    ),
+    Mutant(
+        "narrow-integers",
+        "Targets are compared with the vocabulary in their own few bits.",
+        "jaxkern/_cross_entropy.py",
+        "targets = as_int32(targets)",
+        "targets = jnp.asarray(targets)",
+        ("tests/test_cross_entropy.py", "integer"),
+    ),
+    # Numbers at their limits.
+    Mutant(
+        "unseen-rows",
+        "A cotangent of a row that sees nothing is multiplied by its weights of 0.",
+        "jaxkern/_attention/tiles.py",
+        "d_out = jnp.where(seen[..., None], d_out, 0)",
+        "d_out = jnp.where(True, d_out, 0)",
+        ("tests/attention/test_numerics.py", "rows_that_see_nothing and nan"),
+    ),
+    Mutant(
+        "float16-range",
+        "Gradients of logits are rounded to float16 before they are multiplied.",
+        "jaxkern/_core/precision.py",
+        "return widen(x) if x.dtype == jnp.float16 else x",
+        "return x",
+        ("tests/attention/test_numerics.py", "test_error_in_16_bits and float16"),
+    ),
+    Mutant(
+        "far-tails",
+        "Noise of a draw ends where one uniform number does.",
+        "jaxkern/_sparsity/select.py",
+        'weight.dtype, mode="high")',
+        'weight.dtype, mode="low")',
+        ("tests/sparsity/test_select.py", "test_noise_reaches_far_tails"),
+    ),
+    Mutant(
+        "full-block",
+        "A block of a band is full though its last token is outside.",
+        "jaxkern/_attention/block_mask/patterns.py",
+        "blocks_of(start, block_size), stop // block_size",
+        "blocks_of(start, block_size), blocks_of(stop, block_size)",
+        ("tests/attention/block_mask/test_mask.py", "test_states_at_every_edge"),
     ),
     # Models and benchmarks.
     Mutant(

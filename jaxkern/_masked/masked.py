@@ -141,14 +141,15 @@ def _by_xla(
     if masks.shared:
         return sample(*each)
     match method:
-        case "loop":
+        case "loop" if len(x):
             parts = [jax.tree.map(lambda a, b=b: a[b], each) for b in range(len(x))]
             return jnp.stack([sample(*part) for part in parts])
         case "einsum":
             return layer(x, masks.draw_all(), _by_einsum, add)
         case "bmm":
             return layer(x, masks.draw_all(), _by_bmm, add)
-        case "vmap":
+        case "loop" | "vmap":
+            # A loop over no samples has nothing to stack.
             return jax.vmap(sample)(*each)
         case "fused":
             # The backward makes masked weights again: what one sample needs of them is
@@ -177,7 +178,7 @@ def _choose(
             return f"method must be None or 'fused' for mosaic_gpu, got {method!r}"
         return unsupported(x.dtype, [one.dtype for one in masks.arrays])
 
-    tokens = len(x) * x.shape[1] // masks.samples
+    tokens = len(x) * x.shape[1] // max(masks.samples, 1)
     enough = KERNEL_LEAST_TOKENS <= tokens <= KERNEL_MOST_TOKENS
     faster = masks.samples >= KERNEL_LEAST_SAMPLES and enough
     return choose(op, implementation, arrays, unsupported, faster)

@@ -86,8 +86,8 @@ def _within(targets: Int[Array, "*batch"], vocab: int) -> Int[Array, "*batch"]:
     if targets.dtype.itemsize < 4:
         targets = targets.astype(np.int32)
     inside = (targets >= 0) & (targets < vocab)
-    kept = (np if on_host else jnp).where(inside, targets, -1)
-    return jnp.asarray(kept.astype(np.int32))
+    kept = (np if on_host else jnp).where(inside, targets.astype(np.int32), -1)
+    return jnp.asarray(kept, jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -42,7 +42,10 @@ def by_tiles(query, key, value, return_lse=True):
 
 UNSEEN = {
     "short": partial(
-        attention, mask=jnp.asarray(SEEN)[None, None, None], is_causal=True, return_lse=True
+        attention,
+        mask=jnp.asarray(SEEN)[None, None, None],
+        is_causal=True,
+        return_lse=True,
     ),
     "tiles": by_tiles,
     "block-sparse": partial(block_sparse_attention, mask=BLOCKS, return_lse=True),

@@ -127,6 +127,8 @@ def test_hidden_of_tokens_that_do_not_count_is_not_read():
     jax.tree.map(np.testing.assert_array_equal, broken, clean)
 
 
+# Arrays of NumPy too, and unsigned ones.
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64]
 )

@@ -129,7 +129,10 @@ def attention(
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
     query, key, value = check_query_key_value(op, query, key, value)
-    check_whole_sequence(op, query=query, key=key, value=value)
+    check_whole_sequence(op, key=key, value=value)
+    if query.shape[2] != key.shape[2] or not _is_small(query.shape[1], key.shape[1]):
+        # Else it may be split, since no axis of it is cut or joined.
+        check_whole_sequence(op, query=query)
     check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:

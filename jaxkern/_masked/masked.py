@@ -159,14 +159,15 @@ def _sample_by_sample(layer, x, parameters, masks, method):
     if masks.shared:
         return sample(*each)
     match method:
-        case "loop":
+        case "loop" if len(x):
             parts = [jax.tree.map(lambda a, b=b: a[b], each) for b in range(len(x))]
             return jnp.stack([sample(*part) for part in parts])
         case "einsum":
             return layer(x, parameters, masks.draw_all(), _by_einsum, add)
         case "bmm":
             return layer(x, parameters, masks.draw_all(), _by_bmm, add)
-        case "vmap":
+        case "loop" | "vmap":
+            # A loop over no samples has nothing to stack.
             return jax.vmap(sample)(*each)
         case "fused":
             # The backward makes masked weights again: what one sample needs of them is

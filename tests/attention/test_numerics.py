@@ -42,7 +42,10 @@ def by_tiles(query, key, value, return_lse=True):
 
 UNSEEN = {
     "short": partial(
-        attention, mask=SEEN[None, None, None], is_causal=True, return_lse=True
+        attention,
+        mask=jnp.asarray(SEEN)[None, None, None],
+        is_causal=True,
+        return_lse=True,
     ),
     "tiles": by_tiles,
     "block-sparse": partial(block_sparse_attention, mask=BLOCKS, return_lse=True),
@@ -50,7 +53,7 @@ UNSEEN = {
         dilated_attention,
         segment_lengths=[8, SEQ],
         dilation_rates=[1, 1],
-        key_mask=SEEN[None],
+        key_mask=jnp.asarray(SEEN)[None],
         is_causal=True,
         return_lse=True,
     ),

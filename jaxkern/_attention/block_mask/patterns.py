@@ -158,10 +158,9 @@ def tiles(
     items = bits.reshape(states.size, -1)
     items = items.view(np.dtype((np.void, items.shape[1])))[:, 0]
     distinct, tile_of = np.unique(items, return_inverse=True)
-    distinct = distinct.view(np.uint8)
     fn = Tiles(
         tile_of.reshape(states.shape).astype(np.int32),
-        distinct.reshape(1, 1, len(distinct), *bits.shape[-2:]),
+        distinct.view(np.uint8).reshape(1, 1, len(distinct), *bits.shape[-2:]),
         block_size,
     )
     return states, fn

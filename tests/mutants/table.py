@@ -1,4 +1,4 @@
-"""Thirty faults that someone could write, each with the tests that must see it.
+"""Faults that someone could write, each with the tests that must see it.
 
 The text that a mutant replaces occurs once in its file. Where the code has changed it
 is stale, and `run.py` says so: give it the text of today. Tests are a file and an

@@ -4,11 +4,17 @@ import runpy
 from functools import partial
 from pathlib import Path
 
-import _program
 import pytest
 
 from benchmarks import _report
-from examples import compress_mlp, learn_masks, long_context, train_2_4, train_lm
+from examples import (
+    _program,
+    compress_mlp,
+    learn_masks,
+    long_context,
+    train_2_4,
+    train_lm,
+)
 from jaxkern.nn import QuadraticTransformer
 
 

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 from helpers import assert_near, mesh
 from jax import P
-from op_definitions import MODULES, OPS, Case
+from op_definitions import MODULES, OPS, Case, X
+
+import jaxkern
 
 # Where logical axes lie: heads and hidden features split, then features, then masks.
 RULES = [
@@ -124,3 +126,44 @@ def test_inside_shard_map(name):
     )
     run = with_gradients(split, jax.tree.structure((0,) * len(leaves)))
     assert_same(jax.jit(run)(*leaves), on_one_device(name))
+
+
+DRAWS = {
+    "straight_through": lambda x, key: jaxkern.straight_through(x, key=key),
+    "reinmax": lambda x, key: jaxkern.reinmax(x, key=key),
+    "binary_concrete": lambda x, key: jaxkern.binary_concrete(x, key=key),
+    "gumbel_softmax": lambda x, key: jaxkern.gumbel_softmax(x, key=key),
+    "reinmax_categorical": lambda x, key: jaxkern.reinmax_categorical(x, key=key),
+    "mvue": lambda x, key: jaxkern.sparsify_2_4(x, method="mvue", key=key),
+    "soft, its scale": lambda x, key: jaxkern.sparsify_2_4(
+        x, method="soft", scale=jax.random.uniform(key)
+    ),
+    "clip": lambda x, key: jaxkern.straight_through(x, clip=jax.random.uniform(key)),
+    "masked_matmul": lambda x, key: jaxkern.masked_matmul(
+        x, jnp.eye(16), jnp.ones((4, 16, 16)), estimator="reinmax", key=key
+    ),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "split"])
+def test_a_key_a_device(draw, shared):
+    """Each device draws for itself, of what it has or of what all share."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jnp.broadcast_to(X, (4, *X.shape))
+    place = P() if shared else P("d")
+
+    def local(x, keys):
+        return draw(x if shared else x[0], keys[0])[None]
+
+    split = jax.shard_map(
+        local, mesh=mesh(d=4), in_specs=(place, P("d")), out_specs=P("d")
+    )
+
+    def loss(fn, x):
+        y = fn(x, keys)
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    each = jax.vmap(draw, (None if shared else 0, 0))
+    assert_near(run(split, X if shared else x), run(each, X if shared else x))

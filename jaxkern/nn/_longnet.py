@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from .._attention.dilated import dilated_attention
+from .._core.sharding import on_automatic_axes
 from ._attention import MultiHeadAttention
 from ._common import (
     axis_metadata,
@@ -153,6 +154,7 @@ class LongNet(nnx.Module):
         self.norm = nnx.LayerNorm(embed_dim, **dtypes)
         self.embed_dim = embed_dim
 
+    @on_automatic_axes(lambda x: x)
     def __call__(
         self,
         x: Float[Array, "batch seq embed"],

@@ -86,8 +86,10 @@ def on_one_device(name):
 def assert_same(got, expected):
     """The value and, as one vector, all gradients: some of these are 0."""
     for a, b in zip(got, expected, strict=True):
-        joined = [np.concatenate([*map(np.ravel, jax.tree.leaves(x))]) for x in (a, b)]
-        assert_near(*joined)
+        mine, theirs = (
+            np.concatenate([*map(np.ravel, jax.tree.leaves(x))]) for x in (a, b)
+        )
+        assert_near(mine, theirs)
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])

@@ -147,7 +147,7 @@ def _by_xla(
     An estimator of the user's is called by every call: it may draw anew each time.
     """
     fixed = masks.packed or is_fixed(masks.make)
-    run = _compiled_sample_by_sample if fixed else _sample_by_sample
+    run: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
     return run(layer, x, parameters, masks, method)
 
 
@@ -465,9 +465,8 @@ def masked_bilinear(
     op = "masked_bilinear"
     _check_options(op, method, implementation, key)
     h, parameters, logits = _check_bilinear(op, h, weights, mask_logits, biases)
-    weights = parameters[0]
     masks = _check_masks(op, logits, estimator, key)
-    match _choose(op, h, weights, masks, method, implementation):
+    match _choose(op, h, parameters[0], masks, method, implementation):
         case "mosaic_gpu":
             from .hopper.multiply import add_bias, multiply
 

@@ -79,7 +79,8 @@ def multiply_by_packed_mask(x, w, logits):
 
 
 def unpack_mask(logits):
-    return logits * jaxkern.unpack_mask(jaxkern.pack_mask(logits))
+    mask = jaxkern.unpack_mask(jaxkern.pack_mask(logits))
+    return jnp.where(mask, logits, 0)
 
 
 def masked_bilinear(h, weights, logits, biases, **options):

@@ -28,7 +28,7 @@ CALLS = 20
 compiled = []
 
 
-def listen(event: str, duration: float, **_: str | int) -> None:
+def listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event == COMPILING:
         compiled.append(event)
 
@@ -46,6 +46,10 @@ def attend_on_a_mesh(x):
     return context_parallel_attention(x, x, x, mesh=mesh(ring=2), axis_name="ring")
 
 
+def merge_with_itself(x):
+    return merge_attention(x, x[..., 0], x, x[..., 1])
+
+
 # A case is an op of arrays that have gradients, and these arrays.
 ATTENTION = {
     "attention, short": (lambda x: attention(x, x, x, is_causal=True), (X,)),
@@ -54,7 +58,7 @@ ATTENTION = {
     "dilated": (lambda x: dilated_attention(x, x, x, **PATTERNS), (X,)),
     "dilated, tiles": (lambda x: dilated_attention(x, x, x, **PATTERNS), (LONG,)),
     "ring": (attend_on_a_mesh, (X,)),
-    "merge": (lambda x: merge_attention(x, x[..., 0], x, x[..., 1]), (X,)),
+    "merge": (merge_with_itself, (X,)),
     "rotary": (rotary_embedding, (X,)),
     "cross_entropy": (lambda *args: cross_entropy(*args, TARGETS), (HIDDEN, HEAD)),
 }

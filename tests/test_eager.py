@@ -1,5 +1,7 @@
 """Ops that are called without jit, as in a notebook: what compiles in a first call."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,15 +21,20 @@ from jaxkern import (
 COMPILING = "/jax/core/compile/backend_compile_duration"
 CALLS = 20
 compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: compiled.append(event) if event == COMPILING else None
-)
+
+
+def count(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == COMPILING:
+        compiled.append(duration_secs)
+
+
+jax.monitoring.register_event_duration_secs_listener(count)
 
 X, LONG = normal(0, (1, 16, 2, 4)), normal(0, (1, 260, 1, 4))
 HIDDEN, HEAD = normal(1, (6, 4)), normal(2, (4, 10))
 RING, BLOCKS = mesh(ring=2), BlockMask.causal(16, 16, block_size=8)
-PATTERNS = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
-SPLIT = {"mesh": RING, "axis_name": "ring"}
+PATTERNS: Any = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
+SPLIT: Any = {"mesh": RING, "axis_name": "ring"}
 TARGETS = jnp.arange(6)
 # A case is an op of arrays that have gradients, and these arrays.
 CASES = {
@@ -39,7 +46,7 @@ CASES = {
     "ring": (lambda x: context_parallel_attention(x, x, x, **SPLIT), X),
     "merge": (lambda x: merge_attention(x, x[..., 0], x, x[..., 1]), X),
     "rotary": (rotary_embedding, X),
-    "cross_entropy": (lambda *args: cross_entropy(*args, TARGETS), HIDDEN, HEAD),
+    "cross_entropy": (lambda h, w: cross_entropy(h, w, TARGETS), HIDDEN, HEAD),
 }
 
 

@@ -198,7 +198,8 @@ def _around_forward(query, key, value, rank, ring, scale, layout, implementation
 
 def _around_backward(ring, scale, layout, implementation, saved, cotangents):
     query, key, value, rank, out, lse = saved
-    d_out, delta = cotangents_of(out, lse, *cotangents, query.dtype)
+    d_out, d_lse = cotangents
+    d_out, delta = cotangents_of(out, lse, d_out, d_lse, query.dtype)
     devices = ring.devices
     parts = _parts(layout, query.shape[1], key.shape[1])
 

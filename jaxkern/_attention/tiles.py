@@ -406,7 +406,8 @@ def _tiled_forward(query, key, value, mask, scale, tiling):
 
 def _tiled_backward(scale, tiling, saved, cotangents):
     query, key, value, mask, out, lse = saved
-    d_out, delta = cotangents_of(out, lse, *cotangents, query.dtype)
+    d_out, d_lse = cotangents
+    d_out, delta = cotangents_of(out, lse, d_out, d_lse, query.dtype)
     gradients = attend_gradients(
         query, key, value, mask, d_out, lse, delta, scale, tiling
     )

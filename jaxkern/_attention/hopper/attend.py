@@ -187,7 +187,8 @@ def _attend_forward(query, key, value, mask, scale, dilation):
 
 def _attend_backward(scale, dilation, saved, cotangents):
     query, key, value, mask, outs, lse2 = saved
-    d_out, delta = cotangents_of(_sum(outs), lse2.mT, *cotangents, query.dtype)
+    d_out, d_lse = cotangents
+    d_out, delta = cotangents_of(_sum(outs), lse2.mT, d_out, d_lse, query.dtype)
     gradients = _gradients(
         *(query, key, value, d_out, lse2, delta.mT),
         mask=mask,

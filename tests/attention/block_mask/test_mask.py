@@ -80,20 +80,20 @@ def test_local_window(size, window):
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 7), (12, 9), (7, 12)])
 def test_states_at_every_edge(lengths):
     """Bands and first tokens with which a block is full, or empty, by one token."""
-    q, k = positions(lengths)
+    (q_len, kv_len), (q, k) = lengths, positions(lengths)
     for lower, upper in itertools.product((None, *range(-9, 3)), (None, *range(-2, 9))):
-        if None not in (lower, upper) and lower > upper:
+        if lower is not None and upper is not None and lower > upper:
             continue
         dense = np.ones(lengths, bool)
         if lower is not None:
             dense &= k - q >= lower
         if upper is not None:
             dense &= k - q <= upper
-        got = states_listed(band_mask(lower, upper, *lengths, 4))[0, 0]
+        got = states_listed(band_mask(lower, upper, q_len, kv_len, 4))[0, 0]
         np.testing.assert_array_equal(got, states_of(dense, 4))
-    inside = patterns.inside(*lengths, 4)
+    inside = patterns.inside(q_len, kv_len, 4)
     for tokens in range(14):
-        first = patterns.first_tokens(tokens, *lengths, 4)
+        first = patterns.first_tokens(tokens, q_len, kv_len, 4)
         got = combine(np.minimum, first, inside).to_dense()[0, 0]
         expected = states_of((q < tokens) | (k < tokens), 4)
         np.testing.assert_array_equal(got, expected)

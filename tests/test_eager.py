@@ -60,7 +60,10 @@ ATTENTION = {
     "ring": (attend_on_a_mesh, (X,)),
     "merge": (merge_with_itself, (X,)),
     "rotary": (rotary_embedding, (X,)),
-    "cross_entropy": (lambda *args: cross_entropy(*args, TARGETS), (HIDDEN, HEAD)),
+    "cross_entropy": (
+        lambda hidden, head: cross_entropy(hidden, head, TARGETS),
+        (HIDDEN, HEAD),
+    ),
 }
 HERE = ("attention", "cross_entropy", "rotary")
 OTHERS = {

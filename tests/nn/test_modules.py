@@ -16,7 +16,12 @@ import jaxkern
 from jaxkern import nn
 
 PATTERN = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
-LM: Any = {"vocab_size": 20, "context_length": 8, "d_model": 16, "num_layers": 2}
+LM: dict[str, Any] = {
+    "vocab_size": 20,
+    "context_length": 8,
+    "d_model": 16,
+    "num_layers": 2,
+}
 LM |= {"num_heads": 2, "d_ff": 12}
 FEATURES, IDS = (8, 16), (8,)
 

@@ -106,7 +106,8 @@ def _forward(hidden, head, targets, chunks):
         return (higher, total, target_logit + jnp.where(hit, logits, 0).sum(-1)), None
 
     zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
-    start = zero + _below(zero), zero, jnp.where(targets >= 0, zero, jnp.nan)
+    inside = (targets >= 0) & (targets < vocab)
+    start = zero + _below(zero), zero, jnp.where(inside, zero, jnp.nan)
     carry, _ = lax.scan(add, vary_alike(*start, like=(hidden,)), _split(head, chunks))
     top, total, target_logit = carry
     lse = top + jnp.log(total)

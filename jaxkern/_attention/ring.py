@@ -1,6 +1,6 @@
 """Attention over a sequence that is split among devices: keys and values go round."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import get_args
@@ -279,8 +279,11 @@ def context_parallel_attention(
     layout = layout if is_causal else "contiguous"
     for seq in (query.shape[1], key.shape[1]):
         _check_divisible(op, seq, devices, layout, is_causal)
-    if segment_lengths is not None and dilation_rates is not None:
-        segment_lengths, dilation_rates = tuple(segment_lengths), tuple(dilation_rates)
+    # As constants of a program, which can be hashed; what is no sequence is refused there.
+    segment_lengths, dilation_rates = (
+        tuple(x) if isinstance(x, Iterable) else x
+        for x in (segment_lengths, dilation_rates)
+    )
     return _in_parallel(
         query,
         key,

@@ -46,7 +46,11 @@ def float64(args, g, seen) -> Any:
 def plain(seen):
     def attend(q, k, v):
         product = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1]
-        weights = product * product * jnp.asarray(seen, q.dtype)[None, None]
+        weights = (
+            product
+            * product
+            * jnp.expand_dims(jnp.asarray(seen, q.dtype), range(4 - seen.ndim))
+        )
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
     return attend

@@ -226,6 +226,6 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="context_parallel_attention: layout must be"):
         run(X, X, X, layout="zigzag", **options)
     with pytest.raises(ValueError, match="multiple of 4 .*, got 62: pad it by 2"):
-        run(*[X[:, :62]] * 3, **options)
+        run(*[X[:, :62]] * 3, is_causal=True, **options)
     with pytest.raises(TypeError, match="segment_lengths must be a sequence of int"):
         run(X, X, X, segment_lengths=16, dilation_rates=[1])

@@ -123,8 +123,8 @@ def assign(falling: AnyArray, count: int) -> AnyArray:
     # Twice what lies before a tile's middle, which then is an integer.
     middle = 2 * rest.cumsum() - rest
     filled = xp.searchsorted(2 * (share - begun).cumsum(), middle, side="right")
-    filled = xp.minimum(filled, count - 1).astype(in_turn.dtype)
-    filled = xp.where(turn >= rounds, filled, in_turn)
+    filled = xp.minimum(filled, count - 1)
+    filled = xp.where(turn >= rounds, filled, in_turn.astype(filled.dtype))
     busiest = _bincount(filled, falling, count).max()
     return xp.where(busiest < loads[-1].max(), filled, in_turn)
 

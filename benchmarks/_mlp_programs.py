@@ -109,7 +109,7 @@ def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
         Skip: the row is of the kernels, and they cannot run here.
     """
     x = jax.ShapeDtypeStruct((tokens, features), dtype)
-    reason = device.unsupported_array("x", x) or device.unsupported()
+    reason = device.unsupported() or device.unsupported_array("x", x)
     if reason:
         raise Skip(reason)
 

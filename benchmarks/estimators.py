@@ -56,7 +56,7 @@ def _skip_unsupported(method: str, args: argparse.Namespace) -> None:
     Raises:
         Skip: the row is of the kernels, and they cannot run here.
     """
-    reason = unsupported(args.dtype, [jnp.float32]) or device.unsupported()
+    reason = device.unsupported() or unsupported(args.dtype, [jnp.float32])
     if method == report.KERNEL and reason:
         raise Skip(reason)
 

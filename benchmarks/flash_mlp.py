@@ -56,7 +56,7 @@ def build(implementation: str, shape: Shape, which: str, args) -> Program:
     check = partial(definitions.check, key, inputs)
     if implementation == "mosaic_gpu":
         x, w1, _ = inputs[-3:]
-        reason = flash.unsupported(x, w1) or device.unsupported()
+        reason = device.unsupported() or flash.unsupported(x, w1)
         if reason:
             raise Skip(reason)
     if implementation == "naive jnp":

@@ -279,7 +279,7 @@ def context_parallel_attention(
     layout = layout if is_causal else "contiguous"
     for seq in (query.shape[1], key.shape[1]):
         _check_divisible(op, seq, devices, layout, is_causal)
-    # As constants of a program, which can be hashed; what is no sequence is refused there.
+    # A constant of a program can be hashed; what is no sequence is refused within.
     segment_lengths, dilation_rates = (
         tuple(x) if isinstance(x, Iterable) else x
         for x in (segment_lengths, dilation_rates)

@@ -94,7 +94,7 @@ def on_automatic_axes[**In, Out](
             arrays = [x for x in leaves if isinstance(x, jax.Array)]
             meshes = (jax.typeof(x).sharding.mesh for x in arrays)
             mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-            # Inside of `jax.shard_map` some axes are the user's business. JAX 0.12 fails
+            # Inside of `jax.shard_map` axes are the user's business, and JAX 0.12 fails
             # to save scalars there that were computed on automatic axes.
             if mesh is None or mesh.manual_axes:
                 return function(*args, **options)

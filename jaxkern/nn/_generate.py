@@ -59,7 +59,8 @@ def _go_on(model, prompt, lengths, sampling, count, cache):
         new = run(model, prompt, prompt.shape[1], sampling, count)
         return jnp.concatenate([prompt, new], axis=1)
     # What follows a prompt is no token: whatever it is, zeros stand for it.
-    is_read = jnp.arange(prompt.shape[1])[None] < lengths[:, None]
+    places = jnp.arange(prompt.shape[1], dtype=lengths.dtype)[None]
+    is_read = places < lengths[:, None]
     prompt = jnp.where(is_read, prompt, 0)
     new = run(model, prompt, lengths, sampling, count)
     return _put(jnp.pad(prompt, ((0, 0), (0, count))), lengths, new)

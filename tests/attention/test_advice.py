@@ -1,5 +1,7 @@
 """What errors of attention advise is right: it is followed here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from jaxkern import (
 )
 
 X = normal(0, (1, 12, 2, 4))
-SPLIT = {"mesh": mesh(ring=4), "axis_name": "ring"}
+attend = partial(context_parallel_attention, axis_name="ring")
 
 
 @pytest.mark.parametrize("layout, missing", [("zigzag", 2), ("striped", 2)])
@@ -25,9 +27,9 @@ def test_pad_a_causal_sequence(layout, missing):
     x = X[:, :6]
     options = {"is_causal": True, "layout": layout}
     with pytest.raises(ValueError, match=f"got 6: pad it by {missing} at the end"):
-        context_parallel_attention(x, x, x, **SPLIT, **options)
+        attend(x, x, x, mesh=mesh(ring=4), **options)
     padded = jnp.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
-    got = context_parallel_attention(padded, padded, padded, **SPLIT, **options)
+    got = attend(padded, padded, padded, mesh=mesh(ring=4), **options)
     expected = attention(x, x, x, is_causal=True)
     np.testing.assert_allclose(got[:, :6], expected, rtol=1e-5, atol=1e-6)
 
@@ -35,7 +37,7 @@ def test_pad_a_causal_sequence(layout, missing):
 def test_no_padding_is_advised_where_all_queries_would_see_it():
     x = X[:, :6]
     with pytest.raises(ValueError, match="no padding helps without is_causal"):
-        context_parallel_attention(x, x, x, **SPLIT)
+        attend(x, x, x, mesh=mesh(ring=4))
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -292,9 +292,8 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
         (
             lambda: linear()(jnp.ones(D_IN)),
             ValueError,
-            r"MaskedLinear: x must have shape \(batch, ..., 6\) .*, got \(6,\)",
+            r"MaskedLinear: x must have shape \(batch, ..., 6\), got \(6,\)",
         ),
-        (lambda: linear()(jnp.ones((0, D_IN))), ValueError, r"got \(0, 6\)"),
         (lambda: linear()(3), TypeError, "MaskedLinear: x must be an array, got int"),
         (lambda: linear(num_masks=0), ValueError, "num_masks must be an integer of at"),
         (

@@ -363,7 +363,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.unpack_2_4(jaxkern.Packed24(X, X, 16)),
             TypeError,
-            "unpack_2_4: indices must be uint8, got float32",
+            "unpack_2_4: indices must be an integer array, got float32",
         ),
         (
             lambda: untyped.sparsify_2_4(X, key=jax.random.key(0)),

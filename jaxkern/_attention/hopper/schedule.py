@@ -124,7 +124,8 @@ def assign(falling: AnyArray, count: int) -> AnyArray:
     middle = 2 * rest.cumsum() - rest
     filled = xp.searchsorted(2 * (share - begun).cumsum(), middle, side="right")
     filled = xp.minimum(filled, count - 1)
-    filled = xp.where(turn >= rounds, filled, in_turn.astype(filled.dtype))
+    in_turn = in_turn.astype(filled.dtype)
+    filled = xp.where(turn >= rounds, filled, in_turn)
     busiest = _bincount(filled, falling, count).max()
     return xp.where(busiest < loads[-1].max(), filled, in_turn)
 

@@ -107,7 +107,8 @@ def _take(x, places):
 def _put(tokens, places, new):
     """Into each row from its place on, or all rows' one."""
     rows = jnp.arange(len(tokens))[:, None]
-    columns = jnp.arange(new.shape[1])[None] + jnp.reshape(places, (-1, 1))
+    first = jnp.reshape(jnp.asarray(places, jnp.int32), (-1, 1))
+    columns = first + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     return tokens.at[rows, columns].set(new)
 
 

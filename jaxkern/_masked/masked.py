@@ -12,7 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core import device
-from .._core.checks import check_floating, check_key, check_shape, raise_unknown
+from .._core.checks import (
+    check_floating,
+    check_key,
+    check_shape,
+    kind_of,
+    raise_unknown,
+)
 from .._core.dispatch import Implementation, check_implementation, choose
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
@@ -391,7 +397,7 @@ def _check_three(op: str, **tuples: Any) -> None:
             size = f" of {len(arrays)}" if isinstance(arrays, tuple | list) else ""
             raise TypeError(
                 f"{op}: {name} must be a tuple of three arrays, "
-                f"got {type(arrays).__name__}{size}"
+                f"got {kind_of(arrays)}{size}"
             )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_floating, check_shape, kind_of
 from .._core.sharding import on_automatic_axes
 from .._core.trees import ArrayTree, register
 
@@ -107,7 +107,7 @@ def _unpack(
 def check_packed_mask(op: str, name: str, packed: Any) -> PackedMask:
     """`packed` has the dtype and shape that `pack_mask` gives its words."""
     if not isinstance(packed, PackedMask):
-        kind = type(packed).__name__
+        kind = kind_of(packed)
         raise TypeError(f"{op}: {name} must be a PackedMask, got {kind}")
     words = packed.words
     if not isinstance(words, jax.Array | np.ndarray) or words.dtype != np.uint32:

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
-from .._core.checks import check_array, check_batched, check_floating, check_shape
+from .._core.checks import (
+    check_array,
+    check_batched,
+    check_floating,
+    check_shape,
+    kind_of,
+)
 from .._core.sharding import on_automatic_axes
 from .._core.trees import ArrayTree, register
 from .select import GROUP, KEPT, group, last_index, magnitude, two_largest, ungroup
@@ -110,7 +116,7 @@ def check_packed_24(op: str, packed: Packed24, name: str = "packed") -> Packed24
     Returns it with JAX's arrays.
     """
     if not isinstance(packed, Packed24):
-        kind = type(packed).__name__
+        kind = kind_of(packed)
         raise TypeError(f"{op}: {name} must be a Packed24, got {kind}")
     values, indices, features = packed.values, packed.indices, packed.features
     (values,) = check_floating(op, values=values)

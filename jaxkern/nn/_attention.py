@@ -15,6 +15,7 @@ from .._core.checks import (
     check_floating,
     check_number,
     check_shape,
+    kind_of,
     raise_unknown,
 )
 from .._core.sharding import on_automatic_axes
@@ -246,7 +247,7 @@ def _check_options(attention_fn, norm, qk_norm, gain) -> None:
 def _check_result(heads, shape) -> None:
     op = "MultiHeadAttention"
     if not isinstance(heads, jax.Array):
-        kind = type(heads).__name__
+        kind = kind_of(heads)
         raise TypeError(f"{op}: attention_fn must return one array, got {kind}")
     if heads.shape != shape:
         raise ValueError(

@@ -18,6 +18,7 @@ from .._core.checks import (
     check_floating,
     check_integer,
     check_shape,
+    kind_of,
 )
 from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
@@ -48,14 +49,14 @@ def check_dtypes(
         check_dtype(module, "dtype", dtype)
     check_dtype(module, "param_dtype", param_dtype)
     if not isinstance(rngs, nnx.Rngs):
-        kind = type(rngs).__name__
+        kind = kind_of(rngs)
         raise TypeError(f"{module}: rngs must be an nnx.Rngs, got {kind}")
     return {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
 
 def check_callable(module: str, name: str, function: object) -> None:
     if not callable(function):
-        kind = type(function).__name__
+        kind = kind_of(function)
         raise TypeError(f"{module}: {name} must be callable, got {kind}")
 
 
@@ -154,7 +155,7 @@ def check_means(
     call: Any = kind.__call__
     if not isinstance(module, kind) or type(module).__call__ is not call:
         other = ", whose call is another" if isinstance(module, kind) else ""
-        got = type(module).__name__
+        got = kind_of(module)
         raise TypeError(f"{op}: {name} must be {wanted}, got {got}{other}")
 
 

@@ -186,7 +186,7 @@ DOWN = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 12), (8, 4)))
         (
             lambda: untyped.packed_relu2(X, (PACKED[0], X), DOWN),
             TypeError,
-            r"packed_relu2: up\[1\] must be a Packed24, got ArrayImpl",
+            r"packed_relu2: up\[1\] must be a Packed24, got float32",
         ),
         (
             lambda: untyped.packed_relu2(X, PACKED, DOWN[::-1]),

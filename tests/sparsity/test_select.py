@@ -353,12 +353,12 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.unpack_2_4(X),
             TypeError,
-            "unpack_2_4: packed must be a Packed24, got ArrayImpl",
+            "unpack_2_4: packed must be a Packed24, got float32",
         ),
         (
             lambda: untyped.matmul_2_4(X, X.T),
             TypeError,
-            "matmul_2_4: packed must be a Packed24, got ArrayImpl",
+            "matmul_2_4: packed must be a Packed24, got float32",
         ),
         (
             lambda: untyped.unpack_2_4(jaxkern.Packed24(X, X, 16)),

@@ -37,8 +37,8 @@ def test_equal_by_value(name):
 
 
 @pytest.mark.parametrize("name", PACKED)
+@pytest.mark.usefixtures("unchecked_types")
 def test_exported(name):
-    pytest.importorskip("flatbuffers")
     pack, unpack = PACKED[name]
     program = export.export(jax.jit(unpack))(pack(X)).serialize()
     got = export.deserialize(program).call(pack(X))

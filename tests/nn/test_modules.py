@@ -223,7 +223,6 @@ def test_a_cache_can_be_donated_kept_and_compared(tmp_path):
 
 
 def test_a_program_of_a_cache_can_be_exported():
-    pytest.importorskip("flatbuffers")
     model, cache = cache_of()
     run = jax.jit(lambda tokens, cache: model.extend(tokens, cache))
     tokens = jnp.ones((2, 3), int)

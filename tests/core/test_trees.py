@@ -4,11 +4,12 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import normal
 from jax import export
 
-from jaxkern import pack_2_4, pack_mask, unpack_2_4, unpack_mask
+from jaxkern import BlockMask, pack_2_4, pack_mask, unpack_2_4, unpack_mask
 
 X, OTHER = normal(0, (4, 8)), normal(1, (4, 8))
 PACKED = {"Packed24": (pack_2_4, unpack_2_4), "PackedMask": (pack_mask, unpack_mask)}
@@ -34,6 +35,32 @@ def test_equal_by_value(name):
 
     jax.eval_shape(compare, one, same)
     assert said == [True, False, True]
+
+
+def block_masks(seed):
+    """Of the same shapes, with other contents for another seed."""
+    rng = np.random.default_rng(seed)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, 8)))
+    return {
+        "causal": BlockMask.causal(8, 8 + seed, block_size=4),
+        "document": BlockMask.document(ids, block_size=4),
+        "dense": BlockMask.from_dense(rng.random((8, 8)) < 0.5, block_size=4),
+        "both": BlockMask.causal(8, 8, block_size=4)
+        & BlockMask.document(ids, block_size=4),
+    }
+
+
+@pytest.mark.parametrize("name", block_masks(0))
+def test_block_masks_are_equal_by_value(name):
+    one, same, other = (block_masks(seed)[name] for seed in (0, 0, 1))
+    restored = pickle.loads(pickle.dumps(one))
+    assert one == same == restored and len({one, same, restored}) == 1
+    assert one != other and one != name
+    assert jax.tree.map(lambda a, b: a, one, same) == one
+    run = jax.jit(lambda mask: mask.to_dense())
+    for mask in (one, same, restored):
+        run(mask)
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", PACKED)

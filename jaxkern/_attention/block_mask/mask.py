@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int8, Int32
 
+from ..._core.trees import ArrayTree
 from . import patterns, picture, predicates
 from .checks import (
     check_alike,
@@ -45,7 +46,7 @@ BLOCK_SIZE = 128
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockMask:
+class BlockMask(ArrayTree):
     """A mask of attention, True = attend, as lists of the blocks that are not empty.
 
     Made by `causal`, `local_window`, `dilated`, `strided`, `global_local`, `document`,

@@ -248,6 +248,9 @@ def test_op(op, args):
         return value, vjp(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
 
     assert_finite_and_used(*run(args))
+    # Called as in a notebook, where each program within is looked at.
+    with jax.debug_nans(True), jax.debug_infs(True):
+        op(*args)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

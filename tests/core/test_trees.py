@@ -1,6 +1,7 @@
 """Our own pytrees: equality, hashes, pickles, abstract ones, and `jax.export`."""
 
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def test_block_masks_are_equal_by_value(name):
     assert one == same == restored and len({one, same, restored}) == 1
     assert one != other and one != name
     assert jax.tree.map(lambda a, b: a, one, same) == one
-    run = jax.jit(lambda mask: mask.to_dense())
+    run: Any = jax.jit(lambda mask: mask.to_dense())
     for mask in (one, same, restored):
         run(mask)
     assert run._cache_size() == 1

@@ -8,12 +8,10 @@ import pytest
 from helpers import (
     assert_as_close,
     assert_near,
-    mesh,
     to_float64,
     value_and_vjp,
     with_vjp,
 )
-from jax.sharding import PartitionSpec as P
 from masked_definitions import (
     BF16,
     FLOAT64,
@@ -27,7 +25,6 @@ from masked_definitions import (
     each_method,
     each_method_once,
     matmul_args,
-    matmul_float64,
     plain_bilinear,
 )
 
@@ -295,22 +292,3 @@ def test_transforms(op, make, method):
     pulled = jax.tree.map(lambda a, b: (a * b).sum(), gradients, tangents)
     total = sum(jax.tree.leaves(pulled))
     np.testing.assert_allclose((pushed * g).sum(), total, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "method, manual",
-    [*((method, False) for method in METHODS), ("fused", True), ("bmm", True)],
-)
-def test_sharded_batch(method, manual):
-    (x, w, logits), g = matmul_args((8, 3, 4, 5, 0))
-    fn = partial(masked_matmul, estimator=reinmax, method=method)
-    exact = to_float64((x, w, logits, g))
-    expected = matmul_float64(*exact, slope=SLOPES[reinmax])
-    devices = mesh(data=4)
-    rows, whole = (jax.NamedSharding(devices, spec) for spec in (P("data"), P()))
-    x, logits, g = (jax.device_put(a, rows) for a in (x, logits, g))
-    w = jax.device_put(w, whole)
-    if manual:
-        specs = P("data"), P(), P("data")
-        fn = jax.shard_map(fn, mesh=devices, in_specs=specs, out_specs=P("data"))
-    assert_near(value_and_vjp(fn, (x, w, logits), g), expected)

@@ -17,7 +17,6 @@ from helpers import (
     top2_float64,
     value_and_vjp,
 )
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import low_rank_relu2
@@ -242,25 +241,6 @@ def test_saved_for_the_backward():
 
 WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
 SPECS = {"up": (P(), WIDEN), "down": (NARROW, P())}
-
-
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_sharded_arguments_equal_one_device(kind):
-    both = mesh(kind, data=2, tensor=4)
-    x, weights = weights_of()
-    expected = loss_gradient(feature_wise)(x, weights)
-
-    def place(a, spec):
-        return jax.device_put(a, NamedSharding(both, spec))
-
-    run = jax.jit(loss_gradient(feature_wise))
-    got = run(place(x, P("data")), jax.tree.map(place, weights, SPECS))
-    assert_near(got, expected)
-    assert got[0][1].sharding.spec[0] == "data"
-    everywhere = place(x, P(("data", "tensor")))
-    assert_near(
-        run(everywhere, jax.tree.map(lambda w: place(w, P()), weights)), expected
-    )
 
 
 def test_shard_map_sparsifies_on_each_device():

@@ -33,7 +33,7 @@ def value_and_grads(op):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("name", [SWIGLU, GATED, TOP2, SOFT])
+@pytest.mark.parametrize("name", [GATED, SOFT])
 def test_shard_map_over_batch_and_tensor_equals_one_device(name):
     op, both = OPS[name], mesh(data=2, tensor=4)
     x, weights = op_args()
@@ -66,13 +66,7 @@ def test_groups_across_shards_equal_one_device(name):
 
 @pytest.mark.parametrize(
     "name, kind",
-    [
-        (SWIGLU, "explicit"),
-        (GATED, "auto"),
-        (TOP2, "explicit"),
-        (SOFT, "auto"),
-        (STATIC, "explicit"),
-    ],
+    [(SWIGLU, "explicit"), (SOFT, "auto")],
 )
 def test_sharded_arguments_equal_one_device(name, kind):
     op, both = OPS[name], mesh(kind, data=2, tensor=4)

@@ -2,7 +2,7 @@
 
 A person waits for `make test`. Each test here takes seconds, and the kind of fault that
 it finds is found by another test too, which stays: the same kernel at another size,
-dtype or transform, the same check of another layout. `make mutants` breaks 35
+dtype or transform, the same check of another layout. `make mutants` breaks 37
 places, each of which what stays must see.
 
 By file, the tests; a test of which some cases are left out has their names.

@@ -306,14 +306,6 @@ MUTANTS = (
         'weight.dtype, mode="low")',
         ("tests/sparsity/test_select.py", "test_noise_reaches_far_tails"),
     ),
-    Mutant(
-        "full-block",
-        "A block of a band is full though its last token is outside.",
-        "jaxkern/_attention/block_mask/patterns.py",
-        "blocks_of(start, block_size), stop // block_size",
-        "blocks_of(start, block_size), blocks_of(stop, block_size)",
-        ("tests/attention/block_mask/test_mask.py", "test_states_at_every_edge"),
-    ),
     # Models and benchmarks.
     Mutant(
         "rotary-fraction",

@@ -481,7 +481,7 @@ def masked_bilinear(
                 h, parameters, made, partial(multiply, kind=kind), add_bias
             )
         case "xla":
-            form = method or _fastest_method(h, weights, masks)
+            form = method or _fastest_method(h, parameters[0], masks)
             return _by_xla(_bilinear, h, parameters, masks, form)
 
 

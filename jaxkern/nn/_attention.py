@@ -179,11 +179,13 @@ class MultiHeadAttention(nnx.Module):
             )
         key = query if key is None else key
         value = key if value is None else value
-        for name, x in [("query", query), ("key", key), ("value", value)]:
-            (x,) = check_floating("MultiHeadAttention", **{name: x})
+        given = {"query": query, "key": key, "value": value}
+        for name, x in given.items():
+            # One by one: their dtypes may differ, and are promoted by the projections.
+            (given[name],) = check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)
-        q, k, v = self.to_heads(query, key, value)
+        q, k, v = self.to_heads(**given)
         heads = self.attention_fn(q, k, v, **options)
         _check_result(heads, q.shape)
         return self.from_heads(heads)

@@ -21,12 +21,17 @@ def on_host(array: Any) -> Any:
     return np.asarray(array) if has_values(array) else array
 
 
-def check_sizes(op: str, least: int, **sizes: object) -> None:
-    """Each is an integer of at least `least`, and lengths fit in 32 bits."""
-    for name, size in sizes.items():
-        value = check_integer(op, name, size, least)
+def check_sizes(op: str, least: int, **sizes: object) -> tuple[int, ...]:
+    """Each is an integer of at least `least`, and lengths fit in 32 bits.
+
+    Returns:
+        Python's integers: those of NumPy may be too narrow to be negated or multiplied.
+    """
+    values = [check_integer(op, name, size, least) for name, size in sizes.items()]
+    for name, value in zip(sizes, values, strict=True):
         if name in ("q_len", "kv_len", "block_size") and value >= 2**31:
             raise ValueError(f"{op}: {name} must be less than 2**31, got {value}")
+    return tuple(values)
 
 
 def check_mask_fn(op: str, name: str, fn: object) -> None:
@@ -79,7 +84,9 @@ def check_segment_ids(op: str, ids: Any) -> None:
 def fitting_length(
     op: str, name: str, length: int | None, blocks: int, block_size: int
 ) -> int:
-    length = blocks * block_size if length is None else length
+    (length,) = check_sizes(
+        op, 1, **{name: blocks * block_size if length is None else length}
+    )
     if blocks_of(length, block_size) != blocks:
         raise ValueError(
             f"{op}: {name} must fill {blocks} blocks of {block_size}, got {length}"

@@ -87,17 +87,21 @@ class BlockMask(ArrayTree):
     def causal(q_len: int, kv_len: int, *, block_size: int = BLOCK_SIZE) -> "BlockMask":
         """`k <= q`."""
         op = "BlockMask.causal"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
         return band_mask(None, 0, q_len, kv_len, block_size)
 
     @staticmethod
     def local_window(
         q_len: int, kv_len: int, *, window: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """`|q - k| <= window`, in tokens; any window of all tokens is no limit."""
+        """`|q - k| <= window`, in tokens; one of at least the sequence is no limit."""
         op = "BlockMask.local_window"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        check_sizes(op, 0, window=window)
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
+        (window,) = check_sizes(op, 0, window=window)
         return band_mask(-window, window, q_len, kv_len, block_size)
 
     @staticmethod
@@ -106,8 +110,10 @@ class BlockMask(ArrayTree):
     ) -> "BlockMask":
         """Block i sees block i and, of each rate r, the blocks i - r and i + r."""
         op = "BlockMask.dilated"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        check_sizes(op, 1, **{f"rates[{i}]": rate for i, rate in enumerate(rates)})
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
+        rates = check_sizes(op, 1, **{f"rates[{i}]": r for i, r in enumerate(rates)})
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
         # Others see nothing, and would not fit in 32 bits.
         near = sorted({rate for rate in rates if rate < max(grid)})
@@ -121,8 +127,10 @@ class BlockMask(ArrayTree):
     ) -> "BlockMask":
         """Block i sees block j where i - j is a multiple of the stride."""
         op = "BlockMask.strided"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        check_sizes(op, 1, stride=stride)
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
+        (stride,) = check_sizes(op, 1, stride=stride)
         grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
         stride = min(stride, max(grid))
         fn = predicates.Strided(stride, block_size)
@@ -139,8 +147,12 @@ class BlockMask(ArrayTree):
     ) -> "BlockMask":
         """`|q - k| <= window`, and the first tokens see all and are seen by all."""
         op = "BlockMask.global_local"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        check_sizes(op, 0, global_tokens=global_tokens, window=window)
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
+        global_tokens, window = check_sizes(
+            op, 0, global_tokens=global_tokens, window=window
+        )
         sizes = q_len, kv_len, block_size
         near = _band(-window, window, q_len, kv_len)
         global_tokens = min(global_tokens, max(q_len, kv_len))
@@ -168,17 +180,14 @@ class BlockMask(ArrayTree):
             ValueError: they do not have shape (seq,) or (batch, seq).
         """
         op = "BlockMask.document"
-        check_sizes(op, 1, block_size=block_size)
+        (block_size,) = check_sizes(op, 1, block_size=block_size)
         check_segment_ids(op, segment_ids)
         seq = segment_ids.shape[-1]
         ids = on_host(segment_ids).reshape(-1, seq)
         sizes = seq, seq, block_size
         if isinstance(ids, Tracer):
-            states, fn = (
-                patterns.segment_states(ids, block_size),
-                predicates.Segments(ids[:, None]),
-            )
-            return _build(states, fn, *sizes)
+            states = patterns.segment_states(ids, block_size)
+            return _build(states, predicates.Segments(ids[:, None]), *sizes)
         # Their numbers in ascending order, since JAX may keep 32 bits of an id.
         numbers = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
         fn = predicates.Segments(numbers[:, None].astype(np.int32))
@@ -206,7 +215,7 @@ class BlockMask(ArrayTree):
             ValueError: they have another shape, or the lengths do not fit their number.
         """
         op = "BlockMask.from_blocks"
-        check_sizes(op, 1, block_size=block_size)
+        (block_size,) = check_sizes(op, 1, block_size=block_size)
         blocks = four_axes(op, "blocks", blocks)
         q_len, kv_len = (
             fitting_length(op, name, length, count, block_size)
@@ -236,7 +245,7 @@ class BlockMask(ArrayTree):
             ValueError: it has another shape.
         """
         op = "BlockMask.from_dense"
-        check_sizes(op, 1, block_size=block_size)
+        (block_size,) = check_sizes(op, 1, block_size=block_size)
         mask = four_axes(op, "mask", mask)
         check_concrete(op, mask=mask)
         states, fn = patterns.tiles(np.asarray(mask), block_size)
@@ -268,8 +277,10 @@ class BlockMask(ArrayTree):
                 holds traced arrays.
         """
         op = "BlockMask.from_mask_fn"
-        check_sizes(op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size)
-        check_sizes(op, 1, batch=batch, heads=heads)
+        q_len, kv_len, block_size = check_sizes(
+            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        )
+        batch, heads = check_sizes(op, 1, batch=batch, heads=heads)
         check_mask_fn(op, "fn", fn)
         fn = predicates.Function(fn, batch, heads)
         q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (1, 2)))

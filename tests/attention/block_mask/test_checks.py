@@ -166,3 +166,39 @@ def under_jit(fn, *args):
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+MAKERS = {
+    "causal": lambda n: BlockMask.causal(n(100), n(90), block_size=n(64)),
+    "window": lambda n: BlockMask.local_window(
+        n(100), n(90), window=n(3), block_size=n(64)
+    ),
+    "global and local": lambda n: BlockMask.global_local(
+        n(100), n(90), global_tokens=n(5), window=n(3), block_size=n(64)
+    ),
+    "dilated": lambda n: BlockMask.dilated(
+        n(100), n(90), rates=(n(1), n(2)), block_size=n(16)
+    ),
+    "strided": lambda n: BlockMask.strided(
+        n(100), n(90), stride=n(2), block_size=n(16)
+    ),
+    "function": lambda n: BlockMask.from_mask_fn(
+        lambda b, h, q, k: q >= k, n(100), n(90), block_size=n(64)
+    ),
+    "dense": lambda n: BlockMask.from_dense(
+        np.tri(100, 90, dtype=bool), block_size=n(64)
+    ),
+    "document": lambda n: BlockMask.document(np.arange(100) // 9, block_size=n(64)),
+    "blocks": lambda n: BlockMask.from_blocks(
+        np.tri(2, dtype=bool), q_len=n(100), kv_len=n(90), block_size=n(64)
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32])
+@pytest.mark.parametrize("name", MAKERS)
+def test_sizes_of_any_integer(name, dtype):
+    """Some cannot be negated, others not multiplied by the number of blocks."""
+    got, expected = MAKERS[name](dtype), MAKERS[name](int)
+    np.testing.assert_array_equal(got.to_dense(), expected.to_dense())

@@ -3,6 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import jax
+from jax import lax
+from jax.core import Tracer
+
 from . import device
 from .checks import raise_unknown
 from .sharding import explicit_axes, lie_whole
@@ -54,3 +58,25 @@ def choose(
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"
+
+
+def run[*Arrays, Out](
+    chosen: Implementation,
+    *arrays: *Arrays,
+    implementation: Implementation | None,
+    xla: Callable[[*Arrays], Out],
+    kernel: Callable[[*Arrays], Out],
+) -> Out:
+    """`kernel` or `xla` of `arrays`, as `choose` has chosen for `implementation`.
+
+    A traced array has no device yet: a program that is traced where the default device
+    is a Hopper GPU may be compiled for arrays on the CPU, or be exported for both. So
+    where None picked the kernel for traced arrays, the program holds both forms, and
+    the platform that it is lowered for picks one of them.
+    """
+    if chosen == "xla":
+        return xla(*arrays)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
+    if implementation is None and traced:
+        return lax.platform_dependent(*arrays, cpu=xla, default=kernel)
+    return kernel(*arrays)

@@ -40,12 +40,24 @@ def _same(a: Any, b: Any) -> bool:
 def register[T: type](cls: T) -> T:
     """Make the dataclass a pytree that `jax.export` serializes.
 
-    Its static fields must be numbers, strings and the like.
+    Its static fields must be numbers, strings, None and tuples of these.
     """
     export.register_pytree_node_serialization(
         jax.tree_util.register_dataclass(cls),
         serialized_name=f"jaxkern.{cls.__name__}",
-        serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=lambda text: tuple(json.loads(bytes(text))),
+        serialize_auxdata=lambda static: json.dumps(static, default=_refuse).encode(),
+        deserialize_auxdata=lambda text: _as_tuples(json.loads(bytes(text))),
     )
     return cls
+
+
+def _refuse(static: object) -> str:
+    raise TypeError(
+        "jax.export cannot serialize a mask that holds a Python function, got "
+        f"{static}; BlockMask.from_dense and BlockMask.document hold arrays instead"
+    )
+
+
+def _as_tuples(static: Any) -> Any:
+    """JSON has lists, which are not equal to the tuples that they were."""
+    return tuple(map(_as_tuples, static)) if isinstance(static, list) else static

@@ -10,10 +10,10 @@ from jax.core import Tracer
 
 
 class ArrayTree:
-    """A frozen dataclass of arrays and static fields that is equal to its copies.
+    """A frozen dataclass of arrays and static fields that compares by value.
 
-    Traced arrays have no values yet: they are equal to themselves alone. Shapes in the
-    place of arrays, as `jax.eval_shape` gives them, are equal by shape and dtype.
+    A traced array has no value yet, and is equal only to itself. The shapes that
+    `jax.eval_shape` puts in the place of arrays are equal by shape and dtype.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -23,7 +23,7 @@ class ArrayTree:
         return ours[1] == theirs[1] and all(map(_same, ours[0], theirs[0]))
 
     def __hash__(self) -> int:
-        # Of what equal ones have in common and need not be read from a device.
+        # Equal trees have equal shapes, which need not be read from a device.
         leaves, tree = jax.tree.flatten(self)
         return hash((tree, *(getattr(x, "shape", None) for x in leaves)))
 

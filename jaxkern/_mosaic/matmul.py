@@ -525,13 +525,11 @@ def pad_rows(a: jax.Array) -> jax.Array:
 
 
 def pad_weight(w: jax.Array) -> jax.Array:
-    """Pad a weight with zeros to sizes that the kernels take, whichever axis they
-    contract."""
+    """Pad a weight with zeros, so that kernels can contract either axis."""
     rows, columns = w.shape
     return pad_to(w, round_up(rows, COLUMN_STEP), round_up(columns, COLUMN_STEP))
 
 
 def padded(core: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """Pad all arrays to sizes that the kernels take, and let them vary over the same
-    mesh axes."""
+    """Pad a core and weights for the kernels; all vary over the same mesh axes then."""
     return vary_alike(pad_rows(core), *map(pad_weight, weights))

@@ -86,7 +86,7 @@ SLOPES: dict[Kind, Callable[..., Any] | None] = {
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which gradients are wanted.
+    """The gradients that are wanted.
 
     x, w, mask: whether the gradient of x, of W and of the mask is wanted.
     dtype: the dtype of the mask's gradient.

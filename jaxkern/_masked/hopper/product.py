@@ -49,9 +49,9 @@ from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 from ..estimators import Rule
 from ..packed import WORD
 
-# What a mask is made of. A `Rule` names an estimator: the mask is made of logits and is
-# on where they are positive. "mask": numbers by which W is multiplied. "bits": 32 rows
-# of W to a word.
+# The source of a mask. A `Rule` names an estimator: the mask is made of logits, and is
+# on where they are positive. "mask": numbers by which W is multiplied. "bits": words,
+# each of which has 32 rows of W.
 Kind = Rule | Literal["mask", "bits"]
 # Features that a warpgroup masks and multiplies: wgmma has 64 rows.
 PIECE = 64
@@ -117,7 +117,7 @@ class MaskedTiles:
         tokens = 2 * DEPTH * self.tokens
         weights = int(FEATURES * DEPTH * (2 + mask_bytes))
         both = min(4, free // (tokens + weights))
-        # What is left goes to weights, which are read a step ahead of tokens.
+        # Weights get what is left, since they are read a step ahead of tokens.
         return both, min(4, (free - both * tokens) // weights)
 
     def clocks(
@@ -193,7 +193,7 @@ def cut(gmem, sample, rows, columns, kind: Kind = "mask"):
 
 
 def numbers_of(kind: Kind, x):
-    """Return what W is multiplied by, from logits or a mask, in float32."""
+    """Return the factors of W that logits or a mask stand for, in float32."""
     x = x.astype(jnp.float32)
     if not by_threshold(kind):
         return x
@@ -209,7 +209,7 @@ def _unpack(words, i):
 
 
 def read_mask(kind: Kind, smem, row, column, columns: int):
-    """Return what 64 rows of a tile of W are multiplied by, in float32."""
+    """Return the factors of 64 rows of a tile of W, in float32."""
     index = pl.ds(column, columns)
     if kind != "bits":
         return numbers_of(
@@ -286,8 +286,7 @@ def _keep(gmem, numbers, first, sample, row, column):
 
 
 def _store(acc, smem, gmem, part, token, feature):
-    """Transpose a warpgroup's sums (features, tokens) and store them, 64 tokens at a
-    time."""
+    """Transpose and store a warpgroup's (features, tokens), 64 tokens at a time."""
     for n in range(0, acc.shape[1], PIECE):
         piece = acc[:, n : n + PIECE].astype(smem.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -109,8 +109,11 @@ def _scale(sums: jax.Array) -> jax.Array:
 
 
 def _forward(core, up, down, shrink: bool, keep: bool):
-    """Return the result, what was selected, its scale or None, and, if `keep`, all
-    hidden features."""
+    """Return the result, and what the backward needs.
+
+    The backward needs the selected features, their scale (None without `shrink`), and
+    all hidden features (None without `keep`).
+    """
     values, words, *more = select_forward(shrink, keep)(core, up)
     y = sparse_matmul()(values, words, down)
     hidden = more[0] if keep else None

@@ -198,8 +198,7 @@ class WalkPlan:
         return (held + walked) * itemsize + sums * FLOAT32_BYTES + barriers
 
     def scratch(self) -> list[Any]:
-        """Shared memory and barriers of a block, in the order of `_WalkBlock`'s fields
-        from `held` on."""
+        """Shared memory and barriers, in the order of `_WalkBlock`'s last fields."""
         config, itemsize = self.tiles, self.dtype.itemsize
         # All tiles have one swizzle, since both operands of a wgmma need the same one.
         # It must also divide the contracted axis, which can be the walked columns.

@@ -50,8 +50,7 @@ def nothing(dtype: jnp.dtype) -> float:
 
 def finite(top: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """Return `top`, or more where exp(nothing - top) would not be 0."""
-    # A maximum, since XLA's CPU backend fuses it into the product before it. It does
-    # not fuse a select.
+    # XLA's CPU backend fuses a maximum into the product before it, but not a select.
     return jnp.maximum(top, _least(top.dtype))
 
 
@@ -275,7 +274,8 @@ def make_tiling(
     return Tiling(seq_q, seq_kv, rows, columns, diagonal)
 
 
-# Under jit, calls outside of any jit compile it once. So is its gradient below.
+# Under jit, so that all calls outside of a user's jit share one compiled program. The
+# gradient below has a jit for the same reason.
 @partial(jax.jit, static_argnames=("scale", "tiling"))
 def attend(
     query: Float[Array, "batch seq_q heads dim"],

@@ -451,8 +451,8 @@ class Forward:
 
         def multiply(acc):
             plgpu.wgmma(acc, held[0], keys.transpose((1, 0)))
-            # Until the other warpgroup's softmax has ended; reading `acc` then awaits
-            # the wgmma.
+            # Wait until the other warpgroup's softmax has ended. Reading `acc` then
+            # awaits the wgmma.
             tiles.take_turns()
             return acc[...]
 
@@ -466,7 +466,7 @@ class Forward:
         summed *= lax.broadcast_in_dim(fade, summed.shape, [0])
         total = total * fade + weights.sum(axis=1)
         rounded = weights.astype(self.dtype)
-        # Until the other warpgroup has issued its first wgmma.
+        # Wait until the other warpgroup has issued its product of queries and keys.
         tiles.take_turns()
         (values,) = tiles.wait(1)
         summed = add_dots(summed, (rounded, values))

@@ -133,7 +133,7 @@ def assign(falling: AnyArray, count: int) -> AnyArray:
     rounds = (loads.max(1) <= share).sum()
     begun = xp.where(rounds > 0, loads[xp.maximum(rounds - 1, 0)], 0)
     rest = xp.where(turn >= rounds, falling, 0)
-    # Twice the work before a tile's middle: doubled, it is an integer.
+    # Twice the work that comes before a tile's middle. Half of it may be no integer.
     middle = 2 * rest.cumsum() - rest
     filled = xp.searchsorted(2 * (share - begun).cumsum(), middle, side="right")
     filled = xp.minimum(filled, count - 1)

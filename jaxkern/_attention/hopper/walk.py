@@ -388,7 +388,7 @@ class Bound:
         start = self.plan.body.start(part.tiles(warpgroup))
         carry, sums = self.over_heads(walk_head, (carry, start))
         pl.when(warpgroup == 0)(lambda: _take_turns(scratch.turn))
-        # Read again: without this, registers would hold these numbers through the walk.
+        # Without reading these numbers again, registers would hold them all the while.
         batch, head, tile = self.place(nth)
         first_row = self.first_row(tile, warpgroup)
         part.store(self.plan.body.finish(sums), batch, head, first_row)

@@ -20,7 +20,7 @@ from jax.experimental.mosaic.gpu.launch_context import OOBFillMode
 
 cb: Any = gpu_callbacks
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
-# Bytes to whose multiples PTX holds addresses and sizes of cp.async.bulk.
+# The bytes of which PTX wants addresses and sizes of cp.async.bulk to be multiples.
 BULK_BYTES = 16
 
 

@@ -13,7 +13,7 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 
-# Seconds between two looks of a waiting thread, whether another is left to wake it.
+# Seconds after which a waiting thread looks again whether all others wait too.
 LOOK_SECONDS = 0.1
 
 

@@ -22,7 +22,7 @@ Rule = Callable[..., Values]
 
 def evaluate(jaxpr: Any, consts: Values, args: Values) -> Values:
     """Return the results of a jaxpr, and run its callbacks in their order."""
-    # Infinities and integers that wrap around are the kernel's business, not NumPy's.
+    # A kernel may compute infinities and wrap integers around, without a warning.
     with np.errstate(all="ignore"):
         return _run(jaxpr, consts, args)
 

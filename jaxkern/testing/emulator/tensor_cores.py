@@ -64,7 +64,7 @@ def _wgmma(
                 thread, clock.async_smem_clock, smem_key, smem_access, source_info
             )
         pending[thread].append(clock)
-    # Infinities are the kernel's business, not NumPy's.
+    # A kernel may compute infinities, without a warning.
     with np.errstate(all="ignore"):
         product = np.matmul(left.astype(value.dtype), right.astype(value.dtype))
     shared.store_buffer_content(key, access, value + product, thread, logging_info=log)

@@ -75,6 +75,7 @@ from .predicates import unreadable
 from .tokens import Tokens, rings_of, smem_bytes, tokens_of
 from .walk import WalkedTiles, walk_keys, walk_lists, walk_queries
 
+# The largest dim and dim_v that the kernels take.
 MAX_DIM = 256
 # The largest dim at which registers hold the sums of both keys' and values' gradients.
 MAX_DIM_TOGETHER = 128

@@ -91,7 +91,7 @@ LOWEST = -1e30
 
 
 def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
-    """Return the widest walked tiles that fit, and that spill with no mask.
+    """Return the widest walked tiles that fit and spill no register, whatever the mask.
 
     `most` is the limit of registers; shared memory may allow fewer columns, or one slot
     of held tiles instead of two. Microseconds of the kernels on an H200 by columns, for
@@ -104,8 +104,9 @@ def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
         backward_q, one held slot           888   820              615   594
         backward_kv                        1194  1076              910  1770
 
-    The backward takes 64 columns even where 128 were faster, since 128 spill registers
-    with some masks, such as documents, and at dim 128 `backward_kv` spills with all.
+    Above dim 48 `backward_q`, and always `backward_kv`, take 64 columns even where 128
+    were faster. With 128 both spill registers for some masks, such as documents, and at
+    dim 128 `backward_kv` for all.
     """
     tokens, numbers = (
         Tokens(jax.ShapeDtypeStruct(shape, dtype), numbers=numbers)

@@ -30,7 +30,9 @@ STEPS, MASK_STEPS = 900, 150
 PRICES = (1.0, 10.0, 100.0)
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
     "straight_through": jaxkern.straight_through,
-    "seed_reinmax": jaxkern.seed_reinmax,
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
     "binary_concrete": partial(jaxkern.binary_concrete, temperature=0.5),
 }

@@ -216,7 +216,6 @@ OPS = {
     "straight_through drawn": case(
         partial(jaxkern.straight_through, key=KEY), (X,), "d-t"
     ),
-    "seed_reinmax": case(jaxkern.seed_reinmax, (X,), "d-t", manual="d-t >d-t"),
     "reinmax": case(partial(jaxkern.reinmax, key=KEY), (X,), "d-t"),
     "binary_concrete": case(partial(jaxkern.binary_concrete, key=KEY), (X,), "d-t"),
     "gumbel_softmax": case(

@@ -108,7 +108,6 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary_embedding": (jaxkern.rotary_embedding, (QUERY,)),
     "cross_entropy": (lose, (X, SQUARE)),
     "straight_through": (jaxkern.straight_through, (X,)),
-    "seed_reinmax": (jaxkern.seed_reinmax, (X,)),
     "reinmax": (jaxkern.reinmax, (X,)),
     "binary_concrete": (partial(jaxkern.binary_concrete, key=KEY), (X,)),
     "gumbel_softmax": (partial(jaxkern.gumbel_softmax, key=KEY), (X,)),

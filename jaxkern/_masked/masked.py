@@ -332,16 +332,17 @@ def masked_matmul(
     - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
       multiplied by their mask in registers, on the way to the tensor cores, for all
       samples at once. The kernel reads packed masks as bits, and logits themselves if
-      the estimator is `straight_through`, `reinmax` or `seed_reinmax`: by itself, by
-      its name, or in a `functools.partial` that binds no more than defaults; and
-      without a key. A backward of `x` or `w` reads the bits of such a mask, which its
-      forward writes, and in which NaN is off; beside these the reinmaxes keep logits
-      that are trained. Of any other estimator the mask is computed by XLA, for all
-      samples, and kept, as is its gradient to which the estimator's is applied. Sizes
-      that are no multiples of 8 tokens and 64 features are padded by copies. Gradients
-      are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Gradients that
-      are not asked for are not computed. Under `vmap` the new axis joins the samples;
-      an argument that lacks it is copied.
+      the estimator is `reinmax` or `straight_through`: by itself, by its name, or in a
+      `functools.partial` that binds no more than defaults and
+      `derivative="one_plus_sigmoid"`; and without a key. A backward of `x` or `w` reads
+      the bits of such a mask, which its forward writes, and in which NaN is off; where
+      the derivative depends on the logits, those that are trained are kept too. For any
+      other estimator XLA computes the masks of all samples and keeps them, as it does
+      their gradient, to which the estimator's is applied. Sizes that are no multiples
+      of 8 tokens and 64 features are padded by copies. Gradients are deterministic, and
+      of reverse mode only: `jax.jvp` needs "xla". Gradients that are not asked for are
+      not computed. Under `vmap` the new axis joins the samples; an argument that lacks
+      it is copied.
 
     None picks the kernel where it can run, for two and more samples with masks of their
     own and 8 to 2048 tokens each, on one device or inside `jax.shard_map`, and "xla"

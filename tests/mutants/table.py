@@ -89,7 +89,7 @@ MUTANTS = (
         "lambda p: 1 + p + p * p",
         (
             "tests/masked/hopper/test_multiply.py",
-            "test_slopes_in_the_kernel and seed_reinmax",
+            "test_slopes_in_the_kernel and one_plus_sigmoid",
         ),
     ),
     Mutant(

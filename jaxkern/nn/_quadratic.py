@@ -158,8 +158,8 @@ class QuadraticTransformer(nnx.Module):
         estimator: as in `jaxkern.masked_bilinear`.
         method: as in `jaxkern.masked_bilinear`.
         initial_logit: of all masked weights.
-        rotary_pairs: as `pairs` of the rotary embedding; "seed" is for weights of the
-            published model.
+        rotary_pairs: as `pairs` of `jaxkern.rotary_embedding`, which says which
+            trained weights need "mismatched".
         dtype: of the computation; None promotes from parameters.
         param_dtype: of the parameters and logits.
         kernel_init: for kernels and embedding.

@@ -54,8 +54,9 @@ def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
     return bind(attention_fn, **({"is_causal": True} if has_option else {}))
 
 
-def _attend(query, key, value, *, positions, theta, attention_fn, **options):
-    query, key = (rotary_embedding(x, positions, theta=theta) for x in (query, key))
+def _attend(query, key, value, *, positions, rope_theta, attention_fn, **options):
+    rotate = partial(rotary_embedding, positions=positions, rope_theta=rope_theta)
+    query, key = rotate(query), rotate(key)
     return attention_fn(query, key, value, **options)
 
 
@@ -82,7 +83,9 @@ class TransformerBlock(nnx.Module):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = partial(make_norm, d_model, **dtypes)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention_fn = bind(_attend, theta=rope_theta, attention_fn=attention_fn)
+        self.attention_fn = bind(
+            _attend, rope_theta=rope_theta, attention_fn=attention_fn
+        )
         self.attention = MultiHeadAttention(
             d_model,
             num_heads,
@@ -134,7 +137,9 @@ class TransformerBlock(nnx.Module):
         order = jnp.arange(x.shape[1], dtype=length.dtype)
         order = jnp.expand_dims(order, range(length.ndim))
         positions = length[..., None] + order
-        rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
+        rotate = partial(
+            rotary_embedding, positions=positions, rope_theta=self.rope_theta
+        )
         query, key, value = of.to_heads(normed, normed, normed)
         query, key = rotate(query), rotate(key)
         keys, values = _put(keys, key, length), _put(values, value, length)

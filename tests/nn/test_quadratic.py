@@ -36,11 +36,11 @@ def run(model, ids, **options):
 
 
 def rotate(x, pairs):
-    """By complex numbers; the angles of "seed" differ within a pair."""
+    """By complex numbers; the angles of "mismatched" differ within a pair."""
     seq, dim = x.shape[1], x.shape[-1]
     omega = 10000.0 ** (-np.arange(0, dim, 2) / dim)
     angle = np.arange(seq)[:, None] * omega
-    if pairs == "seed":
+    if pairs == "mismatched":
         a, b = np.split(np.tile(angle, 2).reshape(seq, -1, 2), 2, axis=-1)
         a, b = a[:, None, :, 0], b[:, None, :, 0]
         even, odd = x[..., ::2], x[..., 1::2]
@@ -93,7 +93,7 @@ def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
 @pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "layers, pairs",
-    [((0,), "interleaved"), ((0, 1), "halves"), ((1,), "seed")],
+    [((0,), "interleaved"), ((0, 1), "halves"), ((1,), "mismatched")],
     ids=["first", "both halves", "second seed"],
 )
 def test_values_and_gradients(layers, pairs):

@@ -21,19 +21,19 @@ SIZES: dict[str, dict[str, int]] = {
     "2.7B": {
         "vocab_size": 10_000,
         "context_length": 2048,
-        "d_model": 2560,
+        "embed_dim": 2560,
         "num_layers": 32,
         "num_heads": 32,
-        "d_ff": 10_240,
+        "hidden_dim": 10_240,
     },
     "70B": {
         "vocab_size": 32_000,
         "context_length": 4096,
-        "d_model": 8192,
+        "embed_dim": 8192,
         "num_layers": 80,
         "num_heads": 64,
         "num_kv_heads": 8,
-        "d_ff": 28_672,
+        "hidden_dim": 28_672,
     },
 }
 MESHES = [

@@ -79,7 +79,7 @@ MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
     "2:4-static": lambda size: partial(
         LowRankReLU2, rank=size.d_model // 4, sparsity="2:4-static"
     ),
-    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads),
+    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads, gated=True),
 }
 
 
@@ -110,7 +110,12 @@ class Task:
     def model(self, layers: Layers) -> TransformerLM:
         size = self.size
         return TransformerLM(
-            *(VOCAB, self.context, size.d_model, size.layers, size.heads, size.d_ff),
+            VOCAB,
+            self.context,
+            embed_dim=size.d_model,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            hidden_dim=size.d_ff,
             attention_fn=ATTENTION[self.attention](self.context),
             mlp=MLP[self.mlp](size),
             dtype=jnp.dtype(self.dtype),

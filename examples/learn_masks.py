@@ -39,7 +39,9 @@ ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
 # These draw masks while they learn, and start where few weights are off.
 DRAWN = ("reinmax", "binary_concrete")
 INITIAL, INITIAL_DRAWN = 1.0, 3.0
-model_of = partial(QuadraticTransformer, VOCAB, EMBED, HEADS, LAYERS)
+model_of = partial(
+    QuadraticTransformer, VOCAB, EMBED, num_heads=HEADS, num_layers=LAYERS
+)
 
 
 def sequences(key: jax.Array, count: int) -> jax.Array:

@@ -59,9 +59,9 @@ def rotary_embedding(
     product $p\,\omega_i$ is off by 0.03 at a million.
 
     ```python
-    >>> import jax.numpy as jnp, jaxkern
+    >>> import jax.numpy as jnp, jaxkern, numpy as np
     >>> x = jnp.ones((1, 3, 1, 2))
-    >>> print(jaxkern.rotary_embedding(x)[0, :, 0].round(3))
+    >>> print(np.asarray(jaxkern.rotary_embedding(x))[0, :, 0].round(3))
     [[ 1.     1.   ]
      [-0.301  1.382]
      [-1.325  0.493]]

@@ -68,10 +68,10 @@ class TransformerBlock(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
+        embed_dim: int,
         num_heads: int,
-        d_ff: int,
         *,
+        hidden_dim: int,
         num_kv_heads: int,
         rope_theta: float,
         attention_fn: Callable[..., Any],
@@ -81,13 +81,13 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(make_norm, d_model, **dtypes)
+        norm = partial(make_norm, embed_dim, **dtypes)
         self.attention_norm, self.mlp_norm = norm(), norm()
         self.attention_fn = bind(
             _attend, rope_theta=rope_theta, attention_fn=attention_fn
         )
         self.attention = MultiHeadAttention(
-            d_model,
+            embed_dim,
             num_heads,
             num_kv_heads=num_kv_heads,
             attention_fn=self.attention_fn,
@@ -95,26 +95,26 @@ class TransformerBlock(nnx.Module):
             kernel_init=linear_init,
             **dtypes,
         )
-        self.mlp = mlp(d_model, d_ff, **dtypes)
+        self.mlp = mlp(embed_dim, hidden_dim, **dtypes)
         self.rope_theta = rope_theta
 
     def __call__(
         self,
-        x: Float[Array, "batch seq d_model"],
+        x: Float[Array, "batch seq embed_dim"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch seq embed_dim"]:
         x = x + self.attention(self.attention_norm(x), positions=positions, **options)
         return x + self.mlp(self.mlp_norm(x))
 
     def extend(
         self,
-        x: Float[Array, "batch seq d_model"],
+        x: Float[Array, "batch seq embed_dim"],
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
         length: Integer[Array, ""] | Integer[Array, " batch"],
     ) -> tuple[
-        Float[Array, "batch seq d_model"],
+        Float[Array, "batch seq embed_dim"],
         Float[Array, "batch capacity kv_heads dim"],
         Float[Array, "batch capacity kv_heads dim"],
     ]:

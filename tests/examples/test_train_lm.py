@@ -17,7 +17,7 @@ from examples import train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
-SMALL += ["--d-model", "8", "--layers", "1", "--heads", "2"]
+SMALL += ["--embed-dim", "8", "--layers", "1", "--heads", "2"]
 
 
 def run(*argv):
@@ -61,8 +61,8 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     assert "step     6" in printed and "held-out loss" in printed
     assert len(list((folder / "unreadable").iterdir())) == 2
     assert (folder / "losses.csv").read_text() == losses
-    with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
-        run("--text", text, "--folder", str(folder), "--d-model", "16")
+    with pytest.raises(SystemExit, match="other settings: embed_dim 8, now 16"):
+        run("--text", text, "--folder", str(folder), "--embed-dim", "16")
 
 
 def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
@@ -205,7 +205,7 @@ def test_refusals(argv, message, capsys):
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
-    sizes = "--d-model", "2", "--heads", "1", "--mesh", "data=8"
+    sizes = "--embed-dim", "2", "--heads", "1", "--mesh", "data=8"
     with pytest.raises(SystemExit, match="rank must be an integer of at least 1"):
         run("--text", text, "--compare", *sizes)
     assert capsys.readouterr().out == ""
@@ -256,7 +256,7 @@ def test_refuses_a_full_disk(tmp_path, text, monkeypatch):
         ("tensor=8", [], "num_heads must be a multiple of tensor=8, got 2"),
         ("fsdp=8", ["--batch", "6"], "batch must be a multiple of data x fsdp = 8, g"),
         ("context=8", [], "seq must be a multiple of 2 x context = 16, got 8"),
-        ("fsdp=8", ["--d-model", "12"], "'embed' must be .* fsdp=8, got 12"),
+        ("fsdp=8", ["--embed-dim", "12"], "'embed' must be .* fsdp=8, got 12"),
     ],
 )
 def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):

@@ -103,6 +103,6 @@ def test_refusals_of_masked_matmul(changes, error, message):
     ],
 )
 def test_refusals_of_masked_bilinear(changes, error, message):
-    options = {"h": H, "weights": WS, "mask_logits": LS, "biases": BS}
+    options = {"x": H, "weights": WS, "mask_logits": LS, "biases": BS}
     with pytest.raises(error, match=f"masked_bilinear: {message}"):
         untyped.masked_bilinear(**options | {"estimator": reinmax} | changes)

@@ -129,8 +129,8 @@ MUTANTS = (
         "ragged-keys",
         "A kernel's last partial block sees the zeros after the last key.",
         "jaxkern/_attention/hopper/predicates.py",
-        "where.positions(1 - self.q_axis) < self.kv_len",
-        "where.positions(1 - self.q_axis) <= self.kv_len",
+        "where.positions(1 - self.q_axis) < self.seq_kv",
+        "where.positions(1 - self.q_axis) <= self.seq_kv",
         MASK_OF_A_FUNCTION,
     ),
     Mutant(

@@ -318,12 +318,12 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
         (
             lambda: MaskedBilinear(0, HIDDEN, rngs=nnx.Rngs(0)),
             ValueError,
-            "MaskedBilinear: in_features must be",
+            "MaskedBilinear: embed_dim must be",
         ),
         (
             lambda: untyped.nn.Bilinear(D_IN, 2.0, rngs=nnx.Rngs(0)),
             ValueError,
-            "^Bilinear: hidden_features must be",
+            "^Bilinear: hidden_dim must be",
         ),
     ],
 )

@@ -23,7 +23,12 @@ from jaxkern.nn import (
 )
 
 VOCAB, CONTEXT, SEQ = 48, 16, 16
-SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 32}
+SIZES: dict[str, Any] = {
+    "embed_dim": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 32,
+}
 FORMS: dict[str, dict[str, Any]] = {
     "scanned": {},
     "unrolled": {"scan_layers": False},
@@ -141,7 +146,7 @@ def test_axes_without_a_place():
     specs = [s.spec for s in jax.tree.leaves(get_sharding(state, mesh))]
     assert P(None, "fsdp") in specs and P(None, "fsdp", None) in specs
     # Of two axes that want one place the first has it.
-    heads = partial(MultiHeadMLP, num_heads=2)
+    heads = partial(MultiHeadMLP, num_heads=2, gated=True)
     model = TransformerLM(VOCAB, CONTEXT, **SIZES, mlp=heads, rngs=nnx.Rngs(0))
     places = pure(get_sharding(nnx.state(model), make_mesh("tensor=2,fsdp=4")))
     assert places["layers"]["mlp"]["heads"]["w1"].spec[:4].count("tensor") == 1
@@ -217,7 +222,9 @@ def test_refusals():
     state = nnx.state(nnx.eval_shape(lambda: build("scanned")))
     with pytest.raises(ValueError, match="heads' must be .* tensor=8, got 4 of layers"):
         get_sharding(state, make_mesh("tensor=8"))
-    model = TransformerLM(50, 8, 12, 1, 2, 8, rngs=nnx.Rngs(0))
+    model = TransformerLM(
+        50, 8, embed_dim=12, num_layers=1, num_heads=2, hidden_dim=8, rngs=nnx.Rngs(0)
+    )
     with pytest.raises(ValueError, match="'embed' .* got 12 of embedding .50, 12."):
         get_sharding(nnx.state(model), make_mesh("fsdp=8"))
     with pytest.raises(ValueError, match="axis must be one of embed, got 'vocab'"):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxkern.nn import TransformerLM, get_sharding, make_mesh
+from jaxkern.nn import TransformerLM, get_sharding, make_mesh, parse_mesh_sizes
 
 from ._report import make_console, print_table, table
 from ._transformer_programs import make_adam, make_step
@@ -74,7 +74,7 @@ class Memory:
 
 def measure(size: str, devices: int, sizes: str) -> Memory:
     """Of a training step of this model, on the first of the devices there are."""
-    mesh = make_mesh(sizes, devices=jax.devices()[:devices])
+    mesh = make_mesh(**parse_mesh_sizes(sizes), devices=jax.devices()[:devices])
     options: Any = SIZES[size] | {"remat": True, "dtype": jnp.bfloat16, "mesh": mesh}
     make = partial(TransformerLM, **options)
     adam = make_adam()

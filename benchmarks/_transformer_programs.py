@@ -21,6 +21,7 @@ from jaxkern.nn import (
     TransformerLM,
     get_sharding,
     make_mesh,
+    parse_mesh_sizes,
 )
 from jaxkern.testing.plain import transformer as definitions
 
@@ -126,7 +127,9 @@ class Task:
         )
 
     def make_mesh(self) -> jax.sharding.Mesh | None:
-        return None if self.mesh is None else make_mesh(self.mesh)
+        if self.mesh is None:
+            return None
+        return make_mesh(**parse_mesh_sizes(self.mesh))
 
     def state(self, layers: Layers) -> Any:
         """Of the model, made where it lies."""

@@ -231,7 +231,8 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
 def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Any]:
     """The mesh and the programs; what cannot be built ends the run with its reason."""
     try:
-        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
+        sizes = args.mesh or f"data={jax.device_count()}"
+        mesh = nn.make_mesh(**nn.parse_mesh_sizes(sizes))
         return mesh, make_programs(args, mesh)
     except ValueError as error:
         sys.exit(str(error))

@@ -159,7 +159,9 @@ def prune():
 
 
 def place():
-    model = nn.TransformerLM(**LM, mesh=nn.make_mesh("fsdp=4,tensor=2"), **RNGS)
+    model = nn.TransformerLM(
+        **LM, mesh=nn.make_mesh(**nn.parse_mesh_sizes("fsdp=4,tensor=2")), **RNGS
+    )
     assert model.mesh is not None
     places = nn.get_sharding(nnx.state(model), model.mesh, nn.SHARDING_RULES)
     nnx.update(model, jax.device_put(nnx.state(model), places))
@@ -206,6 +208,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "SHARDING_RULES": (place, IDS),
     "get_sharding": (place, IDS),
     "make_mesh": (place, IDS),
+    "parse_mesh_sizes": (place, IDS),
     "KVCache": (decode, IDS),
     "TransformerLM": (decode, IDS),
 }

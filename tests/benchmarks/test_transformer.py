@@ -250,7 +250,7 @@ def test_rows_on_a_mesh_pass_the_same_check(tiny):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "number of devices, 8, got 4"),
+        ("fsdp=4", [], "number of devices, 8, got data=1 .* = 4"),
         ("seq=8", [], "axis must be one of data, fsdp, context, tensor, got 'seq'"),
         (
             "fsdp=2,tensor=4",

@@ -172,7 +172,7 @@ def test_text():
 
 def test_batches_depend_on_their_place_only():
     args, text = train_lm.parse(SMALL), np.arange(200, dtype=np.uint8)
-    one, other = (nn.make_mesh(sizes) for sizes in ("data=8", "fsdp=4,context=2"))
+    one, other = nn.make_mesh(data=8), nn.make_mesh(fsdp=4, context=2)
     batch = train_lm.make_batch(text, args, one, 3)
     np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, other, 3))
     assert not np.array_equal(batch, train_lm.make_batch(text, args, one, 4))
@@ -249,7 +249,7 @@ def test_refuses_a_full_disk(tmp_path, text, monkeypatch):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "must be the number of devices, 8, got 4"),
+        ("fsdp=4", [], "must be the number of devices, 8, got data=1 .* = 4"),
         ("model=8", [], "axis must be one of data, fsdp, context, tensor, got 'model'"),
         ("fsdp=eight", [], "fsdp must be an integer of at least 1, got 'eight'"),
         ("fsdp=2,fsdp=4", [], "fsdp must be given once"),

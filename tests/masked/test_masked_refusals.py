@@ -88,7 +88,7 @@ def test_refusals_of_masked_matmul(changes, error, message):
         (
             {"mask_logits": (LS[0], LS[1][0], LS[2])},
             ValueError,
-            r"mask_logits\[1\] must have shape \(2, 4, 5\) for the 2 .* h, got \(4",
+            r"mask_logits\[1\] must have shape \(2, 4, 5\) for the 2 .* x, got \(4",
         ),
         (
             {"biases": (BS[0], BS[1], BS[0])},

@@ -292,7 +292,7 @@ def test_from_full_rank_keeps_dtypes():
 
 
 def test_linen_users():
-    module: Any = nnx.bridge.to_linen(LowRankSwiGLU, EMBED, MLP, RANK)
+    module: Any = nnx.bridge.to_linen(LowRankSwiGLU, EMBED, MLP, rank=RANK)
     x = normal(0, (5, EMBED))
     variables = module.init(jax.random.key(0), x)
     parameters = linen.meta.unbox(variables)["params"]

@@ -68,7 +68,7 @@ from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
-from ..dilation import Dilation
+from ..dilation import HeadStride
 from ..tiles import cotangents_of, sees
 from .batching import over_batch
 from .predicates import unreadable
@@ -176,7 +176,7 @@ def attend(
     *,
     mask: BlockMask,
     scale: float,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend to the pairs of a mask, in the kernels.
 
@@ -399,7 +399,7 @@ def forward(
     scale: float,
     exact: bool,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """Launch the forward.
 
@@ -502,7 +502,7 @@ def backward_q(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """Launch the kernel that holds queries.
 
@@ -571,7 +571,7 @@ def backward_kv(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """Launch the kernel that holds keys and values.
 

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from ..._core.precision import widen
 from ..._mosaic.base import plgpu, swizzle_of, tiled_layout
 from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
-from ..dilation import Dilation
+from ..dilation import HeadStride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Tokens:
 
     array: Any
     numbers: bool = False
-    dilation: Dilation | None = None
+    dilation: HeadStride | None = None
 
     @property
     def seq(self) -> int:
@@ -95,7 +95,7 @@ Groups = Sequence[Sequence[Tokens]]
 
 
 def tokens_of(
-    dilation: Dilation | None, query: jax.Array, key: jax.Array, value: jax.Array
+    dilation: HeadStride | None, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[Tokens, Tokens, Tokens]:
     """Return the operands of query, key and value.
 

@@ -13,7 +13,7 @@ from jaxkern import attention, dilated_attention, ring_attention, ring_permutati
 
 SEQ = 32
 PATTERNS: Any = {"segment_lengths": [4, 16, 32], "dilation_rates": [1, 2, 4]}
-# The layout of the tokens, the options of the ring, and the same of whole arrays.
+# The layout of the tokens, options of the ring, and the equal op of whole arrays.
 CASES = [
     ("zigzag", {}, attention),
     ("contiguous", PATTERNS, partial(dilated_attention, **PATTERNS)),

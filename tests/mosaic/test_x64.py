@@ -83,7 +83,7 @@ def test_kernels_lower(name):
 @pytest.mark.newest
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_are_the_same(name):
-    """What is compiled is equal byte by byte; the emulator has no 64-bit integers."""
+    """The kernels are equal byte by byte; the emulator has no 64-bit integers."""
     assert lowered(name, False) == lowered(name, True)
 
 

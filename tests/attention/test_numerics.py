@@ -165,7 +165,7 @@ def test_error_in_16_bits_is_that_of_the_plain_form(name, dtype):
 
 @pytest.mark.usefixtures("hopper")
 def test_error_of_the_kernel_in_float16_is_that_of_the_plain_form():
-    """Gradients of logits are about 1e-7 here; the least number of float16 is 6e-8."""
+    """Gradients of logits are about 1e-7 here; the smallest float16 number is 6e-8."""
     kernel = partial(attention, is_causal=True, implementation="mosaic_gpu")
     check_error_in_16_bits("tiny cotangents", jnp.float16, [kernel])
 

@@ -213,7 +213,7 @@ def test_thresholds_stand_for_the_predictions():
 
 
 def test_full_rank_is_picked_where_it_is_predicted_to_be_faster():
-    """Widths that are multiples of 64; no published model is as narrow as the first."""
+    """Widths are multiples of 64; no published model is as narrow as the first one."""
     for width, hidden, least in (
         (512, 1408, 512),
         (1024, 2752, 512),

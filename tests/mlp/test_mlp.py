@@ -289,7 +289,7 @@ def test_float64_is_computed_in_float64(sparsity):
 @pytest.mark.gpu
 @dtypes
 def test_on_gpu(dtype):
-    """The same bounds on the device, where the matmuls are other programs."""
+    """The bounds hold on the device too, where matmuls are other programs."""
     size = (300, 520, 1030, 130, 510)
     with jax.default_matmul_precision("highest"):
         test_swiglu(size, dtype)

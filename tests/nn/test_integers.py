@@ -65,7 +65,7 @@ def test_any_dtype_of_integers(dtype):
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_token_of_any_dtype_is_none(dtype):
-    """A wrong target is not cut to 32 bits, which may be those of a right one."""
+    """A wrong target is not cut to 32 bits, where it could equal a right one."""
     limits = np.iinfo(dtype)
     hidden, head = jnp.ones((1, 4)), jnp.zeros((4, 200))
     wrong = [x for x in (limits.min, limits.max, 2**32 + 1) if not 0 <= x < 200]

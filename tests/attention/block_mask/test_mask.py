@@ -304,7 +304,7 @@ def test_a_mask_fn_that_ignores_its_arguments():
 
 
 def test_a_mask_fn_is_given_columns_of_queries_and_rows_of_keys():
-    """All calls have these shapes, so that users' functions broadcast always alike."""
+    """All calls have these shapes, so that users' functions always broadcast alike."""
     asked = set()
 
     def fn(b, h, q, k):

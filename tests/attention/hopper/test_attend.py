@@ -97,7 +97,7 @@ TOGETHER = {
         (MASKS["dense"](200) | BlockMask.document(IDS)) & BlockMask.causal(200, 200)
     ),
 }
-# Dims on both sides of the largest one whose backward is two launches and not three.
+# The dims are on both sides of the largest one that needs two launches, and not three.
 DIMS = {
     "bands and diagonals": 32,
     "functions in blocks": 128,
@@ -264,7 +264,7 @@ def test_any_size_lowers_for_a_gpu(size, mask):
 
 
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = attention_args((1, 64, 64, 1, 1, 16, 16), BF16)
     mask = BlockMask.causal(64, 64)
 
@@ -364,7 +364,7 @@ def test_blocks_on_gpu(block_size, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("seq", [4096, 32768])
 def test_long_sequences_on_gpu(seq):
-    """The first and last rows are right, and a second run gives equal bits."""
+    """The first and last rows are right, and a second run gives the same bits."""
     args, cotangents = attention_args((1, seq, seq, 2, 1, 128, 128), BF16)
     mask = BlockMask.causal(seq, seq)
 

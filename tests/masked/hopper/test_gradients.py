@@ -73,7 +73,7 @@ def test_masks_alone_do_not_read_masks_for_their_gradient():
 
 @chooses_hopper
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = kernel_args((2, 20, 64, 64))
 
     def count(fn, args):

@@ -142,7 +142,7 @@ def test_packed_masks_in_large_tiles(monkeypatch):
 
 @on_hopper
 def test_a_block_takes_more_samples_than_it_has_slots():
-    """A second run gives equal bits."""
+    """A second run gives the same bits."""
     args, g = kernel_args((5, 8, 64, 64), logits_dtype=F32)
     pull = with_vjp(hard)
     first, again = (pull(args, g) for _ in range(2))
@@ -301,7 +301,7 @@ ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
     [((16, 256, 512, 2048), "logits", F16), *((*case, BF16) for case in ON_GPU)],
 )
 def test_on_gpu(size, kind, dtype):
-    """All kinds of masks at one size, and all sizes with one kind."""
+    """Cases have all kinds of masks at one size, and all sizes with one kind."""
     args, g = kernel_args(size, dtype, F32)
     match kind:
         case "packed":

@@ -215,7 +215,7 @@ def test_under_other_transforms(transform):
 
 
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
 
     def kernels(fn):

@@ -222,7 +222,7 @@ def test_straight_through():
 
 @emulated
 def test_packed_features_are_all_that_is_kept():
-    """With 2:4's exact gradient these take 9/16 of the bytes of the hidden features."""
+    """With 2:4's exact gradient, packed features take 9/16 of dense features' bytes."""
     x, _, up, down, _ = make((128, 160, 512, 70, 40))
 
     def kept(**options):
@@ -289,7 +289,7 @@ def test_more_batch_axes():
 
 @lowered
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     x, _, up, down, _ = make((20, 60, 70, 8, 9))
 
     def count(fn):

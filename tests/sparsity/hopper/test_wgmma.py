@@ -149,7 +149,7 @@ def test_soft_sums_are_those_of_s_ste():
 
 
 def test_every_pattern_of_a_group_goes_there_and_back():
-    """All six pairs of positions, in each of a word's eight groups, of each thread."""
+    """Each group of each thread's word has all six pairs of positions."""
     pairs = list(itertools.combinations(range(4), 2))
     x = np.zeros((64, 128), np.float32)
     for row in range(64):

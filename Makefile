@@ -6,6 +6,7 @@
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
+#   make package        build the wheel and the sdist, and try the wheel alone
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test but rows
@@ -34,7 +35,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels mutants
+.PHONY: help bench test lint test-oldest format kernels mutants package
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +52,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -58,6 +60,22 @@ format: $(READY)
 
 kernels: $(READY) $(CUDA)/.installed
 	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# The wheel is made from the sdist, so both are known to be whole. It runs without the
+# packages of any extra, away from the clone; twine comes only after that.
+ALONE := .venv-package
+package: $(READY)
+	rm -rf dist
+	$(BIN)/hatchling build --target sdist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(PYTHON) -m venv --clear $(ALONE)
+	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(ALONE)/bin/python -m pip check
+	cd $(ALONE) && bin/python -W error ../examples/quickstart.py
+	cd $(ALONE) && bin/python -W error -m jaxkern.benchmarks.mlp --list
+	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check twine
+	$(ALONE)/bin/twine check --strict dist/*
 
 # For who changes tests; too long for every change.
 mutants: $(READY)

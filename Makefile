@@ -16,7 +16,7 @@
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 # An NVIDIA driver asks for JAX's CUDA packages too; EXTRAS=bench,dev,docs leaves them out.
-EXTRAS ?= bench,dev,docs$(if $(shell command -v nvidia-smi),$(comma)cuda)
+EXTRAS ?= bench,dev,docs$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 comma := ,
 ARGS ?=
 NAME ?= mlp
@@ -28,6 +28,7 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(call is_new,$(p))))
 # Compiled modules halve the time until the first test starts.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Apart from the environment and from Python's path. Without this, every program on a
 # machine without a GPU would find the CUDA plugin in it, and print an error.
 CUDA := .cuda
@@ -88,12 +89,15 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $(OURS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(PIP) --no-deps --require-hashes --requirement $(CONSTRAINTS)
+	@# A clone has no hash. Without --no-index, what $(CONSTRAINTS) lacks would be
+	@# installed unpinned; JAX's CUDA packages are, since only a GPU needs them.
+	$(PIP) $(if $(findstring cuda,$(EXTRAS)),,--no-index) --no-build-isolation \
+	  --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(CUDA)/.installed: requirements-kernels.txt $(READY)
 	rm -rf $(CUDA)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(CUDA) --requirement requirements-kernels.txt
+	$(PIP) --no-deps --require-hashes --target $(CUDA) \
+	  --requirement requirements-kernels.txt
 	@touch $@

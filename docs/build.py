@@ -5,7 +5,7 @@
 
 The build copies KaTeX into the site, makes the tables of the benchmark pages, and runs
 Zensical, which reads mkdocs.yml. It fails on a warning, on a formula that KaTeX cannot
-read, a page that the navigation does not list, a file that is not there, and on anything
+read, a page that the navigation does not list, a file that is not there, and anything
 that a reader's browser would have to load from a network.
 """
 

@@ -6,6 +6,8 @@
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
+#   make docs           build the documentation site into site/, strictly
+#   make docs-serve     show the site while it is written
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test but rows
@@ -13,8 +15,8 @@
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# An NVIDIA driver asks for JAX's CUDA packages too; EXTRAS=bench,dev leaves them out.
-EXTRAS ?= bench,dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
+# An NVIDIA driver asks for JAX's CUDA packages too; EXTRAS=bench,dev,docs leaves them out.
+EXTRAS ?= bench,dev,docs$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 comma := ,
 ARGS ?=
 NAME ?= mlp
@@ -26,6 +28,7 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(call is_new,$(p))))
 # Compiled modules halve the time until the first test starts.
 unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Apart from the environment and from Python's path. Without this, every program on a
 # machine without a GPU would find the CUDA plugin in it, and print an error.
 CUDA := .cuda
@@ -33,7 +36,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels mutants
+.PHONY: help bench test lint test-oldest format kernels docs docs-serve mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -58,6 +61,12 @@ format: $(READY)
 kernels: $(READY) $(CUDA)/.installed
 	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
 
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+docs-serve: $(READY)
+	$(BIN)/python docs/build.py --serve
+
 # For who changes tests; too long for every change.
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -65,7 +74,7 @@ mutants: $(READY)
 # The other end of the range of versions that pyproject.toml promises.
 SMOKE := tests/test_smoke.py
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=bench,dev \
 	  ARGS='-m "not gpu and not newest" $(if $(filter all,$(CASES)),,$(SMOKE)) $(ARGS)'
 
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -80,12 +89,15 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $(OURS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(PIP) --no-deps --require-hashes --requirement $(CONSTRAINTS)
+	@# A clone has no hash. Without --no-index, what $(CONSTRAINTS) lacks would be
+	@# installed unpinned; JAX's CUDA packages are, since only a GPU needs them.
+	$(PIP) $(if $(findstring cuda,$(EXTRAS)),,--no-index) --no-build-isolation \
+	  --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(CUDA)/.installed: requirements-kernels.txt $(READY)
 	rm -rf $(CUDA)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(CUDA) --requirement requirements-kernels.txt
+	$(PIP) --no-deps --require-hashes --target $(CUDA) \
+	  --requirement requirements-kernels.txt
 	@touch $@

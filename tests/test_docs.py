@@ -26,17 +26,12 @@ FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
 MOST_README_LINES = 150
 
-# What a fenced block is, by its language. What `python` and `py` print is the `text`
-# that follows at once. Without a language it is what the command above it printed on a
-# machine that the page names.
+# What a fenced block of each language is.
 LANGUAGES = {
-    "python": "runs here",
-    "py": "runs where what it imports is installed, but for another library's code",
-    "text": "printed by the block before, or a drawing",
+    "python": "runs here; the text that follows at once is what it prints",
+    "text": "that, or what a command or another machine printed, or a drawing",
     "sh": "commands, whose modules, files, targets and options exist",
-    "": "printed by a command",
 }
-OTHER_LIBRARY = "# PyTorch\n"
 
 
 class Block(NamedTuple):
@@ -66,21 +61,16 @@ class Example(NamedTuple):
     line: int
     code: str
     output: str | None
-    everywhere: bool
 
 
 def examples_of(page: Path) -> list[Example]:
     """The blocks that run."""
     blocks, found = blocks_of(page), []
     for block, following in zip_longest(blocks, blocks[1:]):
-        if block.language not in ("python", "py") or block.text.startswith(
-            OTHER_LIBRARY
-        ):
-            continue
-        prints = following and following.language == "text" and not following.before
-        output = following.text if following and prints else None
-        everywhere = block.language == "python"
-        found.append(Example(block.line, block.text, output, everywhere))
+        if block.language == "python":
+            prints = following and following.language == "text" and not following.before
+            output = following.text if following and prints else None
+            found.append(Example(block.line, block.text, output))
     return found
 
 
@@ -98,16 +88,11 @@ def as_a_reader() -> Iterator[None]:
 def test_examples_print_what_the_page_says(page):
     # A reader runs the blocks of a page in order.
     session = {"__name__": "__main__"}
-    for line, code, output, everywhere in examples_of(page):
+    for line, code, output in examples_of(page):
         # Lines of a traceback are those of the page.
         program = compile("\n" * line + code, str(page), "exec")
         with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
-            try:
-                exec(program, session)
-            except ImportError:
-                if everywhere:
-                    raise
-                continue
+            exec(program, session)
         got = printed.getvalue()
         assert output is None or doctest.OutputChecker().check_output(
             output, got, FLAGS

@@ -6,9 +6,10 @@
 #   make format         put format and style right
 #   make kernels        compile the GPU kernels that changed, without a GPU; ARGS=--all
 #                       for every one
-#   make pictures       draw the block masks of docs/guides/block-masks.md
+#   make package        build the wheel and the sdist, and try the wheel alone
 #   make docs           build the documentation site into site/, strictly
 #   make docs-serve     show the site while it is written
+#   make pictures       draw the block masks of docs/guides/block-masks.md
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test but rows
@@ -37,7 +38,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels docs docs-serve mutants
+.PHONY: help bench test lint test-oldest format kernels docs docs-serve pictures package mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +55,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/basedpyright
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -62,6 +64,23 @@ format: $(READY)
 kernels: $(READY) $(CUDA)/.installed
 	JAXKERN_COMPILER=$(CUDA) $(BIN)/python -m benchmarks.kernels $(ARGS)
 
+# The wheel is made from the sdist, so both are known to be whole. It runs without the
+# packages of any extra, away from the clone; twine comes only after that.
+ALONE := .venv-package
+package: $(READY)
+	rm -rf dist
+	$(BIN)/hatchling build --target sdist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(PYTHON) -m venv --clear $(ALONE)
+	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(ALONE)/bin/python -m pip check
+	cd $(ALONE) && bin/python -W error ../examples/quickstart.py
+	cd $(ALONE) && bin/python -W error -m jaxkern.benchmarks.mlp --list
+	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check twine
+	$(ALONE)/bin/twine check --strict dist/*
+
+docs: $(READY)
 docs: $(READY) pictures
 	$(BIN)/python docs/build.py
 
@@ -69,7 +88,6 @@ docs-serve: $(READY)
 	$(BIN)/python docs/build.py --serve
 
 # They are drawn from the code of the page that shows them.
-.PHONY: pictures
 pictures: $(READY)
 	$(BIN)/python docs/pictures.py
 

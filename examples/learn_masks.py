@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from _program import check_plot, run_program, save_figure
+from _program import add_plot, check_plot, run_program, save_figure
 from flax import nnx
 
 import jaxkern
@@ -146,7 +146,7 @@ def plot(frontier: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier")
+    add_plot(parser, "the frontier")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the model")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS)
     args = parser.parse_args(argv)

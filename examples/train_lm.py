@@ -34,7 +34,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from _program import check_plot, replacing, run_program, save_figure
+from _program import add_plot, check_plot, replacing, run_program, save_figure
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, help="a file instead of the standard library")
     add("--folder", type=Path, help="for checkpoints and losses")
     add("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    add("--plot", type=Path, metavar="FILE", help="draw the loss (.png, .svg, .pdf)")
+    add_plot(parser, "the loss")
     help_mesh = "axes data, fsdp, context, tensor (default: data=all devices)"
     add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
     add("--distributed", action="store_true", help="one of several processes")

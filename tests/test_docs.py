@@ -205,6 +205,14 @@ def test_examples_of_docstrings(test):
     assert not runner.failures, "".join(report)
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """`make docs` checks those of the pages."""
+    targets = re.findall(r"\]\(([^)#]+)", README.read_text())
+    files = [target for target in targets if not target.startswith("https://")]
+    assert len(files) >= 5
+    assert [file for file in files if not Path(file).exists()] == []
+
+
 def test_the_readme_is_one_page():
     assert len(README.read_text().splitlines()) <= MOST_README_LINES
 

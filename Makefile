@@ -9,6 +9,7 @@
 #   make package        build the wheel and the sdist, and try the wheel alone
 #   make docs           build the documentation site into site/, strictly
 #   make docs-serve     show the site while it is written
+#   make pictures       draw the block masks of docs/guides/block-masks.md
 #   make mutants        see whether tests find faults     ARGS="--only zigzag-order"
 #   make test-oldest    test with the oldest packages that pyproject.toml allows: each
 #                       public name once; CASES=all for every test but rows
@@ -37,7 +38,7 @@ READY := $(VENV)/.installed
 # Without either file in it, the folder is the user's, and stays as it is.
 OURS := $(VENV)/.made-by-make
 
-.PHONY: help bench test lint test-oldest format kernels docs docs-serve package mutants
+.PHONY: help bench test lint test-oldest format kernels docs docs-serve pictures package mutants
 .DELETE_ON_ERROR:
 
 help:
@@ -80,10 +81,15 @@ package: $(READY)
 	$(ALONE)/bin/twine check --strict dist/*
 
 docs: $(READY)
+docs: $(READY) pictures
 	$(BIN)/python docs/build.py
 
 docs-serve: $(READY)
 	$(BIN)/python docs/build.py --serve
+
+# They are drawn from the code of the page that shows them.
+pictures: $(READY)
+	$(BIN)/python docs/pictures.py
 
 # For who changes tests; too long for every change.
 mutants: $(READY)

@@ -19,38 +19,38 @@ import jaxkern.testing
 
 README = Path("README.md")
 GENERATED = Path("docs/benchmarks/generated")
-PAGES = [
-    README,
-    *sorted(
-        page for page in Path("docs").rglob("*.md") if GENERATED not in page.parents
-    ),
-]
+WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.parents]
+PAGES = [README, *sorted(WRITTEN)]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
-# Of more, a reader is better served by a file in examples/.
 MOST_README_LINES = 150
+
+# What a fenced block of each language is.
+LANGUAGES = {
+    "python": "runs here; the text that follows at once is what it prints",
+    "text": "that, or what a command or another machine printed, or a drawing",
+    "sh": "commands, whose modules, files, targets and options exist",
+}
 
 
 class Block(NamedTuple):
-    """A fenced block of a page; `after` is what stands between the last one and it."""
+    """A fenced block of a page; `before` is the text that precedes it."""
 
     line: int
     language: str
     text: str
-    after: str
+    before: str
 
 
 def blocks_of(page: Path) -> list[Block]:
     """The fenced blocks in order, of which some are indented in lists or tabs."""
-    found, rest, line = [], page.read_text(), 1
-    fence = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-    end = 0
-    for match in fence.finditer(rest):
-        line += rest.count("\n", end, match.start())
-        indent, language, text = match.groups()
-        text = re.sub(f"^{indent}", "", text, flags=re.MULTILINE)
-        found.append(Block(line, language, text, rest[end : match.start()].strip()))
-        line += rest.count("\n", match.start(), match.end())
+    text, found, end = page.read_text(), [], 0
+    for match in FENCE.finditer(text):
+        indent, language, code = match.groups()
+        code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(line, language, code, text[end : match.start()].strip()))
         end = match.end()
     return found
 
@@ -64,17 +64,12 @@ class Example(NamedTuple):
 
 
 def examples_of(page: Path) -> list[Example]:
-    """The `python` blocks, each with the `text` block that follows at once."""
+    """The blocks that run."""
     blocks, found = blocks_of(page), []
     for block, following in zip_longest(blocks, blocks[1:]):
         if block.language == "python":
-            output = None
-            if (
-                following
-                and following.language == "text"
-                and not following.after.strip()
-            ):
-                output = following.text
+            prints = following and following.language == "text" and not following.before
+            output = following.text if following and prints else None
             found.append(Example(block.line, block.text, output))
     return found
 
@@ -93,27 +88,23 @@ def as_a_reader() -> Iterator[None]:
 def test_examples_print_what_the_page_says(page):
     # A reader runs the blocks of a page in order.
     session = {"__name__": "__main__"}
-    checker = doctest.OutputChecker()
-    with as_a_reader():
-        for line, code, output in examples_of(page):
-            # Lines of a traceback are those of the page.
-            program = compile("\n" * line + code, str(page), "exec")
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
-                exec(program, session)
-            if output is not None:
-                got = printed.getvalue()
-                assert checker.check_output(output, got, FLAGS), (
-                    f"{page}:{line} printed\n{got}and the page says\n{output}"
-                )
+    for line, code, output in examples_of(page):
+        # Lines of a traceback are those of the page.
+        program = compile("\n" * line + code, str(page), "exec")
+        with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, session)
+        got = printed.getvalue()
+        assert output is None or doctest.OutputChecker().check_output(
+            output, got, FLAGS
+        ), f"{page}:{line} printed\n{got}and the page says\n{output}"
 
 
-def test_no_block_is_of_a_kind_that_nothing_checks():
-    known = {"python", "text", "sh", "bibtex"}
+def test_every_block_is_of_a_kind_that_is_checked():
     unknown = [
-        f"{page}:{block.line}: {block.language or 'no language'}"
+        f"{page}:{block.line}: {block.language}"
         for page in PAGES
         for block in blocks_of(page)
-        if block.language not in known
+        if block.language not in LANGUAGES
     ]
     assert unknown == []
 
@@ -128,42 +119,39 @@ def commands() -> list[tuple[str, str]]:
                 found += [(f"{page}:{block.line}", line) for line in text.splitlines()]
         inline = re.findall(r"`((?:python|make|sh) [^`]+)`", page.read_text())
         found += [(str(page), line) for line in inline]
-    return found
+    return [(place, command.split("  #")[0]) for place, command in found]
 
 
 def make_targets() -> list[str]:
     return re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE)
 
 
+def faults_of(command: str) -> Iterator[str]:
+    """What a command names and is not there: modules, files, targets and options."""
+    for module in re.findall(r"python -m (benchmarks\.\w+)", command):
+        if not Path(f"{module.replace('.', '/')}.py").exists():
+            yield f"no module {module}"
+    for file in re.findall(r"(?:python|sh) ((?:\w+/)+\w+\.\w+)", command):
+        if not Path(file).exists():
+            yield f"no file {file}"
+    made = re.match(r"(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)", command)
+    if made and made[1] not in make_targets():
+        yield f"make has no target {made[1]}"
+    program = re.search(r"python (?:-m )?(benchmarks|examples|docs|tests)\b", command)
+    if program:
+        files = Path(program[1]).rglob("*.py")
+        source = "\n".join(path.read_text() for path in files) + '"--help"'
+        for option in re.findall(r" (--[a-z-]+)", command[program.end() :]):
+            if f'"{option}"' not in source:
+                yield f"{program[1]} has no option {option}"
+
+
 def test_commands_name_what_is_there():
-    """Modules, files, make's targets and options."""
-    sources = {
-        folder: "\n".join(path.read_text() for path in Path(folder).rglob("*.py"))
-        for folder in ("benchmarks", "examples", "docs", "tests")
-    }
-    targets = set(
-        re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE)
-    )
-    faults = []
     assert len(commands()) >= 10
-    for place, command in commands():
-        command = command.split("  #")[0]
-        for module in re.findall(r"python -m (benchmarks\.\w+)", command):
-            if not Path(f"{module.replace('.', '/')}.py").exists():
-                faults.append(f"{place}: no module {module}")
-        for file in re.findall(r"(?:python|sh) ((?:\w+/)+\w+\.\w+)", command):
-            if not Path(file).exists():
-                faults.append(f"{place}: no file {file}")
-        if made := re.match(r"(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)", command):
-            if made[1] not in targets:
-                faults.append(f"{place}: make has no target {made[1]}")
-        if ran := re.search(
-            r"python (?:-m )?(benchmarks|examples|docs|tests)\b", command
-        ):
-            for option in re.findall(r" (--[a-z-]+)", command):
-                if f'"{option}"' not in sources[ran[1]]:
-                    faults.append(f"{place}: {ran[1]} has no option {option}")
-    assert faults == []
+    found = [
+        (p, command, fault) for p, command in commands() for fault in faults_of(command)
+    ]
+    assert found == []
 
 
 def public_names() -> list[str]:
@@ -217,12 +205,19 @@ def test_examples_of_docstrings(test):
     assert not runner.failures, "".join(report)
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """`make docs` checks those of the pages."""
+    targets = re.findall(r"\]\(([^)#]+)", README.read_text())
+    files = [target for target in targets if not target.startswith("https://")]
+    assert len(files) >= 5
+    assert [file for file in files if not Path(file).exists()] == []
+
+
 def test_the_readme_is_one_page():
     assert len(README.read_text().splitlines()) <= MOST_README_LINES
 
 
 def test_every_make_target_is_explained():
     help_text = Path("Makefile").read_text().split("\n\n")[0]
-    assert [name for name in make_targets() if f"make {name}" not in help_text] == [
-        "help"
-    ]
+    missing = [name for name in make_targets() if f"make {name}" not in help_text]
+    assert missing == ["help"]

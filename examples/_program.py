@@ -1,4 +1,4 @@
-"""How the examples write files and check where they draw, and how they run.
+"""How the examples read options, write files, check where they draw, and run.
 
 Examples stand alone, for who takes the folder away: so `run_program` is here and, for
 benchmarks, in `benchmarks/_cli.py`, as is `replacing`, in `benchmarks/_report.py`. One
@@ -17,6 +17,18 @@ from typing import Any, NoReturn
 
 # The status of a program that SIGPIPE, signal 13, has ended.
 BROKEN_PIPE = 128 + 13
+
+
+def refuse_options(description: str | None) -> None:
+    """For a program without options: --help describes it, and others are errors."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=description, formatter_class=raw).parse_args()
+
+
+def add_plot(parser: argparse.ArgumentParser, picture: str) -> None:
+    """The option --plot, which `check_plot` checks."""
+    text = f"draw {picture} (.png, .svg, .pdf)"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=text)
 
 
 def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from _program import check_plot, run_program, save_figure
+from _program import add_plot, check_plot, run_program, save_figure
 from flax import nnx
 
 import jaxkern
@@ -30,14 +30,18 @@ STEPS, MASK_STEPS = 900, 150
 PRICES = (1.0, 10.0, 100.0)
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
     "straight_through": jaxkern.straight_through,
-    "seed_reinmax": jaxkern.seed_reinmax,
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
     "binary_concrete": partial(jaxkern.binary_concrete, temperature=0.5),
 }
 # These draw masks while they learn, and start where few weights are off.
 DRAWN = ("reinmax", "binary_concrete")
 INITIAL, INITIAL_DRAWN = 1.0, 3.0
-model_of = partial(QuadraticTransformer, VOCAB, EMBED, HEADS, LAYERS)
+model_of = partial(
+    QuadraticTransformer, VOCAB, EMBED, num_heads=HEADS, num_layers=LAYERS
+)
 
 
 def sequences(key: jax.Array, count: int) -> jax.Array:
@@ -142,7 +146,7 @@ def plot(frontier: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier")
+    add_plot(parser, "the frontier")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the model")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS)
     args = parser.parse_args(argv)

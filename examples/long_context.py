@@ -8,13 +8,12 @@ order that gives all of them the same causal work; keys and values go round. So 
 memory of a device falls with their number. A student layer learns what a teacher does.
 """
 
-import argparse
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from _program import run_program
+from _program import refuse_options, run_program
 from flax import nnx
 
 import jaxkern
@@ -104,9 +103,7 @@ def main() -> list[float]:
 
 
 if __name__ == "__main__":
-    # There are no options; but --help says what this is, and others are errors.
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    refuse_options(__doc__)
     # Of no effect where there is a GPU.
     jax.config.update("jax_num_cpu_devices", 8)
     run_program(main)

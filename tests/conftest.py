@@ -13,7 +13,7 @@ SIMPLE = (str, int, float, type(None))
 # Bytes of compiled programs in the cache, of which a run of the tests has about 2e8.
 MOST_BYTES = 2e9
 # Folders and modules whose tests run programs as users do.
-PROGRAMS = ("benchmarks", "examples", "test_readme")
+PROGRAMS = ("benchmarks", "examples", "test_docs")
 MISSING = pytest.StashKey[list]()
 
 

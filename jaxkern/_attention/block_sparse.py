@@ -72,8 +72,9 @@ def block_sparse_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""`attention(query, key, value, mask=mask.to_dense())`, of which only the blocks
-    that are not empty are computed.
+    r"""Attention under a block mask, of which only non-empty blocks are computed.
+
+    It equals `attention(query, key, value, mask=mask.to_dense())`.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
@@ -170,7 +171,7 @@ def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | N
 def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(
-            f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
+            f"{op}: mask must be a BlockMask, such as BlockMask.causal(seq_q, seq_kv) "
             f"or BlockMask.from_dense(mask), got {kind_of(mask)}"
         )
     batch, seq_q, heads, _ = query.shape
@@ -303,7 +304,7 @@ def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..
     size = mask.block_size
     q = i * size + jnp.arange(size)[:, None]
     k = j * size + jnp.arange(size)[None]
-    return mask.mask_fn(b, h, q, k) & (k < mask.kv_len)
+    return mask.mask_fn(b, h, q, k) & (k < mask.seq_kv)
 
 
 def _key_head(h: Any, queries: jax.Array, keys: jax.Array) -> Any:

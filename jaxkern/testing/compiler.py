@@ -31,7 +31,7 @@ ARCHITECTURES = ("sm_90a",)
 TIMEOUT_SECONDS = 300
 # Names a folder of packages that is not on Python's path.
 FOLDER = "JAXKERN_COMPILER"
-TOOLS = "pip install 'jaxkern[testing]'"
+TOOLS = "pip install 'jaxkern-fused[testing]'"
 
 Ended = subprocess.CompletedProcess[str]
 
@@ -127,9 +127,9 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
 
     $$\min(\lfloor 65536 / (r w) \rfloor,\ \lfloor 233472 / (s + 1024) \rfloor)$$
 
-    It needs `pip install 'jaxkern[testing]'`, a C compiler, and JAX's CUDA plugin. With
-    a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the plugin apart,
-    since JAX prints an error in every program that finds it and no GPU:
+    It needs `pip install 'jaxkern-fused[testing]'`, a C compiler, and JAX's CUDA
+    plugin. With a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the
+    plugin apart, since JAX prints an error in every program that finds it and no GPU:
 
         pip install --no-deps --target CUDA jax-cuda13-plugin==V jax-cuda13-pjrt==V
         export JAXKERN_COMPILER=CUDA

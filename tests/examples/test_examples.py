@@ -32,7 +32,7 @@ def test_quickstart(capsys):
 def test_compress_mlp(monkeypatch, capsys):
     for name, value in {"STEPS": 60, "TUNING_STEPS": 30, "BATCH": 128}.items():
         monkeypatch.setattr(compress_mlp, name, value)
-    monkeypatch.setattr(compress_mlp, "HELD_OUT", 5000)
+    monkeypatch.setattr("_characters.HELD_OUT", 5000)
     compress_mlp.main()
     rows = capsys.readouterr().out.splitlines()[2:5]
     losses = [float(row[28:].split()[2]) for row in rows]
@@ -46,13 +46,9 @@ def test_compress_mlp(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("optimized")
 def test_train_2_4(monkeypatch, tmp_path, capsys):
-    for name, value in {
-        "BATCH": 64,
-        "HIDDEN": 258,
-        "RANK": 32,
-        "HELD_OUT": 5000,
-    }.items():
+    for name, value in {"BATCH": 64, "HIDDEN": 258, "RANK": 32}.items():
         monkeypatch.setattr(train_2_4, name, value)
+    monkeypatch.setattr("_characters.HELD_OUT", 5000)
     picture = tmp_path / "loss.png"
     runs = train_2_4.main(["--steps", "60", "--plot", str(picture)])
     lines = capsys.readouterr().out.splitlines()
@@ -108,7 +104,7 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
     names = ("straight_through", "reinmax")
     chosen = {name: learn_masks.ESTIMATORS[name] for name in names}
     monkeypatch.setattr(learn_masks, "ESTIMATORS", chosen)
-    model = partial(QuadraticTransformer, 8, 16, 2, 1)
+    model = partial(QuadraticTransformer, 8, 16, num_heads=2, num_layers=1)
     monkeypatch.setattr(learn_masks, "model_of", model)
     picture = tmp_path / "frontier.png"
     argv = ["--steps", "20", "--mask-steps", "60", "--plot", str(picture)]

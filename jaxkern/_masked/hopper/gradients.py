@@ -54,7 +54,7 @@ def _rarer(x):
 # where the gradient of the mask itself is what is wanted.
 SLOPES: dict[Kind, Callable[..., Any] | None] = {
     "straight_through": None,
-    "seed_reinmax": lambda p: 1 + p - p * p,
+    "one_plus_sigmoid": lambda p: 1 + p - p * p,
     "reinmax": lambda p: 0.5 * p,
     "mask": None,
     "bits": None,

@@ -32,7 +32,7 @@ ARCHITECTURES = ("sm_90a",)
 TIMEOUT_SECONDS = 300
 # The environment variable with a folder of packages that is not on Python's path.
 FOLDER = "JAXKERN_COMPILER"
-TOOLS = "pip install 'jaxkern[testing]'"
+TOOLS = "pip install 'jaxkern-fused[testing]'"
 
 Ended = subprocess.CompletedProcess[str]
 

@@ -43,7 +43,7 @@ def widen_range(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def add(
     y: Float[Array, "*rows n"], bias: Float[Array, " n"]
 ) -> Float[Array, "*rows n"]:
-    """y + bias, added in float32 or wider and rounded to the dtype of `y`."""
+    """Add `y + bias` in float32 or wider, and round to the dtype of `y`."""
     bias = jnp.expand_dims(bias, range(y.ndim - 1))
     return (widen(y) + widen(bias)).astype(y.dtype)
 

@@ -329,8 +329,10 @@ def _low_rank_swiglu(x: jax.Array, gate: Pair, up: Pair, down: Pair) -> jax.Arra
 def _gated_in_kernels(
     core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """What is between the first and the last factors; `core` has two of (tokens, rank)
-    side by side."""
+    """Apply what lies between the first and the last factors.
+
+    `core` has the two of shape (tokens, rank) side by side.
+    """
     from .hopper import flash, fused
 
     match thresholds.dense_kernel((gate.shape[0], down.shape[1])):

@@ -245,8 +245,11 @@ class Epilogue:
     aux: Sequence[jax.Array] = ()
 
     def smem_bytes(self, columns: int) -> int:
-        """With `aux` there are slots for a whole tile, since the loads of the next
-        one must not wait for the epilogue."""
+        """Bytes of shared memory for the slots of the results.
+
+        With `aux` there are slots for a whole tile, since the loads of the next one
+        must not wait for the epilogue.
+        """
         slots = self.outs * columns // PIECE if self.aux else OUT_SLOTS
         return slots * PIECE_BYTES
 

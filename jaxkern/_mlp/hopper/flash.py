@@ -256,7 +256,7 @@ class _Forward:
         return [y]
 
     def _overlap(self, xs, steps: WalkedSteps, i, y, z):
-        """y with step i's part, and z of the next step.
+        """Return y with step i's part, and z of the next step.
 
         The next step's products are in flight during the activation of this one.
         """

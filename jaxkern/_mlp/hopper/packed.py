@@ -39,8 +39,10 @@ def _packed(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _mlp(x, values, indices, features, reference):
-    """The weight is the left factor of each product, so from the first one on features
-    are the rows, as tokens are of x."""
+    """Apply the MLP with each weight as the left factor of its product.
+
+    From the first product on, features are the rows, as tokens are those of x.
+    """
     del reference
     tokens = x.shape[0]
     up_in, up_out, down_in, down_out = _packed(values, indices, features)

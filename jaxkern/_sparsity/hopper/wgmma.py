@@ -244,7 +244,7 @@ def _unpack(register, element):
 
 
 def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
-    """acc + S right for 64 rows, awaited, on the sparse tensor cores.
+    """Compute acc + S right for 64 rows, awaited, on the sparse tensor cores.
 
     acc: float32 (64, n) in registers.
     values: of S, (64, 64), tiled in shared memory; words: int32 (2, 128) there.

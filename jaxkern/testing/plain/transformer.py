@@ -16,12 +16,14 @@ EPSILON = 1e-5
 
 
 def rms_norm(x, scale):
+    """RMSNorm over the last axis, computed in float32 or wider."""
     wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + EPSILON)
     return (wide * scale).astype(x.dtype)
 
 
 def attend(x, layer, theta):
+    """Causal self-attention of one layer, with rotary positions."""
     query, key, value = (
         jnp.einsum("btd,dhe->bthe", x, layer[name])
         for name in ("query", "key", "value")
@@ -32,6 +34,7 @@ def attend(x, layer, theta):
 
 
 def logits(weights: Mapping[str, Any], tokens: jax.Array, theta: float = 1e4) -> Any:
+    """Logits of every token, (batch, seq, vocab)."""
     x = weights["embedding"][tokens]
     for layer in weights["layers"]:
         x = x + attend(rms_norm(x, layer["attention_norm"]), layer, theta)

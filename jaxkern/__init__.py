@@ -6,6 +6,7 @@ from ._attention.block_sparse import block_sparse_attention as block_sparse_atte
 from ._attention.dense import attention as attention
 from ._attention.dense import merge_attention as merge_attention
 from ._attention.dilated import dilated_attention as dilated_attention
+from ._attention.dilation import Dilation as Dilation
 from ._attention.ring import context_parallel_attention as context_parallel_attention
 from ._attention.ring import ring_attention as ring_attention
 from ._attention.ring import ring_permutation as ring_permutation
@@ -35,6 +36,7 @@ from ._sparsity.select import sparsify_2_4 as sparsify_2_4
 
 __all__ = [
     "BlockMask",
+    "Dilation",
     "Packed24",
     "PackedMask",
     "attention",

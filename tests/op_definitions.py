@@ -14,7 +14,7 @@ from jaxkern._masked.masked import Method
 
 KEY = jax.random.key(0)
 BLOCKS = BlockMask.local_window(16, 16, window=6, block_size=8)
-DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 class Case(NamedTuple):

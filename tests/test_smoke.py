@@ -27,7 +27,7 @@ SAMPLES, LOGITS = normal(4, (2, 4, 16)), normal(5, (2, 16, 16))
 QUERY = normal(6, (1, 16, 2, 8))
 MASKED: dict[str, Any] = {"estimator": jaxkern.straight_through}
 BILINEAR = (SQUARE,) * 3
-DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 def attend(query, **options):
@@ -101,6 +101,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "BlockMask": (attend_blocks, (QUERY,)),
     "block_sparse_attention": (attend_blocks, (QUERY,)),
     "dilated_attention": (attend_dilated, (QUERY,)),
+    "Dilation": (attend_dilated, (QUERY,)),
     "ring_attention": (attend_around_a_ring, (QUERY,)),
     "context_parallel_attention": (attend_on_a_mesh, (QUERY,)),
     "ring_permutation": (permute, (QUERY,)),
@@ -304,7 +305,7 @@ KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attention": (attend, (normal(10, (1, 64, 1, 16), BF16),)),
     "block-sparse": (attend_blocks, (normal(10, (1, 64, 1, 16), BF16),)),
     "dilated": (
-        partial(attend_dilated, segment_lengths=(32, 64)),
+        partial(attend_dilated, dilation=jaxkern.Dilation((32, 64), (1, 2))),
         (normal(10, (1, 64, 1, 16), BF16),),
     ),
     "flash_mlp": (jaxkern.flash_mlp, (TOKENS[None], WIDE, WIDE)),

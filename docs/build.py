@@ -80,6 +80,9 @@ def write_tables() -> None:
         (GENERATED / f"{name}.md").write_text(text)
 
 
+VERBATIM = "code", "pre", "script", "style", "title"
+
+
 class Page(HTMLParser):
     """The formulas of a page, what it links to and what a browser loads for it."""
 
@@ -88,12 +91,15 @@ class Page(HTMLParser):
         self.formulas: list[str] = []
         self.links: list[str] = []
         self.loads: list[str] = []
+        self.dollars: list[str] = []
         self._formula: str | None = None
-        self._depth = 0
+        # Elements around the text whose dollars are no formula's.
+        self._verbatim = 0
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        self._verbatim += tag in VERBATIM
         if "arithmatex" in (given.get("class") or "").split():
             self._formula = ""
         if (source := given.get("src")) is not None:
@@ -106,8 +112,11 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._formula is not None:
             self._formula += data
+        elif "$" in data and not self._verbatim:
+            self.dollars.append(data.strip())
 
     def handle_endtag(self, tag: str) -> None:
+        self._verbatim -= tag in VERBATIM
         if self._formula is not None and tag in ("span", "div"):
             self.formulas.append(self._formula.strip())
             self._formula = None
@@ -121,6 +130,8 @@ def find_faults() -> list[str]:
     for path, page in pages.items():
         name = str(path.relative_to(SITE))
         formulas += [(name, formula) for formula in page.formulas]
+        for text in page.dollars:
+            faults.append(f"{name}: Markdown sees no formula in {text!r}")
         for target in page.loads:
             if re.match("(https?:)?//", target):
                 faults.append(f"{name}: a browser would load {target}")

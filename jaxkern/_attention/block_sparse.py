@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, kind_of
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes, vary_alike
 from .block_mask.mask import BlockMask
@@ -148,15 +148,22 @@ def block_sparse_attention(
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)
     faster = query.shape[1] >= LEAST_QUERIES
-    match choose(op, implementation, (query, key, value), unsupported, faster):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import attend
-
-            out, lse = attend.attend(query, key, value, mask=mask, scale=scale)
-        case "xla":
-            out, lse = _attend_by_xla(query, key, value, mask, scale)
+    arrays = query, key, value
+    out, lse = run(
+        choose(op, implementation, arrays, unsupported, faster),
+        *arrays,
+        implementation=implementation,
+        xla=partial(_attend_by_xla, mask=mask, scale=scale),
+        kernel=partial(_attend_in_kernel, mask=mask, scale=scale),
+    )
     return (out, with_infinity(lse)) if return_lse else out
+
+
+def _attend_in_kernel(query, key, value, mask, scale):
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import attend
+
+    return attend.attend(query, key, value, mask=mask, scale=scale)
 
 
 @on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))

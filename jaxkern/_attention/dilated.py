@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag
-from .._core.dispatch import Implementation, check_implementation
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import widen
 from .checks import (
     check_key_mask,
@@ -226,24 +226,32 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    match choose_dense(op, implementation, query, key, value, rows=pattern.rows):
-        case "mosaic_gpu":
-            return _attend_in_strides(
-                query, key, value, mask, pattern, is_causal, scale
-            )
-        case "xla":
-            selected = select_rows(query, key, value, pattern)
-            attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
-
-            # Segments are not merged with the batch, which a mesh may split.
-            @partial(jax.vmap, in_axes=1, out_axes=1)
-            def attend_segment(query, key, value, mask):
-                return attend(query, key, value, mask)
-
-            return attend_segment(*selected, mask)
+    options = {"pattern": pattern, "is_causal": is_causal, "scale": scale}
+    return run(
+        choose_dense(op, implementation, query, key, value, rows=pattern.rows),
+        query,
+        key,
+        value,
+        mask,
+        implementation=implementation,
+        xla=partial(_attend_selected, **options),
+        kernel=partial(_attend_in_strides, **options),
+    )
 
 
-def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
+def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
+    selected = select_rows(query, key, value, pattern)
+    attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
+
+    # Segments are not merged with the batch, which a mesh may split.
+    @partial(jax.vmap, in_axes=1, out_axes=1)
+    def attend_segment(query, key, value, mask):
+        return attend(query, key, value, mask)
+
+    return attend_segment(*selected, mask)
+
+
+def _attend_in_strides(query, key, value, mask, *, pattern, is_causal, scale):
     """The segments as a batch, of which the kernel reads the rows that heads take."""
     # Mosaic is imported on first use of a kernel.
     from .hopper import attend
@@ -263,8 +271,9 @@ def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
         scale=scale,
         dilation=pattern.dilation,
     )
-    split = batch, -1
-    return out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
+    # In float32, as by XLA, for the mix.
+    out, lse = (x.reshape(batch, -1, *x.shape[1:]) for x in (widen(out), lse))
+    return out, lse
 
 
 def select_rows(

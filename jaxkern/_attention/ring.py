@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from .._core.checks import check_flag, raise_unknown
-from .._core.dispatch import Implementation, check_implementation
+from .._core.dispatch import Implementation, check_implementation, run
 from .checks import check_one_length, check_query_key_value, check_scale
 from .dense import choose_dense
 from .dilated import attend_pattern, mix, select_rows
@@ -180,14 +180,15 @@ def ring_attention(
             f"got {axis_name!r}"
         ) from None
     if dilation is None:
-        out, lse = attend_around(
+        out, lse = _run_around(
+            op,
+            implementation,
             query,
             key,
             value,
             ring=ring,
             scale=scale,
             layout=layout if is_causal else None,
-            implementation=choose_dense(op, implementation, query, key, value),
         )
         out = out.astype(value.dtype)
     else:
@@ -244,16 +245,30 @@ def _attend_across(
 ):
     """`attend_pattern`, of the one segment that the devices of a ring share."""
     query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
-    out, lse = attend_around(
+    out, lse = _run_around(
+        op,
+        implementation,
         query,
         key,
         value,
         ring=ring,
         scale=scale,
         layout="contiguous" if is_causal else None,
-        implementation=choose_dense(op, implementation, query, key, value),
     )
     return out[:, None], lse[:, None]
+
+
+def _run_around(op, implementation, query, key, value, **options):
+    """`attend_around` by the implementation that `attention` would choose here."""
+    return run(
+        choose_dense(op, implementation, query, key, value),
+        query,
+        key,
+        value,
+        implementation=implementation,
+        xla=partial(attend_around, implementation="xla", **options),
+        kernel=partial(attend_around, implementation="mosaic_gpu", **options),
+    )
 
 
 def _ring_of_a_segment(

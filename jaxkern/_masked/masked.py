@@ -19,7 +19,7 @@ from .._core.checks import (
     kind_of,
     raise_unknown,
 )
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
 from .estimators import Estimator, Rule, estimator_of, is_fixed, rule_of
@@ -140,6 +140,36 @@ class _Masks:
         return self.rule, self.arrays
 
 
+def _run(
+    op: str,
+    layer: Layer,
+    x: jax.Array,
+    parameters: Parameters,
+    masks: _Masks,
+    method: Method | None,
+    implementation: Implementation | None,
+) -> jax.Array:
+    form = method or _fastest_method(x, parameters[0], masks)
+    return run(
+        _choose(op, x, parameters[0], masks, method, implementation),
+        x,
+        parameters,
+        implementation=implementation,
+        xla=partial(_by_xla, layer, masks=masks, method=form),
+        kernel=partial(_in_kernels, layer, masks=masks),
+    )
+
+
+def _in_kernels(
+    layer: Layer, x: jax.Array, parameters: Parameters, masks: _Masks
+) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper.multiply import add_bias, multiply
+
+    kind, made = masks.for_kernels()
+    return layer(x, parameters, made, partial(multiply, kind=kind), add_bias)
+
+
 @on_automatic_axes(lambda x, parameters: product_spec(x, parameters[0][-1]))
 def _by_xla(
     layer: Layer,
@@ -153,8 +183,8 @@ def _by_xla(
     An estimator of the user's is called by every call: it may draw anew each time.
     """
     fixed = masks.packed or is_fixed(masks.make)
-    run: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
-    return run(layer, x, parameters, masks, method)
+    compute: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
+    return compute(layer, x, parameters, masks, method)
 
 
 def _sample_by_sample(layer, x, parameters, masks, method):
@@ -374,16 +404,7 @@ def masked_matmul(
     shared = getattr(mask_logits, "ndim", None) == 2
     logits = _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
     masks = _check_masks(op, (logits,), estimator, key)
-    match _choose(op, x, (w,), masks, method, implementation):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper.multiply import multiply
-
-            kind, (mask,) = masks.for_kernels()
-            return multiply(x, widen(w), mask, kind=kind)
-        case "xla":
-            form = method or _fastest_method(x, (w,), masks)
-            return _by_xla(_linear, x, ((w,), None), masks, form)
+    return _run(op, _linear, x, ((w,), None), masks, method, implementation)
 
 
 def _linear(
@@ -484,17 +505,7 @@ def masked_bilinear(
     _check_options(op, method, implementation, key)
     x, parameters, logits = _check_bilinear(op, x, weights, mask_logits, biases)
     masks = _check_masks(op, logits, estimator, key)
-    match _choose(op, x, parameters[0], masks, method, implementation):
-        case "mosaic_gpu":
-            from .hopper.multiply import add_bias, multiply
-
-            kind, made = masks.for_kernels()
-            return _bilinear(
-                x, parameters, made, partial(multiply, kind=kind), add_bias
-            )
-        case "xla":
-            form = method or _fastest_method(x, parameters[0], masks)
-            return _by_xla(_bilinear, x, parameters, masks, form)
+    return _run(op, _bilinear, x, parameters, masks, method, implementation)
 
 
 def _bilinear(

@@ -19,7 +19,7 @@ from .._core.checks import (
     check_shape,
     raise_unknown,
 )
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import matmul, relu2, widen
 from .._sparsity.select import GROUP, KEPT, sparsify_2_4
 from . import feature_wise, thresholds
@@ -185,14 +185,13 @@ def swiglu(
         op, math.prod(batch), (d_in, d_out), hidden_size
     )
     arrays, unsupported = (x, w_gate, w_up, w_down), partial(_unsupported, x)
-    match choose(op, implementation, arrays, unsupported, faster):
-        case "mosaic_gpu":
-            from .hopper import fused
-
-            y = fused.gated_mlp(x.reshape(-1, d_in), w_gate, w_up, w_down)
-            return y.reshape(*batch, d_out)
-        case "xla":
-            return _swiglu(x, w_gate, w_up, w_down)
+    return run(
+        choose(op, implementation, arrays, unsupported, faster),
+        *arrays,
+        implementation=implementation,
+        xla=_swiglu,
+        kernel=_swiglu_in_kernels,
+    )
 
 
 # Compiled as one, so that a call outside of `jax.jit` compiles nothing anew.
@@ -202,6 +201,21 @@ def _swiglu(
 ) -> jax.Array:
     hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
     return matmul(hidden, w_down)
+
+
+def _swiglu_in_kernels(
+    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
+) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import fused
+
+    y = fused.gated_mlp(_rows(x), w_gate, w_up, w_down)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """All batch axes of `x` in one."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _unsupported(
@@ -309,21 +323,31 @@ def low_rank_swiglu(
     ranks = gate[1].shape[0], up[1].shape[0], down[0].shape[1]
     faster = thresholds.kernel_is_faster(op, math.prod(batch), ranks, hidden_size)
     arrays, unsupported = (x, *gate, *up, *down), partial(_unsupported, x, ranks)
-    match choose(op, implementation, arrays, unsupported, faster):
-        case "mosaic_gpu":
-            # Both first factors in one matmul.
-            first = jnp.concatenate([gate[0], up[0]], axis=1)
-            core = matmul(x.reshape(-1, d_in), first)
-            core = _gated_in_kernels(core, gate[1], up[1], down[0])
-            return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
-        case "xla":
-            return _low_rank_swiglu(x, gate, up, down)
+    return run(
+        choose(op, implementation, arrays, unsupported, faster),
+        x,
+        gate,
+        up,
+        down,
+        implementation=implementation,
+        xla=_low_rank_swiglu,
+        kernel=_low_rank_swiglu_in_kernels,
+    )
 
 
 @jax.jit
 def _low_rank_swiglu(x: jax.Array, gate: Pair, up: Pair, down: Pair) -> jax.Array:
     hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
     return _low_rank_matmul(hidden, down)
+
+
+def _low_rank_swiglu_in_kernels(
+    x: jax.Array, gate: Pair, up: Pair, down: Pair
+) -> jax.Array:
+    # Both first factors in one matmul.
+    core = matmul(_rows(x), jnp.concatenate([gate[0], up[0]], axis=1))
+    core = _gated_in_kernels(core, gate[1], up[1], down[0])
+    return matmul(core, down[1]).reshape(*x.shape[:-1], down[1].shape[1])
 
 
 def _gated_in_kernels(
@@ -375,16 +399,16 @@ def low_rank_relu2(
     - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
       through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
 
-      $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+        $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
 
-      so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
-      the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest of
-      each four tokens, and all tokens of the 5 % of the features (rounded up) of which
-      $a$ has the fewest zeros. In place of the paper's fixed permutation, the tokens of
-      a group are a quarter of all tokens apart, counted over the batch axes in order.
-      The result is that of "2:4". Emulated by dense matmuls, it saves no time. It has
-      no `jvp`, and under `shard_map` and `vmap` each part chooses among its own tokens
-      and features.
+        so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
+        the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest
+        of each four tokens, and all tokens of the 5 % of the features (rounded up) of
+        which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
+        tokens of a group are a quarter of all tokens apart, counted over the batch axes
+        in order. The result is that of "2:4". Emulated by dense matmuls, it saves no
+        time. It has no `jvp`, and under `shard_map` and `vmap` each part chooses among
+        its own tokens and features.
 
     Where the hidden features are sharded by hand, each shard begins a group anew: give
     it a multiple of four, and "2:4-soft" whole tokens.
@@ -450,16 +474,19 @@ def low_rank_relu2(
     faster = thresholds.kernel_is_faster(name, math.prod(batch), ranks, hidden_size)
     arrays = x, *up, *down
     unsupported = partial(_unsupported, x, ranks, sparsity, gradient)
-    match choose(op, implementation, arrays, unsupported, faster):
-        case "mosaic_gpu":
-            core = matmul(x.reshape(-1, d_in), up[0])
-            core = _relu2_in_kernels(core, up[1], down[0], sparsity, gradient)
-            return matmul(core, down[1]).reshape(*batch, down[1].shape[1])
-        case "xla":
-            return _low_rank_relu2(x, up, down, sparsity, gradient)
+    options = {"sparsity": sparsity, "gradient": gradient}
+    return run(
+        choose(op, implementation, arrays, unsupported, faster),
+        x,
+        up,
+        down,
+        implementation=implementation,
+        xla=partial(_low_rank_relu2, **options),
+        kernel=partial(_low_rank_relu2_in_kernels, **options),
+    )
 
 
-@partial(jax.jit, static_argnums=(3, 4))
+@partial(jax.jit, static_argnames=("sparsity", "gradient"))
 def _low_rank_relu2(
     x: jax.Array,
     up: Pair,
@@ -472,6 +499,18 @@ def _low_rank_relu2(
         return matmul(core, down[1])
     hidden = _sparse_relu2(_low_rank_matmul(x, up), sparsity, gradient)
     return _low_rank_matmul(hidden, down)
+
+
+def _low_rank_relu2_in_kernels(
+    x: jax.Array,
+    up: Pair,
+    down: Pair,
+    sparsity: Sparsity | None,
+    gradient: Gradient | None,
+) -> jax.Array:
+    core = matmul(_rows(x), up[0])
+    core = _relu2_in_kernels(core, up[1], down[0], sparsity, gradient)
+    return matmul(core, down[1]).reshape(*x.shape[:-1], down[1].shape[1])
 
 
 def _relu2_in_kernels(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core import device
 from .._core.checks import check_batched, check_floating, check_pair
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import matmul, relu2
 from .._sparsity.packed import Packed24, check_packed_24, unpack
 from .thresholds import PACKED_RELU2_TOKENS
@@ -64,16 +64,23 @@ def packed_relu2(
     arrays = x, *jax.tree.leaves(factors)
     unsupported = partial(device.unsupported_array, "x", x)
     faster = tokens >= PACKED_RELU2_TOKENS
-    match choose(op, implementation, arrays, unsupported, faster):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import packed
+    return run(
+        choose(op, implementation, arrays, unsupported, faster),
+        x,
+        factors,
+        implementation=implementation,
+        xla=_unpacked,
+        kernel=_packed,
+    )
 
-            rows = x.reshape(tokens, x.shape[-1])
-            y = packed.packed_relu2_mlp(rows, factors, _unpacked)
-            return y.reshape(*x.shape[:-1], y.shape[1])
-        case "xla":
-            return _unpacked(x, factors)
+
+def _packed(x: jax.Array, factors: tuple[Packed24, ...]) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import packed
+
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = packed.packed_relu2_mlp(rows, factors, _unpacked)
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _factors(

@@ -258,6 +258,14 @@ MUTANTS = (
         UNSUPPORTED,
     ),
     Mutant(
+        "one-platform",
+        "A program traced beside a GPU holds the kernel alone, and fails on the CPU.",
+        "jaxkern/_core/dispatch.py",
+        "if implementation is None and traced:",
+        "if implementation is None and not traced:",
+        ("tests/test_platforms.py", "swiglu or own_form"),
+    ),
+    Mutant(
         "any-device",
         "Every device counts as a Hopper GPU.",
         "jaxkern/_core/device.py",

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int8, Int32
 
-from ..._core.trees import ArrayTree
+from ..._core.trees import ArrayTree, register
 from . import patterns, picture, predicates
 from .checks import (
     check_alike,
@@ -44,7 +44,7 @@ from .runs import (
 BLOCK_SIZE = 128
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask(ArrayTree):
     """A mask of attention, True = attend, as lists of the blocks that are not empty.

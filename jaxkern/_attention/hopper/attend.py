@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
+from ..._core.precision import widen
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, round_up, zeros
 from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
@@ -266,19 +267,49 @@ def _gradients(query, key, value, d_out, lse2, delta, *, mask, scale, dilation=N
 
     lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
     """
+    factors = ()
+    if query.dtype == jnp.float16:
+        d_out, delta, *factors = _enlarged(value, d_out, delta)
     # exp2 of anything minus infinity is 0: unseen rows have no weights.
     lse2 = jnp.where(sees(lse2), lse2, jnp.inf)
     # Whole tiles, whose rows past the end have no weights whatever a copy brings there.
     end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
     lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)
     numbers = jnp.stack([lse2, jnp.pad(delta, end)], 2)
-    arrays = query, key, value, d_out, numbers
+    arrays = query, key, value, d_out, numbers, *factors
     kernel = partial(backward_q, scale=scale, dilation=dilation)
     gradients = [*over_batch(kernel)(mask, *arrays)]
     for wanted in kv_launches(query.shape[3]):
         kernel = partial(backward_kv, wanted=wanted, scale=scale, dilation=dilation)
         gradients += over_batch(kernel)(mask, *arrays)
     return gradients
+
+
+def _enlarged(
+    value: jax.Array, d_out: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`d_out` and `delta` times a power of two, and (batch,) what undoes it.
+
+    The kernels round gradients of logits, which float16 does not hold where cotangents
+    are small or sequences long. The power of two is the largest of which they cannot
+    overflow: a gradient of a logit is at most the norms of its rows of `d_out` and
+    `value`, multiplied, and `delta`.
+    """
+
+    def largest(x: jax.Array) -> jax.Array:
+        return jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0)
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.square(widen(x)).sum(-1))
+
+    rows = largest(norm(d_out))
+    bound = jnp.maximum(rows, rows * largest(norm(value)) + largest(delta))
+    # Half of the largest float16, as its own rounding may be upwards.
+    usable = (bound > 0) & jnp.isfinite(bound)
+    bits = jnp.floor(jnp.log2(2**15 / jnp.where(usable, bound, 2**15)))
+    power = jnp.exp2(jnp.minimum(bits, 64))
+    d_out = widen(d_out) * power[:, None, None, None]
+    return d_out.astype(value.dtype), delta * power[:, None, None], 1 / power
 
 
 def forward(
@@ -378,20 +409,23 @@ def backward_q(
     value: jax.Array,
     d_out: jax.Array,
     numbers: jax.Array,
-    *,
+    *factors: jax.Array,
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
     dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
-    """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
+    """[d_query], times `factors` of each batch.
+
+    numbers: `lse2` and `delta`, (batch, heads, 2, seq).
+    """
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
     held = [queries, Tokens(d_out), Tokens(numbers, numbers=True)]
     body = BackwardQ(config, scale, query.dtype)
     walk = walk_keys(mask, queries, keys, config)
     walked = [[keys, values]]
-    return walk_lists(body, config, held, walked, walk, "attention_backward_q")
+    return walk_lists(body, config, held, walked, walk, "attention_backward_q", factors)
 
 
 @dataclass(frozen=True)
@@ -438,21 +472,21 @@ def backward_kv(
     value: jax.Array,
     d_out: jax.Array,
     numbers: jax.Array,
-    *,
+    *factors: jax.Array,
     wanted: Sequence[str],
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
     dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
-    """The wanted gradients, out of "key" and "value", in that order."""
+    """The wanted ones of the gradients of "key" and "value", times `factors`."""
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
     walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
     body = BackwardKV(config, scale, query.dtype, wanted)
     walk = walk_queries(mask, queries, keys, config)
     name = f"attention_backward_{'_'.join(wanted)}"
-    return walk_lists(body, config, [keys, values], walked, walk, name)
+    return walk_lists(body, config, [keys, values], walked, walk, name, factors)
 
 
 @dataclass(frozen=True)
@@ -504,5 +538,5 @@ class BackwardKV:
         return lax.broadcast_in_dim(column, _shape(self.config), [1])
 
     def finish(self, carry):
-        factors = {"key": self.scale, "value": 1.0}
-        return [carry[name] * factors[name] for name in self.wanted]
+        scales = {"key": self.scale, "value": 1.0}
+        return [carry[name] * scales[name] for name in self.wanted]

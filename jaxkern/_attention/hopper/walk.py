@@ -208,8 +208,13 @@ def walk_lists(
     walked: Groups,
     walk: Walk,
     name: str,
+    factors: Sequence[jax.Array] = (),
 ) -> Sequence[jax.Array]:
-    """The results of the body; numbers are (batch, heads, 1, seq)."""
+    """The results of the body; numbers are (batch, heads, 1, seq).
+
+    The results like held operands are multiplied by `factors` of their batch, if there
+    are any, in float32 and before they are rounded.
+    """
     plan = Plan(body, config, held, walked, walk)
     check_fits(name, config, smem_bytes(config, held, walked, plan.rings))
     schedule = plan.schedule()
@@ -218,12 +223,13 @@ def walk_lists(
         list(walk.data),
         [tokens.array for tokens in held],
         [[tokens.array for tokens in group] for group in walked],
+        list(factors),
     )
     leaves, tree = jax.tree.flatten(inputs)
     n_in, n_out = len(leaves), len(body.outs)
 
     def kernel(*refs):
-        bound_schedule, data, held_refs, walked_refs = jax.tree.unflatten(
+        bound_schedule, data, held_refs, walked_refs, factor_refs = jax.tree.unflatten(
             tree, refs[:n_in]
         )
         bound = Bound(
@@ -232,6 +238,7 @@ def walk_lists(
             data=data,
             held=held_refs,
             walked=walked_refs,
+            factors=factor_refs,
             outs=refs[n_in : n_in + n_out],
             scratch=Scratch(*refs[n_in + n_out :]),
         )
@@ -279,6 +286,7 @@ class Bound:
     data: Any
     held: Sequence[Any]
     walked: Sequence[Sequence[Any]]
+    factors: Sequence[Any]
     outs: Sequence[Any]
     scratch: Scratch
 
@@ -485,6 +493,8 @@ class HeldPart:
             else:
                 smem = self.tiles(self.warpgroup)[like]
                 target = Tokens(out).cut(out, batch, head, first_row, rows)
+                for factors in self.bound.factors:
+                    value *= factors[batch]
             smem[...] = value.astype(smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, target)

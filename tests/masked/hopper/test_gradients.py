@@ -130,7 +130,9 @@ def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
 )
 def test_bits_are_of_logits_and_not_transposed(run):
     (x, w, logits), _ = kernel_args((1, 8, 64, 64))
-    with pytest.raises(ValueError, match="no bits of (mask|reinmax), transposed"):
+    with pytest.raises(
+        ValueError, match="must be made of logits .*, got (mask and F|reinmax and T)"
+    ):
         run(x, w[None], logits)
 
 

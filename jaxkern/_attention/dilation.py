@@ -152,8 +152,9 @@ class HeadStride:
         return replace(self, group=group)
 
     def index(self, head: Any) -> Any:
-        """Return the place of a head's vector among all (rate, vectors) of a row, in a
-        kernel.
+        """Return where a head's vector is among all (rate, vectors) of a row.
+
+        Kernels call it with a traced head.
         """
         offset = lax.rem(lax.div(self.first + self.step * head, self.run), self.rate)
         return offset * (self.heads // self.group) + lax.div(head, self.group)
@@ -191,8 +192,9 @@ class Pattern:
 
     @property
     def rows(self) -> int:
-        """The number of rows of a segment that a head takes; the last may lie past its
-        end.
+        """The number of rows of a segment that a head takes.
+
+        The last of them may lie past its end.
         """
         return -(-self.segment // self.dilation.rate)
 

@@ -381,7 +381,7 @@ def merge_attention(
         ```
 
     References:
-        FlashInfer, section 2.2, which calls the pair an attention state:
+        FlashInfer, which calls the pair an attention state:
             https://arxiv.org/abs/2501.01005.
     """
     op = "merge_attention"

@@ -411,9 +411,10 @@ def on_cpu() -> None:
 
 def sources(package: Path = PACKAGE) -> str:
     """A hash of every source that a kernel's module may depend on."""
-    testing = package / "testing"
+    # An installed package holds the benchmarks as well.
+    apart = {package / "testing", package / "benchmarks"}
     return _hash(
-        package, [p for p in package.rglob("*.py") if testing not in p.parents]
+        package, [p for p in package.rglob("*.py") if apart.isdisjoint(p.parents)]
     )
 
 

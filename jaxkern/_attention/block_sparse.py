@@ -85,8 +85,9 @@ def block_sparse_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""`attention(query, key, value, mask=mask.to_dense())`, of which only the blocks
-    that are not empty are computed.
+    r"""Attention under a block mask, of which only non-empty blocks are computed.
+
+    It equals `attention(query, key, value, mask=mask.to_dense())`.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$

@@ -252,7 +252,8 @@ def split_heads(
 def check_covered(
     op: str, groups: Sequence[tuple[tuple[int, int], list[Pattern]]], seq: int
 ) -> None:
-    """
+    """Check that each head takes every row in some pattern.
+
     Raises:
         ValueError: a head takes some row in no pattern.
     """

@@ -116,7 +116,7 @@ def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
 def _angles(
     positions: jax.Array, theta: float, order: np.ndarray, dtype: jnp.dtype
 ) -> jax.Array:
-    """positions * theta ** (-order / len), modulo a whole turn."""
+    """Return positions * theta ** (-order / len), modulo a whole turn."""
     bits = 8 * max(positions.dtype.itemsize, dtype.itemsize, 4)
     half, unsigned = bits // 2, np.dtype(f"uint{bits}")
     whole, rest = (x[None, None, order] for x in _turns(theta, len(order) // 2, bits))
@@ -135,7 +135,7 @@ def _angles(
 
 @cache
 def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """theta ** (-i / count) / (2 pi), whole and rest in units of 2 ** -bits turns."""
+    """Return theta ** (-i / count) / (2 pi), whole and rest, in 2 ** -bits turns."""
     with localcontext(prec=DIGITS) as exact:
         base, scale = Decimal(theta), TURNS_A_RADIAN * 4**bits
         turns = [exact.power(base, -Decimal(i) / count) * scale for i in range(count)]

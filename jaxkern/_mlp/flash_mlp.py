@@ -27,6 +27,7 @@ def flash_mlp(
     r"""An MLP without biases for each head, gated if there is a `w_gate`.
 
     $$y_h = \mathrm{act}(x_h W_{1h}) W_{2h}$$
+
     $$y_h = (\mathrm{act}(x_h W_{\mathrm{gate},h}) \odot x_h W_{1h}) W_{2h}$$
 
     Matmuls accumulate in float32, the activation and the product with it are computed

@@ -355,8 +355,10 @@ def _low_rank_swiglu_in_kernels(
 def _gated_in_kernels(
     core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """What is between the first and the last factors; `core` has two of (tokens, rank)
-    side by side."""
+    """Apply what lies between the first and the last factors.
+
+    `core` has the two of shape (tokens, rank) side by side.
+    """
     from .hopper import flash, fused
 
     match thresholds.dense_kernel((gate.shape[0], down.shape[1])):
@@ -401,16 +403,16 @@ def low_rank_relu2(
     - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
       through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
 
-      $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+        $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
 
-      so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
-      the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest of
-      each four tokens, and all tokens of the 5 % of the features (rounded up) of which
-      $a$ has the fewest zeros. In place of the paper's fixed permutation, the tokens of
-      a group are a quarter of all tokens apart, counted over the batch axes in order.
-      The result is that of "2:4". Emulated by dense matmuls, it saves no time. It has
-      no `jvp`, and under `shard_map` and `vmap` each part chooses among its own tokens
-      and features.
+        so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
+        the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest
+        of each four tokens, and all tokens of the 5 % of the features (rounded up) of
+        which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
+        tokens of a group are a quarter of all tokens apart, counted over the batch axes
+        in order. The result is that of "2:4". Emulated by dense matmuls, it saves no
+        time. It has no `jvp`, and under `shard_map` and `vmap` each part chooses among
+        its own tokens and features.
 
     For inference the weights themselves can be 2:4-sparse along the axis they sum over:
     then each of the four factors, (in, out), is given as `pack_2_4` of its transpose,

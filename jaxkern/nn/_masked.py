@@ -104,7 +104,7 @@ def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array
 
 
 def _flatten(x: jax.Array) -> jax.Array:
-    """(batch, seq, features)"""
+    """Flatten to (batch, seq, features)."""
     return x.reshape(len(x), reduce(mul, x.shape[1:-1], 1), x.shape[-1])
 
 

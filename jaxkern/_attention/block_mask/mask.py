@@ -309,13 +309,13 @@ class BlockMask(FlexAttentionNames, ArrayTree):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(batch or 1, heads or 1, seq_q, seq_kv)"""
+        """The shape of the dense mask: (batch or 1, heads or 1, seq_q, seq_kv)."""
         batch, heads, _ = self.kv.num_blocks.shape
         return batch, heads, self.seq_q, self.seq_kv
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(q_blocks, kv_blocks)"""
+        """The number of blocks along each axis: (q_blocks, kv_blocks)."""
         size = self.block_size
         return blocks_of(self.seq_q, size), blocks_of(self.seq_kv, size)
 

@@ -78,7 +78,7 @@ class KnownLists(BlockLists):
 
 
 def module_of(*arrays: Leaf) -> Any:
-    """numpy if all are on the host, else jax.numpy."""
+    """Return numpy if all arrays are on the host, else jax.numpy."""
     return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
 
 

@@ -86,11 +86,6 @@ def multiply_packed(x, w, **options):
     return jaxkern.matmul_2_4(packed, w, **options)
 
 
-def run_packed(x):
-    packed = jaxkern.pack_2_4(SQUARE.astype(x.dtype))
-    return jaxkern.packed_relu2(x, (packed, packed), (packed, packed))
-
-
 def lose(hidden, head):
     return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5)
 
@@ -132,7 +127,6 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         partial(jaxkern.low_rank_relu2, sparsity="2:4-soft"),
         (X, PAIR, PAIR),
     ),
-    "packed_relu2": (run_packed, (X,)),
     "Packed24": (multiply_packed, (X, SQUARE)),
     "matmul_2_4": (multiply_packed, (X, SQUARE)),
     "pack_2_4": (multiply_packed, (X, SQUARE)),
@@ -200,7 +194,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
-    "PackedReLU2": (prune, X),
+    "Packed24ReLU2": (prune, X),
     "PackedWeight": (prune, X),
     "QuadraticTransformer": (
         partial(nn.QuadraticTransformer, 16, 16, num_heads=2, num_layers=1),

@@ -54,7 +54,7 @@ def copy_katex() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         command = ["pack", f"katex@{KATEX_VERSION}", "--pack-destination", folder]
-        if npm(command, stdout=subprocess.DEVNULL):
+        if npm([*command, "--loglevel=error"], stdout=subprocess.DEVNULL):
             sys.exit("docs: npm could not load katex")
         archive = Path(folder) / f"katex-{KATEX_VERSION}.tgz"
         found = hashlib.sha256(archive.read_bytes()).hexdigest()

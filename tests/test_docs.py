@@ -143,7 +143,8 @@ def faults_of(command: str) -> Iterator[str]:
         files = Path(program[1]).rglob("*.py")
         source = "\n".join(path.read_text() for path in files) + '"--help"'
         for option in re.findall(r" (--[a-z-]+)", command[program.end() :]):
-            if f'"{option}"' not in source:
+            # argparse makes the negative form of a flag.
+            if f'"{option.replace("--no-", "--")}"' not in source:
                 yield f"{program[1]} has no option {option}"
 
 

@@ -7,6 +7,8 @@ a file of that name in docs/guides/pictures, which the page shows. The colours s
 from a light page as well as from a dark one; the background is transparent.
 """
 
+import contextlib
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from jaxkern import BlockMask
 
 GUIDES = Path(__file__).parent / "guides"
 PAGE, FOLDER = GUIDES / "block-masks.md", GUIDES / "pictures"
-# Of a block, and how much of it is left empty at its edges.
-SIZE, GAP = 10, 1
+# Of a block, of what is left empty between two, and beside and below a picture.
+SIZE, GAP, MARGIN = 10, 1, 15
 # Okabe and Ito's blue and orange, which colour-blind people can tell apart.
 COLOURS = {"#": "#0072b2", "+": "#e69f00", ".": "#808080"}
 EMPTY_OPACITY = 0.25
@@ -28,8 +30,11 @@ EMPTY_OPACITY = 0.25
 def run(page: Path) -> dict[str, Any]:
     """The names that the Python blocks of a page define."""
     names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S):
-        exec(block, names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in re.findall(
+            r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S
+        ):
+            exec(block, names)
     return names
 
 
@@ -48,7 +53,7 @@ def draw(name: str, mask: BlockMask) -> str:
         opacity = f' fill-opacity="{EMPTY_OPACITY}"' if mark == "." else ""
         if path:
             parts.append(f'<path fill="{colour}"{opacity} d="{path}"/>')
-    width, height = SIZE * columns - GAP, SIZE * rows - GAP
+    width, height = (SIZE * n - GAP + MARGIN for n in (columns, rows))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '

@@ -27,7 +27,6 @@ from ._mlp.mlp import low_rank_matmul as low_rank_matmul
 from ._mlp.mlp import low_rank_relu2 as low_rank_relu2
 from ._mlp.mlp import low_rank_swiglu as low_rank_swiglu
 from ._mlp.mlp import swiglu as swiglu
-from ._mlp.packed_mlp import packed_relu2 as packed_relu2
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24
 from ._sparsity.packed import pack_2_4 as pack_2_4
@@ -57,7 +56,6 @@ __all__ = [
     "nn",
     "pack_2_4",
     "pack_mask",
-    "packed_relu2",
     "reinmax",
     "reinmax_categorical",
     "ring_attention",

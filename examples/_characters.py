@@ -19,7 +19,7 @@ MLP = SwiGLU | LowRankSwiGLU | LowRankReLU2
 
 
 def read_text() -> tuple[np.ndarray, jax.Array]:
-    """ASCII codes to train on, and windows of the held-out end to test with.
+    """Return ASCII codes to train on, and windows of the held-out end to test with.
 
     The text is the top-level modules of Python's standard library.
     """
@@ -32,14 +32,14 @@ def read_text() -> tuple[np.ndarray, jax.Array]:
 
 
 def windows_of(codes: np.ndarray, starts: np.ndarray) -> jax.Array:
-    """A window is a context and the character after it."""
+    """Return windows, each of which is a context and the character after it."""
     return jnp.asarray(codes[starts[:, None] + np.arange(CONTEXT + 1)])
 
 
 def draw_windows(
     codes: np.ndarray, random: np.random.Generator, count: int
 ) -> jax.Array:
-    """Windows that start anywhere in the text."""
+    """Return windows that start at random places of the text."""
     return windows_of(codes, random.integers(0, len(codes) - CONTEXT, count))
 
 
@@ -61,7 +61,7 @@ class CharacterModel(nnx.Module):
 
 
 def loss_fn(model: CharacterModel, windows: jax.Array) -> jax.Array:
-    """Mean loss in nats a character."""
+    """Return the mean loss in nats a character."""
     logits, targets = model(windows[:, :CONTEXT]), windows[:, CONTEXT]
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 

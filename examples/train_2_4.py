@@ -1,13 +1,13 @@
-"""Train a ReLU² MLP whose activations are 2:4-sparse, with each gradient there is.
+"""Train a ReLU² MLP whose activations are 2:4-sparse, with each of its gradients.
 
     python examples/train_2_4.py                  a minute on two cores
     python examples/train_2_4.py --plot loss.png
 
-The text is Python's own standard library; the model predicts a character from the 16
-before it: embeddings, one residual low-rank ReLU² MLP, a linear head. From the same
-weights and on the same batches it is trained without sparsity, and 2:4-sparse with the
-exact gradient, the straight-through one, and by the recipe of arXiv 2503.16672, which
-makes gradients of weights 2:4 too ("feature_wise").
+The model predicts a character from the 16 before it, with embeddings, one residual
+low-rank ReLU² MLP and a linear head. The text is Python's own standard library. The
+model is trained from the same weights and on the same batches without sparsity, and
+2:4-sparse with three gradients: the exact one, the straight-through one, and the one
+of arXiv 2503.16672, which makes gradients of weights 2:4 too ("feature_wise").
 """
 
 import argparse
@@ -36,7 +36,7 @@ from jaxkern.nn import LowRankReLU2
 
 HIDDEN, RANK = 2064, 128
 BATCH, STEPS, RATE = 512, 400, 2e-3
-# Steps whose mean is a point of the curve, and the training loss at the end.
+# The points of the curve, and the last training loss, are means of so many steps.
 SMOOTH = 20
 MLPS = {
     "dense": LowRankReLU2,
@@ -50,7 +50,7 @@ EMULATED = "2:4 is emulated on this device: it costs time here and saves none"
 
 
 def zeros(model: CharacterModel, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The share of zeros in the activations, before and after 2:4 selects."""
+    """Return the share of zeros in the activations before and after the selection."""
     assert isinstance(model.mlp, LowRankReLU2)
     h = model.norm(model.hidden(context))
     a = jax.nn.relu(jaxkern.low_rank_matmul(h, model.mlp.up.weight)) ** 2
@@ -58,7 +58,7 @@ def zeros(model: CharacterModel, context: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 class Run(NamedTuple):
-    """What came of one."""
+    """The results of one training; `zeros` are before and after the selection."""
 
     losses: list[float]
     seconds: list[float]
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
 
 def train(codes: np.ndarray, test: jax.Array, steps: int) -> dict[str, Run]:
-    """All of them, step by step in turn, so that the clock treats them alike."""
+    """Train all models, step by step in turn, so that their times can be compared."""
     models = {
         name: CharacterModel(
             partial(mlp, FEATURES, HIDDEN, rank=RANK), rngs=nnx.Rngs(0)
@@ -109,7 +109,7 @@ def report(runs: dict[str, Run]) -> None:
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Loss against time, the mean of some steps over all of them."""
+    """Draw the loss against time; each point is the mean of some steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

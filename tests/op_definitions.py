@@ -1,4 +1,4 @@
-"""Every op and module with small arguments, and how these can lie on a mesh."""
+"""Every op and module with small arguments, and how a mesh can split these."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,14 +18,14 @@ DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 class Case(NamedTuple):
-    """An op and where its arguments lie.
+    """An op, its arguments, and how these can be split over a mesh.
 
-    places: of the arrays, one word each: a letter an axis, "d" or "t" for a mesh axis
-        of 2 devices, "a" for both of them and "-" for none. Each is tried on explicit
-        axes, and the last one on automatic ones.
-    manual: the same inside `jax.shard_map`, after ">" where the result lies and after
-        "+" the mesh axis that it is summed over; None where a part cannot be computed
-        by itself.
+    places: ways to split the arrays. Each has a word for every array with a letter for
+        every axis: "d" and "t" are mesh axes of 2 devices, "a" is both of them and "-"
+        is none. All are tried on explicit mesh axes, the last one on automatic axes.
+    manual: how `jax.shard_map` splits the arrays. The result's word follows ">", and
+        the mesh axis over which the result is summed follows "+". It is None if parts
+        cannot be computed by themselves.
     """
 
     op: Callable[..., Any]
@@ -99,7 +99,7 @@ def attend_by_tiles(query, key, value):
 
 
 def attend_around_a_ring(query, key, value):
-    """The same attention, where there is no ring."""
+    """Ring attention inside `jax.shard_map`, and plain attention outside."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return jaxkern.ring_attention(query, key, value, axis_name="t")
     return jaxkern.attention(query, key, value)
@@ -320,7 +320,8 @@ OPS = {
 }
 
 
-# Inputs of modules, (batch, ..., features) but for one of heads and of tokens.
+# Modules with an input. It is (batch, seq, features), or two words follow that say how
+# to split it by samples and by features.
 MODULES = {
     "Bilinear": (partial(nn.Bilinear, 16, 16), X),
     "FlashMLP": (

@@ -19,7 +19,7 @@ from jaxkern import (
 
 SEQ = 32
 PATTERNS: Any = {"dilation": Dilation([4, 16, 32], [1, 2, 4])}
-# The layout of the tokens, the options of the ring, and the same of whole arrays.
+# The layout of the tokens, options of the ring, and the equal op of whole arrays.
 CASES = [
     ("zigzag", {}, attention),
     ("contiguous", PATTERNS, partial(dilated_attention, **PATTERNS)),

@@ -1,4 +1,4 @@
-"""What README, the pages of docs/ and the docstrings show runs, and is complete."""
+"""The examples of README, docs/ and docstrings run, and the pages are complete."""
 
 import contextlib
 import doctest
@@ -27,7 +27,7 @@ FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
 MOST_README_LINES = 150
 
-# What a fenced block of each language is.
+# The meaning of fenced blocks in each language.
 LANGUAGES = {
     "python": "runs here; the text that follows at once is what it prints",
     "text": "that, or what a command or another machine printed, or a drawing",
@@ -65,7 +65,7 @@ class Example(NamedTuple):
 
 
 def examples_of(page: Path) -> list[Example]:
-    """The blocks that run."""
+    """Return the blocks of Python, each with the output that follows it."""
     blocks, found = blocks_of(page), []
     for block, following in zip_longest(blocks, blocks[1:]):
         if block.language == "python":
@@ -77,7 +77,7 @@ def examples_of(page: Path) -> list[Example]:
 
 @contextlib.contextmanager
 def as_a_reader() -> Iterator[None]:
-    """JAX as it is by default: conftest.py makes it stricter."""
+    """Give JAX its default options, which conftest.py makes stricter."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -90,7 +90,7 @@ def test_examples_print_what_the_page_says(page):
     # A reader runs the blocks of a page in order.
     session = {"__name__": "__main__"}
     for line, code, output in examples_of(page):
-        # Lines of a traceback are those of the page.
+        # The empty lines give a traceback the line numbers of the page.
         program = compile("\n" * line + code, str(page), "exec")
         with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, session)
@@ -128,7 +128,7 @@ def make_targets() -> list[str]:
 
 
 def faults_of(command: str) -> Iterator[str]:
-    """What a command names and is not there: modules, files, targets and options."""
+    """Yield the modules, files, targets and options of a command that do not exist."""
     for module in re.findall(r"python -m (benchmarks\.\w+)", command):
         if not Path(f"{module.replace('.', '/')}.py").exists():
             yield f"no module {module}"
@@ -178,7 +178,7 @@ def test_every_public_name_has_its_place_in_the_api():
 
 
 def docstring_examples() -> list[doctest.DocTest]:
-    """Those of the public names and of their methods, each to be run by itself."""
+    """Return the examples of the public names and of their methods."""
     found = {}
     for name in public_names():
         module, _, last = name.rpartition(".")
@@ -229,7 +229,7 @@ def test_faults_of_a_page_are_found(tmp_path):
 
 
 def test_links_of_the_readme_lead_somewhere():
-    """`make docs` checks those of the pages."""
+    """`make docs` checks the links of the pages."""
     targets = re.findall(r"\]\(([^)#]+)", README.read_text())
     files = [target for target in targets if not target.startswith("https://")]
     assert len(files) >= 5

@@ -1,7 +1,7 @@
 """Ops that are called without `jax.jit`, as in a notebook, compile in their first call.
 
-Without this each call would compile anew and keep its program, until the process has
-more of them than Linux lets it map.
+Without this, each call would compile and keep another program, until the process
+exceeds Linux's limit of memory mappings.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def merge_with_itself(x):
     return merge_attention(x, x[..., 0], x, x[..., 1])
 
 
-# A case is an op of arrays that have gradients, and these arrays.
+# A case is a function of differentiable arrays, and these arrays.
 ATTENTION = {
     "attention, short": (lambda x: attention(x, x, x, is_causal=True), (X,)),
     "attention, tiles": (lambda x: attention(x, x, x, is_causal=True), (LONG,)),

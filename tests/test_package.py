@@ -1,4 +1,4 @@
-"""What a user gets by `import jaxkern`."""
+"""The public names, what `import jaxkern` loads, and how it is installed."""
 
 import os
 import pydoc
@@ -66,7 +66,7 @@ def test_make_leaves_an_environment_that_it_did_not_make(tmp_path):
     precious = tmp_path / ".venv" / "precious"
     precious.parent.mkdir()
     precious.write_text("mine")
-    # Not those of a make that runs this test.
+    # Without this, a make that runs this test would pass on its own variables.
     inherited = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV")
     unset = inherited + ("CONSTRAINTS", "ARGS", "CASES")
     run = subprocess.run(

@@ -1,7 +1,7 @@
 """A program traced beside a Hopper GPU runs wherever its arrays are.
 
-None picks a kernel while JAX traces, when nothing yet says where the arrays will be.
-The program must still compile for the CPU, whose arrays it may be given.
+`None` picks a kernel while JAX traces, before it is known where the arrays will be. The
+program must also compile for the CPU.
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ PAIR, BACK = (shape(512, 256), shape(256, 2736)), (shape(2736, 256), shape(256, 
 TOKENS = shape(4, 1024, 4, 64)
 LOGITS = shape(8, 256, 256)
 ATTENTION = (TOKENS,) * 3
-DILATED = {"segment_lengths": (512, 1024), "dilation_rates": (1, 2)}
+DILATION = jaxkern.Dilation((512, 1024), (1, 2))
 
 CASES = {
     "swiglu": (jaxkern.swiglu, (X, W, W, DOWN)),
@@ -46,7 +46,10 @@ CASES = {
         partial(jaxkern.block_sparse_attention, mask=BlockMask.causal(1024, 1024)),
         ATTENTION,
     ),
-    "dilated_attention": (partial(jaxkern.dilated_attention, **DILATED), ATTENTION),
+    "dilated_attention": (
+        partial(jaxkern.dilated_attention, dilation=DILATION),
+        ATTENTION,
+    ),
     "masked_matmul": (
         partial(jaxkern.masked_matmul, estimator=jaxkern.reinmax),
         (shape(8, 512, 256), shape(256, 256), LOGITS),
@@ -149,7 +152,7 @@ def test_a_program_traced_beside_a_gpu_computes_on_the_cpu():
 
 
 def test_each_platform_runs_its_own_form():
-    """With a form for the CPU and one for all others, whose values tell them apart."""
+    """The two forms have different values, which show the form that ran."""
     x = jnp.ones(3)
 
     def double(x):
@@ -163,5 +166,5 @@ def test_each_platform_runs_its_own_form():
     for chosen, expected in ((either, 2 * x), (named, -x)):
         of = partial(chosen, xla=double, kernel=negative)
         np.testing.assert_array_equal(jax.jit(of)(x), expected)
-        # Outside of a program arrays have a device, by which `choose` has chosen.
+        # Outside of a program, `choose` has already chosen by the device of the arrays.
         np.testing.assert_array_equal(of(x), -x)

@@ -1,8 +1,8 @@
 """One value and one gradient of each public name, and one kernel of each family.
 
-`make test-oldest` runs this file: what other versions of JAX and flax break is found
-here, in minutes. Results are checked for one thing that must hold of each; how exact
-they are is for the tests of each op.
+`make test-oldest` runs this file, which finds in minutes what other versions of JAX and
+flax break. Most results must only be finite and not 0; the tests of each op hold them
+to bounds.
 """
 
 import types
@@ -179,7 +179,7 @@ def mask():
     return module
 
 
-# Each name of `jaxkern.nn`, a module that is it or uses it, and an input.
+# Each name of `jaxkern.nn`, a module of that name or that uses it, and an input.
 MODULES: dict[str, tuple[Any, jax.Array]] = {
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 2), SAMPLES),
     "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
@@ -223,7 +223,7 @@ def test_every_public_name_is_here():
 
 
 def assert_finite_and_used(value, gradients):
-    """`value` has numbers, and a part of the arguments has a slope."""
+    """Assert that all numbers are finite, and neither value nor gradients are all 0."""
     leaves = jax.tree.leaves((value, gradients))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     assert np.any(value)
@@ -231,7 +231,7 @@ def assert_finite_and_used(value, gradients):
 
 
 def distinct(rows):
-    """Rows that run the same program are one case with the names of all."""
+    """Make rows of the same function one case that has all their names."""
     cases: dict[int, list[str]] = {}
     for name, (function, _) in rows.items():
         cases.setdefault(id(function), []).append(name)
@@ -248,7 +248,7 @@ def test_op(op, args):
         return value, vjp(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
 
     assert_finite_and_used(*run(args))
-    # Called as in a notebook, where each program within is looked at.
+    # Called as in a notebook, where JAX checks the result of each program within.
     with jax.debug_nans(True), jax.debug_infs(True):
         op(*args)
 
@@ -256,7 +256,7 @@ def test_op(op, args):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("op, args", distinct(OPS))
 def test_op_promotes_nothing_by_itself(op, args, dtype):
-    """As users trace it who let JAX convert no dtype and broadcast no rank."""
+    """Some users forbid JAX to convert dtypes and to broadcast ranks implicitly."""
     args = jax.tree.map(lambda x: x.astype(dtype), args)
 
     def run(args):
@@ -281,7 +281,7 @@ def test_module(build, x):
             return (y * weights.reshape(y.shape)).sum()
 
         value, gradients = jax.value_and_grad(loss, (0, 1), allow_int=True)(state, x)
-        # An integer has a slope of no bytes.
+        # JAX gives integers gradients of dtype float0, which hold nothing.
         slopes = [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
         return value, slopes
 
@@ -316,7 +316,7 @@ KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 @pytest.mark.filterwarnings("ignore:.*rank of:UserWarning")
 @pytest.mark.parametrize("op, args", KERNELS.values(), ids=KERNELS)
 def test_kernel(op, args):
-    """Its values and gradients are as near to XLA's of float32 as XLA's are."""
+    """Kernels in bfloat16 are as close to XLA in float32 as XLA in bfloat16 is."""
     g = normal(12, jax.eval_shape(op, *args).shape, BF16)
     kernel = partial(op, implementation="mosaic_gpu")
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

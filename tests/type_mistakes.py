@@ -18,7 +18,7 @@ labels = jnp.ones((2, 64, 8), jnp.int32)
 mask = jaxkern.BlockMask.causal(64, 64, block_size=16)
 window = mask & jaxkern.BlockMask.local_window(64, 64, window=8, block_size=16)
 
-# What is right has no error and no comment.
+# These lines are right, and have neither an error nor a comment.
 out: jax.Array = jaxkern.attention(x, x, x, is_causal=True)
 out, lse = jaxkern.block_sparse_attention(x, x, x, mask=window, return_lse=True)
 merged: tuple[jax.Array, jax.Array] = jaxkern.merge_attention(out, lse, out, lse)

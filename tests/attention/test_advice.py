@@ -1,4 +1,4 @@
-"""What errors of attention advise is right: it is followed here."""
+"""The advice in attention's error messages works: these tests follow it."""
 
 from functools import partial
 

@@ -51,7 +51,7 @@ def some_pairs(b, h, q, k):
 
 
 def random_mask(*leading):
-    """Full, partial, empty blocks and, in every head, a row that is empty."""
+    """Return a mask with full, partial and empty blocks and empty rows in all heads."""
     blocks = random_blocks(0, *leading, 5, 4)
     blocks[..., 2, :] = False
     sizes: Any = {"block_size": 16, "seq_q": 77, "seq_kv": 61}
@@ -190,7 +190,7 @@ def test_memory_is_that_of_arguments_and_one_tile(both_passes):
 
 
 def test_every_block_is_visited_once():
-    """One call of the predicate for each partial block, none for full ones."""
+    """The predicate is called once for each partial block, and not for full ones."""
     visits = []
 
     def fn(b, h, q, k):
@@ -324,7 +324,7 @@ def test_shard_map_over_batch_and_heads(name, kv_heads):
 
 
 def test_shard_map_with_whole_keys():
-    """Queries are split over the batch, keys and values are everywhere the same."""
+    """Queries are split by the batch; every device has all keys and values."""
     mask = BlockMask.local_window(40, 40, window=9, block_size=16)
     (query, key, value), _ = make_args(mask, batch=8)
     key, value = key[:1], value[:1]

@@ -46,7 +46,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
     seq, heads, kv_heads, lengths, rates = case
     shapes = (seq, heads, dim), (seq, kv_heads, dim), (seq, kv_heads, dim_v)
-    # By NumPy: JAX would compile a generator for every shape.
+    # NumPy draws the numbers: JAX would compile a generator for each new shape.
     rng, wide = np.random.default_rng(0), np.promote_types(dtype, jnp.float32)
 
     def draw(*shape, dtype=dtype):
@@ -68,7 +68,7 @@ def head_offset(rule, head, heads, pattern, rate):
 
 
 def multiplicity(seq, heads, lengths, rates, rule="paper", runs=None):
-    """How many patterns select a query and a key in one segment, head by head."""
+    """Count the patterns of each head that select a query and a key in one segment."""
     count = np.zeros((heads, seq, seq))
     for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
         for head in range(heads):
@@ -88,7 +88,7 @@ def allowed(count, is_causal, key_mask=None, batch=2):
 
 
 def exact(args, g, count, scale=None):
-    """One softmax with log c added to the logits: values and gradients by hand."""
+    """Return values and gradients of a softmax with log(count) added to the logits."""
     q, k, v = to_float64(args)
     d_out, d_lse = to_float64(g)
     group, scale = q.shape[2] // k.shape[2], scale or q.shape[-1] ** -0.5
@@ -113,7 +113,7 @@ def exact(args, g, count, scale=None):
 
 
 def with_lse(**options):
-    """`dilated_attention`, with a number for the lse of rows without keys."""
+    """Return `dilated_attention` with EMPTY as the lse of rows without keys."""
 
     def run(query, key, value):
         out, lse = dilated_attention(query, key, value, return_lse=True, **options)
@@ -338,7 +338,7 @@ def test_cost(w, r):
     x = normal(0, (1, seq, heads, dim))
     run = partial(dilated_attention, dilation=Dilation([w], [r]))
     matmuls = 4 * heads * seq * w * dim / r**2
-    # Besides: the softmax of the logits, and selecting and spreading of the rows.
+    # The rest is for the softmax, and for selecting and spreading rows.
     assert 1 < flops(run, x, x, x) / matmuls < 1.25
 
 
@@ -348,7 +348,7 @@ def test_cost_of_a_mixture_beside_dense_attention():
     lengths, rates = [seq // 4, seq // 2, seq], [1, 2, 4]
     run = partial(dilated_attention, dilation=Dilation(lengths, rates))
     dense = 4 * heads * seq**2 * dim
-    # 1/4 + 1/8 + 1/16 of the dense one.
+    # The patterns take 1/4, 1/8 and 1/16 of the dense cost.
     assert flops(run, x, x, x) / dense == pytest.approx(7 / 16, rel=0.2)
 
 

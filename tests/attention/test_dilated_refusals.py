@@ -18,9 +18,9 @@ OK = Dilation([4, 8], [1, 2])
     "dilation, uncovered",
     [
         (OK, None),
-        # Each row of a pair is in one pattern.
+        # Each pattern takes one row of every pair.
         (Dilation([8, 8], [2, 2], head_offsets="pattern"), None),
-        # Head 0 takes the rows that divide by 2 or 3, head 1 those after them.
+        # Head 0 takes the multiples of 2 and of 3, and head 1 the rows after them.
         (Dilation([8, 8], [2, 3]), "row 0 of head 1"),
         (replace(OK, head_groups=True), "row 0 of head 3"),
     ],

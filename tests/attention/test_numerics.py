@@ -1,4 +1,4 @@
-"""What all forms of attention must hold: rows that see nothing, 16 bits, debugging."""
+"""All forms of attention: rows that see no key, errors in 16 bits, and debug flags."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ from jaxkern._attention.tiles import (
     with_infinity,
 )
 
-# Causal, of keys after the first: the first query sees nothing.
+# Causal, without the first key: the first query sees no key.
 SEQ = 17
 SEEN = np.arange(SEQ) > 0
 BLOCKS = BlockMask.from_dense(np.tri(SEQ, dtype=bool) & SEEN, block_size=8)
@@ -93,7 +93,7 @@ X = jnp.asarray(np.random.default_rng(1).standard_normal((1, SEQ, 1, 4)), jnp.fl
 
 
 def around_a_ring(query, key, value):
-    """The mesh is made where it is needed: a machine may have one device."""
+    """Make the mesh in the call, because a machine may have one device only."""
     return context_parallel_attention(
         query, key, value, mesh=mesh(ring=2), axis_name="ring", is_causal=True
     )
@@ -118,7 +118,7 @@ DEBUGGED = {
 
 @pytest.mark.parametrize("run, x", DEBUGGED.values(), ids=DEBUGGED)
 def test_no_infinity_or_nan_within(run, x):
-    """Called alone, where JAX looks at each step."""
+    """Ops are called without `jax.jit`, so that JAX checks each step."""
     with jax.debug_infs(True), jax.debug_nans(True):
         value, vjp = jax.vjp(run, x)
         vjp(value)
@@ -140,7 +140,8 @@ FORMS = {
     "dilated": in_one_segment,
     "ring": around_a_ring,
 }
-# Sequence, factor of the queries, which makes a softmax peaked, and of cotangents.
+# Sequence length, factor of the queries (a large one makes the softmax peaked), and
+# factor of the cotangents.
 ROUNDED = {
     "peaked": (128, 30, 1),
     "peaked, tiles": (320, 30, 1),
@@ -150,7 +151,7 @@ ROUNDED = {
 }
 
 
-# Gradients of bfloat16 do not underflow.
+# Gradients do not underflow in bfloat16, so two cases are enough.
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -164,7 +165,7 @@ def test_error_in_16_bits_is_that_of_the_plain_form(name, dtype):
 
 @pytest.mark.usefixtures("hopper")
 def test_error_of_the_kernel_in_float16_is_that_of_the_plain_form():
-    """Gradients of logits are about 1e-7 here, which float16 rounds to two values."""
+    """Gradients of logits are about 1e-7 here; the smallest float16 number is 6e-8."""
     kernel = partial(attention, is_causal=True, implementation="mosaic_gpu")
     check_error_in_16_bits("tiny cotangents", jnp.float16, [kernel])
 
@@ -185,7 +186,7 @@ def check_error_in_16_bits(name, dtype, forms):
         got = value_and_vjp(form, args, d_out)
         assert_as_close(got[0], plain[0][0], exact[0][0])
         for x, theirs, wanted in zip(got[1], plain[1], exact[1], strict=True):
-            # A row's gradient may cancel to nothing but rounding: all rows together.
+            # All rows together: the gradient of one may cancel to rounding errors.
             flat = (np.ravel(np.asarray(a, np.float64)) for a in (x, theirs, wanted))
             x_error, plain_error, norm = _errors(*flat)
             eps = float(jnp.finfo(dtype).eps)

@@ -95,7 +95,7 @@ def f32(*shape):
 
 GOOD = (f32(2, 8, 6, 4), f32(2, 9, 3, 4), f32(2, 9, 3, 5))
 PARTS = (f32(2, 8, 6, 4), f32(2, 8, 6)) * 2
-# The error, part of its message, the op, arguments, options.
+# The error, a pattern of its message, arguments, and options.
 REFUSALS = {
     "list": (TypeError, "query must be an array, got list", ([1], *GOOD[1:]), {}),
     "int": (
@@ -238,8 +238,9 @@ def test_cudnn(is_causal, dtype):
     visible = see(None, is_causal, (2, 4, 300, 300))
     plain = partial(plain_attention, visible=visible, scale=64**-0.5)
     exact = attention_float64(args, (d_out, jnp.zeros_like(d_lse)), visible, 64**-0.5)
-    # cuDNN's backward has the mean of d_weights from out * d_out, and `out` is rounded:
-    # the same as a d_lse, to which the gradient cancels where few keys are seen.
+    # cuDNN's backward takes the mean of d_weights from out * d_out, where `out` is
+    # rounded. The error acts as a cotangent of the lse. It is all that is left where
+    # few keys are seen and the gradient cancels.
     rounding = exact[0][0] - to_float64(jax.jit(plain)(*args)[0])
     shift = (rounding * to_float64(d_out)).sum(-1).astype(d_lse.dtype)
     bound = value_and_vjp(plain, args, (d_out, shift))

@@ -38,7 +38,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def make_ring(devices, layout, is_causal, return_lse: Any = False, **options):
-    """The whole function of permuted tokens, a device a part."""
+    """Return ring attention of whole arrays, with tokens in the order of the layout."""
     ring = partial(ring_attention, axis_name="ring", is_causal=is_causal, layout=layout)
     ring = partial(ring, return_lse=return_lse)
     specs = {"in_specs": RING, "out_specs": RING}
@@ -46,7 +46,7 @@ def make_ring(devices, layout, is_causal, return_lse: Any = False, **options):
 
 
 def in_order(run, devices, layout):
-    """`run` on tokens in the order of the layout."""
+    """Return `run` for tokens in sequence: it permutes arguments, and results back."""
 
     def reordered(*args):
         indices, inverse = ring_permutation(args[0].shape[1], devices, layout)
@@ -128,7 +128,7 @@ def test_context_parallel_attention(layout, kind):
 
 
 def test_keys_shared_along_another_axis():
-    """Their gradients are summed over it; explicit axes and checked types."""
+    """Gradients of keys and values are summed over that axis, which is explicit."""
     devices = mesh("explicit", data=2, ring=4)
     args, (d_out, _) = attention_args((1, 16, 16, 4, 2, 8, 8))
     query = jnp.concatenate([args[0], 2 * args[0]], 2)
@@ -210,7 +210,7 @@ def test_memory_is_linear_in_the_sequence_over_the_devices():
 
 
 def scores(part, seq):
-    """How many logits a part has, counted by tiles of one."""
+    """Count the logits of a part, by tiles of one logit."""
     if part is None:
         return 0
     tiling = make_tiling(seq - part.first_query, part.end_key, part.diagonal, 1)
@@ -234,7 +234,7 @@ def test_zigzag_gives_every_device_the_same_work_in_every_step(devices, half):
         assert work[layout].sum() == tokens * (tokens + 1) // 2
     assert (work["zigzag"][:, 1:] == 2 * half**2).all()
     assert (work["zigzag"][:, 0] == 2 * half**2 + half).all()
-    # Every step waits for the slowest device, so it is the sum of these that counts.
+    # Every step waits for the slowest device, so the sum of slowest times counts.
     slowest = {layout: each.max(0).sum() for layout, each in work.items()}
     assert slowest["zigzag"] <= slowest["striped"] <= slowest["contiguous"]
 

@@ -30,12 +30,13 @@ from jaxkern import (
 from jaxkern.nn import MultiHeadAttention
 
 RING = P(None, "ring")
-# Of 64 tokens on 8 devices: half a shard, a pair's, four devices', more than there is.
+# For 64 tokens on 8 devices: half of a device's tokens, the tokens of two and of four
+# devices, and more tokens than there are.
 DILATION = Dilation([4, 16, 32, 100], [1, 2, 4, 8])
 
 
 def make_ring(devices, **options):
-    """The whole function of whole arrays, a device a part."""
+    """Return ring attention of whole arrays, which are split over so many devices."""
     ring = partial(ring_attention, axis_name="ring", **options)
     return jax.shard_map(ring, mesh=mesh(ring=devices), in_specs=RING, out_specs=RING)
 
@@ -51,7 +52,7 @@ def with_finite_lse(run):
 
 
 def compiled(ring, *shape) -> Any:
-    """The program of both passes over arrays of that shape."""
+    """Return the compiled program of both passes for arrays of that shape."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     run: Any = with_vjp(ring)
     return run.lower((x, x, x), x).compile()
@@ -138,7 +139,7 @@ def test_in_a_module_under_remat_scan_and_vmap():
 
 
 def sent(text):
-    """Of each message: who sends to whom, and how many numbers."""
+    """Yield the pairs (sender, receiver) and the array sizes of each message."""
     for line in text.splitlines():
         if re.search(r"= .*collective-permute(-start)?\(", line):
             shapes = re.findall(r"f32\[([\d,]*)\]", line.split("collective-permute")[0])

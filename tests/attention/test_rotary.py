@@ -19,7 +19,7 @@ SHAPE = (2, 7, 3, 10)
 
 
 def rotary_float64(x, positions, theta, pairs):
-    """Pair by pair, in NumPy."""
+    """Rotate pair by pair, in NumPy."""
     x = np.asarray(x).astype(np.float64)
     half = x.shape[-1] // 2
     positions = np.broadcast_to(np.asarray(positions, np.float64), x.shape[:2])
@@ -61,7 +61,7 @@ TURN = Decimal("6.28318530717958647692528676655900576839433879875021164194988918
 
 
 def rotated_ones(positions, theta, half):
-    """cos - sin and cos + sin of each pair's angle, reduced in 70 digits."""
+    """Return cos - sin and cos + sin of each pair's angle, reduced in 70 digits."""
     with localcontext(prec=70):
         frequencies = [Decimal(theta) ** (-Decimal(i) / half) for i in range(half)]
         angles = [[int(p) * f % TURN for f in frequencies] for p in positions]
@@ -75,7 +75,7 @@ INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("theta", [1e4, 0.5])
 def test_exact_at_any_position(dtype, theta):
-    """The float32 product of position and frequency would be off by whole turns."""
+    """A float32 product of position and frequency would be off by whole turns."""
     limits, wide = np.iinfo(dtype), dtype.endswith("64")
     between = np.random.default_rng(0).integers(limits.min, limits.max, 3, dtype)
     positions = np.array([limits.min, limits.max, *between, 2, 1, 0], dtype)

@@ -40,14 +40,14 @@ def finished(tmp_path_factory, text):
 
 @pytest.fixture
 def folder(tmp_path, finished):
-    """The folder of a run that has ended, to be damaged."""
+    """Return a copy of the folder of a finished run, which a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     losses = (folder / "losses.csv").read_text()
     assert len(losses.splitlines()) == 6
-    # As after a kill between the last step's losses and its checkpoint.
+    # This is left by a kill between the last step's losses and its checkpoint.
     shutil.rmtree(folder / "checkpoints" / "6")
     for file in (folder / "checkpoints" / "4").rglob("*"):
         if file.is_file():
@@ -139,7 +139,7 @@ def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
                 run("--text", text, *argv)
     assert files[0].read_bytes() == before[0] and not files[1].exists()
     assert not list(folder.glob("*.part"))
-    # Of what is there already no more room is needed: 4 more are never written.
+    # The disk needs no room for checkpoints that exist, so not for 4 more.
     files[1].write_bytes(before[1])
     free = sum(f.stat().st_size for f in (folder / "checkpoints" / "4").rglob("*"))
     disk = collections.namedtuple("disk", "free")(2 * free)
@@ -265,7 +265,7 @@ def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):
 
 
 def run_two(*argv):
-    """Two processes of two devices each; what they printed."""
+    """Run two processes with two devices each, and return what they printed."""
     command = [sys.executable, train_lm.__file__, *SMALL, *argv, "--distributed"]
     command += ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
     commands = [[*command, "--process", str(i)] for i in range(2)]
@@ -281,7 +281,7 @@ def test_two_processes_train_the_same_curve(tmp_path, text):
     assert "step" not in second and "held-out" not in second
     losses = np.loadtxt(theirs / "losses.csv")
     np.testing.assert_allclose(losses, np.loadtxt(ours / "losses.csv"), rtol=1e-5)
-    # Both read what both have written, and what another mesh has.
+    # Both processes read what both wrote, and one process on another mesh reads it too.
     shutil.rmtree(theirs / "checkpoints" / "6")
     assert "going on from step 4" in run_two(*argv)[0]
     np.testing.assert_array_equal(np.loadtxt(theirs / "losses.csv"), losses)
@@ -298,7 +298,7 @@ def test_comparison(tmp_path, text, capsys, monkeypatch):
     assert "6/6" in printed and "tokens/s" in printed
     rows = [line.split() for line in printed.splitlines()[-3:]]
     assert [row[0] for row in rows] == [*train_lm.MLPS]
-    # 3hm; 3r(h + m) with r = h/4; 2r(h + m) with r = h/2; beside them the same.
+    # 3hm; 3r(h + m) with r = h/4; 2r(h + m) with r = h/2; the rest is the same.
     rest = int(rows[0][1]) - 3 * 8 * 32
     assert [int(row[1]) - rest for row in rows[1:]] == [3 * 2 * 40, 2 * 4 * 40]
     assert all(float(row[4]) < 6 for row in rows)

@@ -138,11 +138,11 @@ def test_none_picks_the_kernel_where_one_device_has_the_arrays():
 
 
 def method_of(fn, *args, **options):
-    """The form of XLA that is in the program."""
+    """Return the name of the XLA method that is in the program."""
     text = str(
         jax.make_jaxpr(partial(fn, estimator="straight_through", **options))(*args)
     )
-    # Loops of "fused", and the barrier of "bmm".
+    # "fused" has loops, and "bmm" has a barrier.
     found = [name for name in ("scan[", "optimization_barrier") if name in text]
     return {"scan[": "fused", "optimization_barrier": "bmm"}["".join(found)]
 
@@ -156,7 +156,8 @@ def test_none_picks_the_method_of_the_device(monkeypatch):
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert of_matmul() == of_bilinear() == "bmm"
     assert of_matmul(method="fused") == "fused"
-    # The masked weights of the batch in 16 bits, up to an eighth of the memory.
+    # "bmm" is picked if the batch's masked weights, in 16 bits, take at most an eighth
+    # of the memory.
     monkeypatch.setattr(device, "memory_bytes", lambda: 8.0 * 2 * 2 * 64 * 64)
     assert of_matmul() == "bmm" and of_bilinear() == "fused"
     monkeypatch.setattr(device, "memory_bytes", lambda: 8.0 * 2 * 2 * 64 * 64 - 1)
@@ -173,7 +174,7 @@ def test_few_samples_are_split_and_many_take_large_tiles():
         MaskedTiles(128, 4),
         MaskedTiles(64, 8),
     ]
-    # Parts of whole steps alone.
+    # Parts have whole steps only, and seven steps have no halves.
     assert product.choose_tiles(1, 256, 7 * 64, 64, 4.0).splits == 1
 
 

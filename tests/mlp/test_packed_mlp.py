@@ -27,7 +27,10 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 
 def make(size, dtype) -> Any:
-    """x, and two pairs of pruned factors: (tokens, d_in, hidden, rank, other rank)."""
+    """Return x and two pairs of pruned factors, dense and packed.
+
+    size: (tokens, d_in, hidden, rank of up, rank of down).
+    """
     tokens, d_in, hidden, rank, other = size
     weights = (
         *pair(10, d_in, rank, hidden, dtype),
@@ -109,7 +112,7 @@ def test_a_kernel_is_four_and_is_picked_for_many_tokens(monkeypatch):
     named = partial(run, implementation="mosaic_gpu")
     assert len(lower(named, (x, *arrays))) == 4
     monkeypatch.setattr(packed_mlp, "PACKED_RELU2_TOKENS", 70)
-    # A function of its own, as JAX keeps what it has traced.
+    # A new function, because JAX keeps traces by function.
     assert len(lower(lambda *args: run(*args), (x, *arrays))) == 4
     assert lower(run, (x[1:], *arrays)) == []
 
@@ -139,9 +142,9 @@ def test_pruned_module(dtype):
     np.testing.assert_array_equal(*to_float64((pruned(x), expected)))
     graph, state = nnx.split(pruned)
     again = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
-    # Fused, the activation need not be rounded.
+    # A fused activation need not be rounded.
     assert_near(again, expected, 1e-5 if dtype is None else 2**-6)
-    # No weight learns, and there are 9/16 of the bytes, or in 32 bits 17/32.
+    # No weight is trained, and 9/16 of the bytes are left, or 17/32 in 32 bits.
     assert not jax.tree.leaves(nnx.state(pruned, nnx.Param))
     sizes = [a.nbytes for a in jax.tree.leaves(nnx.state(pruned))]
     dense = sum(w.size for w in factors) * jnp.dtype(dtype or jnp.float32).itemsize
@@ -238,6 +241,6 @@ def test_refusals(call, error, message):
 
 
 def test_a_packed_weight_is_a_tree():
-    """As checkpoints and `jit` take it."""
+    """Checkpoints and `jax.jit` take it as one."""
     leaves, tree = jax.tree.flatten(PACKED[0])
     assert dataclasses.astuple(tree.unflatten(leaves))[2] == 8

@@ -34,7 +34,7 @@ def build(seed=0, **options) -> Any:
 
 
 def randomize(module) -> Any:
-    """Biases and norms that are not zeros and ones."""
+    """Add noise, so that biases are not 0 and scales of norms are not 1."""
     leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
     noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -144,7 +144,7 @@ def test_every_parameter_has_a_gradient(options):
 
     for name, gradient in flat_parameters(gradients(module)).items():
         assert np.isfinite(gradient).all(), name
-        # What is added to all keys alike changes no weight.
+        # A bias that all keys have does not change the softmax.
         if name != ("key_norm.bias" if "qk_norm" in options else "key.bias"):
             assert (abs(gradient).reshape(len(gradient), -1).sum(-1) > 1e-4).all(), name
 
@@ -220,12 +220,12 @@ def test_options_of_the_function_come_bound_or_with_the_call():
     np.testing.assert_array_equal(bound(x), expected)
     with pytest.raises(TypeError, match="unexpected keyword argument 'window'"):
         build()(x, window=3)
-    # One that knows no is_causal is not given any.
+    # A function without the argument is_causal is not given it.
     assert build(attention_fn=lambda q, k, v: v)(x).shape == x.shape
 
 
 def test_inside_shard_map():
-    """As with `ring_attention`: the module sees a shard, its function the axis."""
+    """As with `ring_attention`, the module sees a shard and its function the axis."""
     mesh = make_mesh(seq=4)
 
     def gather_keys(query, key, value):

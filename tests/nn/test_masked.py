@@ -34,7 +34,7 @@ def linear(**options: Any) -> Any:
 
 
 def linear_of(d_in, d_out) -> Any:
-    """No weight is on."""
+    """Return a layer whose masks are all off."""
     zeros = nnx.initializers.zeros_init()
     options: Any = {"initial_logit": 0.0, "kernel_init": zeros, "use_bias": False}
     return MaskedLinear(d_in, d_out, rngs=nnx.Rngs(0), **options)
@@ -50,7 +50,7 @@ LOGITS = ("left_logits", "right_logits", "down_logits")
 
 
 def randomize(module) -> Any:
-    """Logits of both signs, biases that are not 0."""
+    """Draw logits of both signs, and biases that are not 0."""
     leaves, tree = jax.tree.flatten(nnx.state(module))
     noise = [normal(i, x.shape, x.dtype) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -195,7 +195,7 @@ def test_sparsity_by_logits_and_in_total():
     assert {name: float(totals[name]) for name in names} == dict(
         zip(names, (0.0, 1.0, 0.5), strict=True)
     )
-    # Own masks beside shared ones, and another number of them.
+    # Modules with three masks and with two, beside those whose mask all samples share.
     nested.append(linear(num_masks=3, initial_logit=0.0))
     np.testing.assert_allclose(mask_sparsity(nested)["total"], [2 / 3] * 3, rtol=1e-6)
     nested.append(linear(num_masks=2))

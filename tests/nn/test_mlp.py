@@ -68,7 +68,7 @@ def test_the_gradient_of_the_sparsity_is_passed_on(gradient):
 
 
 def test_parameter_counts_are_the_published_ones():
-    # 60M of the study: hidden 512, intermediate 1376, rank 128.
+    # The study's model of 60M parameters: hidden 512, intermediate 1376, rank 128.
     h, m, r, rngs = 512, 1376, 128, nnx.Rngs(0)
     assert parameter_count(SwiGLU(h, m, rngs=rngs)) == 3 * h * m
     assert parameter_count(LowRankSwiGLU(h, m, rank=r, rngs=rngs)) == 3 * r * (h + m)
@@ -223,7 +223,7 @@ def test_from_full_rank_is_exact_where_the_weights_have_that_rank():
 
 @pytest.mark.parametrize("scale", [1e-22, 1e20])
 def test_reported_errors_are_free_of_scale(scale):
-    """Squares of such weights vanish or overflow."""
+    """Squares of such weights underflow or overflow in float32."""
     kernel = normal(0, (EMBED, MLP), scale=EMBED**-0.5)
     layer = LowRankLinear(EMBED, MLP, rank=2, rngs=nnx.Rngs(0))
     expected = layer.approximate(kernel)

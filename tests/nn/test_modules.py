@@ -1,4 +1,4 @@
-"""What holds for every module."""
+"""Properties that every module has."""
 
 import pickle
 from functools import partial
@@ -25,7 +25,7 @@ LM: dict[str, Any] = {
 LM |= {"num_heads": 2, "hidden_dim": 12}
 FEATURES, IDS = (8, 16), (8,)
 
-# Each module, its sizes, what else it is made with, and the shape of a sample of it.
+# Each module, its sizes, its other options, and the shape of one sample of its input.
 MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "MultiHeadAttention": (
         nn.MultiHeadAttention,
@@ -112,17 +112,17 @@ EACH = pytest.mark.parametrize(
 
 
 def structure(make):
-    """Graph and shapes, of which nothing is computed."""
+    """Return the graph and the abstract state of a module; nothing is computed."""
     return nnx.split(nnx.eval_shape(make))
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @EACH
 def test_equal_modules_have_equal_graphs(module, sizes, options, sample):
-    """What is compiled for one runs the other, whatever integers name its sizes."""
+    """So a program of one runs the other, also if sizes are NumPy's integers."""
     graph, state = structure(lambda: module(**sizes, **options(), rngs=nnx.Rngs(0)))
     for kind in (int, np.int8, np.uint8):
-        # Four times embed_dim is no int8.
+        # Products of sizes exceed int8.
         given = {name: kind(size) for name, size in sizes.items()}
         other = structure(lambda g=given: module(**g, **options(), rngs=nnx.Rngs(1)))
         assert other[0] == graph and hash(other[0]) == hash(graph)
@@ -151,7 +151,7 @@ def test_wrong_options_of_parameters(module, sizes, options, sample):
 @EACH
 def test_no_samples(module, sizes, options, sample):
     graph, state = nnx.split(module(**sizes, **options(), rngs=nnx.Rngs(0)))
-    shape = (0, *sample) if sample else (sizes["num_heads"], 0, sizes["dim"])
+    shape = (0, *sample) if sample else (sizes["num_heads"], 0, sizes["head_dim"])
     x = jnp.zeros(shape, int if sample == IDS else float)
 
     @jax.jit
@@ -184,7 +184,7 @@ def test_partials_are_equal_where_function_and_arguments_are():
         held(mask=mask),
     ):
         assert nnx.graphdef(one) != nnx.graphdef(other)
-    # It is a partial still, as users see it and as pickle keeps it.
+    # Users still see a partial, and pickle keeps it.
     assert isinstance(one.attention_fn, partial) and one.attention_fn.func is attend
     built = nn.MultiHeadAttention(16, 2, is_causal=True, rngs=nnx.Rngs(0)).attention_fn
     assert pickle.loads(pickle.dumps(built)) == built

@@ -62,7 +62,7 @@ def rotate(x, pairs):
 
 
 def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
-    """The equations, sample by sample where there are masks (layer, name)."""
+    """The model's equations; `masks[layer, name]` has a mask for each sample."""
 
     def normed(x, weight):
         scale = jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23)
@@ -177,7 +177,7 @@ def test_causal():
 
 
 def test_positions_count_only_by_their_difference():
-    """So padding in front, which no query sees, changes nothing."""
+    """Therefore padding in front, which no query sees, changes nothing."""
     model = randomize(build())
     padded = jnp.concatenate([IDS[:, :3], IDS], axis=1)
     key_mask = jnp.arange(SEQ + 3) >= 3

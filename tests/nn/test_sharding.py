@@ -1,4 +1,4 @@
-"""Language models on meshes: where parameters lie, and that it changes nothing."""
+"""Language models on meshes: how parameters are split, and that results are equal."""
 
 from functools import cache, partial
 from typing import Any
@@ -113,7 +113,7 @@ def test_masks():
 
 
 def test_parameters_and_optimizer_state_are_sharded():
-    """Each device has its part of every matrix, made there."""
+    """Each device makes its own part of every matrix."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     optimizer = optax.adamw(1e-3)
 
@@ -144,7 +144,7 @@ def test_axes_without_a_place():
     mesh = explicit_or_automatic("explicit", fsdp=8)
     specs = [s.spec for s in jax.tree.leaves(get_sharding(state, mesh))]
     assert P(None, "fsdp") in specs and P(None, "fsdp", None) in specs
-    # Of two axes that want one place the first has it.
+    # The first of two axes that have the same mesh axis gets it.
     heads = partial(MultiHeadMLP, num_heads=2, gated=True)
     model = TransformerLM(VOCAB, CONTEXT, **SIZES, mlp=heads, rngs=nnx.Rngs(0))
     places = pure(get_sharding(nnx.state(model), make_mesh(tensor=2, fsdp=4)))
@@ -155,7 +155,7 @@ def test_axes_without_a_place():
 
 
 def test_explicit_axes():
-    """As `jax.make_mesh` makes them by default."""
+    """`jax.make_mesh` makes explicit axes by default."""
     mesh = explicit_or_automatic("explicit", data=2, fsdp=2, tensor=2)
     graph, state = nnx.split(build("scanned"))
     placed = jax.device_put(state, get_sharding(state, mesh))
@@ -220,7 +220,7 @@ def test_refused_meshes(sizes, message):
 
 
 def test_refusals():
-    """Before anything is computed."""
+    """All errors are raised before anything is computed."""
     with pytest.raises(ValueError, match="num_heads must be a mult.* of tensor=8, got"):
         build("scanned", make_mesh(tensor=8))
     with pytest.raises(ValueError, match="num_kv_heads must be a m.* of tensor=4, got"):

@@ -50,7 +50,7 @@ def batch(seed=0, shape=(2, SEQ), vocab=VOCAB) -> Any:
 
 
 def randomize(module) -> Any:
-    """Norms that are not ones."""
+    """Add noise, so that scales of norms are not 1."""
     leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
     noise = [x + 0.1 * normal(i, x.shape, x.dtype) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -62,7 +62,7 @@ def pure(state) -> Any:
 
 
 def compiled(model, **options) -> Any:
-    """Loss and gradients as one program of tokens, targets and what is `where`."""
+    """Return a program from tokens, targets and `where` to loss and gradients."""
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -133,7 +133,7 @@ def test_values_and_gradients():
 
 
 def chance(vocab, embed_dim):
-    """Expected loss of normal logits as the head starts."""
+    """Return the expected loss of an initial head, whose logits are normal."""
     return np.log(vocab) + embed_dim / (embed_dim + vocab)
 
 
@@ -163,7 +163,7 @@ def test_no_token_sees_a_later_one(options):
 
 
 def test_positions():
-    """Only distances count, and those given are those used."""
+    """Only distances between positions count, and given positions are used."""
     model, (tokens, _) = build(), batch()
     at = jnp.arange(SEQ)
     expected = model(tokens)
@@ -228,7 +228,7 @@ def test_initial_loss_is_that_of_chance():
 
 
 def unstack(state):
-    """Of the unrolled model, from that of the scanned one."""
+    """Convert the state of a scanned model to that of an unrolled one."""
     layers, count = state["layers"], SIZES["num_layers"]
     each = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
     return state | {"layers": each}
@@ -382,7 +382,7 @@ def test_options_reach_the_attention():
 
 
 def test_ring_attention_inside_shard_map():
-    """Tokens in another order, each device with its part, positions as they were."""
+    """Tokens are permuted and split among devices, and keep their positions."""
     mesh = make_mesh(context=4)
     ring = partial(ring_attention, axis_name="context", layout="striped")
     model, (tokens, targets) = build(attention_fn=ring, num_layers=1), batch()
@@ -433,7 +433,7 @@ def test_sharded_by_its_own_metadata_equals_one_device():
 
 
 def test_the_rotation_is_the_interleaved_one():
-    """By what the attention is called with."""
+    """A spy sees the query and key that the attention gets."""
     seen = {}
 
     def spy(query, key, value):

@@ -1,4 +1,4 @@
-"""`compile_for`: what it reads of the compiler, what it refuses, and one kernel."""
+"""`compile_for`: what it reads from the compiler, and what it refuses."""
 
 import dataclasses
 
@@ -158,7 +158,7 @@ def test_packages_are_found_in_the_named_folder(monkeypatch, tmp_path):
 
 
 def times(factor, comment):
-    """A kernel as its source says, after so many lines of comment."""
+    """Return a kernel whose source follows so many lines of comment."""
     source = """
 def kernel(x_gmem, y_gmem):
     y_gmem[...] = factor * x_gmem[...]

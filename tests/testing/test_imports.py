@@ -1,11 +1,11 @@
-"""`import jaxkern` brings nothing that only tests need."""
+"""`import jaxkern` imports nothing that only tests need."""
 
 import subprocess
 import sys
 
 
 def test_the_library_imports_neither_testing_nor_the_emulator():
-    """And `jaxkern.testing` imports the emulator only where it is asked for."""
+    """`jaxkern.testing` imports the emulator only when it is used."""
     code = """
 import sys, jaxkern
 assert "jaxkern.testing" not in sys.modules

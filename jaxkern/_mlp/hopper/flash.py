@@ -326,7 +326,7 @@ class _Forward:
         return pl.run_scoped(run, *[tile for _ in xs])
 
     def _add(self, y, z, steps: WalkedSteps, i):
-        """Return y plus step i's hidden features, from z, times their rows of w2."""
+        """Add to y the hidden features of step i, made of z, times their rows of w2."""
         hidden = _hidden(self.activation, z).astype(self.dtype)
         return add_dots(y, (hidden, steps.wait(self.ups, i)))
 

@@ -1,4 +1,4 @@
-"""Products with a mask for each sample."""
+"""Products of weights with a mask for each sample."""
 
 import jax.numpy as jnp
 
@@ -19,7 +19,7 @@ def masked_bilinear(x, weights, masks, biases):
 
     $$y = (z_1 \odot z_2)\, W_3 + b_3, \quad z_i = x\, W_i + b_i$$
 
-    with $W_i = w_i \odot m_i$ as in `masked_matmul`.
+    where $W_i = w_i \odot m_i$ as in `masked_matmul`.
     """
 
     def affine(features, i):

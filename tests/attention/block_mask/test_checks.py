@@ -199,6 +199,6 @@ MAKERS = {
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32])
 @pytest.mark.parametrize("name", MAKERS)
 def test_sizes_of_any_integer(name, dtype):
-    """Some cannot be negated, others not multiplied by the number of blocks."""
+    """Unsigned sizes cannot be negated, and products of narrow ones overflow."""
     got, expected = MAKERS[name](dtype), MAKERS[name](int)
     np.testing.assert_array_equal(got.to_dense(), expected.to_dense())

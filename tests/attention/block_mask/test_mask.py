@@ -30,14 +30,14 @@ sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 
 
 def each_size_and(name, first, *others):
-    """Every size with the first value, and one size with each other one."""
+    """Parametrize all sizes with the first value, and one size with all others."""
     cases = {f"{size}-{first}": (SIZES[size], first) for size in SIZES}
     cases |= {f"ragged-{value}": (SIZES["ragged"], value) for value in others}
     return pytest.mark.parametrize(f"size, {name}", cases.values(), ids=cases)
 
 
 def states_of(dense, block_size):
-    """0, 1, 2 for empty, partial and full blocks; what lies past an end is False."""
+    """Return 0, 1, 2 for empty, partial, full blocks; dense is False past its end."""
     *leading, rows, columns = dense.shape
     past = [(0, 0)] * len(leading) + [(0, -n % block_size) for n in (rows, columns)]
     padded = np.pad(dense, past)
@@ -79,7 +79,7 @@ def test_local_window(size, window):
 
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 7), (12, 9), (7, 12)])
 def test_states_at_every_edge(lengths):
-    """Bands and first tokens with which a block is full, or empty, by one token."""
+    """In bands and first tokens, one token decides if a block is full, or empty."""
     (seq_q, seq_kv), (q, k) = lengths, positions(lengths)
     for lower, upper in itertools.product((None, *range(-9, 3)), (None, *range(-2, 9))):
         if lower is not None and upper is not None and lower > upper:
@@ -99,7 +99,7 @@ def test_states_at_every_edge(lengths):
         np.testing.assert_array_equal(got, expected)
 
 
-# 2**31 and more do not fit in 32 bits, and are what users write for "no limit".
+# Users write such numbers for "no limit"; from 2**31 on they do not fit in 32 bits.
 @pytest.mark.parametrize("large", [2**31 - 1, 2**31, 2**63])
 def test_numbers_beyond_32_bits_are_no_limit(large):
     q, k = positions((10, 7))
@@ -154,7 +154,7 @@ def test_global_local(size, both):
         *size[:2], global_tokens=tokens, window=window, block_size=size[2]
     )
     expected = (abs(q - k) <= window) | (q < tokens) | (k < tokens)
-    # A block that needs both parts to be full counts as partial.
+    # A block that is full only by both parts together counts as partial.
     assert_is(mask, expected, exact_lists=False)
     got = states_listed(mask) > 0
     np.testing.assert_array_equal(got[0, 0], states_of(expected, size[2]) > 0)
@@ -304,7 +304,7 @@ def test_a_mask_fn_that_ignores_its_arguments():
 
 
 def test_a_mask_fn_is_given_columns_of_queries_and_rows_of_keys():
-    """Wherever it is asked, so that what a user's function broadcasts is the same."""
+    """All calls have these shapes, so that users' functions always broadcast alike."""
     asked = set()
 
     def fn(b, h, q, k):
@@ -457,7 +457,7 @@ def test_equal_patterns_share_one_compiled_program():
 def test_a_million_tokens(build, most_bytes):
     start = time.perf_counter()
     mask = build(2**20)
-    # 0.03 to 0.2 s where nothing else runs.
+    # It takes 0.03 to 0.2 s on an idle machine.
     assert time.perf_counter() - start < 5
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(mask)) <= most_bytes
 

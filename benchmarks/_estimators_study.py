@@ -89,7 +89,9 @@ def rloo(loss: Loss, logits: jax.Array, key: jax.Array, samples: int = 4) -> jax
 
 
 GRADIENTS: dict[str, Gradient] = {
-    "seed_reinmax": by(jaxkern.seed_reinmax, drawn=False),
+    "seed_reinmax": by(
+        partial(jaxkern.straight_through, derivative="one_plus_sigmoid"), drawn=False
+    ),
     "straight_through": by(jaxkern.straight_through, drawn=False),
     "straight_through, drawn": by(jaxkern.straight_through),
     "straight_through, drawn, sigmoid": by(

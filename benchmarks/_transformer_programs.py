@@ -21,6 +21,7 @@ from jaxkern.nn import (
     TransformerLM,
     get_sharding,
     make_mesh,
+    parse_mesh_sizes,
 )
 from jaxkern.testing.plain import transformer as definitions
 
@@ -79,7 +80,7 @@ MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
     "2:4-static": lambda size: partial(
         LowRankReLU2, rank=size.d_model // 4, sparsity="2:4-static"
     ),
-    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads),
+    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads, gated=True),
 }
 
 
@@ -110,7 +111,12 @@ class Task:
     def model(self, layers: Layers) -> TransformerLM:
         size = self.size
         return TransformerLM(
-            *(VOCAB, self.context, size.d_model, size.layers, size.heads, size.d_ff),
+            VOCAB,
+            self.context,
+            embed_dim=size.d_model,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            hidden_dim=size.d_ff,
             attention_fn=ATTENTION[self.attention](self.context),
             mlp=MLP[self.mlp](size),
             dtype=jnp.dtype(self.dtype),
@@ -121,7 +127,9 @@ class Task:
         )
 
     def make_mesh(self) -> jax.sharding.Mesh | None:
-        return None if self.mesh is None else make_mesh(self.mesh)
+        if self.mesh is None:
+            return None
+        return make_mesh(**parse_mesh_sizes(self.mesh))
 
     def state(self, layers: Layers) -> Any:
         """Of the model, made where it lies."""

@@ -202,7 +202,9 @@ def masked_cases() -> Cases:
     }
     gradients["straight_through"] = jnp.float32, {"dmask": (True, False)}
     sloped = {label: all_three[label] for label in ("dmask", "dmask dw")}
-    gradients |= {kind: (jnp.float32, sloped) for kind in ("seed_reinmax", "reinmax")}
+    gradients |= {
+        kind: (jnp.float32, sloped) for kind in ("one_plus_sigmoid", "reinmax")
+    }
     for kind, (dtype, wanted) in gradients.items():
         made = jnp.float32 if kind == "bits" else dtype
         for label, (mask, w) in wanted.items():

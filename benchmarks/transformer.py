@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern.nn import make_mesh
+from jaxkern.nn import make_mesh, parse_mesh_sizes
 
 from . import _transformer_memory as memory
 from . import _transformer_report as report
@@ -206,7 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What it cannot share is refused before anything is computed."""
     try:
-        make_mesh(args.mesh)
+        make_mesh(**parse_mesh_sizes(args.mesh))
         for case in make_cases(args):
             row: Any = case.build
             row.args[0].trace(args.layers)

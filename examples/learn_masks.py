@@ -30,14 +30,18 @@ STEPS, MASK_STEPS = 900, 150
 PRICES = (1.0, 10.0, 100.0)
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
     "straight_through": jaxkern.straight_through,
-    "seed_reinmax": jaxkern.seed_reinmax,
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
     "binary_concrete": partial(jaxkern.binary_concrete, temperature=0.5),
 }
 # These draw masks while they learn, and start where few weights are off.
 DRAWN = ("reinmax", "binary_concrete")
 INITIAL, INITIAL_DRAWN = 1.0, 3.0
-model_of = partial(QuadraticTransformer, VOCAB, EMBED, HEADS, LAYERS)
+model_of = partial(
+    QuadraticTransformer, VOCAB, EMBED, num_heads=HEADS, num_layers=LAYERS
+)
 
 
 def sequences(key: jax.Array, count: int) -> jax.Array:

@@ -62,7 +62,7 @@ class CharacterModel(nnx.Module):
     def __init__(self, mlp, *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCAB, EMBED, rngs=rngs)
         self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
-        self.mlp: LowRankReLU2 = mlp(FEATURES, HIDDEN, RANK, rngs=rngs)
+        self.mlp: LowRankReLU2 = mlp(FEATURES, HIDDEN, rank=RANK, rngs=rngs)
         self.head = nnx.Linear(FEATURES, VOCAB, rngs=rngs)
 
     def mlp_input(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:

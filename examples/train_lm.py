@@ -44,9 +44,11 @@ HELD_OUT = 0.05
 EVALUATIONS = 8
 KEPT_CHECKPOINTS = 3
 MLPS = {
-    "swiglu": lambda d_model: None,
-    "low-rank": lambda d_model: partial(nn.LowRankSwiGLU, rank=d_model // 4),
-    "2:4": lambda d_model: partial(nn.LowRankReLU2, rank=d_model // 2, sparsity="2:4"),
+    "swiglu": lambda embed_dim: None,
+    "low-rank": lambda embed_dim: partial(nn.LowRankSwiGLU, rank=embed_dim // 4),
+    "2:4": lambda embed_dim: partial(
+        nn.LowRankReLU2, rank=embed_dim // 2, sparsity="2:4"
+    ),
 }
 # What may change from run to run of one folder.
 HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
@@ -60,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=400)
     add("--context", type=int, default=128)
     add("--batch", type=int, default=16)
-    add("--d-model", type=int, default=128)
+    add("--embed-dim", type=int, default=128)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
     add("--mlp", choices=[*MLPS], default="swiglu")
@@ -84,7 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What would fail late is refused at once."""
-    for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
+    for name in ("steps", "context", "batch", "embed_dim", "layers", "heads", "every"):
         least = 2 if name == "context" else 1  # one half to write on from
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -170,11 +172,11 @@ def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.Transfor
     return nn.TransformerLM(
         vocab_size=256,
         context_length=args.context,
-        d_model=args.d_model,
+        embed_dim=args.embed_dim,
         num_layers=args.layers,
         num_heads=args.heads,
-        d_ff=4 * args.d_model,
-        mlp=MLPS[args.mlp](args.d_model),
+        hidden_dim=4 * args.embed_dim,
+        mlp=MLPS[args.mlp](args.embed_dim),
         mesh=mesh,
         rngs=nnx.Rngs(args.seed),
     )
@@ -229,7 +231,8 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
 def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Any]:
     """The mesh and the programs; what cannot be built ends the run with its reason."""
     try:
-        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
+        sizes = args.mesh or f"data={jax.device_count()}"
+        mesh = nn.make_mesh(**nn.parse_mesh_sizes(sizes))
         return mesh, make_programs(args, mesh)
     except ValueError as error:
         sys.exit(str(error))

@@ -15,7 +15,6 @@ from ._masked.estimators import binary_concrete as binary_concrete
 from ._masked.estimators import gumbel_softmax as gumbel_softmax
 from ._masked.estimators import reinmax as reinmax
 from ._masked.estimators import reinmax_categorical as reinmax_categorical
-from ._masked.estimators import seed_reinmax as seed_reinmax
 from ._masked.estimators import straight_through as straight_through
 from ._masked.masked import masked_bilinear as masked_bilinear
 from ._masked.masked import masked_matmul as masked_matmul
@@ -62,7 +61,6 @@ __all__ = [
     "ring_attention",
     "ring_permutation",
     "rotary_embedding",
-    "seed_reinmax",
     "sparsify_2_4",
     "straight_through",
     "swiglu",

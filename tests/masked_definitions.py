@@ -1,5 +1,6 @@
 """Masked products twice over: by hand in float64 NumPy, and as one writes them."""
 
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -12,7 +13,6 @@ from jaxkern import (
     masked_bilinear,
     masked_matmul,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked.masked import Method
@@ -21,12 +21,13 @@ from jaxkern.testing import plain as definitions
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 METHODS = get_args(Method)
 KEY = jax.random.key(7)
+one_plus_sigmoid = partial(straight_through, derivative="one_plus_sigmoid")
 # (batch, seq, d_in, d_out or hidden, d_out)
 SIZES = [(3, 5, 7, 11, 4), (1, 1, 1, 1, 1), (5, 2, 8, 3, 6)]
 # Of a mask by its logits, for each estimator without a key.
 SLOPES = {
     straight_through: np.ones_like,
-    seed_reinmax: lambda x: 1 + sigmoid(x) * sigmoid(-x),
+    one_plus_sigmoid: lambda x: 1 + sigmoid(x) * sigmoid(-x),
     reinmax: lambda x: sigmoid(-abs(x)) / 2,
 }
 

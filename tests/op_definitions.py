@@ -216,7 +216,6 @@ OPS = {
     "straight_through drawn": case(
         partial(jaxkern.straight_through, key=KEY), (X,), "d-t"
     ),
-    "seed_reinmax": case(jaxkern.seed_reinmax, (X,), "d-t", manual="d-t >d-t"),
     "reinmax": case(partial(jaxkern.reinmax, key=KEY), (X,), "d-t"),
     "binary_concrete": case(partial(jaxkern.binary_concrete, key=KEY), (X,), "d-t"),
     "gumbel_softmax": case(
@@ -324,28 +323,52 @@ OPS = {
 # Inputs of modules, (batch, ..., features) but for one of heads and of tokens.
 MODULES = {
     "Bilinear": (partial(nn.Bilinear, 16, 16), X),
-    "FlashMLP": (partial(nn.FlashMLP, 4, 8, 16, gated=True), HEADS, "-d-", "-dt"),
-    "LongNet": (partial(nn.LongNet, 16, 2, 1, **DILATED), normal(20, (4, 16, 16))),
-    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, 4), X),
-    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, 4, sparsity="2:4"), X),
-    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, 4), X),
+    "FlashMLP": (
+        partial(nn.FlashMLP, 4, 8, hidden_dim=16, gated=True),
+        HEADS,
+        "-d-",
+        "-dt",
+    ),
+    "LongNet": (
+        partial(nn.LongNet, 16, 2, num_layers=1, **DILATED),
+        normal(20, (4, 16, 16)),
+    ),
+    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
+    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4, sparsity="2:4"), X),
+    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "MaskedBilinear": (partial(nn.MaskedBilinear, 16, 16, num_masks=4), X),
     "MaskedLinear": (partial(nn.MaskedLinear, 16, 16, num_masks=4), X),
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 4, num_kv_heads=2), X),
-    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 8, 4), X),
+    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 8, num_heads=4), X),
     "PackedReLU2": (
-        lambda rngs: nn.LowRankReLU2(16, 16, 4, rngs=rngs).prune_2_4()[0],
+        lambda rngs: nn.LowRankReLU2(16, 16, rank=4, rngs=rngs).prune_2_4()[0],
         X,
     ),
     "QuadraticTransformer": (
-        partial(nn.QuadraticTransformer, 16, 16, 2, 1, masked_layers=[0]),
+        partial(
+            nn.QuadraticTransformer,
+            16,
+            16,
+            num_heads=2,
+            num_layers=1,
+            masked_layers=[0],
+        ),
         TOKENS,
         "d-",
         "d-",
     ),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
     "TransformerLM": (
-        partial(nn.TransformerLM, 16, 8, 16, 1, 4, 16, scan_layers=False),
+        partial(
+            nn.TransformerLM,
+            16,
+            8,
+            embed_dim=16,
+            num_layers=1,
+            num_heads=4,
+            hidden_dim=16,
+            scan_layers=False,
+        ),
         TOKENS,
         "d-",
         "dt",

@@ -108,7 +108,6 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "rotary_embedding": (jaxkern.rotary_embedding, (QUERY,)),
     "cross_entropy": (lose, (X, SQUARE)),
     "straight_through": (jaxkern.straight_through, (X,)),
-    "seed_reinmax": (jaxkern.seed_reinmax, (X,)),
     "reinmax": (jaxkern.reinmax, (X,)),
     "binary_concrete": (partial(jaxkern.binary_concrete, key=KEY), (X,)),
     "gumbel_softmax": (partial(jaxkern.gumbel_softmax, key=KEY), (X,)),
@@ -145,22 +144,24 @@ RNGS: dict[str, Any] = {"rngs": nnx.Rngs(0)}
 LM: dict[str, Any] = {
     "vocab_size": 16,
     "context_length": 8,
-    "d_model": 16,
+    "embed_dim": 16,
     "num_layers": 2,
     "num_heads": 2,
-    "d_ff": 16,
+    "hidden_dim": 16,
 }
 IDS = jnp.arange(32).reshape(8, 4) % 16
 
 
 def prune():
-    pruned, _ = nn.LowRankReLU2(16, 16, 4, **RNGS).prune_2_4()
+    pruned, _ = nn.LowRankReLU2(16, 16, rank=4, **RNGS).prune_2_4()
     assert isinstance(pruned.values["up_in"], nn.PackedWeight)
     return pruned
 
 
 def place():
-    model = nn.TransformerLM(**LM, mesh=nn.make_mesh("fsdp=4,tensor=2"), **RNGS)
+    model = nn.TransformerLM(
+        **LM, mesh=nn.make_mesh(**nn.parse_mesh_sizes("fsdp=4,tensor=2")), **RNGS
+    )
     assert model.mesh is not None
     places = nn.get_sharding(nnx.state(model), model.mesh, nn.SHARDING_RULES)
     nnx.update(model, jax.device_put(nnx.state(model), places))
@@ -186,24 +187,28 @@ def mask():
 # Each name of `jaxkern.nn`, a module that is it or uses it, and an input.
 MODULES: dict[str, tuple[Any, jax.Array]] = {
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 2), SAMPLES),
-    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, 4), X),
-    "LongNet": (partial(nn.LongNet, 16, 2, 1, **DILATED), SAMPLES),
+    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
+    "LongNet": (partial(nn.LongNet, 16, 2, num_layers=1, **DILATED), SAMPLES),
     "Bilinear": (partial(nn.Bilinear, 16, 16), X),
     "MaskedBilinear": (partial(nn.MaskedBilinear, 16, 16, num_masks=2), SAMPLES),
     "MaskedLinear": (mask, SAMPLES),
     "MaskLogits": (mask, SAMPLES),
     "mask_sparsity": (mask, SAMPLES),
-    "FlashMLP": (partial(nn.FlashMLP, 2, 16, 16), SAMPLES),
-    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, 4), X),
-    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, 4), X),
+    "FlashMLP": (partial(nn.FlashMLP, 2, 16, hidden_dim=16), SAMPLES),
+    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4), X),
+    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
-    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, 2), X),
+    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
     "PackedReLU2": (prune, X),
     "PackedWeight": (prune, X),
-    "QuadraticTransformer": (partial(nn.QuadraticTransformer, 16, 16, 2, 1), IDS),
+    "QuadraticTransformer": (
+        partial(nn.QuadraticTransformer, 16, 16, num_heads=2, num_layers=1),
+        IDS,
+    ),
     "SHARDING_RULES": (place, IDS),
     "get_sharding": (place, IDS),
     "make_mesh": (place, IDS),
+    "parse_mesh_sizes": (place, IDS),
     "KVCache": (decode, IDS),
     "TransformerLM": (decode, IDS),
 }

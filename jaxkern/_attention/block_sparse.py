@@ -170,7 +170,7 @@ def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | N
 def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(
-            f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
+            f"{op}: mask must be a BlockMask, such as BlockMask.causal(seq_q, seq_kv) "
             f"or BlockMask.from_dense(mask), got {kind_of(mask)}"
         )
     batch, seq_q, heads, _ = query.shape
@@ -303,7 +303,7 @@ def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..
     size = mask.block_size
     q = i * size + jnp.arange(size)[:, None]
     k = j * size + jnp.arange(size)[None]
-    return mask.mask_fn(b, h, q, k) & (k < mask.kv_len)
+    return mask.mask_fn(b, h, q, k) & (k < mask.seq_kv)
 
 
 def _key_head(h: Any, queries: jax.Array, keys: jax.Array) -> Any:

@@ -19,6 +19,7 @@ from ._quadratic import QuadraticTransformer as QuadraticTransformer
 from ._sharding import SHARDING_RULES as SHARDING_RULES
 from ._sharding import get_sharding as get_sharding
 from ._sharding import make_mesh as make_mesh
+from ._sharding import parse_mesh_sizes as parse_mesh_sizes
 from ._transformer import KVCache as KVCache
 from ._transformer import TransformerLM as TransformerLM
 
@@ -44,4 +45,5 @@ __all__ = [
     "get_sharding",
     "make_mesh",
     "mask_sparsity",
+    "parse_mesh_sizes",
 ]

@@ -36,7 +36,7 @@ class LongNetBlock(nnx.Module):
         embed_dim: int,
         num_heads: int,
         *,
-        hidden_features: int,
+        hidden_dim: int,
         segment_lengths: Sequence[int],
         dilation_rates: Sequence[int],
         is_causal: bool,
@@ -68,13 +68,13 @@ class LongNetBlock(nnx.Module):
         self.mlp_norm = nnx.LayerNorm(embed_dim, **dtypes)
         self.up = linear(
             embed_dim,
-            hidden_features,
+            hidden_dim,
             kernel_metadata=axis_metadata("embed", "mlp"),
             bias_metadata=axis_metadata("mlp"),
         )
-        self.hidden_norm = nnx.LayerNorm(hidden_features, **dtypes)
+        self.hidden_norm = nnx.LayerNorm(hidden_dim, **dtypes)
         self.down = linear(
-            hidden_features,
+            hidden_dim,
             embed_dim,
             kernel_metadata=axis_metadata("mlp", "embed"),
             bias_metadata=axis_metadata("embed"),
@@ -101,7 +101,7 @@ class LongNet(nnx.Module):
         embed_dim: size of the last axis of the input and of the output.
         num_heads: of the attention; a divisor of `embed_dim`.
         num_layers: how many blocks.
-        hidden_features: of the feed-forward; None for 4 embed_dim.
+        hidden_dim: of the feed-forward; None for 4 embed_dim.
         segment_lengths: as in `dilated_attention`; the paper's by default.
         dilation_rates: as in `dilated_attention`; the paper's by default.
         is_causal: as in `dilated_attention`.
@@ -121,9 +121,9 @@ class LongNet(nnx.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        num_layers: int,
         *,
-        hidden_features: int | None = None,
+        num_layers: int,
+        hidden_dim: int | None = None,
         segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
         dilation_rates: Sequence[int] = (1, 2, 4, 6, 12),
         is_causal: bool = False,
@@ -135,14 +135,14 @@ class LongNet(nnx.Module):
         embed_dim, num_layers = check_arguments(
             op, None, embed_dim=embed_dim, num_layers=num_layers
         )
-        hidden = 4 * embed_dim if hidden_features is None else hidden_features
-        (hidden,) = check_arguments(op, None, hidden_features=hidden)
+        hidden = 4 * embed_dim if hidden_dim is None else hidden_dim
+        (hidden,) = check_arguments(op, None, hidden_dim=hidden)
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         self.blocks = nnx.List(
             LongNetBlock(
                 embed_dim,
                 num_heads,
-                hidden_features=hidden,
+                hidden_dim=hidden,
                 segment_lengths=segment_lengths,
                 dilation_rates=dilation_rates,
                 is_causal=is_causal,

@@ -14,7 +14,7 @@ from helpers import (
 
 from jaxkern import rotary_embedding
 
-PAIRS = ("interleaved", "halves", "seed")
+PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
 
 
@@ -26,7 +26,7 @@ def rotary_float64(x, positions, theta, pairs):
     y = np.empty_like(x)
     for i in range(half):
         a, b = (i, i + half) if pairs == "halves" else (2 * i, 2 * i + 1)
-        of_a, of_b = (a % half, b % half) if pairs == "seed" else (i, i)
+        of_a, of_b = (a % half, b % half) if pairs == "mismatched" else (i, i)
         for out, frequency, sign, other in [(a, of_a, -1, b), (b, of_b, 1, a)]:
             angle = positions[..., None] * theta ** (-frequency / half)
             y[..., out] = x[..., out] * np.cos(angle)
@@ -50,7 +50,7 @@ VALUES = {
 def test_values(shape, positions, dtype, pairs):
     x = normal(0, shape, dtype)
     given = None if positions is None else jnp.asarray(positions)
-    got = jax.jit(lambda x: rotary_embedding(x, given, theta=50.0, pairs=pairs))(x)
+    got = jax.jit(lambda x: rotary_embedding(x, given, rope_theta=50.0, pairs=pairs))(x)
     at = np.arange(shape[1]) if positions is None else positions
     exact = rotary_float64(x, at, 50.0, pairs)
     assert got.dtype == dtype
@@ -83,7 +83,7 @@ def test_exact_at_any_position(dtype, theta):
     with jax.enable_x64(wide):
         for kind in (jnp.float32, jnp.float64)[: 1 + wide]:
             x = jnp.ones((1, len(positions), 1, 8), kind)
-            got = rotary_embedding(x, jnp.asarray(positions), theta=theta)
+            got = rotary_embedding(x, jnp.asarray(positions), rope_theta=theta)
             bound = 1e-6 if kind == jnp.float32 else 2e-15
             np.testing.assert_allclose(got[0, :, 0], exact, rtol=0, atol=bound)
 
@@ -111,7 +111,7 @@ def test_gradient(pairs):
         matrix = rotary_float64(basis, [token], 1e4, pairs).reshape(size, size)
         expected = to_float64(g)[:, token].reshape(-1, size) @ matrix.T
         assert_near(got[:, token].reshape(-1, size), expected)
-    if pairs != "seed":
+    if pairs != "mismatched":
         assert_near(got, rotary_embedding(g, -jnp.arange(SHAPE[1]), pairs=pairs))
 
 
@@ -167,9 +167,19 @@ X = jnp.ones(SHAPE)
             ValueError,
             r"positions must have shape \(7,\) or \(2, 7\), got \(6,\)",
         ),
-        ((X,), {"theta": 0.0}, ValueError, "theta must be positive, got 0"),
-        ((X,), {"theta": np.inf}, ValueError, "theta must be finite, got inf"),
-        ((X,), {"theta": "10"}, TypeError, "theta must be one number, got '10'"),
+        ((X,), {"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0"),
+        (
+            (X,),
+            {"rope_theta": np.inf},
+            ValueError,
+            "rope_theta must be finite, got inf",
+        ),
+        (
+            (X,),
+            {"rope_theta": "10"},
+            TypeError,
+            "rope_theta must be one number, got '10'",
+        ),
         ((X,), {"pairs": "half"}, ValueError, "pairs must be one of 'interleaved', 'h"),
     ],
 )

@@ -250,7 +250,7 @@ def test_rows_on_a_mesh_pass_the_same_check(tiny):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "number of devices, 8, got 4"),
+        ("fsdp=4", [], "number of devices, 8, got data=1 .* = 4"),
         ("seq=8", [], "axis must be one of data, fsdp, context, tensor, got 'seq'"),
         (
             "fsdp=2,tensor=4",
@@ -268,7 +268,7 @@ def test_refuses_meshes(mesh, argv, message, capsys):
 
 
 def test_memory_on_paper(monkeypatch, capsys):
-    small = memory.SIZES["70B"] | {"d_model": 64, "d_ff": 128, "num_layers": 2}
+    small = memory.SIZES["70B"] | {"embed_dim": 64, "hidden_dim": 128, "num_layers": 2}
     small |= {"num_heads": 8, "vocab_size": 64, "context_length": 64}
     monkeypatch.setattr(memory, "SIZES", {"70B": small})
     found = memory.measure("70B", 8, "fsdp=4,tensor=2")

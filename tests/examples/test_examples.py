@@ -108,7 +108,7 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
     names = ("straight_through", "reinmax")
     chosen = {name: learn_masks.ESTIMATORS[name] for name in names}
     monkeypatch.setattr(learn_masks, "ESTIMATORS", chosen)
-    model = partial(QuadraticTransformer, 8, 16, 2, 1)
+    model = partial(QuadraticTransformer, 8, 16, num_heads=2, num_layers=1)
     monkeypatch.setattr(learn_masks, "model_of", model)
     picture = tmp_path / "frontier.png"
     argv = ["--steps", "20", "--mask-steps", "60", "--plot", str(picture)]

@@ -17,7 +17,7 @@ from examples import train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
-SMALL += ["--d-model", "8", "--layers", "1", "--heads", "2"]
+SMALL += ["--embed-dim", "8", "--layers", "1", "--heads", "2"]
 
 
 def run(*argv):
@@ -61,8 +61,8 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     assert "step     6" in printed and "held-out loss" in printed
     assert len(list((folder / "unreadable").iterdir())) == 2
     assert (folder / "losses.csv").read_text() == losses
-    with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
-        run("--text", text, "--folder", str(folder), "--d-model", "16")
+    with pytest.raises(SystemExit, match="other settings: embed_dim 8, now 16"):
+        run("--text", text, "--folder", str(folder), "--embed-dim", "16")
 
 
 def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
@@ -172,7 +172,7 @@ def test_text():
 
 def test_batches_depend_on_their_place_only():
     args, text = train_lm.parse(SMALL), np.arange(200, dtype=np.uint8)
-    one, other = (nn.make_mesh(sizes) for sizes in ("data=8", "fsdp=4,context=2"))
+    one, other = nn.make_mesh(data=8), nn.make_mesh(fsdp=4, context=2)
     batch = train_lm.make_batch(text, args, one, 3)
     np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, other, 3))
     assert not np.array_equal(batch, train_lm.make_batch(text, args, one, 4))
@@ -205,7 +205,7 @@ def test_refusals(argv, message, capsys):
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
-    sizes = "--d-model", "2", "--heads", "1", "--mesh", "data=8"
+    sizes = "--embed-dim", "2", "--heads", "1", "--mesh", "data=8"
     with pytest.raises(SystemExit, match="rank must be an integer of at least 1"):
         run("--text", text, "--compare", *sizes)
     assert capsys.readouterr().out == ""
@@ -249,14 +249,14 @@ def test_refuses_a_full_disk(tmp_path, text, monkeypatch):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "must be the number of devices, 8, got 4"),
+        ("fsdp=4", [], "must be the number of devices, 8, got data=1 .* = 4"),
         ("model=8", [], "axis must be one of data, fsdp, context, tensor, got 'model'"),
         ("fsdp=eight", [], "fsdp must be an integer of at least 1, got 'eight'"),
         ("fsdp=2,fsdp=4", [], "fsdp must be given once"),
         ("tensor=8", [], "num_heads must be a multiple of tensor=8, got 2"),
         ("fsdp=8", ["--batch", "6"], "batch must be a multiple of data x fsdp = 8, g"),
         ("context=8", [], "seq must be a multiple of 2 x context = 16, got 8"),
-        ("fsdp=8", ["--d-model", "12"], "'embed' must be .* fsdp=8, got 12"),
+        ("fsdp=8", ["--embed-dim", "12"], "'embed' must be .* fsdp=8, got 12"),
     ],
 )
 def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import pytest
 from helpers import mesh
 from jax.sharding import PartitionSpec as P
-from masked_definitions import F32, KEY, kernel_args
+from masked_definitions import F32, KEY, kernel_args, one_plus_sigmoid
 
 from jaxkern import (
     masked_bilinear,
     masked_matmul,
     pack_mask,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._core import device
@@ -38,7 +37,7 @@ def uses_the_kernel(*args, **options):
 
 def test_which_rules_the_kernels_know():
     assert rule_of(straight_through) == "straight_through"
-    assert [rule_of(f) for f in (seed_reinmax, reinmax)] == ["seed_reinmax", "reinmax"]
+    assert rule_of(reinmax) == "reinmax"
     assert rule_of(lambda x: x) is None
 
 
@@ -49,6 +48,9 @@ def test_which_rules_the_kernels_know():
         (straight_through, {"clip": None}, "straight_through"),
         (straight_through, {"derivative": "identity"}, "straight_through"),
         (straight_through, {"derivative": "sigmoid"}, None),
+        (straight_through, {"derivative": "one_plus_sigmoid"}, "one_plus_sigmoid"),
+        (one_plus_sigmoid, {"key": None}, "one_plus_sigmoid"),
+        (one_plus_sigmoid, {"clip": 1.0}, None),
         (reinmax, {"temperature": 1.0, "key": None}, "reinmax"),
         (reinmax, {"temperature": 1.5}, None),
         (reinmax, {"temperature": jnp.ones(())}, None),

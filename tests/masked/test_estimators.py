@@ -14,18 +14,18 @@ from jaxkern import (
     gumbel_softmax,
     reinmax,
     reinmax_categorical,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked import estimators as _estimators
 
 KEY = jax.random.key(0)
 ST_SIGMOID = partial(straight_through, derivative="sigmoid")
+ONE_PLUS_SIGMOID = partial(straight_through, derivative="one_plus_sigmoid")
 DETERMINISTIC = {
     "straight_through": straight_through,
     "straight_through clip": partial(straight_through, clip=1.0),
     "straight_through sigmoid": ST_SIGMOID,
-    "seed_reinmax": seed_reinmax,
+    "straight_through one plus sigmoid": ONE_PLUS_SIGMOID,
     "reinmax": reinmax,
     "reinmax temperature": partial(reinmax, temperature=1.7),
 }
@@ -58,7 +58,7 @@ SLOPES = {
     "straight_through": np.ones_like,
     "straight_through clip": lambda x: (abs(x) <= 1) * 1.0,
     "straight_through sigmoid": lambda x: slope_of(sigmoid(x)),
-    "seed_reinmax": lambda x: 1 + slope_of(sigmoid(x)),
+    "straight_through one plus sigmoid": lambda x: 1 + slope_of(sigmoid(x)),
     "reinmax": lambda x: sigmoid(-abs(x)) / 2,
     "reinmax temperature": lambda x: reinmax_slope(x, x > 0, 1.7),
 }
@@ -116,7 +116,7 @@ def test_closed_forms(name, shape):
 
 def test_published_factors_at_1():
     one = jnp.ones(())
-    assert abs(jax.grad(seed_reinmax)(one) - 1.196612) < 1e-6
+    assert abs(jax.grad(ONE_PLUS_SIGMOID)(one) - 1.196612) < 1e-6
     assert abs(jax.grad(reinmax)(one) - 0.134471) < 1e-6
     clipped = jax.vmap(jax.grad(partial(straight_through, clip=1.0)))
     np.testing.assert_array_equal(
@@ -372,7 +372,8 @@ def test_vmap_and_scan_over_keys_draw_what_single_calls_do(name):
 
 @pytest.mark.parametrize(
     "name, dtype",
-    [("straight_through sigmoid", jnp.bfloat16), ("seed_reinmax", jnp.bfloat16)]
+    [("straight_through sigmoid", jnp.bfloat16)]
+    + [("straight_through one plus sigmoid", jnp.bfloat16)]
     + [("reinmax", dtype) for dtype in DTYPES],
 )
 def test_gradients_are_computed_in_float32_at_least(name, dtype):
@@ -382,7 +383,7 @@ def test_gradients_are_computed_in_float32_at_least(name, dtype):
         g
         * {
             "straight_through sigmoid": p * (1 - p),
-            "seed_reinmax": 1 + p * (1 - p),
+            "straight_through one plus sigmoid": 1 + p * (1 - p),
             "reinmax": jnp.where(x > 0, 1 - p, p) / 2,
         }[name]
     )

@@ -32,7 +32,6 @@ from jaxkern import (
     gumbel_softmax,
     masked_matmul,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern.testing import plain as definitions
@@ -69,7 +68,7 @@ def test_values_and_gradients(op, make, method):
 @each_kind
 @pytest.mark.parametrize(
     "size, estimator",
-    list(zip(SIZES[1:], (straight_through, seed_reinmax), strict=True)),
+    list(zip(SIZES[1:], (straight_through, reinmax), strict=True)),
     ids=["one of each", "wide"],
 )
 def test_values_and_gradients_of_other_sizes(method, size, estimator):

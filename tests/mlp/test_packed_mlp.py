@@ -121,7 +121,7 @@ def test_more_batch_axes():
 
 @pytest.mark.parametrize("dtype", [None, BF16])
 def test_pruned_module(dtype):
-    module = nn.LowRankReLU2(24, 48, 8, dtype=dtype, rngs=nnx.Rngs(0))
+    module = nn.LowRankReLU2(24, 48, rank=8, dtype=dtype, rngs=nnx.Rngs(0))
     pruned, errors = module.prune_2_4()
     factors = *module.up.weight, *module.down.weight
     for w, factor in zip(factors, pruned.factors, strict=True):
@@ -149,7 +149,7 @@ def test_pruned_module(dtype):
 
 @pytest.mark.usefixtures("promoting")
 def test_pruned_module_promotes_as_others_do():
-    module = nn.LowRankReLU2(24, 48, 8, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    module = nn.LowRankReLU2(24, 48, rank=8, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
     pruned, _ = module.prune_2_4()
     assert pruned.factors[0].values.dtype == jnp.float16
     for dtype in DTYPES:
@@ -166,7 +166,7 @@ def test_pruned_module_promotes_as_others_do():
 
 def test_nothing_is_lost_of_zeros():
     init = nnx.initializers.zeros_init()
-    module = nn.LowRankReLU2(24, 48, 8, kernel_init=init, rngs=nnx.Rngs(0))
+    module = nn.LowRankReLU2(24, 48, rank=8, kernel_init=init, rngs=nnx.Rngs(0))
     assert set(module.prune_2_4()[1].values()) == {0.0}
 
 
@@ -216,7 +216,7 @@ DOWN = tuple(pack_2_4(jnp.ones(shape)) for shape in ((4, 12), (8, 4)))
         ),
         (
             lambda: nn.LowRankReLU2(
-                24, 48, 9, sparsity="2:4", rngs=nnx.Rngs(0)
+                24, 48, rank=9, sparsity="2:4", rngs=nnx.Rngs(0)
             ).prune_2_4(),
             ValueError,
             "prune_2_4: sparsity must be None, .* got '2:4'",

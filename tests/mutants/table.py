@@ -89,7 +89,7 @@ MUTANTS = (
         "lambda p: 1 + p + p * p",
         (
             "tests/masked/hopper/test_multiply.py",
-            "test_slopes_in_the_kernel and seed_reinmax",
+            "test_slopes_in_the_kernel and one_plus_sigmoid",
         ),
     ),
     Mutant(
@@ -129,8 +129,8 @@ MUTANTS = (
         "ragged-keys",
         "A kernel's last partial block sees the zeros after the last key.",
         "jaxkern/_attention/hopper/predicates.py",
-        "where.positions(1 - self.q_axis) < self.kv_len",
-        "where.positions(1 - self.q_axis) <= self.kv_len",
+        "where.positions(1 - self.q_axis) < self.seq_kv",
+        "where.positions(1 - self.q_axis) <= self.seq_kv",
         MASK_OF_A_FUNCTION,
     ),
     Mutant(

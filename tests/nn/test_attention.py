@@ -260,7 +260,7 @@ def test_in_linen():
 
 def longnet(**options) -> Any:
     options = PATTERNS | options
-    return randomize(LongNet(EMBED, HEADS, 2, rngs=nnx.Rngs(0), **options))
+    return randomize(LongNet(EMBED, HEADS, num_layers=2, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.mark.usefixtures("promoting")
@@ -286,15 +286,17 @@ def test_longnet():
     assert_near(call(module, x), module.norm(expected))
     low = jax.eval_shape(module, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
-    low = LongNet(EMBED, HEADS, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **PATTERNS)
+    low = LongNet(
+        EMBED, HEADS, num_layers=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **PATTERNS
+    )
     y = call(low, x)
     assert y.dtype == jnp.bfloat16 and np.isfinite(y.astype(jnp.float32)).all()
-    full = LongNet(EMBED, HEADS, 1, rngs=nnx.Rngs(0), **PATTERNS)
+    full = LongNet(EMBED, HEADS, num_layers=1, rngs=nnx.Rngs(0), **PATTERNS)
     assert_near(y, call(full, x), 0.05)
 
 
 def test_longnet_starts_with_magnetos_gain():
-    module = LongNet(256, 4, 3, rngs=nnx.Rngs(0))
+    module = LongNet(256, 4, num_layers=3, rngs=nnx.Rngs(0))
     gain = np.log(6) ** 0.5
     attend = (2 / (256 + 256)) ** 0.5
     feed = (2 / (256 + 1024)) ** 0.5
@@ -400,7 +402,7 @@ X = jnp.ones((2, SEQ, EMBED))
             r"attention_fn must return the query's shape \(2, 10, 4, 6\), got \(2, 1, ",
         ),
         (
-            lambda: untyped.nn.LongNet(EMBED, HEADS, 0, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.LongNet(EMBED, HEADS, num_layers=0, rngs=nnx.Rngs(0)),
             ValueError,
             "LongNet: num_layers must be an integer of at least 1, got 0",
         ),

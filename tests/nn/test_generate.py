@@ -23,7 +23,12 @@ from jaxkern.nn._generate import _generate, _keep_top
 
 VOCAB, CONTEXT = 50, 16
 dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
-SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 40,
+}
 
 
 def build(**options) -> Any:
@@ -289,14 +294,14 @@ def generate(prompt=PROMPT, **options):
             "extend: tokens and cache must be at most 3 tokens, got 4",
         ),
         (
-            lambda: untyped.nn.MultiHeadMLP(24, 40, 5, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.MultiHeadMLP(24, 40, num_heads=5, rngs=nnx.Rngs(0)),
             ValueError,
-            "MultiHeadMLP: num_heads must divide in_features=24, got 5",
+            "MultiHeadMLP: num_heads must divide embed_dim=24, got 5",
         ),
         (
-            lambda: untyped.nn.MultiHeadMLP(24, 0, 4, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.MultiHeadMLP(24, 0, num_heads=4, rngs=nnx.Rngs(0)),
             ValueError,
-            "hidden_features must be an integer of at least 1, got 0",
+            "hidden_dim must be an integer of at least 1, got 0",
         ),
     ],
 )
@@ -307,8 +312,8 @@ def test_refusals(call, error, message):
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_multi_head_mlp(gated):
-    module = MultiHeadMLP(24, 10, 4, gated=gated, rngs=nnx.Rngs(0))
-    heads: Any = FlashMLP(4, 6, 10, gated=gated, rngs=nnx.Rngs(1))
+    module = MultiHeadMLP(24, 10, num_heads=4, gated=gated, rngs=nnx.Rngs(0))
+    heads: Any = FlashMLP(4, 6, hidden_dim=10, gated=gated, rngs=nnx.Rngs(1))
     nnx.update(heads, nnx.state(module.heads))
     x = normal(0, (2, 3, 24))
     by_head = jnp.einsum("btd,dhe->hbte", x, module.w_in.kernel[...])

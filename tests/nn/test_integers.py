@@ -14,7 +14,12 @@ from jaxkern.nn import QuadraticTransformer, TransformerLM
 
 # More tokens than 8 bits number, and 256, of which 8 bits number the last.
 VOCAB, BYTES = 300, 256
-SIZES: dict[str, Any] = {"d_model": 8, "num_layers": 1, "num_heads": 1, "d_ff": 8}
+SIZES: dict[str, Any] = {
+    "embed_dim": 8,
+    "num_layers": 1,
+    "num_heads": 1,
+    "hidden_dim": 8,
+}
 DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 TOKENS = np.array([[1, 127, 3, 90], [5, 6, 7, 8]])
 LENGTHS = np.array([4, 2])
@@ -28,7 +33,9 @@ def model() -> Any:
 def run(tokens, lengths):
     """Everything that takes integers, which all have one dtype."""
     lm = model()
-    quadratic = QuadraticTransformer(VOCAB, 8, 1, 1, rngs=nnx.Rngs(0))
+    quadratic = QuadraticTransformer(
+        VOCAB, 8, num_heads=1, num_layers=1, rngs=nnx.Rngs(0)
+    )
     # What is kept is not read yet: the length is where the next tokens go.
     cache = lm.make_cache(2, 150)._replace(length=lengths)
     features, cache = lm.extend(tokens, cache)

@@ -16,7 +16,6 @@ from jaxkern import (
     masked_bilinear,
     masked_matmul,
     reinmax,
-    seed_reinmax,
 )
 from jaxkern.nn import (
     Bilinear,
@@ -312,19 +311,19 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
             "key",
         ),
         (
-            lambda: linear(estimator=seed_reinmax)(jnp.ones((1, D_IN)), key=KEY),
+            lambda: linear(estimator=jnp.sign)(jnp.ones((1, D_IN)), key=KEY),
             TypeError,
             "key",
         ),
         (
             lambda: MaskedBilinear(0, HIDDEN, rngs=nnx.Rngs(0)),
             ValueError,
-            "MaskedBilinear: in_features must be",
+            "MaskedBilinear: embed_dim must be",
         ),
         (
             lambda: untyped.nn.Bilinear(D_IN, 2.0, rngs=nnx.Rngs(0)),
             ValueError,
-            "^Bilinear: hidden_features must be",
+            "^Bilinear: hidden_dim must be",
         ),
     ],
 )

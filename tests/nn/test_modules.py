@@ -19,10 +19,10 @@ PATTERN = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
 LM: dict[str, Any] = {
     "vocab_size": 20,
     "context_length": 8,
-    "d_model": 16,
+    "embed_dim": 16,
     "num_layers": 2,
 }
-LM |= {"num_heads": 2, "d_ff": 12}
+LM |= {"num_heads": 2, "hidden_dim": 12}
 FEATURES, IDS = (8, 16), (8,)
 
 # Each module, its sizes, what else it is made with, and the shape of a sample of it.
@@ -45,22 +45,22 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
         dict,
         FEATURES,
     ),
-    "SwiGLU": (nn.SwiGLU, {"in_features": 16, "hidden_features": 12}, dict, FEATURES),
+    "SwiGLU": (nn.SwiGLU, {"embed_dim": 16, "hidden_dim": 12}, dict, FEATURES),
     "LowRankSwiGLU": (
         nn.LowRankSwiGLU,
-        {"in_features": 16, "hidden_features": 12, "rank": 4},
+        {"embed_dim": 16, "hidden_dim": 12, "rank": 4},
         dict,
         FEATURES,
     ),
     "LowRankReLU2": (
         nn.LowRankReLU2,
-        {"in_features": 16, "hidden_features": 12, "rank": 4},
+        {"embed_dim": 16, "hidden_dim": 12, "rank": 4},
         lambda: {"sparsity": "2:4"},
         FEATURES,
     ),
     "MultiHeadMLP": (
         nn.MultiHeadMLP,
-        {"in_features": 16, "hidden_features": 12, "num_heads": 2},
+        {"embed_dim": 16, "hidden_dim": 12, "num_heads": 2},
         dict,
         FEATURES,
     ),
@@ -72,13 +72,13 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     ),
     "Bilinear": (
         nn.Bilinear,
-        {"in_features": 16, "hidden_features": 12},
+        {"embed_dim": 16, "hidden_dim": 12},
         dict,
         FEATURES,
     ),
     "MaskedBilinear": (
         nn.MaskedBilinear,
-        {"in_features": 16, "hidden_features": 12, "num_masks": 2},
+        {"embed_dim": 16, "hidden_dim": 12, "num_masks": 2},
         lambda: {"estimator": partial(jaxkern.straight_through, key=None)},
         FEATURES,
     ),
@@ -101,7 +101,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     ),
     "FlashMLP": (
         nn.FlashMLP,
-        {"num_heads": 2, "dim": 16, "hidden_features": 12},
+        {"num_heads": 2, "head_dim": 16, "hidden_dim": 12},
         lambda: {"gated": True},
         (),
     ),

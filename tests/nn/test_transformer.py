@@ -30,7 +30,12 @@ from jaxkern.nn import (
 from jaxkern.testing.plain.transformer import from_state
 
 VOCAB, CONTEXT, SEQ = 50, 16, 12
-SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 40,
+}
 
 
 def build(seed=0, **options) -> Any:
@@ -126,9 +131,9 @@ def test_values_and_gradients():
         assert (used > 0).all() or "embedding" in name, name
 
 
-def chance(vocab, d_model):
+def chance(vocab, embed_dim):
     """Expected loss of normal logits as the head starts."""
-    return np.log(vocab) + d_model / (d_model + vocab)
+    return np.log(vocab) + embed_dim / (embed_dim + vocab)
 
 
 def test_tied_embeddings():
@@ -171,7 +176,17 @@ def test_initial_values():
     @jax.jit
     def make():
         options: Any = {"num_kv_heads": 2, "rngs": nnx.Rngs(0)}
-        return nnx.state(TransformerLM(1000, 16, 128, 2, 4, 512, **options))
+        return nnx.state(
+            TransformerLM(
+                1000,
+                16,
+                embed_dim=128,
+                num_layers=2,
+                num_heads=4,
+                hidden_dim=512,
+                **options,
+            )
+        )
 
     state, cut = pure(make()), 0.98658  # std of a normal cut at 3
     layers = state["layers"]
@@ -196,7 +211,15 @@ def test_initial_values():
 
 
 def test_initial_loss_is_that_of_chance():
-    model = TransformerLM(1000, 64, 96, 2, 4, 256, rngs=nnx.Rngs(0))
+    model = TransformerLM(
+        1000,
+        64,
+        embed_dim=96,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=256,
+        rngs=nnx.Rngs(0),
+    )
     tokens, targets = batch(shape=(4, 64), vocab=1000)
     loss = float(nnx.jit(TransformerLM.loss)(model, tokens, targets))
     assert abs(loss - chance(1000, 96)) < 0.03
@@ -233,7 +256,16 @@ def test_remat_saves_memory():
     tokens, targets = batch(shape=(8, 64))
 
     def temp_bytes(remat):
-        model = TransformerLM(VOCAB, 64, 32, 6, 4, 128, remat=remat, rngs=nnx.Rngs(0))
+        model = TransformerLM(
+            VOCAB,
+            64,
+            embed_dim=32,
+            num_layers=6,
+            num_heads=4,
+            hidden_dim=128,
+            remat=remat,
+            rngs=nnx.Rngs(0),
+        )
         graph, state = nnx.split(model)
 
         def loss(state):
@@ -313,7 +345,7 @@ MLPS: dict[str, Any] = {
     "low-rank SwiGLU": partial(LowRankSwiGLU, rank=4),
     "low-rank ReLU2": partial(LowRankReLU2, rank=4),
     "2:4": partial(LowRankReLU2, rank=4, sparsity="2:4"),
-    "multi-head": partial(MultiHeadMLP, num_heads=4),
+    "multi-head": partial(MultiHeadMLP, num_heads=4, gated=True),
     "multi-head relu": partial(
         MultiHeadMLP, num_heads=2, gated=False, activation="relu"
     ),

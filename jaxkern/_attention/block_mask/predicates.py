@@ -201,7 +201,7 @@ def asks_for_batch(fn: Any) -> bool:
 @partial(jax.jit, static_argnames="shape")
 def dense(
     mask_fn: MaskFn, shape: tuple[int, int, int, int]
-) -> Bool[Array, "batch heads q_len kv_len"]:
+) -> Bool[Array, "batch heads seq_q seq_kv"]:
     batch, heads, *pairs = shape
     q, k = (jnp.arange(length) for length in pairs)
 

@@ -72,14 +72,14 @@ class Predicate:
 
     tree: Any
     data: Sequence[jax.Array]
-    kv_len: int
+    seq_kv: int
     q_axis: int
 
     def visible(self, sizes, data, batch, head, row, column):
         """Of the tile from (row, column), which pairs attend."""
         starts = row, column
         where = _Where(sizes, batch, head, starts, self.q_axis)
-        inside = where.positions(1 - self.q_axis) < self.kv_len
+        inside = where.positions(1 - self.q_axis) < self.seq_kv
         return where.ask(jax.tree.unflatten(self.tree, data)) & inside
 
 
@@ -92,7 +92,7 @@ def make_predicate(mask: BlockMask, q_axis: int) -> Predicate:
 
     fn = jax.tree.map(readable, mask.mask_fn, is_leaf=has_data)
     data, tree = jax.tree.flatten(fn)
-    return Predicate(tree, data, mask.kv_len, q_axis)
+    return Predicate(tree, data, mask.seq_kv, q_axis)
 
 
 def _readable(fn: Any, q_axis: int) -> Any:

@@ -76,7 +76,7 @@ def _rarer(x):
 # of logits.
 SLOPES: dict[Kind, Callable[..., Any] | None] = {
     "straight_through": None,
-    "seed_reinmax": lambda p: 1 + p - p * p,
+    "one_plus_sigmoid": lambda p: 1 + p - p * p,
     "reinmax": lambda p: 0.5 * p,
     "mask": None,
     "bits": None,

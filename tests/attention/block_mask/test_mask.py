@@ -16,7 +16,7 @@ from jaxkern._attention.block_mask import patterns
 from jaxkern._attention.block_mask.mask import band_mask
 from jaxkern._attention.block_mask.runs import combine
 
-# (q_len, kv_len, block_size)
+# (seq_q, seq_kv, block_size)
 SIZES = {
     "one": (1, 1, 1),
     "whole": (64, 64, 16),
@@ -80,7 +80,7 @@ def test_local_window(size, window):
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 7), (12, 9), (7, 12)])
 def test_states_at_every_edge(lengths):
     """Bands and first tokens with which a block is full, or empty, by one token."""
-    (q_len, kv_len), (q, k) = lengths, positions(lengths)
+    (seq_q, seq_kv), (q, k) = lengths, positions(lengths)
     for lower, upper in itertools.product((None, *range(-9, 3)), (None, *range(-2, 9))):
         if lower is not None and upper is not None and lower > upper:
             continue
@@ -89,11 +89,11 @@ def test_states_at_every_edge(lengths):
             dense &= k - q >= lower
         if upper is not None:
             dense &= k - q <= upper
-        got = states_listed(band_mask(lower, upper, q_len, kv_len, 4))[0, 0]
+        got = states_listed(band_mask(lower, upper, seq_q, seq_kv, 4))[0, 0]
         np.testing.assert_array_equal(got, states_of(dense, 4))
-    inside = patterns.inside(q_len, kv_len, 4)
+    inside = patterns.inside(seq_q, seq_kv, 4)
     for tokens in range(14):
-        first = patterns.first_tokens(tokens, q_len, kv_len, 4)
+        first = patterns.first_tokens(tokens, seq_q, seq_kv, 4)
         got = combine(np.minimum, first, inside).to_dense()[0, 0]
         expected = states_of((q < tokens) | (k < tokens), 4)
         np.testing.assert_array_equal(got, expected)
@@ -205,7 +205,7 @@ def test_document_and_from_blocks_under_jit(ids):
     def causal_documents(ids):
         n = ids.shape[-1]
         mask = BlockMask.document(ids, block_size=16)
-        assert str(mask) == f"BlockMask(q_len={n}, kv_len={n}, block_size=16)"
+        assert str(mask) == f"BlockMask(seq_q={n}, seq_kv={n}, block_size=16)"
         both = BlockMask.causal(n, n, block_size=16) & mask
         return both, both.density
 
@@ -230,9 +230,9 @@ def test_from_blocks(leading, lengths):
     dense = np.kron(blocks, np.ones((16, 16), bool))[..., : lengths[0], : lengths[1]]
 
     def build(blocks, **options):
-        q_len, kv_len = lengths
+        seq_q, seq_kv = lengths
         return BlockMask.from_blocks(
-            blocks, block_size=16, q_len=q_len, kv_len=kv_len, **options
+            blocks, block_size=16, seq_q=seq_q, seq_kv=seq_kv, **options
         )
 
     assert_is(build(blocks), dense)
@@ -293,7 +293,7 @@ def test_from_mask_fn(size):
 
 def test_mask_fn_of_one_batch_is_that_of_the_first():
     mask = BlockMask.from_mask_fn(lambda b, h, q, k: q >= k + b + h, 20, 20)
-    blocks = BlockMask.from_blocks(np.ones((2, 3, 1, 1), bool), q_len=20, kv_len=20)
+    blocks = BlockMask.from_blocks(np.ones((2, 3, 1, 1), bool), seq_q=20, seq_kv=20)
     q, k = positions((20, 20))
     assert_is(mask & blocks, np.broadcast_to(k <= q, (2, 3, 20, 20)))
 
@@ -382,8 +382,8 @@ PATTERNS = {
     "blocks": lambda n, m: BlockMask.from_blocks(
         np.random.default_rng(0).random((-(-n // 8), -(-m // 8))) < 0.5,
         block_size=8,
-        q_len=n,
-        kv_len=m,
+        seq_q=n,
+        seq_kv=m,
         mask_fn=lambda b, h, q, k: q != k,
     ),
 }
@@ -421,7 +421,7 @@ def test_a_mask_is_a_pytree():
     np.testing.assert_array_equal(
         jax.jit(lambda m: m.to_dense())(mask), mask.to_dense()
     )
-    assert "BlockMask(q_len=64" in repr(jax.tree.map(lambda x: None, mask))
+    assert "BlockMask(seq_q=64" in repr(jax.tree.map(lambda x: None, mask))
 
 
 def test_equal_patterns_share_one_compiled_program():

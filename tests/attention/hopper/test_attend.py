@@ -54,7 +54,7 @@ def some_blocks(seed, heads, rows, columns):
 def in_blocks(seed, n, fn=None):
     count = -(-n // 128)
     blocks = some_blocks(seed, 2, count, count)
-    return BlockMask.from_blocks(blocks, q_len=n, kv_len=n, mask_fn=fn)
+    return BlockMask.from_blocks(blocks, seq_q=n, seq_kv=n, mask_fn=fn)
 
 
 def every_third(b, h, q, k):
@@ -216,7 +216,7 @@ def test_under_shard_map():
     # The emulator has one device at a time.
     devices = mesh(data=1, model=1)
     blocks = np.stack([some_blocks(seed, 2, 2, 2) for seed in (0, 1)])
-    mask = BlockMask.from_blocks(blocks, q_len=140, kv_len=140)
+    mask = BlockMask.from_blocks(blocks, seq_q=140, seq_kv=140)
     spec, specs = jax.P("data", None, "model"), mask.partition_specs("data", "model")
 
     def kernel(*args):
@@ -357,7 +357,7 @@ def test_blocks_on_gpu(block_size, dtype):
     n = 1000
     count = -(-n // block_size)
     blocks = some_blocks(5, 4, count, count)
-    mask = BlockMask.from_blocks(blocks, block_size=block_size, q_len=n, kv_len=n)
+    mask = BlockMask.from_blocks(blocks, block_size=block_size, seq_q=n, seq_kv=n)
     check((2, n, n, 4, 2, 64, 64), mask, dtype)
 
 

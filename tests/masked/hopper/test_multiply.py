@@ -18,6 +18,7 @@ from masked_definitions import (
     bilinear_float64,
     exact_matmul,
     kernel_args,
+    one_plus_sigmoid,
     plain_bilinear,
 )
 
@@ -26,7 +27,6 @@ from jaxkern import (
     masked_matmul,
     pack_mask,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked.hopper import product
@@ -166,7 +166,9 @@ def test_mask_of_an_estimator():
 
 @on_hopper
 @pytest.mark.parametrize(
-    "estimator, alone", [(seed_reinmax, False), (reinmax, False), (reinmax, True)]
+    "estimator, alone",
+    [(one_plus_sigmoid, False), (reinmax, False), (reinmax, True)],
+    ids=["one_plus_sigmoid", "reinmax", "reinmax alone"],
 )
 def test_slopes_in_the_kernel(estimator, alone):
     """As precise where little is left of them; with more samples than slots."""
@@ -291,7 +293,9 @@ def test_any_size_lowers_for_a_gpu(size, packed):
     assert len(lower(pull, (x, w, g))) == (2 if packed else 3)
 
 
-ON_GPU = [((16, 256, 512, 2048), kind) for kind in ("packed", reinmax, seed_reinmax)]
+ON_GPU = [
+    ((16, 256, 512, 2048), kind) for kind in ("packed", reinmax, one_plus_sigmoid)
+]
 ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
 
 

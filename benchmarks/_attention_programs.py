@@ -150,8 +150,7 @@ def core(task: Task, by: str) -> Callable[..., Any]:
                 lengths, rates = pattern.segment_lengths, pattern.dilation_rates
             return partial(
                 jaxkern.dilated_attention,
-                segment_lengths=lengths,
-                dilation_rates=rates,
+                dilation=jaxkern.Dilation(lengths, rates),
                 **causal,
             )
         case "block_sparse_attention" if isinstance(pattern, Blocks):

@@ -60,7 +60,7 @@ IMPLEMENTATIONS = {
     shapes.STATIC: _relu2("2:4-static", plain.static, "low_rank_relu2_2to4"),
     shapes.TOP2: _relu2("2:4", plain.top2),
     shapes.SOFT: _relu2("2:4-soft", plain.soft),
-    shapes.PRUNED: Implementation(jaxkern.packed_relu2, plain.pruned, "pruned"),
+    shapes.PRUNED: Implementation(jaxkern.low_rank_relu2, plain.pruned, "pruned"),
     "static mask alone": _select("static", plain.static),
     "2:4 alone": _select("top2", plain.top2),
     "2:4-soft alone": _select("soft", plain.soft),

@@ -61,9 +61,8 @@ def _block_sparse(context: int):
 
 def _dilated(context: int):
     lengths = max(1, context // 4), max(1, context // 2), context
-    return partial(
-        jaxkern.dilated_attention, segment_lengths=lengths, dilation_rates=(1, 2, 4)
-    )
+    dilation = jaxkern.Dilation(lengths, (1, 2, 4))
+    return partial(jaxkern.dilated_attention, dilation=dilation)
 
 
 ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {

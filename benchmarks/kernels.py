@@ -35,7 +35,7 @@ from rich.table import Table
 import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
-from jaxkern._attention.dilation import Dilation
+from jaxkern._attention.dilation import HeadStride
 from jaxkern._attention.hopper import attend
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import gradients as _masked_gradients
@@ -114,7 +114,7 @@ def _attention(
             run = attend.backward_q
         case _:
             run = partial(attend.backward_kv, wanted=wanted or ())
-    dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
+    dilation = HeadStride(rate, heads=4, run=2) if rate > 1 else None
     run = partial(run, mask=mask(), scale=scale, dilation=dilation)
     return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
 

@@ -14,7 +14,7 @@ from jaxkern._masked.masked import Method
 
 KEY = jax.random.key(0)
 BLOCKS = BlockMask.local_window(16, 16, window=6, block_size=8)
-DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 class Case(NamedTuple):
@@ -71,7 +71,7 @@ def multiply_packed(x, w):
 
 def multiply_by_packed(x, up, down):
     pack = partial(jax.tree.map, lambda w: jaxkern.pack_2_4(w.T))
-    return jaxkern.packed_relu2(x, pack(up), pack(down))
+    return jaxkern.low_rank_relu2(x, pack(up), pack(down))
 
 
 def multiply_by_packed_mask(x, w, logits):
@@ -200,7 +200,7 @@ OPS = {
     "matmul_2_4": case(
         multiply_packed, (X, W), "d-- -t", "d-t t-", manual="d-t t- >d-- +t"
     ),
-    "packed_relu2": case(
+    "low_rank_relu2 packed": case(
         multiply_by_packed,
         (X, UP, DOWN),
         "d-- -- -t t- --",
@@ -340,7 +340,7 @@ MODULES = {
     "MaskedLinear": (partial(nn.MaskedLinear, 16, 16, num_masks=4), X),
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 4, num_kv_heads=2), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 8, num_heads=4), X),
-    "PackedReLU2": (
+    "Packed24ReLU2": (
         lambda rngs: nn.LowRankReLU2(16, 16, rank=4, rngs=rngs).prune_2_4()[0],
         X,
     ),

@@ -14,6 +14,7 @@ from op_definitions import OPS
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     context_parallel_attention,
@@ -38,7 +39,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 X, LONG = normal(0, (1, 16, 2, 4)), normal(0, (1, 260, 1, 4))
 HIDDEN, HEAD = normal(1, (6, 4)), normal(2, (4, 10))
 BLOCKS = BlockMask.causal(16, 16, block_size=8)
-PATTERNS: Any = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
+PATTERNS: Any = {"dilation": Dilation([4, 16], [1, 2])}
 TARGETS = jnp.arange(6)
 
 

@@ -27,7 +27,7 @@ SAMPLES, LOGITS = normal(4, (2, 4, 16)), normal(5, (2, 16, 16))
 QUERY = normal(6, (1, 16, 2, 8))
 MASKED: dict[str, Any] = {"estimator": jaxkern.straight_through}
 BILINEAR = (SQUARE,) * 3
-DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 def attend(query, **options):
@@ -86,11 +86,6 @@ def multiply_packed(x, w, **options):
     return jaxkern.matmul_2_4(packed, w, **options)
 
 
-def run_packed(x):
-    packed = jaxkern.pack_2_4(SQUARE.astype(x.dtype))
-    return jaxkern.packed_relu2(x, (packed, packed), (packed, packed))
-
-
 def lose(hidden, head):
     return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5)
 
@@ -101,6 +96,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "BlockMask": (attend_blocks, (QUERY,)),
     "block_sparse_attention": (attend_blocks, (QUERY,)),
     "dilated_attention": (attend_dilated, (QUERY,)),
+    "Dilation": (attend_dilated, (QUERY,)),
     "ring_attention": (attend_around_a_ring, (QUERY,)),
     "context_parallel_attention": (attend_on_a_mesh, (QUERY,)),
     "ring_permutation": (permute, (QUERY,)),
@@ -131,7 +127,6 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         partial(jaxkern.low_rank_relu2, sparsity="2:4-soft"),
         (X, PAIR, PAIR),
     ),
-    "packed_relu2": (run_packed, (X,)),
     "Packed24": (multiply_packed, (X, SQUARE)),
     "matmul_2_4": (multiply_packed, (X, SQUARE)),
     "pack_2_4": (multiply_packed, (X, SQUARE)),
@@ -199,7 +194,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
-    "PackedReLU2": (prune, X),
+    "Packed24ReLU2": (prune, X),
     "PackedWeight": (prune, X),
     "QuadraticTransformer": (
         partial(nn.QuadraticTransformer, 16, 16, num_heads=2, num_layers=1),
@@ -304,7 +299,7 @@ KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "attention": (attend, (normal(10, (1, 64, 1, 16), BF16),)),
     "block-sparse": (attend_blocks, (normal(10, (1, 64, 1, 16), BF16),)),
     "dilated": (
-        partial(attend_dilated, segment_lengths=(32, 64)),
+        partial(attend_dilated, dilation=jaxkern.Dilation((32, 64), (1, 2))),
         (normal(10, (1, 64, 1, 16), BF16),),
     ),
     "flash_mlp": (jaxkern.flash_mlp, (TOKENS[None], WIDE, WIDE)),

@@ -59,6 +59,19 @@ def block_sparse_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: bool,
+    implementation: Implementation | None = ...,
+) -> Array | tuple[Array, Array]: ...
+
+
 def block_sparse_attention(
     query: Float[Array, "batch seq_q heads dim"],
     key: Float[Array, "batch seq_kv kv_heads dim"],

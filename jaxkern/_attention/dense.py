@@ -65,6 +65,20 @@ def attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool,
+    implementation: ImplementationOrCudnn | None = ...,
+) -> Array | tuple[Array, Array]: ...
+
+
 def attention(
     query: Float[Array, "batch seq_q heads dim"],
     key: Float[Array, "batch seq_kv kv_heads dim"],

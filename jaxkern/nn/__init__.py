@@ -13,7 +13,7 @@ from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
-from ._packed_mlp import PackedReLU2 as PackedReLU2
+from ._packed_mlp import Packed24ReLU2 as Packed24ReLU2
 from ._packed_mlp import PackedWeight as PackedWeight
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
 from ._sharding import SHARDING_RULES as SHARDING_RULES
@@ -36,7 +36,7 @@ __all__ = [
     "MaskedLinear",
     "MultiHeadAttention",
     "MultiHeadMLP",
-    "PackedReLU2",
+    "Packed24ReLU2",
     "PackedWeight",
     "QuadraticTransformer",
     "SHARDING_RULES",

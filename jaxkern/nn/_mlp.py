@@ -31,7 +31,7 @@ from ._common import (
     relative_loss,
 )
 from ._linear import LowRankLinear
-from ._packed_mlp import FACTORS, PackedReLU2
+from ._packed_mlp import FACTORS, Packed24ReLU2
 
 # The heads are no part of the fan-in.
 per_head_kernel_init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -263,7 +263,7 @@ class LowRankReLU2(nnx.Module):
             implementation=self.implementation,
         )
 
-    def prune_2_4(self) -> tuple[PackedReLU2, dict[str, float]]:
+    def prune_2_4(self) -> tuple[Packed24ReLU2, dict[str, float]]:
         r"""This MLP with two of each four weights, packed once, for inference.
 
         Of each four weights of a factor that are summed, the two of largest magnitude
@@ -290,7 +290,7 @@ class LowRankReLU2(nnx.Module):
             factors[name] = pack_2_4(w.mT)
             errors[name] = relative_loss(w, unpack_2_4(factors[name]).mT)
         options = {"dtype": self.dtype, "implementation": self.implementation}
-        return PackedReLU2(factors, **options), errors
+        return Packed24ReLU2(factors, **options), errors
 
 
 class FlashMLP(nnx.Module):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from flax import nnx
@@ -78,7 +78,16 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
-def parse_mesh_sizes(text: str) -> dict[str, int]:
+class MeshSizes(TypedDict, total=False):
+    """The sizes of a mesh's axes, as `make_mesh` takes them."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+
+
+def parse_mesh_sizes(text: str) -> MeshSizes:
     """The sizes for `make_mesh` from a command line, such as "fsdp=4,tensor=2".
 
     The axes may be in any order. Spaces around a name or a size do not count, and no
@@ -95,7 +104,8 @@ def parse_mesh_sizes(text: str) -> dict[str, int]:
         ValueError: a part is no `axis=size`, an axis is unknown or repeated, or a size
             is not a positive integer.
     """
-    op, sizes = "parse_mesh_sizes", {}
+    op = "parse_mesh_sizes"
+    sizes: MeshSizes = {}
     for part in text.split(",") if text.strip() else ():
         name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES:

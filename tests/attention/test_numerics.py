@@ -15,6 +15,7 @@ from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     context_parallel_attention,
@@ -51,8 +52,7 @@ UNSEEN = {
     "block-sparse": partial(block_sparse_attention, mask=BLOCKS, return_lse=True),
     "dilated": partial(
         dilated_attention,
-        segment_lengths=[8, SEQ],
-        dilation_rates=[1, 1],
+        dilation=Dilation([8, SEQ], [1, 1]),
         key_mask=jnp.asarray(SEEN)[None],
         is_causal=True,
         return_lse=True,
@@ -130,8 +130,8 @@ def by_block_mask(query, key, value):
 
 
 def in_one_segment(query, key, value):
-    options = {"segment_lengths": [query.shape[1]], "dilation_rates": [1]}
-    return dilated_attention(query, key, value, is_causal=True, **options)
+    dilation = Dilation([query.shape[1]], [1])
+    return dilated_attention(query, key, value, is_causal=True, dilation=dilation)
 
 
 FORMS = {

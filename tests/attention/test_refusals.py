@@ -14,6 +14,7 @@ from helpers import DTYPES, assert_as_close, mesh, to_float64, untyped, value_an
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     cross_entropy,
@@ -23,7 +24,7 @@ from jaxkern import (
 )
 
 X = jnp.zeros((1, 8, 2, 4))
-PATTERNS = {"segment_lengths": [4], "dilation_rates": [1]}
+DILATION = Dilation([4], [1])
 KEY = jax.random.key(0)
 FLAGS = {
     "attention": ((X, X, X), {}, ("is_causal", "return_lse")),
@@ -34,15 +35,16 @@ FLAGS = {
     ),
     "dilated_attention": (
         (X, X, X),
-        PATTERNS,
-        ("is_causal", "head_groups", "stop_gradient_mix", "return_lse"),
+        {"dilation": DILATION},
+        ("is_causal", "return_lse"),
     ),
-    "ring_attention": ((X, X, X), {"axis_name": "ring"}, ("is_causal",)),
+    "ring_attention": ((X, X, X), {"axis_name": "ring"}, ("is_causal", "return_lse")),
     "context_parallel_attention": (
         (X, X, X),
         {"axis_name": "ring"},
-        ("is_causal",),
+        ("is_causal", "return_lse"),
     ),
+    "Dilation": (([4], [1]), {}, ("head_groups", "stop_gradient_mix")),
     "binary_concrete": ((X,), {"key": KEY}, ("hard",)),
     "gumbel_softmax": ((X,), {"key": KEY}, ("hard",)),
 }
@@ -72,9 +74,7 @@ OF_NO_BATCH = {
     "block-sparse": lambda x: block_sparse_attention(
         x, x, x, mask=BlockMask.causal(8, 8, block_size=4)
     ),
-    "dilated": lambda x: dilated_attention(
-        x, x, x, segment_lengths=[3], dilation_rates=[2]
-    ),
+    "dilated": lambda x: dilated_attention(x, x, x, dilation=Dilation([3], [2])),
     "merge": lambda x: merge_attention(x, x[..., 0], x, x[..., 0])[0],
     "rotary": rotary_embedding,
     "cross_entropy": lambda x: cross_entropy(

@@ -11,11 +11,11 @@ from helpers import mesh as make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import attention, dilated_attention
+from jaxkern import Dilation, attention, dilated_attention
 from jaxkern.nn import LongNet, MultiHeadAttention
 
 EMBED, HEADS, SEQ = 24, 4, 10
-PATTERNS: dict[str, Any] = {"segment_lengths": (4, 8, 16), "dilation_rates": (1, 2, 4)}
+PATTERNS: dict[str, Any] = {"dilation": Dilation((4, 8, 16), (1, 2, 4))}
 dilated: Any = partial(dilated_attention, **PATTERNS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

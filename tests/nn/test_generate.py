@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from helpers import assert_near, normal, untyped
 
-from jaxkern import dilated_attention
+from jaxkern import Dilation, dilated_attention
 from jaxkern.nn import (
     FlashMLP,
     LowRankSwiGLU,
@@ -22,7 +22,7 @@ from jaxkern.nn import (
 from jaxkern.nn._generate import _generate, _keep_top
 
 VOCAB, CONTEXT = 50, 16
-dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
+dilated = partial(dilated_attention, dilation=Dilation((8, 16), (1, 2)))
 SIZES: dict[str, Any] = {
     "embed_dim": 24,
     "num_layers": 2,

@@ -15,7 +15,7 @@ from helpers import assert_near
 import jaxkern
 from jaxkern import nn
 
-PATTERN = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATION = jaxkern.Dilation((8, 16), (1, 2))
 LM: dict[str, Any] = {
     "vocab_size": 20,
     "context_length": 8,
@@ -36,7 +36,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "LongNet": (
         nn.LongNet,
         {"embed_dim": 16, "num_heads": 2, "num_layers": 1},
-        lambda: {k: list(v) for k, v in PATTERN.items()},
+        lambda: {"dilation": jaxkern.Dilation([8, 16], [1, 2])},
         FEATURES,
     ),
     "LowRankLinear": (
@@ -93,7 +93,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
         nn.TransformerLM,
         LM | {"num_kv_heads": 1},
         lambda: {
-            "attention_fn": partial(jaxkern.dilated_attention, **PATTERN),
+            "attention_fn": partial(jaxkern.dilated_attention, dilation=DILATION),
             "mlp": partial(nn.LowRankSwiGLU, rank=4),
             "scan_layers": False,
         },

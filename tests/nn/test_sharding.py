@@ -13,7 +13,7 @@ from helpers import assert_near
 from helpers import mesh as explicit_or_automatic
 from jax import P
 
-from jaxkern import dilated_attention
+from jaxkern import Dilation, dilated_attention
 from jaxkern.nn import (
     LowRankReLU2,
     MultiHeadMLP,
@@ -37,9 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied, remat": {"tie_embeddings": True, "remat": True},
     "low rank": {"mlp": partial(LowRankReLU2, rank=8)},
     "dilated": {
-        "attention_fn": partial(
-            dilated_attention, segment_lengths=(4, 8), dilation_rates=(1, 2)
-        )
+        "attention_fn": partial(dilated_attention, dilation=Dilation((4, 8), (1, 2)))
     },
 }
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     dilated_attention,
@@ -335,9 +336,7 @@ def test_bfloat16(dtype, param_dtype):
 
 block_mask = BlockMask.causal(SEQ, SEQ, block_size=4)
 ATTENTION: dict[str, Any] = {
-    "dilated": partial(
-        dilated_attention, segment_lengths=(4, 8), dilation_rates=(1, 2)
-    ),
+    "dilated": partial(dilated_attention, dilation=Dilation((4, 8), (1, 2))),
     "block-sparse": partial(block_sparse_attention, mask=block_mask),
     "a function": lambda q, k, v: v,
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int, Int8, Int32
+from jaxtyping import Array, Bool, Int, Int8
 
 from ..._core.trees import ArrayTree, register
 from . import patterns, picture, predicates
@@ -26,6 +26,7 @@ from .checks import (
     has_values,
     on_host,
 )
+from .flex_attention import FlexAttentionNames
 from .patterns import blocks_of
 from .predicates import MaskFn
 from .runs import (
@@ -46,7 +47,7 @@ BLOCK_SIZE = 128
 
 @register
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockMask(ArrayTree):
+class BlockMask(FlexAttentionNames, ArrayTree):
     """A mask of attention, True = attend, as lists of the blocks that are not empty.
 
     Made by `causal`, `local_window`, `dilated`, `strided`, `global_local`, `document`,
@@ -64,10 +65,10 @@ class BlockMask(ArrayTree):
             leaves, hence arguments of a compiled program and not constants in it.
         block_size, seq_q, seq_kv: static.
 
-    The lists are `BlockLists`, of which `kv_num_blocks`, `kv_indices` and the other
-    names of FlexAttention are the padded arrays. Every leaf begins with (batch or 1,
-    heads or 1), where 1 means: the same for all. `&` and `|` may call a block partial
-    that turns out empty or full.
+    The lists are `BlockLists`; `FlexAttentionNames` has them as the padded arrays that
+    FlexAttention's `BlockMask` has, under its names. Every leaf begins with (batch or
+    1, heads or 1), where 1 means: the same for all. `&` and `|` may call a block
+    partial that turns out empty or full.
 
     The named patterns, `&` and `|` work on the host, in time and memory of the number
     of runs of neighbouring blocks. Where jit traces the arrays a mask is made from
@@ -380,39 +381,6 @@ class BlockMask(ArrayTree):
         """
         states = self._picture("BlockMask.plot", batch, head)
         return picture.plot(states, repr(self), ax)
-
-    # The names and shapes of FlexAttention's BlockMask.
-    @property
-    def kv_num_blocks(self) -> Int32[AnyArray, "batch heads q_blocks"]:
-        return self.kv.num_blocks
-
-    @property
-    def kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
-        return self.kv.padded(self.grid[1])
-
-    @property
-    def full_kv_num_blocks(self) -> Int32[AnyArray, "batch heads q_blocks"]:
-        return self.full_kv.num_blocks
-
-    @property
-    def full_kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
-        return self.full_kv.padded(self.grid[1])
-
-    @property
-    def q_num_blocks(self) -> Int32[AnyArray, "batch heads kv_blocks"]:
-        return self.q.num_blocks
-
-    @property
-    def q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
-        return self.q.padded(self.grid[0])
-
-    @property
-    def full_q_num_blocks(self) -> Int32[AnyArray, "batch heads kv_blocks"]:
-        return self.full_q.num_blocks
-
-    @property
-    def full_q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
-        return self.full_q.padded(self.grid[0])
 
     def _is_concrete(self) -> bool:
         lists = self.kv, self.full_kv, self.q, self.full_q

@@ -34,7 +34,7 @@ from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
-from ..dilation import Dilation
+from ..dilation import HeadStride
 from ..tiles import cotangents_of, sees
 from .batching import over_batch
 from .predicates import unreadable
@@ -124,7 +124,7 @@ def attend(
     *,
     mask: BlockMask,
     scale: float,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse), lse (batch, seq, heads); differentiable but for the mask.
 
@@ -321,7 +321,7 @@ def forward(
     scale: float,
     exact: bool,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """`out`, and the log-sum-exp in base 2, (batch, heads, 1, seq).
 
@@ -413,7 +413,7 @@ def backward_q(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """[d_query], times `factors` of each batch.
 
@@ -477,7 +477,7 @@ def backward_kv(
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
     """The wanted ones of the gradients of "key" and "value", times `factors`."""
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from ..._core.precision import widen
 from ..._mosaic.base import plgpu, swizzle_of, tiled_layout
 from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
-from ..dilation import Dilation
+from ..dilation import HeadStride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tokens:
 
     array: Any
     numbers: bool = False
-    dilation: Dilation | None = None
+    dilation: HeadStride | None = None
 
     @property
     def seq(self) -> int:
@@ -74,7 +74,7 @@ Groups = Sequence[Sequence[Tokens]]
 
 
 def tokens_of(
-    dilation: Dilation | None, query: jax.Array, key: jax.Array, value: jax.Array
+    dilation: HeadStride | None, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[Tokens, Tokens, Tokens]:
     """Those of query, key and value; a dilation is that of the query's heads."""
     if dilation is None:

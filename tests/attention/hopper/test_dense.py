@@ -17,6 +17,7 @@ from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     dilated_attention,
@@ -74,11 +75,9 @@ def test_dilated_attention(padded, heads, head_offsets):
     def dilated(implementation, *args):
         return dilated_attention(
             *args,
-            segment_lengths=(64,),
-            dilation_rates=(2,),
+            dilation=Dilation((64,), (2,), head_offsets=head_offsets),
             is_causal=True,
             key_mask=key_mask,
-            head_offsets=head_offsets,
             return_lse=True,
             implementation=implementation,
         )
@@ -104,8 +103,8 @@ def test_dilated_attention_copies_no_rows_for_the_kernel():
     args, _ = attention_args((1, 1024, 1024, 4, 2, 16, 16), BF16)
 
     def dilated(*args):
-        patterns: Any = {"segment_lengths": (256, 1024), "dilation_rates": (2, 4)}
-        return dilated_attention(*args, **patterns, **KERNEL)
+        dilation = Dilation((256, 1024), (2, 4))
+        return dilated_attention(*args, dilation=dilation, **KERNEL)
 
     def shapes(*args):
         kept = jax.tree.leaves(jax.vjp(dilated, *args)[1])
@@ -182,9 +181,9 @@ def test_ring_of_four_lowers_for_a_gpu(layout):
     """Inside shard_map each device runs kernels, and None picks them."""
     devices, spec = mesh(i=4), jax.P(None, "i")
     args, (d_out, _) = attention_args((1, 4 * 272, 4 * 272, 2, 1, 16, 16), BF16)
-    options = {"layout": layout}
+    options: Any = {"layout": layout}
     if layout == "dilated":
-        options = {"segment_lengths": (272, 4 * 272), "dilation_rates": (1, 1)}
+        options = {"dilation": Dilation((272, 4 * 272), (1, 1))}
 
     def gradients(*args):
         local = partial(ring_attention, axis_name="i", is_causal=True, **options)

@@ -180,7 +180,7 @@ class MultiHeadAttention(nnx.Module):
         value: Float[Array, "batch seq_kv embed"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq_q embed"]:
-        """Attend from `query` to itself or to `key`, and sum `value` or what was attended.
+        """Attend from `query` to `key`, and return the sums of `value`.
 
         Args:
             query: The features that attend.
@@ -204,7 +204,7 @@ class MultiHeadAttention(nnx.Module):
         value = key if value is None else value
         given = {"query": query, "key": key, "value": value}
         for name, x in given.items():
-            # One by one: their dtypes may differ, and are promoted by the projections.
+            # Checked one by one, since their dtypes may differ: projections promote.
             (given[name],) = check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)

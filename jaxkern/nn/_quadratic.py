@@ -26,6 +26,7 @@ from ._common import (
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)
+# Added to the mean square in RMSNorm: the spacing of float32 at 1.
 EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -185,11 +186,17 @@ class QuadraticTransformer(nnx.Module):
         model = nn.QuadraticTransformer(
             16, 8, num_heads=2, num_layers=1, masked_layers=[0], rngs=nnx.Rngs(0)
         )
-        logits = model(jnp.zeros((2, 3), jnp.int32))
-        print(logits.shape, model.sparsity()["total"])
+
+        @nnx.jit
+        def predict(model, tokens):
+            return model(tokens)
+
+        print(predict(model, jnp.zeros((2, 3), jnp.int32)).shape)
+        print(model.sparsity()["total"])
         ```
         ```text
-        (2, 3, 16) 0.0
+        (2, 3, 16)
+        0.0
         ```
 
     References:

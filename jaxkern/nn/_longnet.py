@@ -30,8 +30,8 @@ PAPER_DILATION = Dilation((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 class LongNetBlock(nnx.Module):
     """Dilated attention and a GELU feed-forward, each with Magneto's two norms.
 
-    The arguments are as in `LongNet`. `gain` is the factor of all initial kernels but the
-    kernels of query and key.
+    The arguments are as in `LongNet`. `gain` is the factor of all initial kernels but
+    the kernels of query and key.
     """
 
     def __init__(

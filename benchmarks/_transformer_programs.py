@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.transformer` run, and the check before it is timed."""
+"""Programs of `benchmarks.transformer`, and their checks."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from jaxkern.nn import (
 )
 from jaxkern.testing.plain import transformer as definitions
 
-from ._harness import Check, Program, Row, check_against
+from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
 
 VOCAB = 10_000
 # Of the model whose gradients are checked; the others repeat them.
@@ -33,9 +33,9 @@ CHECKED_LAYERS = 2
 LOSS_BOUND = {4: 1e-5, 2: 1e-2}
 TRACED_CALLS = 2
 
+STEP = "optimizer step"
 Pass = Literal["forward", "forward+backward", "optimizer step"]
 Layers = Literal["scanned", "unrolled"]
-PLAIN = "plain jnp"
 
 
 @dataclass(frozen=True)
@@ -155,19 +155,17 @@ class Task:
         per_token = 2 * (kernels + VOCAB * self.size.d_model)
         if self.attention in ("dense", "cudnn"):
             per_token += 4 * self.size.layers * self.context * self.size.d_model
-        return float((1 if self.what == "forward" else 3) * self.tokens * per_token)
+        return float((1 if self.what == FORWARD else 3) * self.tokens * per_token)
 
     def needed_bytes(self) -> float:
         """Of the row's weights, and beside them of its run or of its check."""
         size = self.size
         weights = 4.0 * _count(size, self.mlp)[0]
-        kept = 1 if self.what == "forward" or self.remat else size.layers
+        kept = 1 if self.what == FORWARD or self.remat else size.layers
         features = 10 * size.d_model + 4 * size.d_ff + 3 * size.heads * self.context
         run = 4.0 * self.tokens * (kept * features + VOCAB)
         # Gradients; with the optimizer new weights too, and old and new moments.
-        run += {"forward": 0, "forward+backward": 1, "optimizer step": 6}[
-            self.what
-        ] * weights
+        run += {FORWARD: 0, BOTH: 1, STEP: 6}[self.what] * weights
         shallow = replace(size, layers=min(CHECKED_LAYERS, size.layers))
         # Three models and their gradients, one of them in float64, and those as NumPy.
         check = 56.0 * _count(shallow, self.mlp)[0]

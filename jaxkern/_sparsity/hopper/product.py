@@ -8,7 +8,7 @@ product that follows takes rank / 2048 clocks, the sparse one 0.56 of that: so f
 rank of 260 (tensor cores at 0.7 of their rate) to 360 (at all of it) on, selecting is
 won back in arithmetic, whatever the number of tokens. But tiles are no larger, and of
 the dense factor a sparse product reads as much from L2 as a dense one does, which is
-predicted to be its limit: `benchmarks.mlp --break-even` draws what remains.
+predicted to be its limit.
 
 B is read from shared memory once for each sparse instruction of 64 rows, 16 KB in 128
 clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.

@@ -151,7 +151,7 @@ def core(entry: Entry) -> Callable[..., Any]:
             lengths, rates = (seq,), (1,)
             if isinstance(pattern, Dilated):
                 lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-            options |= {"segment_lengths": lengths, "dilation_rates": rates}
+            options["dilation"] = jaxkern.Dilation(lengths, rates)
         return partial(getattr(jaxkern, entry.op), **options)
     if by == PLAIN:
         if isinstance(pattern, Dilated):

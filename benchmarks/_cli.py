@@ -92,7 +92,7 @@ def writable(text: str) -> Path:
 def plot_file(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError(
-            "needs matplotlib, which is not installed: pip install -e '.[bench]'"
+            "needs matplotlib, which is not installed: pip install matplotlib"
         )
     path = writable(text)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -1,6 +1,6 @@
 """Inputs of `benchmarks.estimators`, and the results that its rows must have."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -41,7 +41,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 # Our names, and by hand the factor by which each multiplies the gradient of the mask.
 ESTIMATORS: dict[str, Any] = {
     "straight_through": jaxkern.straight_through,
-    "one_plus_sigmoid": jaxkern.seed_reinmax,
+    "one_plus_sigmoid": partial(jaxkern.straight_through, derivative="one_plus_sigmoid"),
     "reinmax": jaxkern.reinmax,
 }
 SLOPES: dict[str, Any] = {
@@ -95,9 +95,14 @@ def token_losses(logits, ids):
 def base_model(seed: int) -> tuple[Any, Any]:
     """The frozen weights, as a state and as nested dicts."""
     model = QuadraticTransformer(
-        VOCAB, EMBED, HEADS, LAYERS, hidden_features=HIDDEN, kernel_init=INIT,
+        VOCAB,
+        EMBED,
+        num_heads=HEADS,
+        num_layers=LAYERS,
+        hidden_dim=HIDDEN,
+        kernel_init=INIT,
         rngs=nnx.Rngs(seed),
-    )  # fmt: skip
+    )
     state = nnx.state(model, nnx.Param)
     return state, nnx.to_pure_dict(state)
 
@@ -113,9 +118,9 @@ def masked_model(estimator: str, method: Form, batch: int, dtype: Any) -> Any:
         return QuadraticTransformer(
             VOCAB,
             EMBED,
-            HEADS,
-            LAYERS,
-            hidden_features=HIDDEN,
+            num_heads=HEADS,
+            num_layers=LAYERS,
+            hidden_dim=HIDDEN,
             masked_layers=[0],
             num_masks=None if shared else batch,
             estimator=ESTIMATORS[estimator],

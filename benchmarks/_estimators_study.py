@@ -83,7 +83,9 @@ def rloo(loss: Loss, logits: jax.Array, key: jax.Array, samples: int = 4) -> jax
 
 # By op and variant.
 GRADIENTS: dict[tuple[str, str], Gradient] = {
-    ("straight_through", "one_plus_sigmoid"): by(jaxkern.seed_reinmax, drawn=False),
+    ("straight_through", "one_plus_sigmoid"): by(
+        partial(jaxkern.straight_through, derivative="one_plus_sigmoid"), drawn=False
+    ),
     ("straight_through", ""): by(jaxkern.straight_through, drawn=False),
     ("straight_through", "drawn"): by(jaxkern.straight_through),
     ("straight_through", "drawn, sigmoid"): by(

@@ -68,7 +68,7 @@ IMPLEMENTATIONS = {
     shapes.STATIC: _relu2("2:4-static", plain.static, "low_rank_relu2_2to4"),
     shapes.TOP2: _relu2("2:4", plain.top2),
     shapes.SOFT: _relu2("2:4-soft", plain.soft),
-    shapes.PRUNED: Implementation(jaxkern.packed_relu2, plain.pruned, "pruned"),
+    shapes.PRUNED: Implementation(jaxkern.low_rank_relu2, plain.pruned, "pruned"),
     f"{SELECTION} static": _select("static", plain.static),
     f"{SELECTION} top2": _select("top2", plain.top2),
     f"{SELECTION} soft": _select("soft", plain.soft),

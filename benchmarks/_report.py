@@ -58,6 +58,10 @@ def device_name() -> str:
 
 
 def _revision() -> str | None:
+    # Without this, an installed benchmark would name the commit of the repository that
+    # happens to hold its environment.
+    if __package__ != "benchmarks":
+        return importlib.metadata.version("jaxkern-fused")
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxkern.nn import TransformerLM, get_sharding, make_mesh
+from jaxkern.nn import TransformerLM, get_sharding, make_mesh, parse_mesh_sizes
 
 from ._harness import XLA, Case, Row, labels
 from ._report import Table, listing
@@ -22,19 +22,19 @@ SIZES: dict[str, dict[str, int]] = {
     "2.7B": {
         "vocab_size": 10_000,
         "context_length": 2048,
-        "d_model": 2560,
+        "embed_dim": 2560,
         "num_layers": 32,
         "num_heads": 32,
-        "d_ff": 10_240,
+        "hidden_dim": 10_240,
     },
     "70B": {
         "vocab_size": 32_000,
         "context_length": 4096,
-        "d_model": 8192,
+        "embed_dim": 8192,
         "num_layers": 80,
         "num_heads": 64,
         "num_kv_heads": 8,
-        "d_ff": 28_672,
+        "hidden_dim": 28_672,
     },
 }
 MESHES = [
@@ -63,7 +63,7 @@ PARTS = ("parameters", "moments", "temporaries")
 
 def measure(size: str, devices: int, sizes: str) -> Row:
     """Bytes of one device for a training step of this model, which is not run."""
-    mesh = make_mesh(sizes, devices=jax.devices()[:devices])
+    mesh = make_mesh(**parse_mesh_sizes(sizes), devices=jax.devices()[:devices])
     options: Any = SIZES[size] | {"remat": True, "dtype": jnp.bfloat16, "mesh": mesh}
     make = partial(TransformerLM, **options)
     adam = make_adam()

@@ -21,6 +21,7 @@ from jaxkern.nn import (
     TransformerLM,
     get_sharding,
     make_mesh,
+    parse_mesh_sizes,
 )
 from jaxkern.testing.plain import transformer as definitions
 
@@ -42,8 +43,8 @@ Layers = Literal["scanned", "unrolled"]
 class Size:
     """One published model."""
 
-    d_model: int
-    d_ff: int
+    embed_dim: int
+    hidden_dim: int
     layers: int
     heads: int
 
@@ -60,9 +61,8 @@ def _block_sparse(context: int):
 
 def _dilated(context: int):
     lengths = max(1, context // 4), max(1, context // 2), context
-    return partial(
-        jaxkern.dilated_attention, segment_lengths=lengths, dilation_rates=(1, 2, 4)
-    )
+    dilation = jaxkern.Dilation(lengths, (1, 2, 4))
+    return partial(jaxkern.dilated_attention, dilation=dilation)
 
 
 ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {
@@ -73,13 +73,13 @@ ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {
 }
 MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
     "swiglu": lambda size: None,
-    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.d_model // 4),
-    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.d_model // 4),
-    "2:4": lambda size: partial(LowRankReLU2, rank=size.d_model // 4, sparsity="2:4"),
+    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.embed_dim // 4),
+    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4),
+    "2:4": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4"),
     "2:4-static": lambda size: partial(
-        LowRankReLU2, rank=size.d_model // 4, sparsity="2:4-static"
+        LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4-static"
     ),
-    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads),
+    "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads, gated=True),
 }
 
 
@@ -110,7 +110,12 @@ class Task:
     def model(self, layers: Layers) -> TransformerLM:
         size = self.size
         return TransformerLM(
-            *(VOCAB, self.context, size.d_model, size.layers, size.heads, size.d_ff),
+            VOCAB,
+            self.context,
+            embed_dim=size.embed_dim,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            hidden_dim=size.hidden_dim,
             attention_fn=ATTENTION[self.attention](self.context),
             mlp=MLP[self.mlp](size),
             dtype=jnp.dtype(self.dtype),
@@ -121,7 +126,9 @@ class Task:
         )
 
     def make_mesh(self) -> jax.sharding.Mesh | None:
-        return None if self.mesh is None else make_mesh(self.mesh)
+        if self.mesh is None:
+            return None
+        return make_mesh(**parse_mesh_sizes(self.mesh))
 
     def state(self, layers: Layers) -> Any:
         """Of the model, made where it lies."""
@@ -152,9 +159,9 @@ class Task:
         Attention other than dense is left out: only its projections count.
         """
         _, kernels = _count(self.size, self.mlp)
-        per_token = 2 * (kernels + VOCAB * self.size.d_model)
+        per_token = 2 * (kernels + VOCAB * self.size.embed_dim)
         if self.attention in ("dense", "cudnn"):
-            per_token += 4 * self.size.layers * self.context * self.size.d_model
+            per_token += 4 * self.size.layers * self.context * self.size.embed_dim
         return float((1 if self.what == FORWARD else 3) * self.tokens * per_token)
 
     def needed_bytes(self) -> float:
@@ -162,7 +169,7 @@ class Task:
         size = self.size
         weights = 4.0 * _count(size, self.mlp)[0]
         kept = 1 if self.what == FORWARD or self.remat else size.layers
-        features = 10 * size.d_model + 4 * size.d_ff + 3 * size.heads * self.context
+        features = 10 * size.embed_dim + 4 * size.hidden_dim + 3 * size.heads * self.context
         run = 4.0 * self.tokens * (kept * features + VOCAB)
         # Gradients; with the optimizer new weights too, and old and new moments.
         run += {FORWARD: 0, BOTH: 1, STEP: 6}[self.what] * weights

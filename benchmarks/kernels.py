@@ -34,7 +34,7 @@ import numpy as np
 import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
-from jaxkern._attention.dilation import Dilation
+from jaxkern._attention.dilation import HeadStride
 from jaxkern._attention.hopper import attend
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import gradients as _masked_gradients
@@ -121,7 +121,7 @@ def _attention(
             run = attend.backward_q
         case _:
             run = partial(attend.backward_kv, wanted=wanted or ())
-    dilation = Dilation(rate, heads=4, run=2) if rate > 1 else None
+    dilation = HeadStride(rate, heads=4, run=2) if rate > 1 else None
     run = partial(run, mask=mask(), scale=scale, dilation=dilation)
     return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
 
@@ -209,7 +209,9 @@ def masked_cases() -> Cases:
     }
     gradients["straight_through"] = jnp.float32, {"dmask": (True, False)}
     sloped = {label: all_three[label] for label in ("dmask", "dmask dw")}
-    gradients |= {kind: (jnp.float32, sloped) for kind in ("seed_reinmax", "reinmax")}
+    gradients |= {
+        kind: (jnp.float32, sloped) for kind in ("one_plus_sigmoid", "reinmax")
+    }
     for kind, (dtype, wanted) in gradients.items():
         made = jnp.float32 if kind == "bits" else dtype
         for label, (mask, w) in wanted.items():
@@ -422,9 +424,10 @@ def on_cpu() -> None:
 
 def sources(package: Path = PACKAGE) -> str:
     """A hash of every source that a kernel's module may depend on."""
-    testing = package / "testing"
+    # An installed package holds the benchmarks as well.
+    apart = {package / "testing", package / "benchmarks"}
     return _hash(
-        package, [p for p in package.rglob("*.py") if testing not in p.parents]
+        package, [p for p in package.rglob("*.py") if apart.isdisjoint(p.parents)]
     )
 
 

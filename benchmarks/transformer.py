@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkern.nn import make_mesh
+from jaxkern.nn import make_mesh, parse_mesh_sizes
 
 from . import _transformer_memory as memory
 from . import frame
@@ -222,7 +222,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         return
     # A mesh that it cannot share is refused before anything is computed.
     try:
-        make_mesh(args.mesh)
+        make_mesh(**parse_mesh_sizes(args.mesh))
         for case in make_cases(args):
             row: Any = case.build
             row.args[0].trace(args.layers)

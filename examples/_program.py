@@ -1,8 +1,8 @@
-"""How the examples write files and check where they draw, and how they run.
+"""How all examples read options, draw pictures, write files, and end.
 
-Examples stand alone, for who takes the folder away: so `run_program` is here and, for
-benchmarks, in `benchmarks/_cli.py`, as is `replacing`, in `benchmarks/_report.py`. One
-test holds both to the same.
+The examples work without the rest of the repository. So `run_program` and `replacing`
+are here and, for benchmarks, in `benchmarks/_cli.py` and `benchmarks/_report.py`. The
+same tests run on both copies.
 """
 
 import argparse
@@ -15,12 +15,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-# The status of a program that SIGPIPE, signal 13, has ended.
+# The exit status of a program that SIGPIPE, signal 13, has ended.
 BROKEN_PIPE = 128 + 13
 
 
+def refuse_options(description: str | None) -> None:
+    """Refuse all options but --help, which prints the description."""
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=description, formatter_class=raw).parse_args()
+
+
+def add_plot(parser: argparse.ArgumentParser, picture: str) -> None:
+    """Add the option --plot, whose value `check_plot` checks."""
+    text = f"draw {picture} (.png, .svg, .pdf)"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=text)
+
+
 def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
-    """A picture can be drawn there, which shows before any work and not after it."""
+    """Refuse, before any work, a path where no picture can be drawn."""
     if path is None:
         return
     if importlib.util.find_spec("matplotlib") is None:
@@ -35,7 +47,7 @@ def check_plot(parser: argparse.ArgumentParser, path: Path | None) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path`, which takes its place once it is whole and on the disk."""
+    """Yield a file beside `path` that replaces it once it is whole and on the disk."""
     path = path.resolve()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -48,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """What cannot be written ends the program with its reason; `path` stays whole."""
+    """Save a figure; an error ends the program and leaves the old file whole."""
     try:
         with replacing(path) as part:
             figure.savefig(part, dpi=150, format=path.suffix[1:])
@@ -59,8 +71,8 @@ def save_figure(figure: Any, path: Path) -> None:
 def run_program(main: Callable[[], Any]) -> NoReturn:
     """Run `main` as a program, whatever reads the output.
 
-    A character that the output's encoding lacks is printed as "?". Where nobody reads
-    on, as after `| head`, the program ends without a traceback.
+    A character that the output's encoding lacks is printed as "?". If the reader
+    leaves, as in `| head`, the program ends without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,13 +1,14 @@
-"""Find the weights that each sample needs: learn a mask a sample over a frozen model.
+"""Find the weights that each sample needs: learn a mask for it over a frozen model.
 
     python examples/learn_masks.py                    a minute on two cores
     python examples/learn_masks.py --plot frontier.png
 
-A small transformer learns to copy: each sequence has random tokens, then the same ones
-again. Its weights then stay, and each of 8 sequences learns a mask over the first MLP,
-by the published recipe: KL to the unmasked model and a price on every weight that is
-on, Adam with a linear warm-up, gradients clipped. What is left at each price, and how
-far the outputs then are from the model's, is printed for four estimators.
+A small transformer learns to copy: each sequence has random tokens, and then the same
+tokens again. Then its weights are frozen, and each of 8 sequences learns a mask over
+the first MLP. The loss is the KL divergence from the model without masks, and a price
+for every weight that is on; the optimizer is Adam with a linear warm-up and clipped
+gradients. For four estimators and each price, the program prints the share of weights
+that are off and the KL divergence.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from _program import check_plot, run_program, save_figure
+from _program import add_plot, check_plot, run_program, save_figure
 from flax import nnx
 
 import jaxkern
@@ -30,14 +31,18 @@ STEPS, MASK_STEPS = 900, 150
 PRICES = (1.0, 10.0, 100.0)
 ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
     "straight_through": jaxkern.straight_through,
-    "seed_reinmax": jaxkern.seed_reinmax,
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
     "binary_concrete": partial(jaxkern.binary_concrete, temperature=0.5),
 }
-# These draw masks while they learn, and start where few weights are off.
+# These estimators draw masks while they learn, and start with few weights off.
 DRAWN = ("reinmax", "binary_concrete")
 INITIAL, INITIAL_DRAWN = 1.0, 3.0
-model_of = partial(QuadraticTransformer, VOCAB, EMBED, HEADS, LAYERS)
+model_of = partial(
+    QuadraticTransformer, VOCAB, EMBED, num_heads=HEADS, num_layers=LAYERS
+)
 
 
 def sequences(key: jax.Array, count: int) -> jax.Array:
@@ -46,7 +51,7 @@ def sequences(key: jax.Array, count: int) -> jax.Array:
 
 
 def copy_loss(model: QuadraticTransformer, ids: jax.Array) -> jax.Array:
-    """Of the second half, whose tokens can be known."""
+    """Return the loss of the second half, whose tokens can be known."""
     logits, targets = model(ids[:, :-1])[:, HALF - 1 :], ids[:, HALF:]
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
@@ -73,7 +78,7 @@ def train(steps: int) -> QuadraticTransformer:
 
 
 def divergence(model: QuadraticTransformer, ids, teacher, key=None) -> jax.Array:
-    """KL from the teacher, a sequence's sum over its tokens."""
+    """Return the KL divergence from the teacher, summed over a sequence's tokens."""
     student = jax.nn.log_softmax(model(ids, key=key))
     return (jnp.exp(teacher) * (teacher - student)).sum((-2, -1)).mean()
 
@@ -87,7 +92,7 @@ def make_step(ids: jax.Array, teacher: jax.Array, drawn: bool):
 
     @nnx.jit
     def step(model, optimizer, price, key):
-        # Masks only: the weights are frozen since nothing asks for their gradients.
+        # Only masks have gradients, so the weights are frozen.
         where = nnx.DiffState(0, MaskLogits)
         gradients = nnx.grad(loss, argnums=where)(model, price, key)
         optimizer.update(model, gradients)
@@ -98,7 +103,7 @@ def make_step(ids: jax.Array, teacher: jax.Array, drawn: bool):
 def learn(
     base: QuadraticTransformer, name: str, ids: jax.Array, steps: int
 ) -> list[tuple[float, float]]:
-    """Sparsity and divergence of the masks at each price, thresholded at 0."""
+    """Return sparsity and divergence at each price, of masks with a threshold of 0."""
     teacher = jax.nn.log_softmax(base(ids))
     step = make_step(ids, teacher, name in DRAWN)
     masked = partial(model_of, masked_layers=[0], num_masks=len(ids), rngs=nnx.Rngs(0))
@@ -142,7 +147,7 @@ def plot(frontier: dict[str, list[tuple[float, float]]], path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the frontier")
+    add_plot(parser, "the frontier")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the model")
     parser.add_argument("--mask-steps", type=int, default=MASK_STEPS)
     args = parser.parse_args(argv)

@@ -1,20 +1,20 @@
 """Train attention over a sequence that is split among devices.
 
-    python examples/long_context.py            8 devices, pretended on a CPU
+    python examples/long_context.py            on a CPU, split into 8 devices
 
-With several GPUs it takes those; on several machines, start it on each one after
-`jax.distributed.initialize()`. Every device holds its part of the tokens, in the zigzag
-order that gives all of them the same causal work; keys and values go round. So the
-memory of a device falls with their number. A student layer learns what a teacher does.
+If there are several GPUs, these are used. On several machines, start the program on
+each after `jax.distributed.initialize()`. Every device holds a part of the tokens, in
+the zigzag order that gives all devices the same causal work, and keys and values go
+round. So each device needs less memory if there are more of them. A student layer
+learns what a teacher layer computes.
 """
 
-import argparse
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from _program import run_program
+from _program import refuse_options, run_program
 from flax import nnx
 
 import jaxkern
@@ -35,7 +35,7 @@ def make_layer(seed: int):
 
 
 def make_gradients(graph, mesh):
-    """Loss over all devices' tokens, and its gradient, which JAX sums over them."""
+    """Return a program for the loss over all devices' tokens and its gradient."""
 
     @partial(
         jax.shard_map, mesh=mesh, in_specs=(jax.P(), TOKENS, TOKENS), out_specs=jax.P()
@@ -53,7 +53,7 @@ def make_mesh(devices: int):
 
 
 def print_memory(graph, state) -> None:
-    """Of a compiled step; nothing is run."""
+    """Print the memory of a compiled step, without running it."""
     for devices in (1, 2, 4, 8):
         if devices > jax.device_count():
             break
@@ -69,7 +69,7 @@ def print_memory(graph, state) -> None:
 
 def train(graph, state) -> list[float]:
     mesh = make_mesh(jax.device_count())
-    # Tokens change places once, when they are loaded, and so do their positions.
+    # Tokens and their positions are permuted once, when they are loaded.
     order, _ = jaxkern.ring_permutation(SEQ, mesh.size, "zigzag")
     tokens = jax.random.normal(jax.random.key(2), (1, SEQ, EMBED))[:, order]
     x = jax.device_put(tokens, jax.NamedSharding(mesh, TOKENS))
@@ -104,9 +104,7 @@ def main() -> list[float]:
 
 
 if __name__ == "__main__":
-    # There are no options; but --help says what this is, and others are errors.
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
-    # Of no effect where there is a GPU.
+    refuse_options(__doc__)
+    # This has no effect if there is a GPU.
     jax.config.update("jax_num_cpu_devices", 8)
     run_program(main)

@@ -8,7 +8,7 @@ import jaxkern
 x = jax.random.normal(jax.random.key(0), (4, 512, 512))  # (batch, seq, embed)
 full = jaxkern.nn.SwiGLU(512, 1376, rngs=nnx.Rngs(0))
 low, errors = jaxkern.nn.LowRankSwiGLU.from_full_rank(full, rank=128)
-sparse = jaxkern.nn.LowRankReLU2(512, 2064, 128, sparsity="2:4", rngs=nnx.Rngs(1))
+sparse = jaxkern.nn.LowRankReLU2(512, 2064, rank=128, sparsity="2:4", rngs=nnx.Rngs(1))
 for mlp in (full, low, sparse):
     loss, gradients = nnx.value_and_grad(lambda mlp: (mlp(x) ** 2).mean())(mlp)
     size = sum(g.size for g in jax.tree.leaves(gradients))

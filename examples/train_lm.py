@@ -2,13 +2,13 @@
 
 python examples/train_lm.py                 about three minutes on two cores
 python examples/train_lm.py --mlp 2:4       another MLP
-python examples/train_lm.py --compare       full rank, low rank and 2:4: loss and time
-python examples/train_lm.py --folder run    with checkpoints, a loss a line in
-                                            losses.csv; again to go on, exactly
+python examples/train_lm.py --compare       loss and time of all MLPs
+python examples/train_lm.py --folder run    keep checkpoints, and losses in losses.csv;
+                                            the same command again resumes exactly
 
-On several devices --mesh fsdp=4,tensor=2 shares the model, the batch and, along
-"context", each sequence among them. On several machines, or for several processes, run
-the same command for each with --distributed; SLURM and Open MPI tell it the rest:
+--mesh fsdp=4,tensor=2 splits the model and the batch over several devices, and
+--mesh context=8 splits each sequence. On several machines, or for several processes,
+run the same command for each with --distributed; SLURM and Open MPI tell it the rest:
 
 srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder run
 """
@@ -34,7 +34,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from _program import check_plot, replacing, run_program, save_figure
+from _program import add_plot, check_plot, replacing, run_program, save_figure
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -44,11 +44,13 @@ HELD_OUT = 0.05
 EVALUATIONS = 8
 KEPT_CHECKPOINTS = 3
 MLPS = {
-    "swiglu": lambda d_model: None,
-    "low-rank": lambda d_model: partial(nn.LowRankSwiGLU, rank=d_model // 4),
-    "2:4": lambda d_model: partial(nn.LowRankReLU2, rank=d_model // 2, sparsity="2:4"),
+    "swiglu": lambda embed_dim: None,
+    "low-rank": lambda embed_dim: partial(nn.LowRankSwiGLU, rank=embed_dim // 4),
+    "2:4": lambda embed_dim: partial(
+        nn.LowRankReLU2, rank=embed_dim // 2, sparsity="2:4"
+    ),
 }
-# What may change from run to run of one folder.
+# The options that may change when a run is resumed.
 HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
 
 
@@ -60,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=400)
     add("--context", type=int, default=128)
     add("--batch", type=int, default=16)
-    add("--d-model", type=int, default=128)
+    add("--embed-dim", type=int, default=128)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
     add("--mlp", choices=[*MLPS], default="swiglu")
@@ -70,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, help="a file instead of the standard library")
     add("--folder", type=Path, help="for checkpoints and losses")
     add("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    add("--plot", type=Path, metavar="FILE", help="draw the loss (.png, .svg, .pdf)")
+    add_plot(parser, "the loss")
     help_mesh = "axes data, fsdp, context, tensor (default: data=all devices)"
     add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
     add("--distributed", action="store_true", help="one of several processes")
@@ -83,8 +85,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What would fail late is refused at once."""
-    for name in ("steps", "context", "batch", "d_model", "layers", "heads", "every"):
+    """Refuse at once what would fail late."""
+    for name in ("steps", "context", "batch", "embed_dim", "layers", "heads", "every"):
         least = 2 if name == "context" else 1  # one half to write on from
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -112,7 +114,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def is_first() -> bool:
-    """Of all processes only this one prints and writes losses."""
+    """Tell if this process is the one that prints and that writes losses."""
     return jax.process_index() == 0
 
 
@@ -122,7 +124,7 @@ def say(*texts: object, **options: Any) -> None:
 
 
 def read_bytes(path: Path | None) -> np.ndarray:
-    """A file, or all modules of the standard library one after another."""
+    """Read a file, or all modules of the standard library one after another."""
     if path is not None:
         return np.frombuffer(path.read_bytes(), np.uint8)
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -130,7 +132,7 @@ def read_bytes(path: Path | None) -> np.ndarray:
 
 
 def split(text: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """For training, and the end of the text, which it never sees."""
+    """Return the text to train on, and its end, which is held out."""
     at = int(len(text) * (1 - HELD_OUT))
     train, held_out = text[:at], text[at:]
     if min(len(train), len(held_out)) < context + 1:
@@ -144,7 +146,7 @@ def split(text: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
 def make_batch(
     text: np.ndarray, args: argparse.Namespace, mesh: jax.sharding.Mesh, *at: int
 ) -> jax.Array:
-    """The same for the same place in the run, so that one can go on anywhere.
+    """Return the batch of a place `at` in the run, so that a run can resume anywhere.
 
     A process reads the rows of its own devices only.
     """
@@ -161,7 +163,7 @@ def make_batch(
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
-    """Of one who knows how often each byte occurs, and nothing else."""
+    """Return the loss of a model that knows only how often each byte occurs."""
     p = (np.bincount(train, minlength=256) + 1) / (len(train) + 256)
     return float(-np.log(p[held_out]).mean())
 
@@ -170,18 +172,18 @@ def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.Transfor
     return nn.TransformerLM(
         vocab_size=256,
         context_length=args.context,
-        d_model=args.d_model,
+        embed_dim=args.embed_dim,
         num_layers=args.layers,
         num_heads=args.heads,
-        d_ff=4 * args.d_model,
-        mlp=MLPS[args.mlp](args.d_model),
+        hidden_dim=4 * args.embed_dim,
+        mlp=MLPS[args.mlp](args.embed_dim),
         mesh=mesh,
         rngs=nnx.Rngs(args.seed),
     )
 
 
 def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay to a tenth, and clipped gradients."""
+    """Return AdamW with warm-up, cosine decay to a tenth, and clipped gradients."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0,
         args.learning_rate,
@@ -194,9 +196,9 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
 
 
 def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
-    """The model's graph; and how a run starts, steps and judges.
+    """Return the model's graph, and the functions that start, step and evaluate a run.
 
-    Nothing is computed yet, but what does not fit the mesh is refused.
+    Nothing is computed yet, but sizes that do not fit the mesh are refused.
     """
     optimizer = make_optimizer(args)
 
@@ -227,16 +229,17 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
 
 
 def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Any]:
-    """The mesh and the programs; what cannot be built ends the run with its reason."""
+    """Return the mesh and the programs; an error ends the run with its reason."""
     try:
-        mesh = nn.make_mesh(args.mesh or f"data={jax.device_count()}")
+        sizes = args.mesh or f"data={jax.device_count()}"
+        mesh = nn.make_mesh(**nn.parse_mesh_sizes(sizes))
         return mesh, make_programs(args, mesh)
     except ValueError as error:
         sys.exit(str(error))
 
 
 def pure(tree: Any) -> Any:
-    """Modules' states as plain dictionaries, which checkpoints hold."""
+    """Convert the states of modules to plain dictionaries, which checkpoints hold."""
 
     def is_state(x: Any) -> bool:
         return isinstance(x, nnx.State)
@@ -248,7 +251,7 @@ def pure(tree: Any) -> Any:
 
 @contextmanager
 def to_write() -> Iterator[None]:
-    """What the folder does not take ends the run with its reason."""
+    """End the run with the reason if a file cannot be written to the folder."""
     try:
         yield
     except OSError as error:
@@ -256,7 +259,7 @@ def to_write() -> Iterator[None]:
 
 
 def keep_settings(path: Path, settings: dict[str, str]) -> None:
-    """Of a run's first start; later ones must have the same."""
+    """Write the settings of a new run; a resumed run must have the same settings."""
     try:
         old = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -271,9 +274,9 @@ def keep_settings(path: Path, settings: dict[str, str]) -> None:
 
 
 def take(folder: Path) -> TextIO | None:
-    """Hold the folder while the file is open; a process that dies lets it go."""
+    """Lock the folder while the returned file is open, or until the process dies."""
     lock = (folder / "lock").open("a+")
-    # Windows has no such locks.
+    # Windows has no fcntl, and no lock is taken there.
     if importlib.util.find_spec("fcntl") is None:
         return lock
     import fcntl
@@ -295,9 +298,9 @@ def take(folder: Path) -> TextIO | None:
 
 
 class Checkpoints:
-    """In a folder, or nowhere; the settings of the run lie beside them.
+    """Checkpoints, losses and settings of a run in its folder; without one, nothing.
 
-    Until `with` ends, the folder is this run's alone.
+    No other run can use the folder until `with` ends.
     """
 
     def __init__(self, args: argparse.Namespace, text: np.ndarray):
@@ -305,12 +308,12 @@ class Checkpoints:
         if args.folder is None:
             return
         settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in HOW}
-        # Another text of the same name would go on where this one ended.
+        # Without this, a run could resume with another text of the same name.
         settings["text_sha256"] = hashlib.sha256(text).hexdigest()
         folder = args.folder.resolve()
         self.losses = folder / "losses.csv"
         try:
-            # Before an hour of training, not after it.
+            # A folder that cannot be written to is an error before training starts.
             with to_write():
                 folder.mkdir(parents=True, exist_ok=True)
                 self.losses.touch()
@@ -322,7 +325,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
         )
-        # Named, since orbax would guess it from the newest one, which may be damaged.
+        # Without this, orbax asks the newest checkpoint, which may be damaged.
         handler = ocp.StandardCheckpointHandler()
         self.manager = ocp.CheckpointManager(
             folder / "checkpoints", options=options, item_handlers=handler
@@ -336,12 +339,12 @@ class Checkpoints:
             self.lock.close()
 
     def check_room(self, first: int, bytes_each: int) -> None:
-        """The disk holds what is still to be saved, or the run ends at once."""
+        """End the run at once if the disk cannot hold what is still to be saved."""
         if self.manager is None:
             return
         saves = -(-(self.args.steps - first) // self.args.every)
         kept = min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
-        # One is written before the oldest is deleted.
+        # A checkpoint is written before the oldest one is deleted.
         more = min(saves, KEPT_CHECKPOINTS + 1 - kept)
         free = shutil.disk_usage(self.losses.parent).free
         if free < more * bytes_each:
@@ -351,10 +354,11 @@ class Checkpoints:
             )
 
     def restore(self, state):
-        """The latest state that can be read and its step; at first the one given and 0.
+        """Return the latest state that can be read, and its step.
 
-        A checkpoint that cannot be read is moved aside, and if none can the run ends
-        before anything is lost. One of another mesh is read as well.
+        A new run gets the given state and 0. A checkpoint that cannot be read is moved
+        aside; if none can be read, the run ends and changes nothing. Checkpoints can be
+        read on another mesh.
         """
         if self.manager is None:
             return state, 0
@@ -365,7 +369,7 @@ class Checkpoints:
             try:
                 args = ocp.args.StandardRestore(shapes)
                 state = self.manager.restore(step, args=args)
-            # Whatever is wrong with the files, an older one may do.
+            # Whatever is wrong with its files, an older checkpoint may be whole.
             except Exception as error:
                 first_line = (str(error).splitlines() or [""])[0]
                 say(f"checkpoint {step} cannot be read: {first_line}")
@@ -381,7 +385,7 @@ class Checkpoints:
         return state, 0
 
     def _move_aside(self, steps: list[int]) -> None:
-        """So that later ones can take their places."""
+        """Move checkpoints away, so that later ones can take their places."""
         if self.manager is None or not steps:
             return
         if is_first():
@@ -405,7 +409,8 @@ class Checkpoints:
     def save(self, step: int, state, losses: list[float]) -> None:
         if self.manager is None:
             return
-        # The losses first: a kill in between leaves too many, which are dropped.
+        # Losses come first: a kill in between leaves too many, and a resumed run drops
+        # these.
         if is_first():
             with to_write(), self.losses.open("a") as file:
                 file.writelines(f"{loss!r}\n" for loss in losses)
@@ -415,9 +420,9 @@ class Checkpoints:
 
 
 class Progress:
-    """A bar on a terminal, if rich is installed; else a line every so many steps.
+    """A bar on a terminal, if rich is installed, or else a line for some steps.
 
-    A bar hides the cursor from `with` on, and shows it again however that ends.
+    A bar hides the cursor in `with`, and shows it again however that ends.
     """
 
     def __init__(self, args: argparse.Namespace, first: int):
@@ -453,7 +458,7 @@ class Progress:
 
 
 class Run(NamedTuple):
-    """What came of one."""
+    """The results of one training."""
 
     name: str
     parameters: int
@@ -510,7 +515,7 @@ def train_on(
 
 
 def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
-    """Something new, as the model goes on from `def `."""
+    """Print the text with which the model continues `def `."""
     prompt = np.array([list(b"def ")], np.int32)[:, : args.context // 2]
     prompt = jax.device_put(prompt, jax.NamedSharding(mesh, jax.P()))
     count = args.context - prompt.shape[1]
@@ -521,9 +526,9 @@ def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
 
 
 def compare(args: argparse.Namespace) -> list[Run]:
-    """One run with each MLP there is, on the same batches."""
+    """Train with each MLP on the same batches, and print a table."""
     each = [argparse.Namespace(**vars(args) | {"mlp": name}) for name in MLPS]
-    # The last MLP is refused before the first one trains.
+    # Without this, the last MLP would be refused after the first ones have trained.
     for one in each:
         prepare(one)
     runs = []
@@ -538,7 +543,7 @@ def compare(args: argparse.Namespace) -> list[Run]:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    """Loss against time where there are several, else against steps."""
+    """Draw the losses of several runs against time, or of one run against steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -546,7 +551,7 @@ def plot(runs: list[Run], path: Path) -> None:
     for run in runs:
         x = run.seconds if len(runs) > 1 else np.arange(1, len(run.losses) + 1)
         width = max(1, len(run.losses) // 20)
-        # The mean of so many steps, and all of them behind it.
+        # The mean of `width` steps is in front, and the losses of all steps behind it.
         smooth = np.convolve(run.losses, np.ones(width) / width, mode="valid")
         (line,) = axes.plot(x[width - 1 :], smooth, label=run.name)
         axes.plot(x, run.losses, color=line.get_color(), alpha=0.2, linewidth=0.7)

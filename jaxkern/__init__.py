@@ -6,6 +6,7 @@ from ._attention.block_sparse import block_sparse_attention as block_sparse_atte
 from ._attention.dense import attention as attention
 from ._attention.dense import merge_attention as merge_attention
 from ._attention.dilated import dilated_attention as dilated_attention
+from ._attention.dilation import Dilation as Dilation
 from ._attention.ring import context_parallel_attention as context_parallel_attention
 from ._attention.ring import ring_attention as ring_attention
 from ._attention.ring import ring_permutation as ring_permutation
@@ -15,7 +16,6 @@ from ._masked.estimators import binary_concrete as binary_concrete
 from ._masked.estimators import gumbel_softmax as gumbel_softmax
 from ._masked.estimators import reinmax as reinmax
 from ._masked.estimators import reinmax_categorical as reinmax_categorical
-from ._masked.estimators import seed_reinmax as seed_reinmax
 from ._masked.estimators import straight_through as straight_through
 from ._masked.masked import masked_bilinear as masked_bilinear
 from ._masked.masked import masked_matmul as masked_matmul
@@ -27,7 +27,6 @@ from ._mlp.mlp import low_rank_matmul as low_rank_matmul
 from ._mlp.mlp import low_rank_relu2 as low_rank_relu2
 from ._mlp.mlp import low_rank_swiglu as low_rank_swiglu
 from ._mlp.mlp import swiglu as swiglu
-from ._mlp.packed_mlp import packed_relu2 as packed_relu2
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24
 from ._sparsity.packed import pack_2_4 as pack_2_4
@@ -36,6 +35,7 @@ from ._sparsity.select import sparsify_2_4 as sparsify_2_4
 
 __all__ = [
     "BlockMask",
+    "Dilation",
     "Packed24",
     "PackedMask",
     "attention",
@@ -56,13 +56,11 @@ __all__ = [
     "nn",
     "pack_2_4",
     "pack_mask",
-    "packed_relu2",
     "reinmax",
     "reinmax_categorical",
     "ring_attention",
     "ring_permutation",
     "rotary_embedding",
-    "seed_reinmax",
     "sparsify_2_4",
     "straight_through",
     "swiglu",

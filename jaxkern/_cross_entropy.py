@@ -21,8 +21,8 @@ from ._core.sharding import on_automatic_axes, vary_alike
 
 
 def cross_entropy(
-    hidden: Float[Array, "*batch d_model"],
-    head: Float[Array, "d_model vocab"],
+    hidden: Float[Array, "*batch embed_dim"],
+    head: Float[Array, "embed_dim vocab"],
     targets: Integer[Array, "*batch"],
     *,
     where: Bool[Array, "*batch"] | None = None,

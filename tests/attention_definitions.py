@@ -1,4 +1,4 @@
-"""Attention twice over: by hand in float64 NumPy, and as one writes it in 16 bits."""
+"""Two definitions of attention: float64 NumPy by hand, and the plain form in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,16 @@ from jaxkern.testing import plain
 
 
 def see(mask, is_causal, shape):
-    """The full boolean mask; `shape` is (batch, heads, seq_q, seq_kv)."""
+    """Return the boolean mask of full `shape`, (batch, heads, seq_q, seq_kv)."""
     full = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape)
     return full & np.tri(*shape[2:], dtype=bool) if is_causal else full
 
 
 def attention_float64(args, cotangents, visible, scale):
-    """((out, lse), gradients); a row that sees nothing gives 0, -inf and 0."""
+    """Return ((out, lse), gradients).
+
+    A query that sees no key has an output of 0, an lse of -inf and a gradient of 0.
+    """
     query, key, value = to_float64(args)
     d_out, d_lse = to_float64(cotangents)
     groups = query.shape[2] // key.shape[2]
@@ -42,19 +45,19 @@ def attention_float64(args, cotangents, visible, scale):
 
 
 def plain_attention(query, key, value, visible, scale):
-    """Float32 logits and softmax, weights in the dtype of `value`."""
+    """Attention with logits and softmax in float32 and weights in `value`'s dtype."""
     bias = jnp.where(visible, 0.0, -jnp.inf)
     out, lse = plain.attention(query, key, value, bias, scale=scale)
     return out, lse.swapaxes(1, 2)
 
 
 def attention_args(size, dtype=jnp.float32, spread=None):
-    """Query, key, value and the cotangents of output and log-sum-exp.
+    """Return query, key, value and the cotangents of output and log-sum-exp.
 
-    With a `spread`, query and key are whole numbers, and so no logit is rounded.
+    With a `spread`, query and key are whole numbers, so that no logit is rounded.
     """
     batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v = size
-    # Drawn by NumPy, which has nothing to compile for each new shape.
+    # NumPy draws the numbers: JAX would compile a generator for each new shape.
     rng = np.random.default_rng(0)
 
     def draw(*shape, dtype=dtype):
@@ -70,7 +73,7 @@ def attention_args(size, dtype=jnp.float32, spread=None):
 
 
 def random_mask(shape):
-    """Half of the entries, and one row that sees nothing."""
+    """Return a mask with half of its entries on and one query that sees no key."""
     mask = np.random.default_rng(1).random(shape) < 0.5
     mask[0, -1, shape[2] // 2] = False
     return jnp.asarray(mask)
@@ -82,10 +85,10 @@ def _without_infinity(result):
 
 
 def assert_close(got, expected, bound=1e-5):
-    """Each array to `bound` of its largest entry.
+    """Assert that errors are at most `bound` times the largest entry of their array.
 
-    Rows are not held to a bound each: one's gradient can cancel to nothing but
-    rounding.
+    Rows have no bounds of their own: the gradient of a row can cancel to rounding
+    errors.
     """
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         b = np.asarray(b)
@@ -93,11 +96,11 @@ def assert_close(got, expected, bound=1e-5):
 
 
 def assert_largest_error(got, plain, exact, rounded_to=None):
-    """Each array's largest error is at most twice the plain form's, and one rounding.
+    """Assert that largest errors are at most twice the plain form's and one rounding.
 
-    Where rows are not to be held to a bound each.
+    This is for arrays whose rows cannot be held to bounds of their own.
 
-    rounded_to: a dtype with fewer bits than the result's own, to which a kernel rounds
+    rounded_to: a dtype with fewer bits than the result's, to which a kernel rounds
         before it widens.
     """
     for a, b, c in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
@@ -110,14 +113,17 @@ def assert_largest_error(got, plain, exact, rounded_to=None):
 
 
 def assert_attention(got, exact, plain=None):
-    """The same rows are empty, and the rest is near, or as near as the plain form."""
+    """Assert that the same queries see no key, and that all errors are in bounds.
+
+    The bounds are those of float32, or twice the errors of the plain form.
+    """
     empty = np.isneginf(exact[0][1])
     np.testing.assert_array_equal(np.isneginf(got[0][1]), empty)
     assert not np.asarray(got[0][0])[empty].any()
     assert not np.asarray(got[1][0])[empty].any()
     got, exact = _without_infinity(got), _without_infinity(exact)
     if plain is None:
-        # The backward's weights are exp(logit - lse), no nearer than lse is rounded.
+        # The backward's weights are exp(logit - lse), with the error of a rounded lse.
         lse = np.abs(exact[0][1]).max()
         assert_close(got, exact, 1e-5 + lse * np.finfo(np.float32).eps / 2)
     else:
@@ -125,9 +131,9 @@ def assert_attention(got, exact, plain=None):
 
 
 def check_attention(fn, size, mask, dtype, scale=None):
-    """`fn(query, key, value)`, (out, lse), and its gradients, as near as plain ones.
+    """Assert that `fn` is as exact as the plain form; return values and gradients.
 
-    Returns those.
+    fn: a function of query, key and value that gives (out, lse).
     """
     batch, seq_q, seq_kv, heads, _, dim, _ = size
     scale = dim**-0.5 if scale is None else scale
@@ -144,7 +150,7 @@ def check_attention(fn, size, mask, dtype, scale=None):
 
 
 def seen_args(size, visible, dtype):
-    """`attention_args`; a row that sees nothing has no gradient of its log-sum-exp."""
+    """Return `attention_args`; the lse of a query that sees no key has cotangent 0."""
     args, (d_out, d_lse) = attention_args(size, dtype)
     seen = visible.any(-1).swapaxes(1, 2)
     return args, (d_out, jnp.asarray(np.where(seen, d_lse, 0), d_lse.dtype))

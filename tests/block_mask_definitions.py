@@ -1,10 +1,10 @@
-"""What the lists of a block mask say, block by block."""
+"""Block states, read from the lists of a block mask."""
 
 import numpy as np
 
 
 def listed(num_blocks, indices, columns):
-    """The blocks on the lists, of which each must ascend."""
+    """Return which blocks are on the lists, and assert that each list ascends."""
     num_blocks, indices = np.asarray(num_blocks), np.asarray(indices)
     on = np.zeros((*num_blocks.shape, columns), bool)
     for row in np.ndindex(num_blocks.shape):

@@ -6,26 +6,27 @@ from pathlib import Path
 import pytest
 from thorough import THOROUGH, entries_of
 
-# A process that exceeds Linux's 65530 mappings of memory is killed within XLA, which
-# has three for each compiled program, and JAX keeps all of these.
+# Linux allows a process 65530 memory mappings. XLA makes three for each compiled
+# program, JAX keeps all programs, and a process that exceeds the limit is killed.
 MAPPINGS, MANY = Path("/proc/self/maps"), 30_000
 SIMPLE = (str, int, float, type(None))
-# Of compiled programs that are kept: a run has about 200 MB, and code changes.
+# Bytes of compiled programs in the cache, of which a run of the tests has about 2e8.
 MOST_BYTES = 2e9
-# Folders or files with tests of what a user runs.
-PROGRAMS = ("benchmarks", "examples", "test_readme")
+# Folders and modules whose tests run programs as users do.
+PROGRAMS = ("benchmarks", "examples", "test_docs")
 MISSING = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    """Set up JAX and Hypothesis where tests run, not where they are handed out."""
+    """Set up JAX and Hypothesis, but not in the process of xdist that runs no test."""
     distributes = getattr(config.option, "numprocesses", None)
     if distributes and not hasattr(config, "workerinput"):
         return
     on_cpu = config.option.markexpr != "gpu"
     if on_cpu:
-        # Most of the time is compiling. It leaves out LLVM's passes, and none of XLA's:
-        # test_suite.py compares the programs. By name, for the processes of tests too.
+        # Tests mostly wait for compilation. This leaves out LLVM's passes and none of
+        # XLA's: test_suite.py compares the programs. The environment carries it to the
+        # processes that tests start.
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         keep_programs(config)
     import jax
@@ -43,16 +44,16 @@ def pytest_configure(config):
     if on_cpu:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
-    # As strict as users may be: nothing of ours promotes or broadcasts unasked.
+    # The library must also work for users who forbid implicit promotion.
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def keep_programs(config):
-    """Read a program that was compiled before, in this run or the last, from a file.
+    """Let JAX keep compiled programs in files, for all processes and for later runs.
 
-    Its name is a hash of the program, the options and JAX's version. `pytest
-    --cache-clear` removes them.
+    The name of a file is a hash of the program, the options and JAX's version. `pytest
+    --cache-clear` removes the files.
     """
     if getattr(config, "cache", None) is None:
         return
@@ -67,9 +68,10 @@ def keep_programs(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def collect_garbage():
-    """Of one module: what is imported and cached before need not be looked at again.
+    """Collect garbage before each module, and freeze the objects that are left.
 
-    Where programs have become too many they are dropped.
+    Later collections need not look at frozen objects. If JAX has too many programs, all
+    are dropped.
     """
     if MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MANY:
         import jax
@@ -82,9 +84,10 @@ def collect_garbage():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark what `make test` leaves out, and of benchmarks what the oldest packages do.
+    """Mark the tests that `make test` leaves out, and those for the newest packages.
 
-    With the oldest packages a benchmark runs its commands only.
+    With the oldest packages, the commands of benchmarks run and their other tests do
+    not.
     """
     missing = {
         (file, test, case)
@@ -104,15 +107,15 @@ def pytest_collection_modifyitems(config, items):
         if item.path.parent.name == "benchmarks" and "command" not in item.name:
             item.add_marker("newest")
     whole = config.args_source is config.ArgsSource.TESTPATHS and not narrowed
-    # Of a part of the tests nothing can be said.
+    # In a run of some tests only, an entry may match a test that is not collected.
     config.stash[MISSING] = sorted(missing) if whole else []
 
 
 def pytest_make_parametrize_id(val):
-    """Names of cases that every process makes alike, as xdist needs them.
+    """Name a case alike in every process, which xdist needs.
 
-    Sizes are (2, 70, 200) -> "2x70x200" and options {"clip": 1} -> "clip=1"; of other
-    values pytest makes names, or numbers them.
+    Sizes (2, 70, 200) become "2x70x200" and options {"clip": 1} become "clip=1"; pytest
+    names or numbers all other values.
     """
     if isinstance(val, tuple | list) and val and all(type(x) is int for x in val):
         return "x".join(map(str, val))
@@ -130,13 +133,13 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def left_out_in_vain(request):
-    """What `tests/thorough.py` names in vain."""
+    """The entries of `tests/thorough.py` that match no test."""
     return request.config.stash[MISSING]
 
 
 @pytest.fixture
 def optimized():
-    """With LLVM's passes, for a test that computes for longer than it compiles."""
+    """Compile with LLVM's passes, for a test that computes longer than it compiles."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
@@ -155,14 +158,14 @@ def promotion_by_default():
 
 @pytest.fixture
 def promoting():
-    """As JAX is by default, for what promotes and broadcasts: optax, flax, peers."""
+    """Let JAX promote and broadcast as by default, which optax and flax need."""
     with promotion_by_default():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def run_programs_as_users_do(request):
-    """They use optax and others' code, which promotes."""
+    """Let programs promote, because optax and other packages that they use do."""
     programs = {request.path.parent.name, request.path.stem} & {*PROGRAMS}
     with promotion_by_default() if programs else contextlib.nullcontext():
         yield
@@ -170,7 +173,7 @@ def run_programs_as_users_do(request):
 
 @pytest.fixture
 def unchecked_types():
-    """Without the tests' type checker, as users run it: our own errors show."""
+    """Switch the tests' type checker off, so that the library raises its own errors."""
     import jaxtyping
 
     before = jaxtyping.config.jaxtyping_disable
@@ -181,7 +184,7 @@ def unchecked_types():
 
 @pytest.fixture
 def interpreted():
-    """Mosaic GPU kernels run on the CPU, and their races are errors."""
+    """Run Mosaic GPU kernels on the CPU, where their races are errors."""
     from jaxkern.testing import emulate_gpu
 
     with emulate_gpu():
@@ -190,7 +193,7 @@ def interpreted():
 
 @pytest.fixture
 def chooses_hopper(monkeypatch):
-    """Ops choose as on an H200, of which nothing runs."""
+    """Let ops choose an implementation as on an H200; no kernel can run."""
     from jaxkern._core import device
 
     monkeypatch.setattr(device, "on_hopper", lambda: True)
@@ -200,7 +203,7 @@ def chooses_hopper(monkeypatch):
 def hopper(request, monkeypatch):
     """A Hopper GPU: the real one in tests marked `gpu`, else an emulated one.
 
-    The emulated one has two multiprocessors, so that blocks take several tiles.
+    The emulated one has two multiprocessors, so that each block takes several tiles.
     """
     from jaxkern._core import device
 

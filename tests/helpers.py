@@ -1,4 +1,4 @@
-"""What several tests need: inputs, the bound on errors, float64 definitions."""
+"""Inputs, bounds on errors and float64 definitions that several tests share."""
 
 import os
 import socket
@@ -19,13 +19,13 @@ from jaxkern.testing import assert_as_close as assert_as_close
 from jaxkern.testing import plain as definitions
 from jaxkern.testing import relative_error as relative_error
 
-# For tests of what happens to arguments of the wrong type.
+# The library without static types, for tests that pass arguments of a wrong type.
 untyped: Any = jaxkern
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
-    # Drawn and rounded by NumPy, which has nothing to compile for each new shape.
+    # NumPy draws and rounds: JAX would compile a program for each new shape.
     drawn = scale * np.random.default_rng(seed).standard_normal(shape)
     wide = jnp.result_type(float)
     return jnp.asarray(drawn.astype(wide).astype(dtype))
@@ -36,25 +36,24 @@ def to_float64(tree) -> Any:
 
 
 def assert_near(got, expected, bound=1e-5):
-    """Two ways to compute the same thing in float32, in another order of sums."""
+    """Assert that two trees are equal up to the order of sums in float32."""
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         assert a.shape == b.shape
         assert relative_error(a, b) <= bound
 
 
 def mesh(kind="auto", **axes: int):
-    """A mesh of the forced CPU devices: `mesh(data=2, ring=4)`; kind "explicit" too."""
+    """Return a mesh of CPU devices: `mesh(data=2)` or `mesh("explicit", data=2)`."""
     axis_type = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[kind]
     names, sizes = tuple(axes), tuple(axes.values())
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(axes))
 
 
 def with_vjp(fn, **options):
-    """`value_and_vjp` of `fn` as a program that is compiled once for all such arrays.
+    """Return `value_and_vjp` of `fn` as one jitted function, `run(args, cotangent)`.
 
-    `run(args, cotangent)` gives `fn(*args)` and the gradients of all of `args`, which
-    are any trees of arrays, as are the value and its cotangent. `options` go to `fn` as
-    they are, and none is differentiated.
+    It gives `fn(*args)` and the gradients of all `args`. Arguments, value and cotangent
+    are any trees of arrays. `options` are passed to `fn` and not differentiated.
     """
 
     @jax.jit
@@ -66,7 +65,7 @@ def with_vjp(fn, **options):
 
 
 def value_and_vjp(fn, args, cotangent):
-    """`fn(*args)` and the gradients of all arguments, as one program."""
+    """Return `fn(*args)` and the gradients of all arguments, from one program."""
     return with_vjp(fn)(args, cotangent)
 
 
@@ -75,7 +74,7 @@ def sigmoid(z):
 
 
 def swiglu_float64(x, w_gate, w_up, w_down, g) -> Any:
-    """The equations of SwiGLU and of its gradients, by hand, in NumPy."""
+    """SwiGLU and its gradients by hand, in NumPy."""
     gate, up = x @ w_gate, x @ w_up
     silu = gate * sigmoid(gate)
     hidden = silu * up
@@ -87,12 +86,12 @@ def swiglu_float64(x, w_gate, w_up, w_down, g) -> Any:
 
 
 def pair_gradient(pair, d_weight):
-    """From the gradient of a product to those of its two factors."""
+    """Return the gradients of two factors from the gradient of their product."""
     return d_weight @ pair[1].T, pair[0].T @ d_weight
 
 
 def top2_float64(a):
-    """Two largest magnitudes of each group of four, by a stable sort."""
+    """Return the mask of the two largest magnitudes of each four, by a stable sort."""
     width = a.shape[-1]
     groups = np.pad(a, ((0, 0), (0, -width % 4))).reshape(len(a), -1, 4)
     order = np.argsort(-np.abs(groups), axis=-1, kind="stable")
@@ -102,7 +101,7 @@ def top2_float64(a):
 
 
 def soft_float64(a):
-    """S-STE row by row: shrink by the second smallest magnitude, rescale."""
+    """S-STE: shrink each four by the second smallest magnitude, and rescale the row."""
     width = a.shape[-1]
     groups = np.pad(a, ((0, 0), (0, -width % 4))).reshape(len(a), -1, 4)
     threshold = np.sort(np.abs(groups), axis=-1)[..., 1:2]
@@ -114,7 +113,7 @@ def soft_float64(a):
 
 
 def low_rank_relu2_float64(x, up, down, g, sparsity, straight_through=False) -> Any:
-    """Values and gradients; "2:4-soft" has the identity for its derivative."""
+    """Return values and gradients; the derivative of "2:4-soft" is the identity."""
     w_up, w_down = up[0] @ up[1], down[0] @ down[1]
     z = x @ w_up
     hidden = np.maximum(z, 0) ** 2
@@ -189,7 +188,7 @@ def op_args(tokens=16, d_in=24, hidden=64, rank=8):
 
 
 def flash_mlp_args(size, dtype, gated=False) -> tuple[Any, Any]:
-    """(x, w1, w2), with w_gate if gated, and the result's cotangent."""
+    """Return (x, w1, w2), with w_gate if gated, and the result's cotangent."""
     heads, batch, dim, hidden = size
     shapes = [(heads, batch, dim), (heads, dim, hidden), (heads, hidden, dim)]
     scales = [1.0, dim**-0.5, max(hidden, 1) ** -0.5]
@@ -203,7 +202,7 @@ def flash_mlp_args(size, dtype, gated=False) -> tuple[Any, Any]:
 
 
 def flash_mlp_float64(args, g, activation) -> Any:
-    """The equations and their gradients by hand, in NumPy, but for act and act'."""
+    """Return values and gradients by hand, in NumPy; only act and act' are ours."""
     x, w1, w2, *gate, g = to_float64((*args, g))
     z, up = np.matmul(x, (gate or [w1])[0]), np.matmul(x, w1) if gate else 1.0
     with jax.enable_x64(True):
@@ -221,7 +220,7 @@ def flash_mlp_float64(args, g, activation) -> Any:
 
 
 def flash_mlp_plain(activation):
-    """As one writes it: the activation in float32, every result rounded once."""
+    """Return the plain form: the activation in float32, every result rounded once."""
     return partial(definitions.flash_mlp, activation=activation)
 
 
@@ -232,7 +231,7 @@ def free_port() -> int:
 
 
 def run_together(commands, **settings):
-    """What these processes printed, which all are killed if one hangs."""
+    """Run commands at the same time and return their output; if one hangs, end all."""
     root = str(Path(__file__).parents[1])
     processes = [
         subprocess.Popen(

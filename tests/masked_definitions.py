@@ -1,5 +1,6 @@
-"""Masked products twice over: by hand in float64 NumPy, and as one writes them."""
+"""Two definitions of masked products: float64 NumPy by hand, and the plain form."""
 
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -12,7 +13,6 @@ from jaxkern import (
     masked_bilinear,
     masked_matmul,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked.masked import Method
@@ -21,12 +21,13 @@ from jaxkern.testing import plain as definitions
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 METHODS = get_args(Method)
 KEY = jax.random.key(7)
+one_plus_sigmoid = partial(straight_through, derivative="one_plus_sigmoid")
 # (batch, seq, d_in, d_out or hidden, d_out)
 SIZES = [(3, 5, 7, 11, 4), (1, 1, 1, 1, 1), (5, 2, 8, 3, 6)]
-# Of a mask by its logits, for each estimator without a key.
+# The derivative of a mask by its logits, for each estimator without a key.
 SLOPES = {
     straight_through: np.ones_like,
-    seed_reinmax: lambda x: 1 + sigmoid(x) * sigmoid(-x),
+    one_plus_sigmoid: lambda x: 1 + sigmoid(x) * sigmoid(-x),
     reinmax: lambda x: sigmoid(-abs(x)) / 2,
 }
 
@@ -61,7 +62,7 @@ def apply_bilinear(h, weights, logits, biases, **options):
     return masked_bilinear(h, weights, logits, biases=biases, **options)
 
 
-# Bilinear is made of the same products, so that one method shows what it adds.
+# `masked_bilinear` is made of the same products, so one method is enough for it.
 EACH_METHOD_ONCE: list[Any] = [
     (apply_matmul, matmul_args, method) for method in METHODS
 ]
@@ -73,7 +74,7 @@ each_method_once = pytest.mark.parametrize(
 
 
 def matmul_float64(x, w, logits, g, slope) -> Any:
-    """By hand, one sample at a time; logits (batch, d_in, d_out)."""
+    """Return values and gradients sample by sample; logits (batch, d_in, d_out)."""
     y, d_x, d_logits = np.zeros(g.shape), np.zeros(x.shape), np.zeros(logits.shape)
     d_w = np.zeros(w.shape)
     for b in range(len(x)):
@@ -111,13 +112,13 @@ def plain_bilinear(h, weights, logits, biases):
 
 
 def kernel_args(size, dtype=BF16, logits_dtype=None, shared=False) -> Any:
-    """(x, w, logits) and a cotangent, as the Hopper kernels take them."""
+    """Return (x, w, logits) and a cotangent, in dtypes that the Hopper kernels take."""
     (x, w, logits), g = matmul_args(size, dtype, shared)
     return (x, w, logits.astype(logits_dtype or dtype)), g
 
 
 def exact_matmul(args, g, slope=np.ones_like) -> Any:
-    """`matmul_float64`, also of logits that all samples share."""
+    """`matmul_float64` for logits of each sample or logits that all samples share."""
     x, w, logits, g = to_float64((*args, g))
     if logits.ndim == 3:
         return matmul_float64(x, w, logits, g, slope)

@@ -1,11 +1,11 @@
-"""What several tests of MLPs need: arguments of low-rank ones, float64 definitions."""
+"""Arguments and float64 definitions that several tests of low-rank MLPs share."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from helpers import normal, pair, pair_gradient, swiglu_float64, to_float64
 
-# Small ones, for refusals.
+# Small arguments, for tests of refusals.
 X, W, V = jnp.ones((2, 8)), jnp.ones((8, 12)), jnp.ones((12, 8))
 UP, DOWN = (jnp.ones((8, 3)), jnp.ones((3, 12))), (jnp.ones((12, 3)), jnp.ones((3, 8)))
 
@@ -19,7 +19,10 @@ def low_rank_swiglu_float64(args, g):
 
 
 def make(size, dtype=jnp.bfloat16) -> Any:
-    """x, gate, up, down and a cotangent: (tokens, d_in, hidden, rank, other rank)."""
+    """Return x, gate, up, down and a cotangent.
+
+    size: (tokens, d_in, hidden, rank of gate and up, rank of down).
+    """
     tokens, d_in, hidden, rank, other = size
     gate, up = (pair(seed, d_in, rank, hidden, dtype) for seed in (10, 20))
     down = pair(30, hidden, other, d_in, dtype)

@@ -1,4 +1,4 @@
-"""Every op and module with small arguments, and how these can lie on a mesh."""
+"""Every op and module with small arguments, and how a mesh can split these."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,18 +14,18 @@ from jaxkern._masked.masked import Method
 
 KEY = jax.random.key(0)
 BLOCKS = BlockMask.local_window(16, 16, window=6, block_size=8)
-DILATED: dict[str, Any] = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATED: dict[str, Any] = {"dilation": jaxkern.Dilation((8, 16), (1, 2))}
 
 
 class Case(NamedTuple):
-    """An op and where its arguments lie.
+    """An op, its arguments, and how these can be split over a mesh.
 
-    places: of the arrays, one word each: a letter an axis, "d" or "t" for a mesh axis
-        of 2 devices, "a" for both of them and "-" for none. Each is tried on explicit
-        axes, and the last one on automatic ones.
-    manual: the same inside `jax.shard_map`, after ">" where the result lies and after
-        "+" the mesh axis that it is summed over; None where a part cannot be computed
-        by itself.
+    places: ways to split the arrays. Each has a word for every array with a letter for
+        every axis: "d" and "t" are mesh axes of 2 devices, "a" is both of them and "-"
+        is none. All are tried on explicit mesh axes, the last one on automatic axes.
+    manual: how `jax.shard_map` splits the arrays. The result's word follows ">", and
+        the mesh axis over which the result is summed follows "+". It is None if parts
+        cannot be computed by themselves.
     """
 
     op: Callable[..., Any]
@@ -71,7 +71,7 @@ def multiply_packed(x, w):
 
 def multiply_by_packed(x, up, down):
     pack = partial(jax.tree.map, lambda w: jaxkern.pack_2_4(w.T))
-    return jaxkern.packed_relu2(x, pack(up), pack(down))
+    return jaxkern.low_rank_relu2(x, pack(up), pack(down))
 
 
 def multiply_by_packed_mask(x, w, logits):
@@ -99,7 +99,7 @@ def attend_by_tiles(query, key, value):
 
 
 def attend_around_a_ring(query, key, value):
-    """The same attention, where there is no ring."""
+    """Ring attention inside `jax.shard_map`, and plain attention outside."""
     if jax.sharding.get_abstract_mesh().manual_axes:
         return jaxkern.ring_attention(query, key, value, axis_name="t")
     return jaxkern.attention(query, key, value)
@@ -200,7 +200,7 @@ OPS = {
     "matmul_2_4": case(
         multiply_packed, (X, W), "d-- -t", "d-t t-", manual="d-t t- >d-- +t"
     ),
-    "packed_relu2": case(
+    "low_rank_relu2 packed": case(
         multiply_by_packed,
         (X, UP, DOWN),
         "d-- -- -t t- --",
@@ -216,7 +216,6 @@ OPS = {
     "straight_through drawn": case(
         partial(jaxkern.straight_through, key=KEY), (X,), "d-t"
     ),
-    "seed_reinmax": case(jaxkern.seed_reinmax, (X,), "d-t", manual="d-t >d-t"),
     "reinmax": case(partial(jaxkern.reinmax, key=KEY), (X,), "d-t"),
     "binary_concrete": case(partial(jaxkern.binary_concrete, key=KEY), (X,), "d-t"),
     "gumbel_softmax": case(
@@ -321,31 +320,56 @@ OPS = {
 }
 
 
-# Inputs of modules, (batch, ..., features) but for one of heads and of tokens.
+# Modules with an input. It is (batch, seq, features), or two words follow that say how
+# to split it by samples and by features.
 MODULES = {
     "Bilinear": (partial(nn.Bilinear, 16, 16), X),
-    "FlashMLP": (partial(nn.FlashMLP, 4, 8, 16, gated=True), HEADS, "-d-", "-dt"),
-    "LongNet": (partial(nn.LongNet, 16, 2, 1, **DILATED), normal(20, (4, 16, 16))),
-    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, 4), X),
-    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, 4, sparsity="2:4"), X),
-    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, 4), X),
+    "FlashMLP": (
+        partial(nn.FlashMLP, 4, 8, hidden_dim=16, gated=True),
+        HEADS,
+        "-d-",
+        "-dt",
+    ),
+    "LongNet": (
+        partial(nn.LongNet, 16, 2, num_layers=1, **DILATED),
+        normal(20, (4, 16, 16)),
+    ),
+    "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
+    "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4, sparsity="2:4"), X),
+    "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "MaskedBilinear": (partial(nn.MaskedBilinear, 16, 16, num_masks=4), X),
     "MaskedLinear": (partial(nn.MaskedLinear, 16, 16, num_masks=4), X),
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 4, num_kv_heads=2), X),
-    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 8, 4), X),
-    "PackedReLU2": (
-        lambda rngs: nn.LowRankReLU2(16, 16, 4, rngs=rngs).prune_2_4()[0],
+    "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 8, num_heads=4), X),
+    "Packed24ReLU2": (
+        lambda rngs: nn.LowRankReLU2(16, 16, rank=4, rngs=rngs).prune_2_4()[0],
         X,
     ),
     "QuadraticTransformer": (
-        partial(nn.QuadraticTransformer, 16, 16, 2, 1, masked_layers=[0]),
+        partial(
+            nn.QuadraticTransformer,
+            16,
+            16,
+            num_heads=2,
+            num_layers=1,
+            masked_layers=[0],
+        ),
         TOKENS,
         "d-",
         "d-",
     ),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
     "TransformerLM": (
-        partial(nn.TransformerLM, 16, 8, 16, 1, 4, 16, scan_layers=False),
+        partial(
+            nn.TransformerLM,
+            16,
+            8,
+            embed_dim=16,
+            num_layers=1,
+            num_heads=4,
+            hidden_dim=16,
+            scan_layers=False,
+        ),
         TOKENS,
         "d-",
         "dt",

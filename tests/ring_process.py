@@ -9,11 +9,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import attention, dilated_attention, ring_attention, ring_permutation
+from jaxkern import (
+    Dilation,
+    attention,
+    dilated_attention,
+    ring_attention,
+    ring_permutation,
+)
 
 SEQ = 32
-PATTERNS: Any = {"segment_lengths": [4, 16, 32], "dilation_rates": [1, 2, 4]}
-# The layout of the tokens, the options of the ring, and the same of whole arrays.
+PATTERNS: Any = {"dilation": Dilation([4, 16, 32], [1, 2, 4])}
+# The layout of the tokens, options of the ring, and the equal op of whole arrays.
 CASES = [
     ("zigzag", {}, attention),
     ("contiguous", PATTERNS, partial(dilated_attention, **PATTERNS)),

@@ -27,7 +27,7 @@ def make_arguments(batch, dim, vocab, dtype=jnp.float32) -> tuple[Any, Any, Any,
 
 
 def float64(hidden, head, targets, g) -> Any:
-    """Values and both gradients, token by token, in NumPy."""
+    """Return losses and both gradients, token by token, in NumPy."""
     hidden, head, g = to_float64((hidden, head, g))
     losses = np.zeros(np.shape(targets))
     d_hidden, d_head = np.zeros(hidden.shape), np.zeros(head.shape)
@@ -65,7 +65,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-# A chunk's length and a dtype do not meet: every size in one, one size in the other.
+# Chunk length and dtype do not interact: all sizes in float32, one in bfloat16.
 @pytest.mark.parametrize(
     "name, dtype",
     [*((name, jnp.float32) for name in SIZES), ("a ragged chunk", jnp.bfloat16)],
@@ -85,7 +85,7 @@ def test_values_and_gradients(name, dtype):
 
 
 def test_large_logits():
-    """Whose exponentials overflow, in the chunk of the target and in others."""
+    """Exponentials overflow in the chunk of the target and in others."""
     hidden, head = jnp.array([[1e4], [-1e4], [0.0]]), jnp.linspace(-1, 1, 9)[None]
     targets = jnp.array([7, 0, 3])
     losses, gradients = run(hidden, head, targets, jnp.ones(3), chunk=2)
@@ -110,7 +110,7 @@ def test_tokens_that_do_not_count():
     losses, gradients = float64(hidden, head, targets, counted)
     assert_near(got, (np.where(where, losses, 0), gradients))
     assert (np.asarray(got[1][0])[~np.asarray(where)] == 0).all()
-    # Without `where` such a target is seen at once.
+    # Without `where`, the loss of a target that is no token is NaN.
     losses = cross_entropy(hidden, head, padded.at[0, 0].set(50), chunk=20)
     bad = ~np.asarray(where)
     bad[0, 0] = True
@@ -127,13 +127,12 @@ def test_hidden_of_tokens_that_do_not_count_is_not_read():
     jax.tree.map(np.testing.assert_array_equal, broken, clean)
 
 
-# Arrays of NumPy too, and unsigned ones.
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64]
 )
 def test_targets_of_any_integer(dtype):
-    """A vocabulary that a narrow dtype cannot count, targets that 32 bits cannot."""
+    """8 bits cannot count the vocabulary, and 32 bits cannot hold all targets."""
     vocab = 256
     hidden, head = jnp.zeros((3, 4)), jnp.zeros((4, vocab))
     largest = np.iinfo(dtype).max
@@ -150,7 +149,7 @@ def test_targets_of_any_integer(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["f16", "bf16"])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_gradients_in_16_bits_with_small_cotangents(dtype, scale):
-    """A mean over many tokens of a large vocabulary: g p is less than 1e-7."""
+    """In a mean over many tokens of a large vocabulary, g p is less than 1e-7."""
     hidden, head, targets, g = make_arguments((64,), 16, 2000, dtype)
     head = head / 4
     args, g = (hidden, head), scale * jnp.abs(g)
@@ -159,7 +158,7 @@ def test_gradients_in_16_bits_with_small_cotangents(dtype, scale):
 
 
 def test_memory():
-    """A tenth of the logits at a time, and the head once more."""
+    """Temporary memory holds a tenth of the logits, and the gradient of the head."""
     shape, vocab = (1024, 64), 20_000
     hidden = jax.ShapeDtypeStruct(shape, jnp.float32)
     head = jax.ShapeDtypeStruct((64, vocab), jnp.float32)
@@ -212,7 +211,7 @@ def mean(hidden, head, targets):
     return cross_entropy(hidden, head, targets, chunk=20).mean()
 
 
-# One program: eagerly each step of each form would be one.
+# Jitted, because eager calls compile a program for each step.
 run_mean = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
 
 

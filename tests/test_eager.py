@@ -1,7 +1,7 @@
 """Ops that are called without `jax.jit`, as in a notebook, compile in their first call.
 
-Without this each call would compile anew and keep its program, until the process has
-more of them than Linux lets it map.
+Without this, each call would compile and keep another program, until the process
+exceeds Linux's limit of memory mappings.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from op_definitions import OPS
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     context_parallel_attention,
@@ -38,7 +39,7 @@ jax.monitoring.register_event_duration_secs_listener(listen)
 X, LONG = normal(0, (1, 16, 2, 4)), normal(0, (1, 260, 1, 4))
 HIDDEN, HEAD = normal(1, (6, 4)), normal(2, (4, 10))
 BLOCKS = BlockMask.causal(16, 16, block_size=8)
-PATTERNS: Any = {"segment_lengths": [4, 16], "dilation_rates": [1, 2]}
+PATTERNS: Any = {"dilation": Dilation([4, 16], [1, 2])}
 TARGETS = jnp.arange(6)
 
 
@@ -50,7 +51,7 @@ def merge_with_itself(x):
     return merge_attention(x, x[..., 0], x, x[..., 1])
 
 
-# A case is an op of arrays that have gradients, and these arrays.
+# A case is a function of differentiable arrays, and these arrays.
 ATTENTION = {
     "attention, short": (lambda x: attention(x, x, x, is_causal=True), (X,)),
     "attention, tiles": (lambda x: attention(x, x, x, is_causal=True), (LONG,)),

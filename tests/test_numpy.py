@@ -1,4 +1,4 @@
-"""NumPy's arrays are JAX's at the door of every op, and lists and numbers are not."""
+"""Every op takes NumPy's arrays as JAX's, and refuses lists and numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_float64_of_numpy_is_float32(name):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-# Those whose first argument reaches the op as it is.
+# Cases that pass their first argument on to the op unchanged.
 DIRECT = [name for name, case in OPS.items() if case.args[0].ndim > 2]
 
 

@@ -1,10 +1,11 @@
-"""What a user gets by `import jaxkern`."""
+"""The public names, what `import jaxkern` loads, and how it is installed."""
 
 import os
 import pydoc
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,13 +38,35 @@ def test_mosaic_is_imported_on_first_use_of_a_kernel():
     assert [name for name in ours if "hopper" in name or "_mosaic" in name] == []
 
 
+def test_the_abandoned_distribution_in_our_folder_is_an_error(tmp_path):
+    """Its `__init__.py` may have replaced ours, and our other modules still notice."""
+    package = tmp_path / "jaxkern"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_core").symlink_to(Path("jaxkern/_core").absolute())
+    (tmp_path / "jaxkern_fused-0.1.0.dist-info").mkdir()
+
+    def error_of_import():
+        # Without site-packages, where this test's own jaxkern is installed.
+        command = [sys.executable, "-S", "-c", "import jaxkern._core"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return run.stderr
+
+    assert error_of_import() == ""
+    (tmp_path / "jaxkern-0.0.5.dist-info").mkdir()
+    last = error_of_import().splitlines()[-1]
+    assert last.startswith("ImportError: jaxkern: jaxkern-fused must not share")
+    assert f"got jaxkern-0.0.5.dist-info in {tmp_path}" in last
+    assert "pip uninstall --yes jaxkern jaxkern-fused" in last
+
+
 def test_make_leaves_an_environment_that_it_did_not_make(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(name, tmp_path)
     precious = tmp_path / ".venv" / "precious"
     precious.parent.mkdir()
     precious.write_text("mine")
-    # Not those of a make that runs this test.
+    # Without this, a make that runs this test would pass on its own variables.
     inherited = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV")
     unset = inherited + ("CONSTRAINTS", "ARGS", "CASES")
     run = subprocess.run(

@@ -14,7 +14,7 @@ from op_definitions import MODULES, OPS, Case, X
 
 import jaxkern
 
-# Where logical axes lie: heads and hidden features split, then features, then masks.
+# Mesh axes of logical axes: to split heads and hidden features, features, and samples.
 RULES = [
     {"mlp": "t", "heads": "t", "kv_heads": "t", "vocab": "t", "batch": "d"},
     {"embed": "t", "rank": "d"},
@@ -24,7 +24,7 @@ RULES = [
 
 @cache
 def find(name) -> Case:
-    """The case of this name; of a module its state is the first argument."""
+    """Return the case of this name; the first argument of a module is its state."""
     if name in OPS:
         return OPS[name]
     build, x, *where = MODULES[name]
@@ -44,7 +44,7 @@ def find(name) -> Case:
 
 
 def word(ndim, names, rules):
-    """Of two axes that want the same mesh axis the first one has it."""
+    """Return an array's letters; the first of two axes with one mesh axis gets it."""
     letters = []
     for name in (*names, *[None] * (ndim - len(names))):
         letter = rules.get(name, "-")
@@ -62,7 +62,7 @@ def specs(words: str) -> list[P]:
 
 
 def with_gradients(op, tree):
-    """The value of `op` and its gradients, from the leaves of its arguments."""
+    """Return a function of the arguments' leaves that gives value and gradients."""
 
     def run(*leaves):
         def loss(leaves):
@@ -84,7 +84,7 @@ def on_one_device(name):
 
 
 def assert_same(got, expected):
-    """The value and, as one vector, all gradients: some of these are 0."""
+    """Compare values, and all gradients as one vector, because some of them are 0."""
     for a, b in zip(got, expected, strict=True):
         mine, theirs = (
             np.concatenate([*map(np.ravel, jax.tree.leaves(x))]) for x in (a, b)
@@ -99,7 +99,7 @@ def test_sharded_arguments(name, kind):
     devices = mesh(kind, d=2, t=2)
     leaves, tree = jax.tree.flatten(args)
     run = with_gradients(op, tree)
-    # XLA knows what automatic axes mean, so that one case shows that we let it.
+    # XLA splits programs on automatic axes by itself, so one case is enough.
     for i, words in enumerate(places if kind == "explicit" else places[-1:]):
         where = [jax.NamedSharding(devices, spec) for spec in specs(words)]
         placed = jax.device_put(leaves, where)
@@ -150,7 +150,7 @@ DRAWS = {
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize("shared", [True, False], ids=["one input", "split"])
 def test_a_key_a_device(draw, shared):
-    """Each device draws for itself, of what it has or of what all share."""
+    """Each device draws with its own key, from its own input or from a shared one."""
     keys = jax.random.split(jax.random.key(1), 4)
     x = jnp.broadcast_to(X, (4, *X.shape))
     place = P() if shared else P("d")

@@ -1,4 +1,4 @@
-"""How benchmarks and examples end, whatever reads their output."""
+"""The exit status of benchmarks and examples, whatever reads their output."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_a_character_that_the_encoding_lacks_ends_no_run(module):
 @each
 @pytest.mark.parametrize("body", ["print('a' * 100_000)", "print('a'); exit(2)"])
 def test_a_reader_that_leaves_sees_no_traceback(module, body):
-    """As `head` does: while something is printed, or before the last of it is."""
+    """The reader leaves, as `head` does, during a print or before the last flush."""
     read, write = os.pipe()
     os.close(read)
     ended = start(module, f"    {body}\n    return 0\nrun_program(main)", write)

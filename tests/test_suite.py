@@ -1,4 +1,4 @@
-"""What the tests rely on in their own set-up."""
+"""Tests of the set-up that all other tests rely on."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from jaxkern import attention
 
 
 def test_less_compiling_changes_no_program():
-    """With LLVM's passes and without, XLA rewrites a program to the same one."""
+    """XLA makes the same program with LLVM's passes and without them."""
     args = [jnp.zeros((1, 20, 2, 16), jnp.bfloat16)] * 3
 
     def gradients(*args):
@@ -22,7 +22,7 @@ def test_less_compiling_changes_no_program():
     programs = []
     for fast in (False, True):
         jax.config.update("jax_disable_most_optimizations", fast)
-        # A function of its own, as JAX keeps what it has compiled.
+        # A new function each time, because JAX keeps compiled programs by function.
         fresh = jax.jit(lambda *args: gradients(*args))
         programs.append(fresh.lower(*args).compile().as_text())
     assert programs[0] == programs[1] and "fusion" in programs[0]
@@ -48,9 +48,9 @@ def test_callbacks_get_numbers_as_they_are():
 
 
 def test_a_machine_with_one_gpu_collects_the_gpu_tests():
-    """No module may ask for several devices before a test runs."""
+    """No module may need several devices when it is imported."""
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only"]
-    # As `benchmarks/gpu.sh` does, without the options for packages it may lack.
+    # The command of `benchmarks/gpu.sh`, without options for packages it may lack.
     command += ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     one = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=one, capture_output=True, text=True)

@@ -1,17 +1,17 @@
 """The tests that `make test` leaves to `make test CASES=all`.
 
-A person waits for `make test`. Each test here takes seconds, and the kind of fault that
-it finds is found by another test too, which stays: the same kernel at another size,
-dtype or transform, the same check of another layout. `make mutants` breaks 37
-places, each of which what stays must see.
+People wait for `make test`. Each test here takes seconds, and a test that stays finds
+the same kind of fault: in the same kernel at another size, dtype or transform, or with
+the same check of another layout. `make mutants` shows that the tests that stay find
+planted faults.
 
-By file, the tests; a test of which some cases are left out has their names.
+The tables have, for each file, its tests with the names of the cases that are left out.
 """
 
 EVERY = ()
 ATTENTION = {
     "attention/test_dense.py": {
-        # By tiles they stay; the short form is the reference's own derivative.
+        # The cases of tiles stay; JAX differentiates the short form by itself.
         "test_transforms": ("short",),
         "test_jacobian_and_second_derivatives": ("short",),
         "test_any_tiles_give_the_same": EVERY,
@@ -182,16 +182,16 @@ BENCHMARKS = {
             "matmul_2_4",
         ),
     },
-    # `make test-oldest` runs these; with the newest packages other tests do the same.
+    # `make test-oldest` runs these; with the newest packages, other tests run kernels.
     "test_smoke.py": {"test_kernel": EVERY},
 }
 THOROUGH = ATTENTION | MLP | MASKED | MODELS | BENCHMARKS
 
 
 def entries_of(file: str, test: str, case: str) -> set[tuple[str, str, str]]:
-    """The entries that leave out a case of a test, of a file below tests/.
+    """Return the entries that leave out a case of a test in a file below tests/.
 
-    An entry that ends with "-" has the beginning of names, the others are whole names.
+    An entry that ends with "-" is the beginning of a name, the others are whole names.
     """
     cases = THOROUGH.get(file, {}).get(test)
     if cases is None:

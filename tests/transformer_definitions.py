@@ -19,7 +19,7 @@ def rms_norm_gradients(x, scale, g):
 
 
 def rotate(x, theta, sign=1):
-    """Complex multiplication of the pairs (2i, 2i + 1)."""
+    """Rotate the pairs (2i, 2i + 1) by complex multiplication."""
     dim = x.shape[-1]
     angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, dim, 2) / dim)
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * sign * angles)[:, None]
@@ -32,7 +32,7 @@ def softmax(x):
 
 
 def attend(x, layer, theta) -> Any:
-    """The result, and from its gradient those of `x` and of the four kernels."""
+    """Return the result, and a function from its gradient to those of x and layer."""
     q, k, v = (
         np.einsum("btd,dhe->bthe", x, layer[n]) for n in ("query", "key", "value")
     )
@@ -83,7 +83,7 @@ def feed_forward(x, layer) -> Any:
 
 
 def loss_and_gradients(weights, tokens, targets, theta=1e4) -> Any:
-    """Mean cross-entropy, the logits, and the gradients of all weights."""
+    """Return the mean cross-entropy, the logits, and the gradients of all weights."""
     x = weights["embedding"][tokens]
     tape = []
     for layer in weights["layers"]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, kind_of
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes, vary_alike
 from .block_mask.mask import BlockMask
@@ -59,6 +59,19 @@ def block_sparse_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: BlockMask,
+    scale: float | None = ...,
+    return_lse: bool,
+    implementation: Implementation | None = ...,
+) -> Array | tuple[Array, Array]: ...
+
+
 def block_sparse_attention(
     query: Float[Array, "batch seq_q heads dim"],
     key: Float[Array, "batch seq_kv kv_heads dim"],
@@ -72,8 +85,9 @@ def block_sparse_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""`attention(query, key, value, mask=mask.to_dense())`, of which only the blocks
-    that are not empty are computed.
+    r"""Attention under a block mask, of which only non-empty blocks are computed.
+
+    It equals `attention(query, key, value, mask=mask.to_dense())`.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
@@ -134,15 +148,22 @@ def block_sparse_attention(
     scale = check_scale(op, scale, query.shape[-1])
     unsupported = partial(_unsupported, query, value, mask)
     faster = query.shape[1] >= LEAST_QUERIES
-    match choose(op, implementation, (query, key, value), unsupported, faster):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import attend
-
-            out, lse = attend.attend(query, key, value, mask=mask, scale=scale)
-        case "xla":
-            out, lse = _attend_by_xla(query, key, value, mask, scale)
+    arrays = query, key, value
+    out, lse = run(
+        choose(op, implementation, arrays, unsupported, faster),
+        *arrays,
+        implementation=implementation,
+        xla=partial(_attend_by_xla, mask=mask, scale=scale),
+        kernel=partial(_attend_in_kernel, mask=mask, scale=scale),
+    )
     return (out, with_infinity(lse)) if return_lse else out
+
+
+def _attend_in_kernel(query, key, value, mask, scale):
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import attend
+
+    return attend.attend(query, key, value, mask=mask, scale=scale)
 
 
 @on_automatic_axes(lambda query: (P(*query[:3], None), P(*query[:3])))
@@ -163,7 +184,7 @@ def _unsupported(query: jax.Array, value: jax.Array, mask: BlockMask) -> str | N
 def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None:
     if not isinstance(mask, BlockMask):
         raise TypeError(
-            f"{op}: mask must be a BlockMask, such as BlockMask.causal(q_len, kv_len) "
+            f"{op}: mask must be a BlockMask, such as BlockMask.causal(seq_q, seq_kv) "
             f"or BlockMask.from_dense(mask), got {kind_of(mask)}"
         )
     batch, seq_q, heads, _ = query.shape
@@ -296,7 +317,7 @@ def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..
     size = mask.block_size
     q = i * size + jnp.arange(size)[:, None]
     k = j * size + jnp.arange(size)[None]
-    return mask.mask_fn(b, h, q, k) & (k < mask.kv_len)
+    return mask.mask_fn(b, h, q, k) & (k < mask.seq_kv)
 
 
 def _key_head(h: Any, queries: jax.Array, keys: jax.Array) -> Any:

@@ -1,6 +1,5 @@
 """Softmax attention with its log-sum-exp, and the merge of two partial results."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, overload
 
@@ -11,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .block_mask.mask import BlockMask, band_mask, with_keys
@@ -64,6 +63,20 @@ def attention(
     return_lse: Literal[True],
     implementation: ImplementationOrCudnn | None = ...,
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Array | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool,
+    implementation: ImplementationOrCudnn | None = ...,
+) -> Array | tuple[Array, Array]: ...
 
 
 def attention(
@@ -137,46 +150,43 @@ def attention(
     scale = check_scale(op, scale, query.shape[-1])
     if mask is not None:
         check_mask(op, mask, query, key)
-    cudnn = partial(
-        unsupported_by_cudnn, query, key, value, mask, is_causal, return_lse
+    if implementation == "cudnn":
+        if reason := unsupported_by_cudnn(
+            query, key, value, mask, is_causal, return_lse
+        ):
+            raise NotImplementedError(f"{op}: {reason}")
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            implementation="cudnn",
+        )
+    options = {"mask": mask, "is_causal": is_causal, "scale": scale}
+    out, lse = run(
+        choose_dense(op, implementation, query, key, value, mask=mask),
+        query,
+        key,
+        value,
+        implementation=implementation,
+        xla=partial(_attend_rounded, **options),
+        kernel=partial(_attend_in_kernel, **options),
     )
-    match _choose(op, implementation, query, key, value, mask, cudnn):
-        case "cudnn":
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                scale=scale,
-                is_causal=is_causal,
-                implementation="cudnn",
-            )
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import attend
-
-            blocks = dense_blocks(query, key, mask, is_causal)
-            out, lse = attend.attend(query, key, value, mask=blocks, scale=scale)
-        case "xla":
-            out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
-    out = out.astype(value.dtype)
     return (out, with_infinity(lse)) if return_lse else out
 
 
-def _choose(
-    op: str,
-    implementation: ImplementationOrCudnn | None,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    unsupported_by_cudnn: Callable[[], str | None],
-) -> ImplementationOrCudnn:
-    """`choose_dense`, or cuDNN where it is named and runs this."""
-    if implementation != "cudnn":
-        return choose_dense(op, implementation, query, key, value, mask=mask)
-    if reason := unsupported_by_cudnn():
-        raise NotImplementedError(f"{op}: {reason}")
-    return "cudnn"
+def _attend_rounded(query, key, value, *, mask, is_causal, scale):
+    out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
+    return out.astype(value.dtype), lse
+
+
+def _attend_in_kernel(query, key, value, *, mask, is_causal, scale):
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import attend
+
+    blocks = dense_blocks(query, key, mask, is_causal)
+    return attend.attend(query, key, value, mask=blocks, scale=scale)
 
 
 def choose_dense(

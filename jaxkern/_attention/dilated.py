@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Literal, get_args, overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._core.checks import check_flag, raise_unknown
-from .._core.dispatch import Implementation, check_implementation
+from .._core.checks import check_flag
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import widen
 from .checks import (
     check_key_mask,
@@ -20,10 +20,15 @@ from .checks import (
     check_whole_sequence,
 )
 from .dense import attend_by_xla, choose_dense, dense_blocks
-from .dilation import HeadOffsets, Pattern, check_covered, make_patterns, split_heads
+from .dilation import (
+    Dilation,
+    Pattern,
+    check_covered,
+    check_dilation,
+    make_patterns,
+    split_heads,
+)
 from .tiles import nothing, sees, with_infinity
-
-Uncovered = Literal["zero", "error"]
 
 
 @overload
@@ -32,15 +37,10 @@ def dilated_attention(
     key: Array,
     value: Array,
     *,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
+    dilation: Dilation,
     is_causal: bool = ...,
     scale: float | None = ...,
     key_mask: Array | None = ...,
-    head_offsets: HeadOffsets = ...,
-    head_groups: bool = ...,
-    stop_gradient_mix: bool = ...,
-    uncovered: Uncovered = ...,
     return_lse: Literal[False] = ...,
     implementation: Implementation | None = ...,
 ) -> Array: ...
@@ -52,18 +52,28 @@ def dilated_attention(
     key: Array,
     value: Array,
     *,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
+    dilation: Dilation,
     is_causal: bool = ...,
     scale: float | None = ...,
     key_mask: Array | None = ...,
-    head_offsets: HeadOffsets = ...,
-    head_groups: bool = ...,
-    stop_gradient_mix: bool = ...,
-    uncovered: Uncovered = ...,
     return_lse: Literal[True],
     implementation: Implementation | None = ...,
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def dilated_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    dilation: Dilation,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_mask: Array | None = ...,
+    return_lse: bool,
+    implementation: Implementation | None = ...,
+) -> Array | tuple[Array, Array]: ...
 
 
 def dilated_attention(
@@ -71,15 +81,10 @@ def dilated_attention(
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim_v"],
     *,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
+    dilation: Dilation,
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Bool[Array, "batch seq"] | None = None,
-    head_offsets: HeadOffsets = "paper",
-    head_groups: bool = False,
-    stop_gradient_mix: bool = False,
-    uncovered: Uncovered = "zero",
     return_lse: bool = False,
     implementation: Implementation | None = None,
 ) -> (
@@ -88,10 +93,11 @@ def dilated_attention(
 ):
     r"""LongNet's attention: near tokens densely, far ones at growing strides.
 
-    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each, head $j$ takes
-    the rows $o, o + r_i, o + 2 r_i, ...$ with offset $o = j \bmod r_i$, and attends
-    among them alone, which gives $O_i$ and the log-sum-exp $L_i$ (0 and $-\infty$ in
-    the rows it did not take). Then per token and head
+    Pattern $i$ of the `dilation` cuts the sequence into segments of $w_i$ tokens. In
+    each, head $j$ takes the rows $o, o + r_i, o + 2 r_i, ...$ with offset
+    $o = j \bmod r_i$, and attends among them alone, which gives $O_i$ and the
+    log-sum-exp $L_i$ (0 and $-\infty$ in the rows it did not take). Then per token and
+    head
 
     $$O = \sum_i \alpha_i O_i, \qquad
       \alpha_i = \frac{\exp L_i}{\sum_j \exp L_j}$$
@@ -109,30 +115,28 @@ def dilated_attention(
     Heads are counted in the array given: to split heads by `shard_map`, give each
     device a multiple of every rate, and let "paper" choose the offsets.
 
+    ```python
+    >>> import jax.numpy as jnp
+    >>> from jaxkern import Dilation, dilated_attention
+    >>> x = jnp.ones((1, 16, 2, 8))
+    >>> dilation = Dilation([4, 16], [1, 4])
+    >>> out, lse = dilated_attention(x, x, x, dilation=dilation, return_lse=True)
+    >>> print(out.shape, lse.shape)
+    (1, 16, 2, 8) (1, 16, 2)
+
+    ```
+
     Args:
-        segment_lengths: $w_i$, in tokens.
-        dilation_rates: $r_i$, as many.
+        dilation: the patterns, and how heads share them; other choices of $o$ too.
         scale: of the logits; None is $1/\sqrt{\mathrm{dim}}$.
         key_mask: False for padding, which no query attends to.
-        head_offsets: "paper" as above; "blocks" for $\lfloor j / \lceil H/r_i \rceil
-            \rfloor$, consecutive heads alike, as torchscale has it; "pattern" for
-            $i \bmod r_i$, all heads alike.
-        head_groups: instead of running every pattern in every head, split the heads
-            into consecutive groups, one for each pattern, the first ones larger by one
-            head where they do not divide; with "pattern" this is the variant of
-            dilated-attention-pytorch, but for its final division by the number of
-            patterns.
-        stop_gradient_mix: treat $\alpha$ as constant in the backward, as torchscale.
-        uncovered: what to do about a row that its head takes in no pattern: "zero"
-            gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
         return_lse: also return $\log \sum_i \exp L_i$, float32.
 
     Raises:
         TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: the shapes do not fit, the patterns are not two equally long
-            sequences of positive integers, each rate exceeds its segment, heads are
-            fewer than the patterns to split them among, rows are uncovered though that
-            is an "error", or a name is unknown.
+        ValueError: the shapes do not fit, heads are fewer than the patterns to split
+            them among, rows are uncovered though that is an "error", or a name is
+            unknown.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     References:
@@ -146,20 +150,11 @@ def dilated_attention(
     check_one_length(op, query, key)
     check_key_mask(op, key_mask, (batch, seq))
     check_whole_sequence(op, query=query, key=key, value=value)
-    check_flag(
-        op,
-        is_causal=is_causal,
-        head_groups=head_groups,
-        stop_gradient_mix=stop_gradient_mix,
-        return_lse=return_lse,
-    )
-    if uncovered not in get_args(Uncovered):
-        raise_unknown(op, "uncovered", uncovered, get_args(Uncovered))
-    patterns = make_patterns(
-        op, segment_lengths, dilation_rates, seq, heads, head_offsets
-    )
-    groups = split_heads(op, patterns, heads, head_groups)
-    if uncovered == "error":
+    check_flag(op, is_causal=is_causal, return_lse=return_lse)
+    check_dilation(op, dilation)
+    patterns = make_patterns(dilation, seq, heads)
+    groups = split_heads(op, patterns, heads, dilation.head_groups)
+    if dilation.uncovered == "error":
         check_covered(op, groups, seq)
     attend = partial(
         attend_pattern,
@@ -175,7 +170,8 @@ def dilated_attention(
         keys, values = _key_value_heads(key, value, start, stop, heads)
         queries = query[:, :, start:stop]
         parts = [attend(queries, keys, values, pattern=x) for x in of_heads]
-        mixed.append(mix(of_heads, parts, seq, value.dtype, stop_gradient_mix))
+        stop_mix = dilation.stop_gradient_mix
+        mixed.append(mix(of_heads, parts, seq, value.dtype, stop_mix))
     out, lse = (jnp.concatenate(part, axis=2) for part in zip(*mixed, strict=True))
     return (out, with_infinity(lse)) if return_lse else out
 
@@ -230,24 +226,32 @@ def attend_pattern(
         # Padded rows select False, like the masked ones.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    match choose_dense(op, implementation, query, key, value, rows=pattern.rows):
-        case "mosaic_gpu":
-            return _attend_in_strides(
-                query, key, value, mask, pattern, is_causal, scale
-            )
-        case "xla":
-            selected = select_rows(query, key, value, pattern)
-            attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
-
-            # Segments are not merged with the batch, which a mesh may split.
-            @partial(jax.vmap, in_axes=1, out_axes=1)
-            def attend_segment(query, key, value, mask):
-                return attend(query, key, value, mask)
-
-            return attend_segment(*selected, mask)
+    options = {"pattern": pattern, "is_causal": is_causal, "scale": scale}
+    return run(
+        choose_dense(op, implementation, query, key, value, rows=pattern.rows),
+        query,
+        key,
+        value,
+        mask,
+        implementation=implementation,
+        xla=partial(_attend_selected, **options),
+        kernel=partial(_attend_in_strides, **options),
+    )
 
 
-def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
+def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
+    selected = select_rows(query, key, value, pattern)
+    attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
+
+    # Segments are not merged with the batch, which a mesh may split.
+    @partial(jax.vmap, in_axes=1, out_axes=1)
+    def attend_segment(query, key, value, mask):
+        return attend(query, key, value, mask)
+
+    return attend_segment(*selected, mask)
+
+
+def _attend_in_strides(query, key, value, mask, *, pattern, is_causal, scale):
     """The segments as a batch, of which the kernel reads the rows that heads take."""
     # Mosaic is imported on first use of a kernel.
     from .hopper import attend
@@ -267,8 +271,9 @@ def _attend_in_strides(query, key, value, mask, pattern, is_causal, scale):
         scale=scale,
         dilation=pattern.dilation,
     )
-    split = batch, -1
-    return out.reshape(*split, *out.shape[1:]), lse.reshape(*split, *lse.shape[1:])
+    # In float32, as by XLA, for the mix.
+    out, lse = (x.reshape(batch, -1, *x.shape[1:]) for x in (widen(out), lse))
+    return out, lse
 
 
 def select_rows(

@@ -1,7 +1,7 @@
 """Which rows the heads of dilated attention take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,14 +10,100 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .._core.checks import check_integer, raise_unknown
+from .._core.checks import check_flag, check_integer, kind_of, raise_unknown
 from .tiles import pad_axis
 
 HeadOffsets = Literal["paper", "blocks", "pattern"]
+Uncovered = Literal["zero", "error"]
 
 
 @dataclass(frozen=True)
 class Dilation:
+    r"""The patterns of dilated attention: segments of the sequence and strides in them.
+
+    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each, head $j$ takes
+    the rows $o, o + r_i, o + 2 r_i, ...$, where the offset $o$ follows from
+    `head_offsets`. `dilated_attention` says what is computed of them. Values of equal
+    arguments are equal and have one hash, so they may be static arguments of `jax.jit`.
+
+    ```python
+    >>> from jaxkern import Dilation
+    >>> dilation = Dilation([2048, 8192], [1, 4])
+    >>> dilation.segment_lengths, dilation.dilation_rates
+    ((2048, 8192), (1, 4))
+
+    ```
+
+    Args:
+        segment_lengths: $w_i$, in tokens.
+        dilation_rates: $r_i$, as many. A rate may exceed its segment, but not all may.
+        head_offsets: "paper" for $o = j \bmod r_i$; "blocks" for $\lfloor j / \lceil
+            H/r_i \rceil \rfloor$ of $H$ heads, consecutive heads alike, as torchscale
+            has it; "pattern" for $i \bmod r_i$, all heads alike.
+        head_groups: instead of running every pattern in every head, split the heads
+            into consecutive groups, one for each pattern, the first ones larger by one
+            head where they do not divide. With "pattern" this is the variant of
+            DarcStar's fork of dilated-attention-pytorch, but for its final division by
+            the number of patterns. It is not fkodom's original, which also divides by
+            the sum of the outputs.
+        stop_gradient_mix: treat the shares of the patterns as constants in the
+            backward, as torchscale does.
+        uncovered: what to do about a row that its head takes in no pattern: "zero"
+            gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
+
+    Raises:
+        TypeError: lengths or rates are no sequence of integers, or a switch is neither
+            True nor False.
+        ValueError: lengths and rates are not equally many positive integers, each rate
+            exceeds its segment, or a name is unknown.
+
+    References:
+        LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
+    """
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    _: KW_ONLY
+    head_offsets: HeadOffsets = "paper"
+    head_groups: bool = False
+    stop_gradient_mix: bool = False
+    uncovered: Uncovered = "zero"
+
+    def __post_init__(self):
+        op = "Dilation"
+        lengths = _positive_integers(op, "segment_lengths", self.segment_lengths)
+        rates = _positive_integers(op, "dilation_rates", self.dilation_rates)
+        if len(lengths) != len(rates):
+            raise ValueError(
+                f"{op}: dilation_rates must be as many as the {len(lengths)} "
+                f"segment_lengths, got {len(rates)}"
+            )
+        if all(r > w for w, r in zip(lengths, rates, strict=True)):
+            raise ValueError(
+                f"{op}: dilation_rates must not all exceed their segment_lengths "
+                f"{lengths}, got {rates}"
+            )
+        for name, valid in [("head_offsets", HeadOffsets), ("uncovered", Uncovered)]:
+            if getattr(self, name) not in get_args(valid):
+                raise_unknown(op, name, getattr(self, name), get_args(valid))
+        check_flag(
+            op, head_groups=self.head_groups, stop_gradient_mix=self.stop_gradient_mix
+        )
+        # As tuples they can be hashed, whatever sequences were given.
+        object.__setattr__(self, "segment_lengths", lengths)
+        object.__setattr__(self, "dilation_rates", rates)
+
+
+def check_dilation(op: str, dilation: object) -> None:
+    if not isinstance(dilation, Dilation):
+        raise TypeError(
+            f"{op}: dilation must be a Dilation, such as "
+            f"Dilation([2048, 8192], [1, 4]), got {kind_of(dilation)}"
+        )
+
+
+@dataclass(frozen=True)
+class HeadStride:
     """Head j takes one of each `rate` rows, at (first + step * j) // run % rate.
 
     group: heads that take theirs from the same vectors.
@@ -30,7 +116,7 @@ class Dilation:
     run: int = 1
     group: int = 1
 
-    def of_heads(self, start: int, stop: int, every: int = 1) -> "Dilation":
+    def of_heads(self, start: int, stop: int, every: int = 1) -> "HeadStride":
         """As seen by those heads alone."""
         return replace(
             self,
@@ -39,7 +125,7 @@ class Dilation:
             step=self.step * every,
         )
 
-    def of_keys(self, kv_heads: int) -> "Dilation":
+    def of_keys(self, kv_heads: int) -> "HeadStride":
         """What those take, or their groups of query heads if they differ in it."""
         group = self.heads // kv_heads
         of_first = np.repeat(self.offsets[::group], group)
@@ -80,7 +166,7 @@ class Pattern:
     """Each head attends to the rows that it takes of a segment."""
 
     segment: int
-    dilation: Dilation
+    dilation: HeadStride
 
     @property
     def rows(self) -> int:
@@ -122,41 +208,20 @@ class Pattern:
         return x[:, :seq]
 
 
-def make_patterns(
-    op: str,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    seq: int,
-    heads: int,
-    head_offsets: HeadOffsets,
-) -> list[Pattern]:
+def make_patterns(dilation: Dilation, seq: int, heads: int) -> list[Pattern]:
     """The patterns of all heads, no segment longer than the sequence."""
-    if head_offsets not in get_args(HeadOffsets):
-        raise_unknown(op, "head_offsets", head_offsets, get_args(HeadOffsets))
-    lengths = _positive_integers(op, "segment_lengths", segment_lengths)
-    rates = _positive_integers(op, "dilation_rates", dilation_rates)
-    if len(lengths) != len(rates):
-        raise ValueError(
-            f"{op}: dilation_rates must be as many as the {len(lengths)} "
-            f"segment_lengths, got {len(rates)}"
-        )
-    if all(r > w for w, r in zip(lengths, rates, strict=True)):
-        raise ValueError(
-            f"{op}: dilation_rates must not all exceed their segment_lengths "
-            f"{lengths}, got {rates}"
-        )
-    patterns = []
+    lengths, rates, patterns = dilation.segment_lengths, dilation.dilation_rates, []
     for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
         # A head takes at most one row of a segment, the same one as of any longer step.
         r = min(r, max(seq, heads, len(rates)))
-        match head_offsets:
+        match dilation.head_offsets:
             case "paper":
-                dilation = Dilation(r, heads)
+                stride = HeadStride(r, heads)
             case "blocks":
-                dilation = Dilation(r, heads, run=-(-heads // r))
-            case _:
-                dilation = Dilation(r, heads, first=i % r, step=0)
-        patterns.append(Pattern(min(w, seq), dilation))
+                stride = HeadStride(r, heads, run=-(-heads // r))
+            case "pattern":
+                stride = HeadStride(r, heads, first=i % r, step=0)
+        patterns.append(Pattern(min(w, seq), stride))
     return patterns
 
 
@@ -187,7 +252,8 @@ def split_heads(
 def check_covered(
     op: str, groups: Sequence[tuple[tuple[int, int], list[Pattern]]], seq: int
 ) -> None:
-    """
+    """Check that each head takes every row in some pattern.
+
     Raises:
         ValueError: a head takes some row in no pattern.
     """

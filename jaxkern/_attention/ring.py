@@ -1,9 +1,9 @@
 """Attention over a sequence that is split among devices: keys and values go round."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,61 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from .._core.checks import check_flag, raise_unknown
-from .._core.dispatch import Implementation, check_implementation
+from .._core.dispatch import Implementation, check_implementation, run
 from .checks import check_one_length, check_query_key_value, check_scale
 from .dense import choose_dense
 from .dilated import attend_pattern, mix, select_rows
-from .dilation import HeadOffsets, Pattern, make_patterns
+from .dilation import Dilation, Pattern, check_dilation, make_patterns
 from .ring_steps import DeviceRing, Layout, attend_around
+from .tiles import with_infinity
+
+
+@overload
+def ring_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def ring_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def ring_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: bool,
+    implementation: Implementation | None = ...,
+) -> Array | tuple[Array, Array]: ...
 
 
 def ring_attention(
@@ -31,11 +80,13 @@ def ring_attention(
     is_causal: bool = False,
     layout: Layout = "contiguous",
     scale: float | None = None,
-    segment_lengths: Sequence[int] | None = None,
-    dilation_rates: Sequence[int] | None = None,
-    head_offsets: HeadOffsets = "paper",
+    dilation: Dilation | None = None,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "batch seq_q heads dim_v"]:
+) -> (
+    Float[Array, "batch seq_q heads dim_v"]
+    | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
+):
     r"""`attention` over a sequence split among the devices of a mesh axis.
 
     Call it inside `jax.shard_map`, each device with its part of the tokens. In as many
@@ -61,8 +112,9 @@ def ring_attention(
     `ring_permutation` gives the order of the tokens, `context_parallel_attention` does
     it all for arrays that are whole.
 
-    With `segment_lengths` and `dilation_rates` it is `dilated_attention` of the whole
-    sequence, in whose tokens the lengths are, in the layout "contiguous". A segment
+    With a `dilation` it is `dilated_attention` of the whole sequence, in whose tokens
+    the segments' lengths are, in the layout "contiguous". Its `head_groups` and
+    `stop_gradient_mix` must be False and its `uncovered` "zero". A segment
     within a device needs nothing of the others. The $m$ devices that share one of $w$
     tokens are a ring of their own, and only tokens that a head takes go round: each
     device sends $(w - w/m)/r$ keys and values for every head of the query; in the
@@ -72,13 +124,37 @@ def ring_attention(
     With `implementation` "mosaic_gpu" each step runs the kernel of `attention`, which
     None picks as it does there.
 
+    ```python
+    >>> from functools import partial
+    >>> import jax, jax.numpy as jnp, jaxkern
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh = jaxkern.nn.make_mesh(context=jax.device_count())
+    >>> ring = jax.shard_map(
+    ...     partial(jaxkern.ring_attention, axis_name="context", return_lse=True),
+    ...     mesh=mesh, in_specs=P(None, "context"), out_specs=P(None, "context"),
+    ... )
+    >>> x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
+    >>> out, lse = ring(x, x, x)
+    >>> print(out.shape == x.shape, lse.shape == x.shape[:3])
+    True True
+
+    ```
+
+    Args:
+        axis_name: the mesh axis that splits the tokens.
+        scale: a number known when traced; None stands for dim ** -0.5.
+        return_lse: also return the log-sum-exp of each query's logits, (batch, seq_q,
+            heads) in float32, whose gradient is exact; -inf for a query that sees no
+            key.
+
     Raises:
-        TypeError: an argument is no floating-point array, or the dtypes differ.
+        TypeError: an argument is no floating-point array, the dtypes differ, or
+            `dilation` is no `Dilation`.
         ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
-            `scale` is not finite, or the patterns are none of `dilated_attention`; a
-            segment is neither a divisor of a device's tokens nor all of those of one of
-            several equal groups of devices, or the rate of one across devices does not
-            divide a device's tokens.
+            `scale` is not finite, or the `dilation` has a switch that a ring does not
+            support; a segment is neither a divisor of a device's tokens nor all of
+            those of one of several equal groups of devices, or the rate of one across
+            devices does not divide a device's tokens.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
 
     References:
@@ -91,11 +167,11 @@ def ring_attention(
     check_implementation(op, implementation)
     _check_layout(op, layout)
     query, key, value = check_query_key_value(op, query, key, value)
-    check_flag(op, is_causal=is_causal)
+    check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
     if is_causal:
         _check_causal(op, query.shape[1], key.shape[1], layout)
-    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
+    _check_dilation(op, dilation, layout)
     try:
         ring = DeviceRing(axis_name, lax.axis_size(axis_name))
     except NameError:
@@ -103,33 +179,33 @@ def ring_attention(
             f"{op}: axis_name must be an axis of the jax.shard_map around the call, "
             f"got {axis_name!r}"
         ) from None
-    if segment_lengths is not None and dilation_rates is not None:
+    if dilation is None:
+        out, lse = _run_around(
+            op,
+            implementation,
+            query,
+            key,
+            value,
+            ring=ring,
+            scale=scale,
+            layout=layout if is_causal else None,
+        )
+        out = out.astype(value.dtype)
+    else:
         check_one_length(op, query, key)
         seq, heads = ring.devices * query.shape[1], query.shape[2]
-        patterns = make_patterns(
-            op, segment_lengths, dilation_rates, seq, heads, head_offsets
-        )
-        return _attend_dilated(
+        out, lse = _attend_dilated(
             query,
             key,
             value,
             op=op,
             ring=ring,
-            patterns=patterns,
+            patterns=make_patterns(dilation, seq, heads),
             is_causal=is_causal,
             scale=scale,
             implementation=implementation,
         )
-    out, _ = attend_around(
-        query,
-        key,
-        value,
-        ring=ring,
-        scale=scale,
-        layout=layout if is_causal else None,
-        implementation=choose_dense(op, implementation, query, key, value),
-    )
-    return out.astype(value.dtype)
+    return (out, with_infinity(lse)) if return_lse else out
 
 
 def _attend_dilated(
@@ -143,8 +219,8 @@ def _attend_dilated(
     is_causal: bool,
     scale: float,
     implementation: Implementation | None,
-) -> Float[Array, "batch seq heads dim_v"]:
-    """A device's tokens of `dilated_attention` over those of all devices.
+) -> tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]:
+    """A device's tokens of `dilated_attention`, and their lse, over all devices.
 
     Only segments that span devices go round.
     """
@@ -161,7 +237,7 @@ def _attend_dilated(
             attend = partial(attend_pattern, key_mask=None, **options)
         part = attend(query, key, value, pattern=pattern, implementation=implementation)
         parts.append(part)
-    return mix(patterns, parts, shard, value.dtype)[0]
+    return mix(patterns, parts, shard, value.dtype)
 
 
 def _attend_across(
@@ -169,16 +245,30 @@ def _attend_across(
 ):
     """`attend_pattern`, of the one segment that the devices of a ring share."""
     query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
-    out, lse = attend_around(
+    out, lse = _run_around(
+        op,
+        implementation,
         query,
         key,
         value,
         ring=ring,
         scale=scale,
         layout="contiguous" if is_causal else None,
-        implementation=choose_dense(op, implementation, query, key, value),
     )
     return out[:, None], lse[:, None]
+
+
+def _run_around(op, implementation, query, key, value, **options):
+    """`attend_around` by the implementation that `attention` would choose here."""
+    return run(
+        choose_dense(op, implementation, query, key, value),
+        query,
+        key,
+        value,
+        implementation=implementation,
+        xla=partial(attend_around, implementation="xla", **options),
+        kernel=partial(attend_around, implementation="mosaic_gpu", **options),
+    )
 
 
 def _ring_of_a_segment(
@@ -231,6 +321,57 @@ def ring_permutation(
     return indices, np.argsort(indices)
 
 
+@overload
+def context_parallel_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mesh: Mesh,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout | None = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: Implementation | None = ...,
+) -> Array: ...
+
+
+@overload
+def context_parallel_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mesh: Mesh,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout | None = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: Literal[True],
+    implementation: Implementation | None = ...,
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def context_parallel_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mesh: Mesh,
+    axis_name: str,
+    is_causal: bool = ...,
+    layout: Layout | None = ...,
+    scale: float | None = ...,
+    dilation: Dilation | None = ...,
+    return_lse: bool,
+    implementation: Implementation | None = ...,
+) -> Array | tuple[Array, Array]: ...
+
+
 def context_parallel_attention(
     query: Float[Array, "batch seq_q heads dim"],
     key: Float[Array, "batch seq_kv kv_heads dim"],
@@ -241,14 +382,17 @@ def context_parallel_attention(
     is_causal: bool = False,
     layout: Layout | None = None,
     scale: float | None = None,
-    segment_lengths: Sequence[int] | None = None,
-    dilation_rates: Sequence[int] | None = None,
-    head_offsets: HeadOffsets = "paper",
+    dilation: Dilation | None = None,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "batch seq_q heads dim_v"]:
+) -> (
+    Float[Array, "batch seq_q heads dim_v"]
+    | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
+):
     """`attention` of whole arrays, its sequence split over one axis of a mesh.
 
-    With `segment_lengths` and `dilation_rates` it is `dilated_attention`.
+    With a `dilation` it is `dilated_attention`, of which it supports what
+    `ring_attention` does.
 
     Permutes the tokens into `layout`, runs `ring_attention` in `jax.shard_map`, and
     permutes back. Other mesh axes, automatic or explicit, keep what they split. The
@@ -259,8 +403,25 @@ def context_parallel_attention(
     no mask, so tokens that pad the sequence at its end are seen by all without
     `is_causal`, and with it by each other only.
 
+    ```python
+    >>> import jax, jax.numpy as jnp, jaxkern
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",))
+    >>> x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
+    >>> out, lse = jaxkern.context_parallel_attention(
+    ...     x, x, x, mesh=mesh, axis_name="seq", is_causal=True, return_lse=True
+    ... )
+    >>> print(out.shape == x.shape, lse.shape == x.shape[:3])
+    True True
+
+    ```
+
+    Args:
+        axis_name: the axis of `mesh` that splits the tokens.
+        return_lse: also return the log-sum-exp, as `ring_attention` does.
+
     Raises:
-        TypeError: an argument is no floating-point array, or the dtypes differ.
+        TypeError: an argument is no floating-point array, the dtypes differ, or
+            `dilation` is no `Dilation`.
         ValueError: as `ring_attention`; the mesh has no such axis, or it does not
             divide the sequence.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
@@ -268,22 +429,17 @@ def context_parallel_attention(
     op = "context_parallel_attention"
     check_implementation(op, implementation)
     if layout is None:
-        layout = "zigzag" if segment_lengths is None else "contiguous"
+        layout = "zigzag" if dilation is None else "contiguous"
     _check_layout(op, layout)
     query, key, value = check_query_key_value(op, query, key, value)
-    check_flag(op, is_causal=is_causal)
-    _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout)
+    check_flag(op, is_causal=is_causal, return_lse=return_lse)
+    _check_dilation(op, dilation, layout)
     if axis_name not in mesh.axis_names:
         raise_unknown(op, "axis_name", axis_name, mesh.axis_names)
     devices = mesh.shape[axis_name]
     layout = layout if is_causal else "contiguous"
     for seq in (query.shape[1], key.shape[1]):
         _check_divisible(op, seq, devices, layout, is_causal)
-    # A constant of a program can be hashed; what is no sequence is refused within.
-    segment_lengths, dilation_rates = (
-        tuple(x) if isinstance(x, Iterable) else x
-        for x in (segment_lengths, dilation_rates)
-    )
     return _in_parallel(
         query,
         key,
@@ -293,9 +449,8 @@ def context_parallel_attention(
         is_causal=is_causal,
         layout=layout,
         scale=check_scale(op, scale, query.shape[-1]),
-        segment_lengths=segment_lengths,
-        dilation_rates=dilation_rates,
-        head_offsets=head_offsets,
+        dilation=dilation,
+        return_lse=return_lse,
         implementation=implementation,
     )
 
@@ -305,8 +460,8 @@ def context_parallel_attention(
 @partial(
     jax.jit,
     static_argnames=(
-        *("mesh", "axis_name", "is_causal", "layout", "scale", "segment_lengths"),
-        *("dilation_rates", "head_offsets", "implementation"),
+        *("mesh", "axis_name", "is_causal", "layout", "scale", "dilation"),
+        *("return_lse", "implementation"),
     ),
 )
 def _in_parallel(query, key, value, *, mesh, axis_name, layout, **options):
@@ -330,7 +485,7 @@ def _in_parallel(query, key, value, *, mesh, axis_name, layout, **options):
         axis_names={axis_name},
     )
     out = ring(*(split(reorder(x, indices, inverse)) for x in (query, key, value)))
-    return split(reorder(out, inverse, indices))
+    return jax.tree.map(lambda x: split(reorder(x, inverse, indices)), out)
 
 
 @jax.custom_vjp
@@ -373,23 +528,23 @@ def _check_layout(op: str, layout: object) -> None:
         raise_unknown(op, "layout", layout, get_args(Layout))
 
 
-def _check_dilation(op, segment_lengths, dilation_rates, head_offsets, layout) -> None:
-    dilated = segment_lengths is not None
-    if dilated != (dilation_rates is not None):
-        alone = "segment_lengths" if dilated else "dilation_rates"
+def _check_dilation(op: str, dilation: Dilation | None, layout: Layout) -> None:
+    """A ring supports the dilation, if there is one."""
+    if dilation is None:
+        return
+    check_dilation(op, dilation)
+    if layout != "contiguous":
         raise ValueError(
-            f"{op}: segment_lengths and dilation_rates must be given together, "
-            f"got {alone} alone"
+            f"{op}: layout must be 'contiguous' with a dilation, got {layout!r}"
         )
-    if not dilated and head_offsets != "paper":
-        raise ValueError(
-            f"{op}: head_offsets must be left out without segment_lengths, "
-            f"got {head_offsets!r}"
-        )
-    if dilated and layout != "contiguous":
-        raise ValueError(
-            f"{op}: layout must be 'contiguous' with segment_lengths, got {layout!r}"
-        )
+    only = {"head_groups": False, "stop_gradient_mix": False, "uncovered": "zero"}
+    for name, value in only.items():
+        got = getattr(dilation, name)
+        if got != value:
+            raise ValueError(
+                f"{op}: {name} of dilation must be {value!r} on a ring of devices, "
+                f"got {got!r}; dilated_attention takes it"
+            )
 
 
 def _check_divisible(

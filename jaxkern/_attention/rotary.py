@@ -18,7 +18,7 @@ from .._core.checks import (
 )
 from .._core.precision import widen
 
-Pairs = Literal["interleaved", "halves", "seed"]
+Pairs = Literal["interleaved", "halves", "mismatched"]
 # 1 / (2 pi), to more digits than the product of two 64-bit integers has.
 TURNS_A_RADIAN = Decimal("0.15915494309189533576888376337251436203445964574046")
 DIGITS = 50
@@ -28,7 +28,7 @@ def rotary_embedding(
     x: Float[Array, "batch seq heads dim"],
     positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
     *,
-    theta: float = 1e4,
+    rope_theta: float = 1e4,
     pairs: Pairs = "interleaved",
 ) -> Float[Array, "batch seq heads dim"]:
     r"""Rotate pairs of features by angles that grow with the token's position.
@@ -37,31 +37,46 @@ def rotary_embedding(
     y_b = x_a \sin p\,\omega_i + x_b \cos p\,\omega_i, \quad
     \omega_i = \theta^{-2i / \mathrm{dim}}$$
 
-    The product of a query and a key so rotated depends on their positions only through
-    the difference. `pairs` says which features $(a, b)$ are pair $i$:
+    where $p$ is the position and $\theta$ is `rope_theta`. The product of a query and a
+    key so rotated depends on their positions only through the difference. `pairs` says
+    which features $(a, b)$ are pair $i$:
 
     - "interleaved": $(2i, 2i + 1)$, as in the paper;
-    - "halves": $(i, i + \mathrm{dim}/2)$, as in GPT-NeoX and LLaMA's published weights;
-      the same up to an order of the features;
-    - "seed": the pairs of "interleaved", of which each member has an angle of its own,
-      as if the pairs were "halves": $p\,\omega_{a \bmod \mathrm{dim}/2}$ in $y_a$ and
-      $p\,\omega_{b \bmod \mathrm{dim}/2}$ in $y_b$. This is no rotation: it is for
-      weights that were trained with it.
+    - "halves": $(i, i + \mathrm{dim}/2)$, as in the weights of GPT-NeoX and LLaMA; the
+      same as "interleaved" up to an order of the features;
+    - "mismatched": the pairs of "interleaved" with the angles of "halves", so that the
+      two members of a pair turn by different angles: $p\,\omega_{a \bmod
+      \mathrm{dim}/2}$ in $y_a$ and $p\,\omega_{b \bmod \mathrm{dim}/2}$ in $y_b$. This
+      is no rotation, and products depend on more than the difference of positions. It
+      is for weights that were trained with it: the checkpoints of three layers with
+      squared attention and bilinear MLPs, trained on SimpleStories, whose architecture
+      is `QuadraticTransformer(4096, 512, num_heads=8, num_layers=3)`. Their code stores
+      sines and cosines for halves and applies them to interleaved pairs.
 
     Angles, sines and products are float32, float64 if `x` is; the result is rounded
     once. An angle is reduced modulo $2 \pi$ in exact integer arithmetic before it is
     rounded, so that it is off by at most 4e-7 at any position, where the float32
     product $p\,\omega_i$ is off by 0.03 at a million.
 
+    ```python
+    >>> import jax.numpy as jnp, jaxkern, numpy as np
+    >>> x = jnp.ones((1, 3, 1, 2))
+    >>> print(np.asarray(jaxkern.rotary_embedding(x))[0, :, 0].round(3))
+    [[ 1.     1.   ]
+     [-0.301  1.382]
+     [-1.325  0.493]]
+
+    ```
+
     Args:
         positions: of the tokens, of any sign and integer dtype; None for 0, 1, ...
-            Those of NumPy must fit in 32 bits where JAX's 64-bit types are off.
-        theta: a number known when traced.
+            NumPy's must fit in 32 bits where JAX's 64-bit types are off.
+        rope_theta: a number known when traced.
 
     Raises:
         TypeError: `x` is no floating-point array, `positions` no integer array, or
-            `theta` no number.
-        ValueError: the shapes do not fit, dim is odd, `theta` is not positive and
+            `rope_theta` no number.
+        ValueError: the shapes do not fit, dim is odd, `rope_theta` is not positive and
             finite, `pairs` is unknown, or a position does not fit in 32 bits.
 
     References:
@@ -73,7 +88,7 @@ def rotary_embedding(
     batch, seq, _, dim = x.shape
     if dim % 2:
         raise ValueError(f"{op}: dim must be even, got {dim}")
-    check_number(op, "theta", theta, positive=True)
+    check_number(op, "rope_theta", rope_theta, positive=True)
     if pairs not in get_args(Pairs):
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if positions is None:
@@ -84,7 +99,7 @@ def rotary_embedding(
         positions = positions[None]
     order = np.arange(dim // 2)
     order = np.repeat(order, 2) if pairs == "interleaved" else np.tile(order, 2)
-    angles = _angles(positions, float(theta), order, wide.dtype)[:, :, None]
+    angles = _angles(positions, float(rope_theta), order, wide.dtype)[:, :, None]
     rotated = wide * jnp.cos(angles) + _quarter_turn(wide, pairs) * jnp.sin(angles)
     return rotated.astype(x.dtype)
 
@@ -101,7 +116,7 @@ def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
 def _angles(
     positions: jax.Array, theta: float, order: np.ndarray, dtype: jnp.dtype
 ) -> jax.Array:
-    """positions * theta ** (-order / len), modulo a whole turn."""
+    """Return positions * theta ** (-order / len), modulo a whole turn."""
     bits = 8 * max(positions.dtype.itemsize, dtype.itemsize, 4)
     half, unsigned = bits // 2, np.dtype(f"uint{bits}")
     whole, rest = (x[None, None, order] for x in _turns(theta, len(order) // 2, bits))
@@ -120,7 +135,7 @@ def _angles(
 
 @cache
 def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """theta ** (-i / count) / (2 pi), whole and rest in units of 2 ** -bits turns."""
+    """Return theta ** (-i / count) / (2 pi), whole and rest, in 2 ** -bits turns."""
     with localcontext(prec=DIGITS) as exact:
         base, scale = Decimal(theta), TURNS_A_RADIAN * 4**bits
         turns = [exact.power(base, -Decimal(i) / count) * scale for i in range(count)]

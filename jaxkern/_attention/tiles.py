@@ -1,4 +1,8 @@
-"""Attention by tiles of its logits: the online softmax, its gradients, the loop."""
+"""Attention by tiles of its logits in XLA: the online softmax and its gradients.
+
+A loop visits the tiles that a query sees, so memory is linear in the sequence. The
+block-sparse op and the rings use the same steps on tiles of their own.
+"""
 
 from collections.abc import Callable
 from functools import partial, reduce
@@ -14,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from .._core.precision import widen, widen_range
 from .._core.sharding import vary_alike
 
-# On two CPU cores at (1, 2048, 8, 64): tiles of 128 to 1024 took 548, 569, 772, 867 ms
-# for both passes, causal 302, 282, 567, 701; a GPU has not been asked.
+# The largest number of queries and of keys in a tile. Milliseconds of both passes on
+# two CPU cores at (1, 2048, 8, 64), with tiles of 128, 256, 512 and 1024: 548, 569, 772
+# and 867; causal 302, 282, 567 and 701. Not measured on a GPU.
 TILE = 256
 
 
@@ -24,9 +29,9 @@ def normalize(
     top: Float[Array, "*rows"],
     total: Float[Array, "*rows"],
 ) -> tuple[Float[Array, "*rows dim"], Float[Array, "*rows"]]:
-    """Output and log-sum-exp of sums that were weighted by exp(logit - top).
+    """Return output and log-sum-exp, from sums that are weighted by exp(logit - top).
 
-    Rows that nothing was added to give 0 and `nothing`, with gradient 0.
+    Rows to which nothing was added give 0 and `nothing`, with gradient 0.
     """
     seen = total != 0
     divisor = jnp.where(seen, total, 1)
@@ -35,28 +40,33 @@ def normalize(
 
 
 def nothing(dtype: jnp.dtype) -> float:
-    """What stands for -inf, as a logit and as a log-sum-exp, until a user gets it.
+    """Return what stands for -inf in logits and log-sum-exps, until a user gets them.
 
-    It is finite, so that `jax.debug_infs` finds only what a user's numbers made.
+    It is finite, so that `jax.debug_infs` reports only infinities of the user's own
+    numbers.
     """
     return float(jnp.finfo(dtype).min) / 2
 
 
 def finite(top: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """What to subtract, so far above `nothing` that exp of the difference is 0."""
-    # XLA's CPU backend fuses a maximum into the product before it, but no select.
+    """Return `top`, or more where exp(nothing - top) would not be 0."""
+    # XLA's CPU backend fuses a maximum into the product before it, but not a select.
     return jnp.maximum(top, _least(top.dtype))
 
 
 def sees(lse: Float[Array, "*rows"]) -> Bool[Array, "*rows"]:
-    """Whether the row saw some key; the kernels' rows that saw none have -inf."""
+    """Return whether each row saw some key.
+
+    A row that saw none has `nothing`, or -inf where a kernel wrote it.
+    """
     return lse > _least(lse.dtype)
 
 
-# Compiled, so that `jax.debug_infs` sees no -inf where every row sees some key.
+# Under jit, `jax.debug_infs` looks at the result only, which has no -inf where every
+# row sees some key.
 @jax.jit
 def with_infinity(lse: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The log-sum-exp as users get it: -inf of no key, and no gradient there."""
+    """Return the log-sum-exp as users get it: -inf without a key, and no gradient."""
     return jnp.where(sees(lse), lse, -jnp.inf)
 
 
@@ -65,7 +75,13 @@ def _least(dtype: jnp.dtype) -> float:
 
 
 class Carry(NamedTuple):
-    """What rows of queries have summed over the keys they have met so far."""
+    """The state of the online softmax: sums over the keys that queries met so far.
+
+    Attributes:
+        summed: values, weighted by exp(logit - top).
+        top: the largest logit.
+        total: the sum of the weights.
+    """
 
     summed: Float[Array, "*batch groups rows dim_v"]
     top: Float[Array, "*batch groups rows"]
@@ -79,13 +95,13 @@ def empty_carry(query: Float[Array, "*tile dim"], dim_v: int) -> Carry:
 
 
 def zeros_of(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Where sums of its like begin, in float32, with its place on any mesh."""
-    # zeros_like forgets explicit mesh axes where no mesh is set.
+    """Return zeros of the shape of `x`, in float32 or wider, on the same mesh axes."""
+    # jnp.zeros_like forgets explicit mesh axes where no mesh is set.
     return jnp.where(False, widen(x), 0)
 
 
 def _multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Accumulated in float32 or wider; `a` is rounded to the dtype of `b` before."""
+    """Round `a` to the dtype of `b`, and multiply with sums in float32 or wider."""
     wide = b.dtype if b.dtype.itemsize > 4 else jnp.float32
     return jnp.einsum(pattern, a.astype(b.dtype), b, preferred_element_type=wide)
 
@@ -96,7 +112,7 @@ def tile_logits(
     visible: Bool[Array, "..."] | None,
     scale: float,
 ) -> Float[Array, "*batch groups rows columns"]:
-    """The logits of one tile, `nothing` where a query does not see a key."""
+    """Return the logits of one tile, `nothing` where a query does not see a key."""
     logits = _multiply("...gqd,...sd->...gqs", query, key) * scale
     if visible is None:
         return logits
@@ -109,9 +125,9 @@ def add_tile(
     logits: Float[Array, "*batch groups rows columns"],
     value: Float[Array, "*batch columns dim_v"],
 ) -> Carry:
-    """The carry after one more tile of keys: the step of the online softmax."""
-    # Weighted by the tile's own maximum: waiting for that of the carry took up to 1.2
-    # times as long on two CPU cores.
+    """Return the carry after one more tile of keys: a step of the online softmax."""
+    # The weights are relative to the tile's own maximum. With the running maximum they
+    # would wait for the carry, which took up to 1.2 times as long on two CPU cores.
     own = logits.max(-1)
     weights = jnp.exp(logits - finite(own)[..., None])
     top = jnp.maximum(carry.top, own)
@@ -138,9 +154,11 @@ def tile_gradients(
     Float[Array, "*batch columns dim"],
     Float[Array, "*batch columns dim_v"],
 ]:
-    """What one tile adds to the gradients of query, key and value, in float32.
+    """Return what one tile adds to the gradients of query, key and value, in float32.
 
-    `lse` is over all keys, and `delta` is sum(d_out * out) - d_lse of each row.
+    Args:
+        lse: over all keys.
+        delta: sum(d_out * out) - d_lse of each row.
     """
     weights = jnp.exp(logits - finite(lse)[..., None])
     d_weights = _multiply("...gqd,...sd->...gqs", d_out, widen_range(value))
@@ -159,27 +177,36 @@ def cotangents_of(
     d_lse: Float[Array, "*rows"],
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "*rows dim_v"], Float[Array, "*rows"]]:
-    """`d_out` and `delta`, as `tile_gradients` takes them, 0 in rows that see nothing.
+    """Return `d_out` and `delta` as `tile_gradients` takes them.
 
-    Their weights are 0, but 0 times a NaN or an infinity is NaN. `out` is not rounded:
-    of queries that see few keys, most of the gradient cancels, and its rounding would
-    be what is left.
+    Both are 0 in rows that see nothing. The weights are 0 there too, but 0 times a NaN
+    or an infinity would be NaN.
 
-    dtype: of the arguments. In it `d_out` is multiplied, unless it is float16.
+    Args:
+        out: not rounded to 16 bits. Most of a query's gradient cancels where it sees
+            few keys, and the rounding error of `out` would be what is left.
+        dtype: the dtype of the op's arguments, to which `d_out` is rounded unless it is
+            float16.
     """
     seen = sees(lse)
     if dtype != jnp.float16:
         d_out = d_out.astype(dtype)
     d_out = jnp.where(seen[..., None], d_out, 0)
-    # Without this barrier XLA sums inside of what transposes and stacks it for the
-    # kernels: 451 us on an H200 at (4, 4096, 16, 128), where to read the arrays takes
-    # about 60.
+    # Without this barrier XLA fuses the sum with the transposition and stacking that
+    # the kernels need. That took 451 us on an H200 at (4, 4096, 16, 128), where reading
+    # the arrays takes about 60.
     delta = lax.optimization_barrier((widen(d_out) * widen(out)).sum(-1))
     return d_out, delta - jnp.where(seen, d_lse, 0)
 
 
 class Tiling(NamedTuple):
-    """How the logits are cut; query i sees the keys up to i + diagonal, None all."""
+    """How the logits are cut into tiles.
+
+    Attributes:
+        rows: queries in a tile.
+        columns: keys in a tile.
+        diagonal: query i sees the keys up to i + diagonal. With None it sees all.
+    """
 
     seq_q: int
     seq_kv: int
@@ -188,9 +215,9 @@ class Tiling(NamedTuple):
     diagonal: int | None
 
     def last_columns(self) -> Int[np.ndarray, " rows"]:
-        """Of each row of tiles the last in which some query sees some key, -1 for none.
+        """Return the last tile of each row of tiles in which some query sees some key.
 
-        All before it are such tiles too.
+        All tiles before it are seen too. It is -1 where no tile is seen.
         """
         first_row = np.arange(0, self.seq_q, self.rows)
         last_column = np.full(len(first_row), self.seq_kv - 1)
@@ -202,10 +229,10 @@ class Tiling(NamedTuple):
     def visit[Sums](
         self, add: Callable[[Sums, jax.Array, jax.Array], Sums], sums: Sums
     ) -> Sums:
-        """`add(sums, i, j)` for every tile in which some query sees some key.
+        """Call `add(sums, i, j)` for every tile in which some query sees some key.
 
-        Its row and column are counted on in the program, which so is no longer for a
-        longer sequence.
+        The program counts the row and column of a tile on itself, so that it is no
+        longer for a longer sequence.
         """
         last = self.last_columns()
         tiles = int((last + 1).sum(dtype=np.int64))
@@ -222,7 +249,7 @@ class Tiling(NamedTuple):
     def visible(
         self, i: jax.Array, j: jax.Array, mask: Bool[Array, "..."] | None
     ) -> Bool[Array, "..."] | None:
-        """Where in tile (i, j) a query sees a key; None is everywhere."""
+        """Return where in tile (i, j) a query sees a key; None means everywhere."""
         column = j * self.columns + jnp.arange(self.columns, dtype=j.dtype)[None]
         parts = []
         if self.seq_kv % self.columns:
@@ -242,12 +269,13 @@ class Tiling(NamedTuple):
 def make_tiling(
     seq_q: int, seq_kv: int, diagonal: int | None = None, limit: int = TILE
 ) -> Tiling:
-    """Equal tiles of at most `limit`, so that little is padded."""
+    """Cut the logits into equal tiles of at most `limit`, so that little is padded."""
     rows, columns = (-(-seq // -(-seq // limit)) for seq in (seq_q, seq_kv))
     return Tiling(seq_q, seq_kv, rows, columns, diagonal)
 
 
-# Compiled once for all calls that are not within jit, as is its gradient.
+# Under jit, so that all calls outside of a user's jit share one compiled program. The
+# gradient below has a jit for the same reason.
 @partial(jax.jit, static_argnames=("scale", "tiling"))
 def attend(
     query: Float[Array, "batch seq_q heads dim"],
@@ -257,7 +285,7 @@ def attend(
     scale: float,
     tiling: Tiling,
 ) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
-    """Attention and its log-sum-exp, both in float32, tile by tile."""
+    """Return attention and its log-sum-exp, both in float32, tile by tile."""
     kv_heads = key.shape[2]
     queries = _cut(query, tiling.rows, kv_heads)
     keys, values = (_cut(x, tiling.columns, kv_heads)[:, :, :, 0] for x in (key, value))
@@ -290,7 +318,10 @@ def attend_gradients(
     Float[Array, "batch seq_kv kv_heads dim"],
     Float[Array, "batch seq_kv kv_heads dim_v"],
 ]:
-    """What these keys add to the three gradients, in float32; see `tile_gradients`."""
+    """Return what these keys add to the gradients of query, key and value, in float32.
+
+    See `tile_gradients` for `lse` and `delta`.
+    """
     kv_heads = key.shape[2]
     queries, d_outs, lses, deltas = (
         _cut(x, tiling.rows, kv_heads) for x in (query, d_out, lse, delta)
@@ -327,7 +358,7 @@ def attend_gradients(
 def pad_axis(
     x: Shaped[Array, "..."], axis: int, before: int, after: int, fill: float = 0
 ) -> Shaped[Array, "..."]:
-    """`x` with so many more entries before and after those of an axis."""
+    """Return `x` with entries of `fill` added before and after an axis."""
     widths = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=fill)
 
@@ -343,7 +374,7 @@ def _cut(
     missing = -seq % size
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     tiles = (seq + missing) // size
-    # One axis at a time: on explicit mesh axes no more may be reshaped at once.
+    # One axis at a time, since arrays on explicit mesh axes allow no more in a reshape.
     x = x.reshape(batch, tiles, size, heads, *rest)
     x = x.reshape(batch, tiles, size, kv_heads, heads // kv_heads, *rest)
     return jnp.moveaxis(x, (1, 2), (0, 4))
@@ -352,7 +383,7 @@ def _cut(
 def _join(
     x: Float[Array, "tiles batch kv_heads groups size *rest"], seq: int
 ) -> Float[Array, "batch seq heads *rest"]:
-    """The inverse of `_cut`."""
+    """Undo `_cut`."""
     x = jnp.moveaxis(x, (0, 4), (1, 2))
     batch, tiles, size, kv_heads, groups, *rest = x.shape
     x = x.reshape(batch, tiles, size, kv_heads * groups, *rest)
@@ -385,9 +416,10 @@ def attention_by_tiles(
     scale: float,
     tiling: Tiling,
 ) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
-    """Attention and its log-sum-exp, both in float32, in memory linear in the sequence.
+    """Return attention and its log-sum-exp, in memory that is linear in the sequence.
 
-    The log-sum-exp of no key is `nothing`.
+    Both are float32. The log-sum-exp of a query that sees no key is `nothing`. The
+    gradient is a custom VJP that computes the weights again.
     """
     if mask is None:
         return _tiled(*vary_alike(query, key, value), None, scale, tiling)

@@ -65,7 +65,7 @@ ACTIVATIONS = {
 
 
 def get_activation(op: str, name: str) -> Activation:
-    """The activation called `name`.
+    """Return the activation called `name`.
 
     Raises:
         ValueError: no activation has this name; the message lists those there are.

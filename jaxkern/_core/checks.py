@@ -14,9 +14,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def check_dtype(op: str, name: str, dtype: Any) -> None:
-    """`dtype` names one of our dtypes."""
+    """Check that `dtype` names one of `DTYPES`."""
     got = dtype
-    # Without this, None would be NumPy's float64.
+    # Without this test, NumPy would read None as float64.
     if dtype is not None:
         try:
             got = jnp.dtype(dtype).name
@@ -30,9 +30,10 @@ def check_dtype(op: str, name: str, dtype: Any) -> None:
 
 
 def check_floating(op: str, **arrays: object) -> tuple[jax.Array, ...]:
-    """Every array has one of our dtypes, and all have the first one's.
+    """Check that the arrays share one dtype out of `DTYPES`.
 
-    Returns them as JAX's arrays, in order: NumPy's would compute in float64.
+    Returns:
+        The arrays in order, as JAX arrays. NumPy arrays would compute in float64.
     """
     first, dtype, given = "", None, []
     for name, array in arrays.items():
@@ -62,7 +63,7 @@ def check_floating(op: str, **arrays: object) -> tuple[jax.Array, ...]:
 def check_array(
     op: str, name: str, array: object, kind: Literal["boolean", "integer"]
 ) -> None:
-    """`array` is an array of this kind."""
+    """Check that `array` is an array of booleans or of integers."""
     if not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{op}: {name} must be an array, got {kind_of(array)}")
     if not jnp.issubdtype(array.dtype, np.bool_ if kind == "boolean" else np.integer):
@@ -73,7 +74,7 @@ def check_array(
 
 
 def check_flag(op: str, **flags: object) -> None:
-    """Each is True or False, and known when traced."""
+    """Check that each flag is True or False, and not a traced array."""
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(
@@ -83,16 +84,17 @@ def check_flag(op: str, **flags: object) -> None:
 
 
 def kind_of(value: object) -> str:
-    """What it is, for a message: an array's dtype and shape, or a type's name."""
+    """Describe a value in a message: an array by dtype and shape, others by type."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     return type(value).__name__
 
 
 def as_int32(array: jax.Array | np.ndarray) -> jax.Array:
-    """Integers in 32 bits, in which they can be compared, added to and stored.
+    """Convert integers to int32, in which they are compared, added to and stored.
 
-    One that does not fit is the nearest that does, so that it is out of range still.
+    An integer that does not fit becomes the nearest one that does, so that an index
+    that was out of range stays out of range.
     """
     limits, given = jnp.iinfo(jnp.int32), jnp.iinfo(array.dtype)
     numpy: Any = np if isinstance(array, np.ndarray) else jnp
@@ -104,7 +106,7 @@ def as_int32(array: jax.Array | np.ndarray) -> jax.Array:
 
 
 def check_integer(op: str, name: str, value: object, least: int = 1) -> int:
-    """`value` is an integer of at least `least`, and no bool."""
+    """Check that `value` is an integer of at least `least`, and not a bool."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(
             f"{op}: {name} must be an integer of at least {least}, got {value!r}"
@@ -122,10 +124,10 @@ def check_number(
     finite: bool = True,
     traced: bool = False,
 ) -> None:
-    """`value` is one number, and no bool.
+    """Check that `value` is one number, and not a bool.
 
-    traced: it may also be an array of one real number, whose value may not be known
-        yet.
+    Args:
+        traced: allow an array of one real number too, whose value JAX may be tracing.
     """
     number = isinstance(value, int | float | np.integer | np.floating)
     if traced and isinstance(value, jax.Array | np.ndarray):
@@ -148,7 +150,7 @@ def check_number(
 
 
 def check_pair(op: str, name: str, pair: object) -> None:
-    """A low-rank weight is a tuple or list of two arrays."""
+    """Check that a low-rank weight is a tuple or list of two arrays."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         size = f" of {len(pair)}" if isinstance(pair, tuple | list) else ""
         kind = kind_of(pair)
@@ -162,9 +164,10 @@ def check_shape(
     expected: tuple[str | int, ...],
     because: str = "",
 ) -> None:
-    """`array` has the expected shape; a name stands for a size of at least 1.
+    """Check that `array` has the expected shape.
 
-    "batch" may be 0: then there is nothing to do.
+    A name in `expected` stands for any size of at least 1. The name "batch" also stands
+    for 0, since an empty batch is legal.
     """
     shape = array.shape
     fits = len(shape) == len(expected) and all(
@@ -186,7 +189,7 @@ def check_shape(
 
 
 def check_batched(op: str, name: str, array: jax.Array) -> None:
-    """The last axis of `array` holds the features; there is at least one."""
+    """Check that `array` has a last axis, with at least one feature."""
     if array.ndim < 1 or array.shape[-1] < 1:
         raise ValueError(
             f"{op}: {name} must have shape (..., features) with features at least 1, "
@@ -195,7 +198,7 @@ def check_batched(op: str, name: str, array: jax.Array) -> None:
 
 
 def check_key(op: str, key: object, because: str = "") -> None:
-    """`key` is one random key, typed or as `jax.random.PRNGKey` makes it."""
+    """Check that `key` is one random key, from `jax.random.key` or `PRNGKey`."""
     if isinstance(key, jax.Array):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return

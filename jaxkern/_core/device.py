@@ -1,4 +1,4 @@
-"""The default device: the only place that tests replace to stand for a Hopper GPU."""
+"""Facts about the default device. Tests replace these functions to emulate a GPU."""
 
 import math
 from typing import Any
@@ -7,14 +7,15 @@ import jax
 from jax._src.lib import cuda_versions
 from jax.core import Tracer
 
-# wgmma takes float32 only as tf32, and not from transposed views of shared memory.
+# The instruction wgmma takes float32 only as tf32, and then only from shared memory
+# that is not transposed. So kernels take 16-bit arrays.
 KERNEL_DTYPES = ("bfloat16", "float16")
-# Of an H100 with SXM and of an H200; for devices that do not say.
+# An H100 with SXM and an H200 have this many. It stands for a device that does not say.
 MULTIPROCESSORS = 132
 
 
 def default() -> Any:
-    """Where JAX computes if nobody says otherwise: as `jax.default_device` has it."""
+    """Return JAX's default device, which `jax.default_device` sets."""
     chosen = jax.config.jax_default_device
     if isinstance(chosen, jax.Device):
         return chosen
@@ -22,9 +23,9 @@ def default() -> Any:
 
 
 def holds(*arrays: Any) -> bool:
-    """Whether arrays with values lie on devices like the default one.
+    """Whether arrays with values lie on devices of the default device's platform.
 
-    Traced ones have no place yet, and come to the default device.
+    A traced array has no device yet, and is assumed to come to the default device.
     """
     placed = [
         x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer)
@@ -34,7 +35,7 @@ def holds(*arrays: Any) -> bool:
 
 
 def multiprocessors() -> int:
-    """How many blocks run at once, one on each."""
+    """Return the number of multiprocessors, each of which runs one block at a time."""
     return getattr(default(), "core_count", MULTIPROCESSORS)
 
 
@@ -46,20 +47,20 @@ def on_hopper() -> bool:
 
 
 def platform() -> str:
-    """The default device's platform: "cpu", "gpu" or "tpu"."""
+    """Return the platform of the default device: "cpu", "gpu" or "tpu"."""
     return default().platform
 
 
 def memory_bytes() -> float:
-    """The default device's memory as JAX may use it; infinite where it does not say."""
+    """Return the memory that JAX may use on the default device; infinite if unknown."""
     stats = default().memory_stats() or {}
     return stats.get("bytes_limit", math.inf)
 
 
 def miscompiled() -> str | None:
-    """Why this CUDA must not compile a kernel with masks, or None.
+    """Return why this version of CUDA must not compile masked kernels, or None.
 
-    The ptxas of 12.8.0 to 12.9.0 gets comparisons of positions wrong.
+    The ptxas of CUDA 12.8.0 to 12.9.0 compiles comparisons of positions wrongly.
     """
     # jax's own kernels ask here; without a GPU there is nothing to ask.
     versions: Any = cuda_versions
@@ -74,14 +75,14 @@ def miscompiled() -> str | None:
 
 
 def unsupported_dtype(dtype: Any) -> str | None:
-    """Why Hopper kernels cannot take arrays of this dtype, or None if they can."""
+    """Return why Hopper kernels cannot take arrays of this dtype, or None."""
     if str(dtype) in KERNEL_DTYPES:
         return None
     return f"dtype must be {' or '.join(KERNEL_DTYPES)} for mosaic_gpu, got {dtype}"
 
 
 def unsupported() -> str | None:
-    """Why the default device cannot run a Hopper kernel, or None if it can."""
+    """Return why the default device cannot run a Hopper kernel, or None."""
     if on_hopper():
         return None
     kind = default().device_kind
@@ -89,7 +90,7 @@ def unsupported() -> str | None:
 
 
 def unsupported_array(name: str, array: Any) -> str | None:
-    """Why Hopper kernels of matmuls cannot take this argument, or None if they can."""
+    """Return why the Hopper kernels of matmuls cannot take this array, or None."""
     if reason := unsupported_dtype(array.dtype):
         return reason
     if 0 in array.shape:

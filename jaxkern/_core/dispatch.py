@@ -1,7 +1,11 @@
-"""The one place that decides what runs: XLA, or a kernel."""
+"""The one place that decides whether XLA or a kernel computes an op."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
+
+import jax
+from jax import lax
+from jax.core import Tracer
 
 from . import device
 from .checks import raise_unknown
@@ -13,7 +17,7 @@ Implementation = Literal["xla", "mosaic_gpu"]
 def check_implementation(
     op: str, implementation: object, valid: object = Implementation
 ) -> None:
-    """`implementation` is None or one of the names in the Literal `valid`."""
+    """Check that `implementation` is None or a name in the Literal `valid`."""
     names = (None, *get_args(valid))
     if implementation not in names:
         raise_unknown(op, "implementation", implementation, names)
@@ -26,19 +30,19 @@ def choose(
     unsupported: Callable[[], str | None],
     faster: bool = True,
 ) -> Implementation:
-    """What runs an op, by shapes, dtypes, placement and device alone.
+    """Choose what runs an op, by shapes, dtypes, placement and device alone.
 
-    A named implementation runs or raises. None picks the kernel if it supports the
-    arguments, is faster for their shapes, the default device is a Hopper GPU, and each
-    array lies whole on such a device, as it does inside `jax.shard_map`; XLA cannot
-    split a kernel over devices.
+    A named implementation runs or raises. None picks the kernel if four conditions
+    hold: the kernel supports the arguments; it is faster for their shapes; the default
+    device is a Hopper GPU; and each array lies whole on one such device, as it does
+    inside `jax.shard_map`. XLA cannot split a kernel over devices.
 
     Args:
-        arrays: what the kernel would read, arrays or shapes of arrays.
-        unsupported: gives the reason why the kernel cannot take these arguments, or
-            None. It is asked only where the answer matters.
+        arrays: the arrays that the kernel would read, or their shapes and dtypes.
+        unsupported: returns the reason why the kernel cannot take these arguments, or
+            None. It is called only if the answer matters.
         faster: whether the kernel was measured, or is predicted, to take less time than
-            XLA forward and backward.
+            XLA for forward and backward.
 
     Raises:
         NotImplementedError: the kernel is named and cannot run; the message says why.
@@ -54,3 +58,26 @@ def choose(
     if reason and named:
         raise NotImplementedError(f"{op}: {reason}")
     return "xla" if reason else "mosaic_gpu"
+
+
+def run[*Arrays, Out](
+    chosen: Implementation,
+    *arrays: *Arrays,
+    implementation: Implementation | None,
+    xla: Callable[[*Arrays], Out],
+    kernel: Callable[[*Arrays], Out],
+) -> Out:
+    """Apply `kernel` or `xla` to the arrays, as `choose` has chosen.
+
+    A traced array has no device yet. A program that is traced where the default device
+    is a Hopper GPU may still be compiled for arrays on the CPU, or be exported for both
+    platforms. Therefore, if `implementation` is None and an array is traced, the
+    program holds both forms, and the platform that JAX lowers it for picks one. XLA
+    never sees the other form, so it costs no time and no memory.
+    """
+    if chosen == "xla":
+        return xla(*arrays)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
+    if implementation is None and traced:
+        return lax.platform_dependent(*arrays, cpu=xla, default=kernel)
+    return kernel(*arrays)

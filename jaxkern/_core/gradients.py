@@ -1,4 +1,4 @@
-"""Values that have the derivative of something else."""
+"""Give a value the derivative of another one."""
 
 import jax
 import numpy as np
@@ -9,18 +9,18 @@ from .sharding import vary_alike
 
 
 def with_derivative_of(value: Array, soft: Array) -> Array:
-    """`value`, with the derivative of `soft`.
+    """Return `value`, whose derivative is that of `soft`.
 
-    Inside `jax.shard_map` one may vary over axes that the other does not, as a draw by
-    each device's own key.
+    Inside `jax.shard_map`, one of the two may vary over mesh axes that the other does
+    not vary over, such as a sample that each device draws with a key of its own.
     """
     return _with_derivative_of(*vary_alike(value, soft))
 
 
 @jax.custom_jvp
 def _with_derivative_of(value: Array, soft: Array) -> Array:
-    # Chosen from both, which XLA folds. Without this, vmap over what `soft` depends
-    # on alone would give a value without the new axis a slope that has it.
+    # XLA folds this selection. Without it, under a vmap over arrays that only `soft`
+    # depends on, the value would lack the new axis that its derivative has.
     return lax.select_n(np.bool_(False), value, soft)
 
 

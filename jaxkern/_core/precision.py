@@ -1,4 +1,4 @@
-"""How the ops multiply and in what precision they do the rest."""
+"""Matrix products and conversions in the precision that all ops share."""
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +19,23 @@ def matmul(
     a contracted mesh axis is summed over, as it is on automatic ones.
     """
     if x.ndim > 2 and lie_whole(x, w):
-        # As one axis, since XLA's CPU backend contracts two in 16 bits, for the
-        # gradient of w: at (8, 256, 512) by 512 that has 13 times the error.
+        # Without this reshape, XLA's CPU backend contracts two axes in 16 bits for the
+        # gradient of w: at (8, 256, 512) by 512 its error is 13 times as large.
         rows = x.reshape(-1, x.shape[-1])
         return jnp.matmul(rows, w).reshape(*x.shape[:-1], w.shape[1])
     return jnp.matmul(x, w, out_sharding=_out_sharding(x, w))
 
 
 def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """In float32, or wider if it is already: what activations are computed in."""
+    """Convert to float32, unless the dtype is wider. Activations are computed so."""
     return x.astype(x.dtype if x.dtype.itemsize > 4 else jnp.float32)
 
 
 def widen_range(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """float16 in float32, others as they are: what products of gradients are made of.
+    """Convert float16 to float32 and leave other dtypes: gradients are multiplied so.
 
-    The least normal number of float16 is 6e-5, and a weight among many times a small
-    cotangent is less. bfloat16 reaches as far as float32.
+    The smallest normal number of float16 is 6e-5. A small cotangent times one weight of
+    a long softmax is smaller than that. bfloat16 has the range of float32.
     """
     return widen(x) if x.dtype == jnp.float16 else x
 
@@ -43,13 +43,13 @@ def widen_range(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def add(
     y: Float[Array, "*rows n"], bias: Float[Array, " n"]
 ) -> Float[Array, "*rows n"]:
-    """y + bias, added in float32 or wider and rounded to the dtype of `y`."""
+    """Return y + bias, added in float32 or wider and rounded to the dtype of `y`."""
     bias = jnp.expand_dims(bias, range(y.ndim - 1))
     return (widen(y) + widen(bias)).astype(y.dtype)
 
 
 def relu2(z: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """max(z, 0)^2, computed in float32 and rounded to the dtype of `z`."""
+    """Return max(z, 0)^2, computed in float32 and rounded to the dtype of `z`."""
     return ACTIVATIONS["relu2"].value(widen(z)).astype(z.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, as kernels and custom gradients need to know it."""
+"""The placement of arrays on a mesh, which kernels and custom gradients depend on."""
 
 import inspect
 import math
@@ -19,11 +19,11 @@ from jax.sharding import (
 
 
 def lie_whole(*arrays: Any) -> bool:
-    """Whether one device has each array whole, or this is the body of a `shard_map`.
+    """Whether each array lies whole on one device, or this is inside a `shard_map`.
 
-    The types of arrays name the mesh that they are spread over, under `jax.jit` too.
-    `jax.jit(in_shardings=...)` alone does not tell its body, and a kernel in it is
-    given whole copies of its arguments on each device.
+    The type of an array names the mesh that it is spread over, under `jax.jit` too. But
+    `jax.jit(in_shardings=...)` alone does not show in the types, and XLA gives a kernel
+    in such a program whole copies of its arguments on each device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
@@ -38,9 +38,9 @@ def _lies_whole(x: Any) -> bool:
 
 
 def explicit_axes(*arrays: Any) -> str | None:
-    """Why a kernel cannot take arrays on explicit mesh axes, or None if there are none.
+    """Return why a kernel cannot take arrays on explicit mesh axes, or None.
 
-    References inside a Pallas kernel carry no sharding.
+    The references inside a Pallas kernel carry no sharding.
     """
     meshes = [jax.sharding.get_abstract_mesh()]
     meshes += [jax.typeof(x).sharding.mesh for x in arrays]
@@ -56,10 +56,11 @@ def explicit_axes(*arrays: Any) -> str | None:
 def vary_alike(
     *arrays: jax.Array, like: Sequence[jax.Array] = ()
 ) -> tuple[jax.Array, ...]:
-    """Inside shard_map: all vary over the mesh axes that any of them varies over.
+    """Make all arrays vary over the mesh axes that any of them varies over.
 
-    A custom VJP needs that of its arguments, since its gradients do vary and must have
-    the same types; and a kernel does not say it of its results, which are `like` those.
+    This matters inside `jax.shard_map`. The gradients of a custom VJP vary over all of
+    these axes, and must have the types of its arguments. The results of a kernel carry
+    no such axes: they are given those of the arrays in `like`.
     """
 
     def varying(x: jax.Array) -> frozenset[str]:
@@ -76,12 +77,13 @@ def vary_alike(
 def on_automatic_axes[**In, Out](
     place: Callable[..., Any],
 ) -> Callable[[Callable[In, Out]], Callable[In, Out]]:
-    """Where arguments lie on explicit axes, the function runs on automatic ones.
+    """Decorate a function so that it runs on automatic axes in place of explicit ones.
 
-    XLA then chooses how to split what is between, as a large model needs. `place` says
-    where the results lie, a `PartitionSpec` for each array or for each tree of them. It
-    names those of the function's arguments whose specs it needs, a spec for each array.
-    An axis that the devices cannot share evenly is whole on each.
+    XLA then chooses how to split the intermediate arrays. `place` returns where the
+    results lie, a `PartitionSpec` for each array or for each tree of arrays. Its
+    parameters are those arguments of the function whose specs it needs, and it gets one
+    spec for each of their arrays. An axis that the devices cannot split evenly lies
+    whole on each of them.
     """
     wanted = tuple(inspect.signature(place).parameters)
 
@@ -94,8 +96,8 @@ def on_automatic_axes[**In, Out](
             arrays = [x for x in leaves if isinstance(x, jax.Array)]
             meshes = (jax.typeof(x).sharding.mesh for x in arrays)
             mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-            # Inside of `jax.shard_map` axes are the user's business, and JAX 0.12 fails
-            # to save scalars there that were computed on automatic axes.
+            # Inside `jax.shard_map` the user places the arrays, and there JAX 0.12
+            # fails to save scalars that were computed on automatic axes.
             if mesh is None or mesh.manual_axes:
                 return function(*args, **options)
             given = signature.bind(*args, **options).arguments
@@ -119,9 +121,9 @@ def on_automatic_axes[**In, Out](
 
 
 def product_spec(x: PartitionSpec, w: PartitionSpec) -> PartitionSpec:
-    """Where `x @ w` lies: as the batch axes of `x` and the columns of `w`.
+    """Return the placement of `x @ w`: the batch axes of `x` and the columns of `w`.
 
-    An axis that already splits the batch cannot split the columns too.
+    A mesh axis that splits the batch cannot split the columns too.
     """
     taken = {name for axis in x[:-1] for name in _mesh_axes(axis)}
     last = None if taken & {*_mesh_axes(w[-1])} else w[-1]

@@ -10,10 +10,10 @@ from jax.core import Tracer
 
 
 class ArrayTree:
-    """A frozen dataclass of arrays and static fields that is equal to its copies.
+    """A frozen dataclass of arrays and static fields that compares by value.
 
-    Traced arrays have no values yet: they are equal to themselves alone. Shapes in the
-    place of arrays, as `jax.eval_shape` gives them, are equal by shape and dtype.
+    A traced array has no value yet, and is equal only to itself. The shapes that
+    `jax.eval_shape` puts in the place of arrays are equal by shape and dtype.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -23,7 +23,7 @@ class ArrayTree:
         return ours[1] == theirs[1] and all(map(_same, ours[0], theirs[0]))
 
     def __hash__(self) -> int:
-        # Of what equal ones have in common and need not be read from a device.
+        # Equal trees have equal shapes, which need not be read from a device.
         leaves, tree = jax.tree.flatten(self)
         return hash((tree, *(getattr(x, "shape", None) for x in leaves)))
 
@@ -40,12 +40,24 @@ def _same(a: Any, b: Any) -> bool:
 def register[T: type](cls: T) -> T:
     """Make the dataclass a pytree that `jax.export` serializes.
 
-    Its static fields must be numbers, strings and the like.
+    Its static fields must be numbers, strings, None and tuples of these.
     """
     export.register_pytree_node_serialization(
         jax.tree_util.register_dataclass(cls),
         serialized_name=f"jaxkern.{cls.__name__}",
-        serialize_auxdata=lambda static: json.dumps(static).encode(),
-        deserialize_auxdata=lambda text: tuple(json.loads(bytes(text))),
+        serialize_auxdata=lambda static: json.dumps(static, default=_refuse).encode(),
+        deserialize_auxdata=lambda text: _as_tuples(json.loads(bytes(text))),
     )
     return cls
+
+
+def _refuse(static: object) -> str:
+    raise TypeError(
+        "jax.export cannot serialize a mask that holds a Python function, got "
+        f"{static}; BlockMask.from_dense and BlockMask.document hold arrays instead"
+    )
+
+
+def _as_tuples(static: Any) -> Any:
+    """JSON has lists, which are not equal to the tuples that they were."""
+    return tuple(map(_as_tuples, static)) if isinstance(static, list) else static

@@ -27,12 +27,11 @@ from .._core.gradients import with_derivative_of
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 
-Derivative = Literal["identity", "sigmoid"]
+Derivative = Literal["identity", "sigmoid", "one_plus_sigmoid"]
 Number = Float[Array, ""] | float
 # The estimators that are called with logits, or with logits and a key, alone.
 EstimatorName = Literal[
     "straight_through",
-    "seed_reinmax",
     "reinmax",
     "binary_concrete",
     "gumbel_softmax",
@@ -40,7 +39,7 @@ EstimatorName = Literal[
 ]
 Estimator = Callable[..., jax.Array] | EstimatorName
 # The rules by which a kernel can make a mask of logits, and their gradient.
-Rule = Literal["straight_through", "seed_reinmax", "reinmax"]
+Rule = Literal["straight_through", "one_plus_sigmoid", "reinmax"]
 
 
 def _attach(mask: Array, soft: Array, logits: Array) -> Array:
@@ -80,20 +79,39 @@ def straight_through(
     clip: Number | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "*shape"]:
-    r"""A hard mask whose gradient is that of something soft.
+    r"""A hard mask of 0 and 1 whose gradient is that of a smooth function.
 
-    $$b = 1[\ell > 0], \qquad
-      \frac{dL}{d\ell} = \frac{dL}{db} \cdot
-      \begin{cases} 1 & \text{"identity"} \\
-      \sigma(\ell)(1 - \sigma(\ell)) & \text{"sigmoid"} \end{cases}$$
+    $$b = 1[\ell > 0], \qquad \frac{dL}{d\ell} = \frac{dL}{db}\, s(\ell)$$
+
+    The name of the `derivative` says what $s$ is:
+
+    - "identity": $s = 1$;
+    - "sigmoid": $s = \sigma(\ell)(1 - \sigma(\ell))$;
+    - "one_plus_sigmoid": $s = 1 + \sigma(\ell)(1 - \sigma(\ell))$, between 1 and
+      1.25. Code that was published with bilinear masks calls this rule ReinMax. It is
+      not `reinmax`: it does not vanish where $|\ell|$ is large.
 
     With `clip` the gradient is 0 where $|\ell|$ is above it. With a `key`, $b$ is drawn
-    instead, 1 with probability $\sigma(\ell)$.
+    instead: it is 1 with probability $\sigma(\ell)$. Entries are computed in float32,
+    or float64 if the logits have it, and returned in the dtype of the logits.
 
     Bias: with a key and "sigmoid", unclipped, the gradient's mean is exactly
-    $d\,E[L]/d\ell$ if $L$ is linear in each entry of $b$ with the others fixed; for any
-    other $L$, and in every other form, it is biased. Without a key nothing is exact:
-    the threshold's own derivative is 0.
+    $d\,E[L]/d\ell$ if $L$ is linear in each entry of $b$ with the others fixed. For any
+    other $L$, and in every other form, the gradient is biased. Without a key no
+    gradient is exact, since the derivative of the threshold itself is 0.
+
+    ```python
+    >>> import jax, jax.numpy as jnp, jaxkern
+    >>> logits = jnp.array([-2.0, 0.0, 1.0])
+    >>> print(jaxkern.straight_through(logits))
+    [0. 0. 1.]
+    >>> def loss(logits):
+    ...     masks = jaxkern.straight_through(logits, derivative="one_plus_sigmoid")
+    ...     return masks.sum()
+    >>> print(jax.grad(loss)(logits).round(3))
+    [1.105 1.25  1.197]
+
+    ```
 
     Raises:
         TypeError: `logits` is no floating-point array, `clip` no number, `key` no key.
@@ -120,36 +138,16 @@ def _straight_through(
     logits: Array, derivative: Derivative, clip: Number | None, key: PRNGKeyArray | None
 ) -> Array:
     wide = widen(logits)
-    soft = wide
-    if derivative == "sigmoid":
-        soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide
+    match derivative:
+        case "identity":
+            soft = wide
+        case "sigmoid":
+            soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide
+        case "one_plus_sigmoid":
+            soft = lax.stop_gradient(1 + _sigmoid_slope(wide)) * wide
     if clip is not None:
         soft = jnp.where(jnp.abs(wide) > clip, 0, soft)
     return _attach(_draw(wide, key), soft, logits)
-
-
-def seed_reinmax(logits: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""The rule that a published benchmark of masks calls ReinMax, for comparison.
-
-    $$b = 1[\ell > 0], \qquad
-      \frac{dL}{d\ell} = \frac{dL}{db} (1 + \sigma(\ell)(1 - \sigma(\ell)))$$
-
-    Bias: that of `straight_through`, times 1 to 1.25. It is not ReinMax: it does not
-    vanish where $|\ell|$ is large, and is exact for no $L$.
-
-    Raises:
-        TypeError: `logits` is no floating-point array.
-    """
-    (logits,) = check_floating("seed_reinmax", logits=logits)
-    return _seed_reinmax(logits)
-
-
-@on_automatic_axes(lambda logits: logits)
-@jax.jit
-def _seed_reinmax(logits: Array) -> Array:
-    wide = widen(logits)
-    slope = lax.stop_gradient(1 + _sigmoid_slope(wide))
-    return _attach(_threshold(wide), slope * wide, logits)
 
 
 def reinmax(
@@ -383,8 +381,6 @@ def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
     match estimator:
         case "straight_through":
             return straight_through
-        case "seed_reinmax":
-            return seed_reinmax
         case "reinmax":
             return reinmax
         case "binary_concrete":
@@ -408,18 +404,25 @@ def rule_of(estimator: Callable[..., jax.Array]) -> Rule | None:
     """The rule of `estimator` without a key, or None if the kernels do not know it.
 
     A `functools.partial` has its function's rule if each option that it binds is that
-    function's default.
+    function's default, but for the `derivative` of `straight_through`.
     """
     if isinstance(estimator, partial):
         options = {**estimator.keywords}
+        derivative = options.get("derivative")
+        sloped = (
+            estimator.func is straight_through
+            # An array has no truth value.
+            and isinstance(derivative, str)
+            and derivative == "one_plus_sigmoid"
+        )
+        if sloped:
+            del options["derivative"]
         if estimator.args or not _are_defaults(estimator.func, options):
             return None
-        return rule_of(estimator.func)
+        return "one_plus_sigmoid" if sloped else rule_of(estimator.func)
     # By identity, since a callable need not have an equality or a hash.
     if estimator is straight_through:
         return "straight_through"
-    if estimator is seed_reinmax:
-        return "seed_reinmax"
     if estimator is reinmax:
         return "reinmax"
     return None

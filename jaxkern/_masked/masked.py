@@ -19,7 +19,7 @@ from .._core.checks import (
     kind_of,
     raise_unknown,
 )
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
 from .estimators import Estimator, Rule, estimator_of, is_fixed, rule_of
@@ -140,6 +140,36 @@ class _Masks:
         return self.rule, self.arrays
 
 
+def _run(
+    op: str,
+    layer: Layer,
+    x: jax.Array,
+    parameters: Parameters,
+    masks: _Masks,
+    method: Method | None,
+    implementation: Implementation | None,
+) -> jax.Array:
+    form = method or _fastest_method(x, parameters[0], masks)
+    return run(
+        _choose(op, x, parameters[0], masks, method, implementation),
+        x,
+        parameters,
+        implementation=implementation,
+        xla=partial(_by_xla, layer, masks=masks, method=form),
+        kernel=partial(_in_kernels, layer, masks=masks),
+    )
+
+
+def _in_kernels(
+    layer: Layer, x: jax.Array, parameters: Parameters, masks: _Masks
+) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper.multiply import add_bias, multiply
+
+    kind, made = masks.for_kernels()
+    return layer(x, parameters, made, partial(multiply, kind=kind), add_bias)
+
+
 @on_automatic_axes(lambda x, parameters: product_spec(x, parameters[0][-1]))
 def _by_xla(
     layer: Layer,
@@ -153,8 +183,8 @@ def _by_xla(
     An estimator of the user's is called by every call: it may draw anew each time.
     """
     fixed = masks.packed or is_fixed(masks.make)
-    run: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
-    return run(layer, x, parameters, masks, method)
+    compute: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
+    return compute(layer, x, parameters, masks, method)
 
 
 def _sample_by_sample(layer, x, parameters, masks, method):
@@ -332,16 +362,17 @@ def masked_matmul(
     - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
       multiplied by their mask in registers, on the way to the tensor cores, for all
       samples at once. The kernel reads packed masks as bits, and logits themselves if
-      the estimator is `straight_through`, `reinmax` or `seed_reinmax`: by itself, by
-      its name, or in a `functools.partial` that binds no more than defaults; and
-      without a key. A backward of `x` or `w` reads the bits of such a mask, which its
-      forward writes, and in which NaN is off; beside these the reinmaxes keep logits
-      that are trained. Of any other estimator the mask is computed by XLA, for all
-      samples, and kept, as is its gradient to which the estimator's is applied. Sizes
-      that are no multiples of 8 tokens and 64 features are padded by copies. Gradients
-      are deterministic, and of reverse mode only: `jax.jvp` needs "xla". Gradients that
-      are not asked for are not computed. Under `vmap` the new axis joins the samples;
-      an argument that lacks it is copied.
+      the estimator is `reinmax` or `straight_through`: by itself, by its name, or in a
+      `functools.partial` that binds no more than defaults and
+      `derivative="one_plus_sigmoid"`; and without a key. A backward of `x` or `w` reads
+      the bits of such a mask, which its forward writes, and in which NaN is off; where
+      the derivative depends on the logits, those that are trained are kept too. For any
+      other estimator XLA computes the masks of all samples and keeps them, as it does
+      their gradient, to which the estimator's is applied. Sizes that are no multiples
+      of 8 tokens and 64 features are padded by copies. Gradients are deterministic, and
+      of reverse mode only: `jax.jvp` needs "xla". Gradients that are not asked for are
+      not computed. Under `vmap` the new axis joins the samples; an argument that lacks
+      it is copied.
 
     None picks the kernel where it can run, for two and more samples with masks of their
     own and 8 to 2048 tokens each, on one device or inside `jax.shard_map`, and "xla"
@@ -373,16 +404,7 @@ def masked_matmul(
     shared = getattr(mask_logits, "ndim", None) == 2
     logits = _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
     masks = _check_masks(op, (logits,), estimator, key)
-    match _choose(op, x, (w,), masks, method, implementation):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper.multiply import multiply
-
-            kind, (mask,) = masks.for_kernels()
-            return multiply(x, widen(w), mask, kind=kind)
-        case "xla":
-            form = method or _fastest_method(x, (w,), masks)
-            return _by_xla(_linear, x, ((w,), None), masks, form)
+    return _run(op, _linear, x, ((w,), None), masks, method, implementation)
 
 
 def _linear(
@@ -402,18 +424,18 @@ def _check_three(op: str, **tuples: Any) -> None:
 
 
 def _check_bilinear(
-    op: str, h: Any, weights: Any, mask_logits: Any, biases: Any | None
+    op: str, x: Any, weights: Any, mask_logits: Any, biases: Any | None
 ) -> tuple[jax.Array, Parameters, Logits]:
     _check_three(op, weights=weights, mask_logits=mask_logits)
     arrays = {f"weights[{i}]": w for i, w in enumerate(weights)}
     if biases is not None:
         _check_three(op, biases=biases)
         arrays |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
-    h, *rest = check_floating(op, h=h, **arrays)
+    x, *rest = check_floating(op, x=x, **arrays)
     weights, biases = tuple(rest[:3]), tuple(rest[3:]) or None
-    check_shape(op, "h", h, ("batch", "seq", "d_in"))
-    given = f" for h of shape {h.shape}"
-    check_shape(op, "weights[0]", weights[0], (h.shape[2], "hidden"), given)
+    check_shape(op, "x", x, ("batch", "seq", "d_in"))
+    given = f" for x of shape {x.shape}"
+    check_shape(op, "weights[0]", weights[0], (x.shape[2], "hidden"), given)
     check_shape(op, "weights[1]", weights[1], weights[0].shape)
     check_shape(op, "weights[2]", weights[2], (weights[0].shape[1], "d_out"))
     shared, logits = getattr(mask_logits[0], "ndim", None) == 2, []
@@ -421,12 +443,12 @@ def _check_bilinear(
         if biases is not None:
             check_shape(op, f"biases[{i}]", biases[i], w.shape[1:])
         name = f"mask_logits[{i}]"
-        logits.append(_check_logits(op, name, given, w, "h", h, shared))
-    return h, (weights, biases), tuple(logits)
+        logits.append(_check_logits(op, name, given, w, "x", x, shared))
+    return x, (weights, biases), tuple(logits)
 
 
 def masked_bilinear(
-    h: Float[Array, "batch seq d_in"],
+    x: Float[Array, "batch seq d_in"],
     weights: tuple[
         Float[Array, "d_in hidden"],
         Float[Array, "d_in hidden"],
@@ -446,11 +468,11 @@ def masked_bilinear(
 ) -> Float[Array, "batch seq d_out"]:
     r"""A bilinear MLP whose three weights each sample masks in its own way.
 
-    $$y_b = ((h_b (W_1 \odot m_{1b}) + b_1) \odot (h_b (W_2 \odot m_{2b}) + b_2))
+    $$y_b = ((x_b (W_1 \odot m_{1b}) + b_1) \odot (x_b (W_2 \odot m_{2b}) + b_2))
       (W_3 \odot m_{3b}) + b_3$$
 
     Masks, `method`, `key` and `implementation` are as in `masked_matmul`; the biases
-    are not masked. For the backward "fused" keeps the two products with `h`, both
+    are not masked. For the backward "fused" keeps the two products with `x`, both
     (batch, seq, hidden), and by the kernels what these are multiplied to as well:
     memory of activations, not of weights. Under `jax.checkpoint` it computes the two
     again, 11 products instead of 9; the kernels all three, for their masks' bits.
@@ -458,6 +480,17 @@ def masked_bilinear(
     A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
     $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and
     $m_2$ are not 0.
+
+    ```python
+    >>> import jax.numpy as jnp, jaxkern
+    >>> x = jnp.ones((2, 5, 4))
+    >>> weights = jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((8, 3))
+    >>> logits = tuple(jnp.ones((2, *w.shape)) for w in weights)
+    >>> y = jaxkern.masked_bilinear(x, weights, logits, estimator="straight_through")
+    >>> print(y.shape, y[0, 0])
+    (2, 5, 3) [128. 128. 128.]
+
+    ```
 
     Raises:
         TypeError: as `masked_matmul`, weights, logits or biases are not three, or only
@@ -470,29 +503,19 @@ def masked_bilinear(
     """
     op = "masked_bilinear"
     _check_options(op, method, implementation, key)
-    h, parameters, logits = _check_bilinear(op, h, weights, mask_logits, biases)
+    x, parameters, logits = _check_bilinear(op, x, weights, mask_logits, biases)
     masks = _check_masks(op, logits, estimator, key)
-    match _choose(op, h, parameters[0], masks, method, implementation):
-        case "mosaic_gpu":
-            from .hopper.multiply import add_bias, multiply
-
-            kind, made = masks.for_kernels()
-            return _bilinear(
-                h, parameters, made, partial(multiply, kind=kind), add_bias
-            )
-        case "xla":
-            form = method or _fastest_method(h, parameters[0], masks)
-            return _by_xla(_bilinear, h, parameters, masks, form)
+    return _run(op, _bilinear, x, parameters, masks, method, implementation)
 
 
 def _bilinear(
-    h: jax.Array, parameters: Parameters, masks: Arrays, product: Product, add: Sum
+    x: jax.Array, parameters: Parameters, masks: Arrays, product: Product, add: Sum
 ) -> jax.Array:
     weights, biases = parameters
 
-    def affine(x: jax.Array, i: int) -> jax.Array:
-        y = product(x, widen(weights[i]), masks[i])
+    def affine(features: jax.Array, i: int) -> jax.Array:
+        y = product(features, widen(weights[i]), masks[i])
         return y if biases is None else add(y, widen(biases[i]))
 
-    left, right = (checkpoint_name(affine(h, i), KEPT_NAME) for i in range(2))
+    left, right = (checkpoint_name(affine(x, i), KEPT_NAME) for i in range(2))
     return affine(left * right, 2)

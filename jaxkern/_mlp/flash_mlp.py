@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core.activations import ACTIVATIONS, ActivationName, get_activation
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from . import thresholds
@@ -27,6 +27,7 @@ def flash_mlp(
     r"""An MLP without biases for each head, gated if there is a `w_gate`.
 
     $$y_h = \mathrm{act}(x_h W_{1h}) W_{2h}$$
+
     $$y_h = (\mathrm{act}(x_h W_{\mathrm{gate},h}) \odot x_h W_{1h}) W_{2h}$$
 
     Matmuls accumulate in float32, the activation and the product with it are computed
@@ -82,13 +83,27 @@ def flash_mlp(
     gated = w_gate is not None
     faster = thresholds.flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
     unsupported = partial(_unsupported, x, w1, gated=gated)
-    match choose(op, implementation, (x, *ups, w2), unsupported, faster):
-        case "mosaic_gpu":
-            from .hopper import flash
+    return run(
+        choose(op, implementation, (x, *ups, w2), unsupported, faster),
+        x,
+        ups,
+        w2,
+        implementation=implementation,
+        xla=partial(_reference, activation=activation),
+        kernel=partial(_in_kernel, activation=activation),
+    )
 
-            return flash.mlp(x, ups, w2, activation)
-        case "xla":
-            return _reference(x, ups, w2, activation)
+
+def _in_kernel(
+    x: jax.Array,
+    ups: tuple[jax.Array, ...],
+    w2: jax.Array,
+    activation: ActivationName,
+) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import flash
+
+    return flash.mlp(x, ups, w2, activation)
 
 
 def _unsupported(x: jax.Array, w1: jax.Array, *, gated: bool) -> str | None:

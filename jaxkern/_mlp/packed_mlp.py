@@ -3,60 +3,32 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
 
 from .._core import device
 from .._core.checks import check_batched, check_floating, check_pair
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, choose, run
 from .._core.precision import matmul, relu2
 from .._sparsity.packed import Packed24, check_packed_24, unpack
 from .thresholds import PACKED_RELU2_TOKENS
 
 
-def packed_relu2(
-    x: Float[Array, "*batch d_in"],
-    up: tuple[Packed24, Packed24],
-    down: tuple[Packed24, Packed24],
-    *,
-    implementation: Implementation | None = None,
-) -> Float[Array, "*batch d_out"]:
-    r"""`low_rank_relu2` of weights that are 2:4-sparse along the axis they sum over.
+def is_packed(*pairs: Any) -> bool:
+    """Whether some factor of low-rank weights is packed; then all must be."""
+    factors = (x for pair in pairs if isinstance(pair, tuple | list) for x in pair)
+    return any(isinstance(factor, Packed24) for factor in factors)
 
-    $$y = \max(x U_{in} U_{out}, 0)^2 D_{in} D_{out}$$
 
-    Each factor, (in, out), is given as `pack_2_4` of its transpose, so that groups of
-    four lie along what is summed: 9/16 of the bytes in 16 bits. Precision is that of
-    `low_rank_relu2`.
-
-    - "xla" unpacks the factors in every call, and multiplies densely.
-    - "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, makes all four products
-      transposed, so that the weight is the sparse operand of the tensor cores: half the
-      multiply-adds. Values are read in half a weight's bytes; positions are put in the
-      kernel's order in every call, another fourth. Tokens that are no multiple of 64
-      are padded by copies, and so are factors and what they make where ranks and sizes
-      are no multiples of 128. Its gradients are those of "xla", which computes the
-      forward again, of reverse mode and first order only. Under `vmap` samples run one
-      by one: put them in leading axes of `x`. The order of positions in the sparse
-      operand is verified on an H200.
-
-    None picks the kernel from 4096 tokens on, where it can run. On an H200, 16384
-    tokens of 7B took 1477 us of the device, and the same MLP of dense weights 1751 by
-    `low_rank_relu2`'s kernels and 2097 by XLA. XLA's form of this op, which unpacks and
-    then does the latter, was not timed; fewer tokens are predicted.
-
-    Raises:
-        TypeError: `x` is no floating-point array, a weight is no pair of `Packed24`, or
-            the dtypes differ.
-        ValueError: the shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
-
-    References:
-        Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378.
-    """
-    op = "packed_relu2"
-    check_implementation(op, implementation)
+def packed_low_rank_relu2(
+    op: str,
+    x: jax.Array,
+    up: Any,
+    down: Any,
+    implementation: Implementation | None,
+) -> jax.Array:
+    """`low_rank_relu2` of packed factors."""
     (x,) = check_floating(op, x=x)
     check_batched(op, "x", x)
     factors = _factors(op, x, up, down)
@@ -64,16 +36,23 @@ def packed_relu2(
     arrays = x, *jax.tree.leaves(factors)
     unsupported = partial(device.unsupported_array, "x", x)
     faster = tokens >= PACKED_RELU2_TOKENS
-    match choose(op, implementation, arrays, unsupported, faster):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import packed
+    return run(
+        choose(op, implementation, arrays, unsupported, faster),
+        x,
+        factors,
+        implementation=implementation,
+        xla=_unpacked,
+        kernel=_packed,
+    )
 
-            rows = x.reshape(tokens, x.shape[-1])
-            y = packed.packed_relu2_mlp(rows, factors, _unpacked)
-            return y.reshape(*x.shape[:-1], y.shape[1])
-        case "xla":
-            return _unpacked(x, factors)
+
+def _packed(x: jax.Array, factors: tuple[Packed24, ...]) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import packed
+
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = packed.packed_relu2_mlp(rows, factors, _unpacked)
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _factors(

@@ -120,7 +120,8 @@ def dense_kernel(ranks: Sequence[int]) -> DenseKernel:
     return "flash_mlp" if is_flash else "matmul"
 
 
-# Tokens from which on None picks the kernel of `packed_relu2`. At fbd33d7, 16384 tokens
+# Tokens from which on None picks the kernel of `low_rank_relu2` of packed factors. At
+# fbd33d7, 16384 tokens
 # of 7B took 1477 us of the device, where our kernels of the same MLP with dense weights
 # took 1751 and XLA's 2097. XLA's with packed weights, which unpacks them and then does
 # the latter, was not timed. Fewer tokens, and other models, are predicted.

@@ -1,11 +1,15 @@
-"""What `vmap` makes of kernels."""
+"""The rule by which `vmap` batches a kernel: the new axis joins the heads."""
 
 import jax
 import jax.numpy as jnp
 
 
 def over_heads(kernel):
-    """Under `vmap` the new axis joins the heads; what lacks it is repeated."""
+    """Return `kernel` with a `vmap` that folds the new axis into the first axis.
+
+    The first axis of every argument and result counts heads (or samples), which the
+    kernel treats alike. Arguments that are not batched are repeated.
+    """
     kernel = jax.custom_batching.custom_vmap(kernel)
 
     @kernel.def_vmap

@@ -1,7 +1,28 @@
-"""Blocks that take one tile after the other, and the rings that feed them.
+"""The persistent launch of our kernels, and the rings of slots that feed it.
 
-Two warpgroups compute what a third one loads. There are no more blocks than
-multiprocessors, and the loads of the next tile run while this one is computed.
+A block has three warpgroups of 128 threads. Warpgroup 2 loads, 0 and 1 compute:
+
+    global memory              shared memory                   registers
+                 TMA loads    ring of slots          wgmma
+    operands ---------------> [ 0 | 1 | .. | n-1 ] ---------> sums of warpgroup 0
+               warpgroup 2                         ---------> sums of warpgroup 1
+                 TMA stores                                       |
+    results  <--------------- staging buffers <-------------------+
+               warpgroups 0, 1
+
+    a slot's barrier   who arrives, in each phase          who waits
+    filled             each TMA load of the step, once     warpgroups 0 and 1
+    emptied            warpgroups 0 and 1, once each       warpgroup 2
+
+The warpgroups meet at these barriers alone. Warpgroup 2 waits only for a slot that is
+still full, so it loads the first steps of the next tile while the others finish this
+one. Nothing keeps warpgroups 0 and 1 in step with each other but the slots that both
+must empty: one can use the CUDA cores while the tensor cores work for the other.
+
+There are at most as many blocks as multiprocessors. Of `blocks` blocks, block b takes
+tiles b, b + blocks, b + 2 blocks, ... of the grid. `launch` serves the frames that
+take a tile in steps (`_mosaic.matmul`, `_masked.hopper`); the walks of `flash_mlp` and
+of attention have other barriers and use `launch_blocks`.
 """
 
 import dataclasses
@@ -18,32 +39,38 @@ from .._core import device
 from .._core.sharding import vary_alike
 from .base import SMEM_BYTES, plgpu, slot
 
-# Warpgroups that compute; one more loads.
+# Warpgroups of a block that compute; one more loads.
 COMPUTE = 2
-# With 168 registers a thread at launch, 2 x 240 and 24 are what three warpgroups have.
+# Registers of a thread. A multiprocessor has 65,536, so each of a block's 384 threads
+# gets 168 at the launch (a multiple of 8). The warpgroup that loads gives most of its
+# own to the other two: 2 x 240 + 24 = 3 x 168.
 COMPUTE_REGISTERS = 240
 MEMORY_REGISTERS = 24
 
-# Tiles in shared memory are made of 8 rows of up to 128 bytes, which are 64 columns of
-# 16 bits, and JAX cuts whole arrays into these.
+# Rows and 16-bit columns of a tile that TMA writes to shared memory with the widest
+# swizzle: 8 rows of 128 bytes. JAX cuts whole arrays into such tiles, so their sizes
+# must be multiples of these.
 ROW_STEP = 8
 COLUMN_STEP = 64
-# wgmma contracts 16 numbers of 16 bits at once.
+# Numbers of 16 bits that one wgmma instruction contracts.
 CONTRACTED_STEP = 16
 
+# Bytes of a barrier in shared memory.
 BARRIER_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class WalkTiles:
-    """Tile sizes.
+    """Tile sizes of a kernel that holds a tile of some arrays and walks along others.
 
-    rows: of a held tile, for one warpgroup.
-    columns: of a walked tile.
-    steps: walked tiles in flight.
-    split: both warpgroups compute on the same rows, each every other step, and their
-        sums are added at the end: half the rows a block, for twice as many blocks.
-    held: held tiles in flight.
+    rows: rows of a held tile that one warpgroup computes, a multiple of 64, since wgmma
+        has 64 rows.
+    columns: columns of a walked tile, a multiple of 8 up to 256, as wgmma allows.
+    steps: slots of a walked operand's ring.
+    split: whether both warpgroups compute on the same rows, each every other step, and
+        add their sums at the end. A block then has half the rows, and there are twice
+        as many blocks.
+    held: slots for held tiles. With two, the next tile is loaded during this one.
     """
 
     rows: int
@@ -71,15 +98,15 @@ class WalkTiles:
 
     @property
     def parts(self) -> int:
-        """Held tiles of a block."""
+        """How many tiles of `rows` rows a block holds at a time."""
         return 1 if self.split else COMPUTE
 
 
 def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
-    """Whether the shared memory of a multiprocessor holds what a block needs.
+    """Check that a block's shared memory holds what it needs.
 
     Raises:
-        ValueError: a block with these tiles needs more shared memory than there is.
+        ValueError: A block with these tiles needs more shared memory than there is.
     """
     if needed_bytes > SMEM_BYTES:
         raise ValueError(
@@ -89,12 +116,13 @@ def check_fits(name: str, tiles: object, needed_bytes: int) -> None:
 
 
 def check_whole(name: str, arrays: Sequence[jax.Array], column_step: int) -> None:
-    """Whether shared memory can hold the arrays in tiles, without a remainder.
+    """Check that tiles of shared memory divide the arrays without a remainder.
 
-    Only compiling for a GPU would ask for it: the emulator takes any size.
+    Without this, only compiling for a GPU would tell: the emulator takes any size.
 
     Raises:
-        ValueError: rows are no multiple of `ROW_STEP`, or columns none of the step.
+        ValueError: The rows are not a multiple of `ROW_STEP`, or the columns not one of
+            `column_step`.
     """
     for array in arrays:
         rows, columns = array.shape[-2:]
@@ -113,7 +141,11 @@ def launch_blocks(
     blocks: int,
     name: str,
 ) -> Sequence[jax.Array]:
-    """The kernel in so many blocks of warpgroups that compute and one that loads."""
+    """Run the kernel in `blocks` blocks of `COMPUTE` + 1 warpgroups.
+
+    Inside, `lax.axis_index("warpgroup")` and `lax.axis_index("block")` say who runs.
+    Returns one array for each of `outs`.
+    """
     run = plgpu.kernel(
         kernel,
         out_type=tuple(outs),
@@ -125,14 +157,19 @@ def launch_blocks(
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    # Its indices have 32 bits, whatever those of the program have.
+    # A kernel's indices have 32 bits, also where the program enables 64.
     with jax.enable_x64(False):
         results = run(*operands)
     return vary_alike(*results, like=operands)
 
 
 def wait_for_last(done, slots: int, barriers, first=0) -> None:
-    """Wait until the last of `done` steps have left a ring's slots, from `first` on."""
+    """Wait until the last of `done` steps are out of a ring's slots.
+
+    The ring's barriers are those from number `first` on. Without this, the loading
+    warpgroup would end with phases of its barriers that it never observed, which the
+    interpreter of jax 0.11 refuses.
+    """
 
     @pl.loop(lax.max(done - slots, 0), done)
     def wait_until_empty(i):
@@ -144,13 +181,15 @@ def wait_for_last(done, slots: int, barriers, first=0) -> None:
 class Slots:
     """A ring of slots in shared memory, as the host plans it.
 
-    `copies` TMA loads fill a slot, and both computing warpgroups empty it.
+    slots: how many steps are in flight.
+    copies: TMA loads that fill a slot, each of which arrives once at its barrier.
     """
 
     slots: int
     copies: int
 
     def scratch(self) -> list[Any]:
+        """The barriers `filled` and `emptied`, one of each for a slot."""
         return [
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=self.slots)
             for arrivals in (self.copies, COMPUTE)
@@ -159,9 +198,13 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Slots inside the kernel, with their barriers; steps count from a block's first.
+    """A ring of slots inside the kernel, with its barriers.
 
-    filled, emptied: a barrier for each slot.
+    `at` counts the steps of a block over all of its tiles, and lies in slot
+    `at % slots`. The computing warpgroups call `wait` and `release` for each step, the
+    loading one calls `fill`, and `drain` at its end.
+
+    filled, emptied: one barrier for each slot.
     """
 
     slots: int
@@ -169,17 +212,20 @@ class Ring:
     emptied: Any
 
     def wait(self, at):
-        """The slot of step `at`, once it is filled."""
+        """Wait until step `at` is loaded, and return its slot."""
         s = slot(at, self.slots)
         plgpu.barrier_wait(self.filled.at[s])
         return s
 
     def release(self, at) -> None:
-        """Let the slot of step `at` be filled again."""
+        """Let the slot of step `at` be filled again; this warpgroup has read it."""
         plgpu.barrier_arrive(self.emptied.at[slot(at, self.slots)])
 
     def fill(self, at, *copies) -> None:
-        """From each (source, buffer, index in a slot) to the slot, once it is empty."""
+        """Load step `at` once both computing warpgroups have released its slot.
+
+        copies: each is (source in global memory, buffer of the ring, *index in a slot).
+        """
         s = slot(at, self.slots)
 
         @pl.when(at >= self.slots)
@@ -191,15 +237,16 @@ class Ring:
             plgpu.copy_gmem_to_smem(source, target, self.filled.at[s])
 
     def drain(self, count) -> None:
-        """See the barriers of `count` steps to the end of their last phase."""
+        """Wait until the slots of all `count` steps are released."""
         wait_for_last(count, self.slots, [self.emptied])
 
 
 class Roles(NamedTuple):
-    """What the warpgroups of a block do.
+    """The functions that the warpgroups of a block run.
 
-    compute, load: from a tile's `info`; two warpgroups compute, a third one loads.
-    drain: from the number of tiles that this block took.
+    compute: takes a tile's `info` (`plgpu.NDLoopInfo`), in warpgroups 0 and 1.
+    load: takes the same in warpgroup 2.
+    drain: takes the number of tiles of this block, in warpgroup 2 after the last one.
     """
 
     compute: Callable[[Any], None]
@@ -217,10 +264,12 @@ def launch(
     rings: Sequence[Slots],
     operands: Sequence[jax.Array],
 ):
-    """Blocks that each take one tile of the grid after the other.
+    """Run persistent blocks, each of which takes one tile of the grid after the other.
 
-    bind: from references to arrays, results and buffers, and from rings, to the roles
-        of the warpgroups; called inside the kernel.
+    bind: called inside the kernel with references to the operands, results and buffers,
+        and with a `Ring` for each of `rings`; returns the roles of the warpgroups.
+    grid: numbers of tiles along each axis.
+    outs: arrays like the results.
     """
     n_refs = len(operands) + len(outs) + len(buffers)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .._core import device
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose
+from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import matmul
 from .packed import Packed24, check_packed_24, unpack
 
@@ -58,19 +58,26 @@ def matmul_2_4(
     indices = packed.indices
     values, w = check_floating(op, values=packed.values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
-    *batch, kept = values.shape
-    rows = math.prod(batch)
-    faster = rows >= LEAST_ROWS
+    faster = math.prod(values.shape[:-1]) >= LEAST_ROWS
     unsupported = partial(device.unsupported_array, "values", values)
-    match choose(op, implementation, (values, indices, w), unsupported, faster):
-        case "mosaic_gpu":
-            # Mosaic is imported on first use of a kernel.
-            from .hopper import product
+    return run(
+        choose(op, implementation, (values, indices, w), unsupported, faster),
+        packed,
+        w,
+        implementation=implementation,
+        xla=_multiply_unpacked,
+        kernel=_multiply_packed,
+    )
 
-            flat = values.reshape(rows, kept), indices.reshape(rows, -1)
-            return product.matmul(*flat, w).reshape(*batch, w.shape[1])
-        case "xla":
-            return _multiply_unpacked(packed, w)
+
+def _multiply_packed(packed: Packed24, w: jax.Array) -> jax.Array:
+    # Mosaic is imported on first use of a kernel.
+    from .hopper import product
+
+    *batch, kept = packed.values.shape
+    values = packed.values.reshape(-1, kept)
+    indices = packed.indices.reshape(values.shape[0], -1)
+    return product.matmul(values, indices, w).reshape(*batch, w.shape[1])
 
 
 @jax.jit

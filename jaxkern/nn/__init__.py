@@ -13,12 +13,13 @@ from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
-from ._packed_mlp import PackedReLU2 as PackedReLU2
+from ._packed_mlp import Packed24ReLU2 as Packed24ReLU2
 from ._packed_mlp import PackedWeight as PackedWeight
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
 from ._sharding import SHARDING_RULES as SHARDING_RULES
 from ._sharding import get_sharding as get_sharding
 from ._sharding import make_mesh as make_mesh
+from ._sharding import parse_mesh_sizes as parse_mesh_sizes
 from ._transformer import KVCache as KVCache
 from ._transformer import TransformerLM as TransformerLM
 
@@ -35,7 +36,7 @@ __all__ = [
     "MaskedLinear",
     "MultiHeadAttention",
     "MultiHeadMLP",
-    "PackedReLU2",
+    "Packed24ReLU2",
     "PackedWeight",
     "QuadraticTransformer",
     "SHARDING_RULES",
@@ -44,4 +45,5 @@ __all__ = [
     "get_sharding",
     "make_mesh",
     "mask_sparsity",
+    "parse_mesh_sizes",
 ]

@@ -45,8 +45,8 @@ class MultiHeadAttention(nnx.Module):
 
     - `MultiHeadAttention(512, 8, is_causal=True, rngs=rngs)` runs `attention`, and
       `module(x, mask=mask)` gives it a mask;
-    - `attention_fn=partial(dilated_attention, segment_lengths=(2048, 8192),
-      dilation_rates=(1, 4))`, and `module(x, key_mask=mask)` for padding;
+    - `attention_fn=partial(dilated_attention, dilation=Dilation((2048, 8192), (1, 4)))`
+      and, for padding, `module(x, key_mask=mask)`;
     - `attention_fn=partial(block_sparse_attention, mask=block_mask)`, or
       `module(x, mask=block_mask)`;
     - `attention_fn=partial(ring_attention, axis_name="seq")`, where the module is

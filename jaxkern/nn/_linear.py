@@ -46,8 +46,8 @@ class LowRankLinear(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        rank: int,
         *,
+        rank: int,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
@@ -109,7 +109,7 @@ class LowRankLinear(nnx.Module):
         low_rank = cls(
             module.in_features,
             module.out_features,
-            rank,
+            rank=rank,
             dtype=module.dtype,
             param_dtype=module.param_dtype,
             kernel_init=nnx.initializers.zeros_init(),

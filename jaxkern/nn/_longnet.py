@@ -1,7 +1,6 @@
 """The LongNet encoder."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,6 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from .._attention.dilated import dilated_attention
+from .._attention.dilation import Dilation, check_dilation
 from .._core.sharding import on_automatic_axes
 from ._attention import MultiHeadAttention
 from ._common import (
@@ -22,6 +22,8 @@ from ._common import (
     default_attention_kernel_init,
     scale_init,
 )
+
+PAPER_DILATION = Dilation((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 
 
 class LongNetBlock(nnx.Module):
@@ -36,9 +38,8 @@ class LongNetBlock(nnx.Module):
         embed_dim: int,
         num_heads: int,
         *,
-        hidden_features: int,
-        segment_lengths: Sequence[int],
-        dilation_rates: Sequence[int],
+        hidden_dim: int,
+        dilation: Dilation,
         is_causal: bool,
         gain: float,
         dtype: Dtype | None,
@@ -52,8 +53,7 @@ class LongNetBlock(nnx.Module):
             num_heads,
             attention_fn=bind(
                 dilated_attention,
-                segment_lengths=tuple(segment_lengths),
-                dilation_rates=tuple(dilation_rates),
+                dilation=dilation,
             ),
             is_causal=is_causal,
             sub_layer_norm=True,
@@ -68,13 +68,13 @@ class LongNetBlock(nnx.Module):
         self.mlp_norm = nnx.LayerNorm(embed_dim, **dtypes)
         self.up = linear(
             embed_dim,
-            hidden_features,
+            hidden_dim,
             kernel_metadata=axis_metadata("embed", "mlp"),
             bias_metadata=axis_metadata("mlp"),
         )
-        self.hidden_norm = nnx.LayerNorm(hidden_features, **dtypes)
+        self.hidden_norm = nnx.LayerNorm(hidden_dim, **dtypes)
         self.down = linear(
-            hidden_features,
+            hidden_dim,
             embed_dim,
             kernel_metadata=axis_metadata("mlp", "embed"),
             bias_metadata=axis_metadata("embed"),
@@ -101,9 +101,8 @@ class LongNet(nnx.Module):
         embed_dim: size of the last axis of the input and of the output.
         num_heads: of the attention; a divisor of `embed_dim`.
         num_layers: how many blocks.
-        hidden_features: of the feed-forward; None for 4 embed_dim.
-        segment_lengths: as in `dilated_attention`; the paper's by default.
-        dilation_rates: as in `dilated_attention`; the paper's by default.
+        hidden_dim: of the feed-forward; None for 4 embed_dim.
+        dilation: as in `dilated_attention`; the paper's five patterns by default.
         is_causal: as in `dilated_attention`.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
@@ -121,30 +120,29 @@ class LongNet(nnx.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        num_layers: int,
         *,
-        hidden_features: int | None = None,
-        segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
-        dilation_rates: Sequence[int] = (1, 2, 4, 6, 12),
+        num_layers: int,
+        hidden_dim: int | None = None,
+        dilation: Dilation = PAPER_DILATION,
         is_causal: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         op = "LongNet"
+        check_dilation(op, dilation)
         embed_dim, num_layers = check_arguments(
             op, None, embed_dim=embed_dim, num_layers=num_layers
         )
-        hidden = 4 * embed_dim if hidden_features is None else hidden_features
-        (hidden,) = check_arguments(op, None, hidden_features=hidden)
+        hidden = 4 * embed_dim if hidden_dim is None else hidden_dim
+        (hidden,) = check_arguments(op, None, hidden_dim=hidden)
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         self.blocks = nnx.List(
             LongNetBlock(
                 embed_dim,
                 num_heads,
-                hidden_features=hidden,
-                segment_lengths=segment_lengths,
-                dilation_rates=dilation_rates,
+                hidden_dim=hidden,
+                dilation=dilation,
                 is_causal=is_causal,
                 gain=math.sqrt(math.log(2 * num_layers)),
                 **dtypes,

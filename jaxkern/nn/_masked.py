@@ -104,7 +104,7 @@ def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array
 
 
 def _flatten(x: jax.Array) -> jax.Array:
-    """(batch, seq, features)"""
+    """Flatten to (batch, seq, features)."""
     return x.reshape(len(x), reduce(mul, x.shape[1:-1], 1), x.shape[-1])
 
 
@@ -228,8 +228,8 @@ class Bilinear(nnx.Module):
     Logical axes for `nnx.get_partition_spec`: "embed" and "mlp".
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size between.
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size between.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
         kernel_init: for each kernel.
@@ -244,8 +244,8 @@ class Bilinear(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -253,8 +253,8 @@ class Bilinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = type(self).__name__
-        in_features, hidden_features = check_arguments(
-            op, None, in_features=in_features, hidden_features=hidden_features
+        embed_dim, hidden_dim = check_arguments(
+            op, None, embed_dim=embed_dim, hidden_dim=hidden_dim
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
 
@@ -268,11 +268,11 @@ class Bilinear(nnx.Module):
                 **dtypes,
             )
 
-        self.left = linear(in_features, hidden_features, "embed", "mlp")
-        self.right = linear(in_features, hidden_features, "embed", "mlp")
-        self.down = linear(hidden_features, in_features, "mlp", "embed")
-        self.in_features = in_features
-        self.hidden_features = hidden_features
+        self.left = linear(embed_dim, hidden_dim, "embed", "mlp")
+        self.right = linear(embed_dim, hidden_dim, "embed", "mlp")
+        self.down = linear(hidden_dim, embed_dim, "mlp", "embed")
+        self.embed_dim = embed_dim
+        self.hidden_dim = hidden_dim
         self.dtype = dtype
 
     @on_automatic_axes(lambda x: x)
@@ -291,8 +291,8 @@ class MaskedBilinear(Bilinear):
     Logical axes for `nnx.get_partition_spec`: "embed", "mlp", and "batch" for masks.
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size between.
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size between.
         num_masks: how many samples have masks of their own; None for masks that all
             samples of a batch share.
         estimator: as in `jaxkern.masked_bilinear`.
@@ -308,8 +308,8 @@ class MaskedBilinear(Bilinear):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
@@ -320,7 +320,7 @@ class MaskedBilinear(Bilinear):
     ):
         num_masks = _check_masks("MaskedBilinear", num_masks)
         check_implementation("MaskedBilinear", implementation)
-        super().__init__(in_features, hidden_features, **options)
+        super().__init__(embed_dim, hidden_dim, **options)
         masks = num_masks, initial_logit
         self.left_logits = _make_logits(self.left.kernel, *masks)
         self.right_logits = _make_logits(self.right.kernel, *masks)
@@ -344,7 +344,7 @@ class MaskedBilinear(Bilinear):
                 with another call, such as an `nnx.LoRALinear`.
             ValueError: its shape does not fit, or it has more samples than masks.
         """
-        x = _check_samples("MaskedBilinear", x, self.in_features, self.num_masks)
+        x = _check_samples("MaskedBilinear", x, self.embed_dim, self.num_masks)
         layers = {"left": self.left, "right": self.right, "down": self.down}
         parameters = [array for layer in layers.items() for array in _arrays(*layer)]
         x, *p = promote_dtype((x, *parameters), dtype=self.dtype)

@@ -31,7 +31,7 @@ from ._common import (
     relative_loss,
 )
 from ._linear import LowRankLinear
-from ._packed_mlp import FACTORS, PackedReLU2
+from ._packed_mlp import FACTORS, Packed24ReLU2
 
 # The heads are no part of the fan-in.
 per_head_kernel_init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -44,8 +44,8 @@ class SwiGLU(nnx.Module):
     `nnx.get_partition_spec`.
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size of the gated layer.
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size of the gated layer.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
         kernel_init: for each kernel.
@@ -58,8 +58,8 @@ class SwiGLU(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -67,14 +67,14 @@ class SwiGLU(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        in_features, hidden_features = check_arguments(
+        embed_dim, hidden_dim = check_arguments(
             "SwiGLU",
             implementation,
-            in_features=in_features,
-            hidden_features=hidden_features,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
         )
         check_dtypes("SwiGLU", dtype, param_dtype, rngs)
-        widen, narrow = (in_features, hidden_features), (hidden_features, in_features)
+        widen, narrow = (embed_dim, hidden_dim), (hidden_dim, embed_dim)
         self.w_gate = make_kernel(
             kernel_init, rngs, widen, param_dtype, ("embed", "mlp")
         )
@@ -82,14 +82,14 @@ class SwiGLU(nnx.Module):
         self.w_down = make_kernel(
             kernel_init, rngs, narrow, param_dtype, ("mlp", "embed")
         )
-        self.in_features = in_features
-        self.hidden_features = hidden_features
+        self.embed_dim = embed_dim
+        self.hidden_dim = hidden_dim
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        x = check_input("SwiGLU", x, self.in_features)
+        x = check_input("SwiGLU", x, self.embed_dim)
         args = (x, self.w_gate[...], self.w_up[...], self.w_down[...])
         args = promote_dtype(args, dtype=self.dtype)
         return swiglu(*args, implementation=self.implementation)
@@ -99,8 +99,8 @@ class LowRankSwiGLU(nnx.Module):
     """`jaxkern.low_rank_swiglu` with three pairs of factors.
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size of the gated layer.
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size of the gated layer.
         rank: of all three weights.
         dtype: of the computation; None promotes from input and parameters.
         param_dtype: of the parameters.
@@ -114,21 +114,21 @@ class LowRankSwiGLU(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
-        rank: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
+        rank: int,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        in_features, hidden_features, rank = check_arguments(
+        embed_dim, hidden_dim, rank = check_arguments(
             "LowRankSwiGLU",
             implementation,
-            in_features=in_features,
-            hidden_features=hidden_features,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
             rank=rank,
         )
         linear = partial(
@@ -139,17 +139,17 @@ class LowRankSwiGLU(nnx.Module):
             **check_dtypes("LowRankSwiGLU", dtype, param_dtype, rngs),
         )
         widen, narrow = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
-        self.gate = linear(in_features, hidden_features, axis_names=widen)
-        self.up = linear(in_features, hidden_features, axis_names=widen)
-        self.down = linear(hidden_features, in_features, axis_names=narrow)
-        self.in_features = in_features
-        self.hidden_features = hidden_features
+        self.gate = linear(embed_dim, hidden_dim, axis_names=widen)
+        self.up = linear(embed_dim, hidden_dim, axis_names=widen)
+        self.down = linear(hidden_dim, embed_dim, axis_names=narrow)
+        self.embed_dim = embed_dim
+        self.hidden_dim = hidden_dim
         self.rank = rank
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        x = check_input("LowRankSwiGLU", x, self.in_features)
+        x = check_input("LowRankSwiGLU", x, self.embed_dim)
         factors = (*self.gate.weight, *self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         gate, up, down = (f[0], f[1]), (f[2], f[3]), (f[4], f[5])
@@ -171,9 +171,9 @@ class LowRankSwiGLU(nnx.Module):
         """
         check_means("LowRankSwiGLU.from_full_rank", module, SwiGLU, "a SwiGLU")
         low_rank = cls(
-            module.in_features,
-            module.hidden_features,
-            rank,
+            module.embed_dim,
+            module.hidden_dim,
+            rank=rank,
             dtype=module.dtype,
             param_dtype=module.param_dtype,
             kernel_init=nnx.initializers.zeros_init(),
@@ -192,8 +192,8 @@ class LowRankReLU2(nnx.Module):
     """`jaxkern.low_rank_relu2` with two pairs of factors.
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size of the activated layer; 1.5 times that of a SwiGLU is
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size of the activated layer; 1.5 times that of a SwiGLU is
             usual, since there is no gate.
         rank: of both weights.
         sparsity: of the activations, as in `jaxkern.low_rank_relu2`.
@@ -211,10 +211,10 @@ class LowRankReLU2(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
-        rank: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
+        rank: int,
         sparsity: Sparsity | None = None,
         gradient: Gradient | None = None,
         dtype: Dtype | None = None,
@@ -223,11 +223,11 @@ class LowRankReLU2(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        in_features, hidden_features, rank = check_arguments(
+        embed_dim, hidden_dim, rank = check_arguments(
             "LowRankReLU2",
             implementation,
-            in_features=in_features,
-            hidden_features=hidden_features,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
             rank=rank,
         )
         linear = partial(
@@ -240,18 +240,18 @@ class LowRankReLU2(nnx.Module):
         check_sparsity("LowRankReLU2", sparsity)
         check_gradient("LowRankReLU2", sparsity, gradient)
         upward, downward = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
-        self.up = linear(in_features, hidden_features, axis_names=upward)
-        self.down = linear(hidden_features, in_features, axis_names=downward)
+        self.up = linear(embed_dim, hidden_dim, axis_names=upward)
+        self.down = linear(hidden_dim, embed_dim, axis_names=downward)
         self.sparsity: Sparsity | None = sparsity
         self.gradient: Gradient | None = gradient
-        self.in_features = in_features
-        self.hidden_features = hidden_features
+        self.embed_dim = embed_dim
+        self.hidden_dim = hidden_dim
         self.rank = rank
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        x = check_input("LowRankReLU2", x, self.in_features)
+        x = check_input("LowRankReLU2", x, self.embed_dim)
         factors = (*self.up.weight, *self.down.weight)
         x, *f = promote_dtype((x, *factors), dtype=self.dtype)
         return low_rank_relu2(
@@ -263,7 +263,7 @@ class LowRankReLU2(nnx.Module):
             implementation=self.implementation,
         )
 
-    def prune_2_4(self) -> tuple[PackedReLU2, dict[str, float]]:
+    def prune_2_4(self) -> tuple[Packed24ReLU2, dict[str, float]]:
         r"""This MLP with two of each four weights, packed once, for inference.
 
         Of each four weights of a factor that are summed, the two of largest magnitude
@@ -290,7 +290,7 @@ class LowRankReLU2(nnx.Module):
             factors[name] = pack_2_4(w.mT)
             errors[name] = relative_loss(w, unpack_2_4(factors[name]).mT)
         options = {"dtype": self.dtype, "implementation": self.implementation}
-        return PackedReLU2(factors, **options), errors
+        return Packed24ReLU2(factors, **options), errors
 
 
 class FlashMLP(nnx.Module):
@@ -301,8 +301,8 @@ class FlashMLP(nnx.Module):
 
     Args:
         num_heads: how many MLPs.
-        dim: size of the last axis of the input and of the output.
-        hidden_features: size of the activated layer.
+        head_dim: size of the last axis of the input and of the output.
+        hidden_dim: size of the activated layer.
         gated: whether there is a `w_gate`; with "silu", each head is a SwiGLU.
         activation: as in `jaxkern.flash_mlp`.
         dtype: of the computation; None promotes from input and parameters.
@@ -320,9 +320,9 @@ class FlashMLP(nnx.Module):
     def __init__(
         self,
         num_heads: int,
-        dim: int,
-        hidden_features: int,
+        head_dim: int,
         *,
+        hidden_dim: int,
         gated: bool = False,
         activation: ActivationName = "silu",
         dtype: Dtype | None = None,
@@ -331,12 +331,12 @@ class FlashMLP(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        num_heads, dim, hidden_features = check_arguments(
+        num_heads, head_dim, hidden_dim = check_arguments(
             "FlashMLP",
             implementation,
             num_heads=num_heads,
-            dim=dim,
-            hidden_features=hidden_features,
+            head_dim=head_dim,
+            hidden_dim=hidden_dim,
         )
         check_dtypes("FlashMLP", dtype, param_dtype, rngs)
         get_activation("FlashMLP", activation)
@@ -345,10 +345,10 @@ class FlashMLP(nnx.Module):
             shape = num_heads, d_in, d_out
             return make_kernel(kernel_init, rngs, shape, param_dtype, ("heads", *names))
 
-        self.w1 = kernel(dim, hidden_features, "embed", "mlp")
-        self.w2 = kernel(hidden_features, dim, "mlp", "embed")
-        self.w_gate = kernel(dim, hidden_features, "embed", "mlp") if gated else None
-        self.dim = dim
+        self.w1 = kernel(head_dim, hidden_dim, "embed", "mlp")
+        self.w2 = kernel(hidden_dim, head_dim, "mlp", "embed")
+        self.w_gate = kernel(head_dim, hidden_dim, "embed", "mlp") if gated else None
+        self.head_dim = head_dim
         self.activation: ActivationName = activation
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
@@ -356,7 +356,7 @@ class FlashMLP(nnx.Module):
     def __call__(
         self, x: Float[Array, "heads batch dim"]
     ) -> Float[Array, "heads batch dim"]:
-        x = check_input("FlashMLP", x, self.dim)
+        x = check_input("FlashMLP", x, self.head_dim)
         gates = () if self.w_gate is None else (self.w_gate[...],)
         weights = self.w1[...], self.w2[...], *gates
         x, w1, w2, *gates = promote_dtype((x, *weights), dtype=self.dtype)

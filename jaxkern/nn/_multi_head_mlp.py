@@ -24,12 +24,12 @@ class MultiHeadMLP(nnx.Module):
     $$y = \mathrm{concat}_h(\mathrm{mlp}_h(x W_{\mathrm{in}}^h)) W_{\mathrm{out}}$$
 
     Its heads have together as many parameters, and cost as much, as one MLP with
-    `hidden_features` over all features.
+    `hidden_dim` over all features.
 
     Args:
-        in_features: size of the last axis of the input and of the output.
-        hidden_features: size of the activated layer of each head.
-        num_heads: how many heads; a divisor of `in_features`.
+        embed_dim: size of the last axis of the input and of the output.
+        hidden_dim: size of the activated layer of each head.
+        num_heads: how many heads; a divisor of `embed_dim`.
         gated: as in `FlashMLP`.
         activation: as in `jaxkern.flash_mlp`.
         dtype: of the computation; None promotes from input and parameters.
@@ -48,11 +48,11 @@ class MultiHeadMLP(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
-        num_heads: int,
+        embed_dim: int,
+        hidden_dim: int,
         *,
-        gated: bool = True,
+        num_heads: int,
+        gated: bool = False,
         activation: ActivationName = "silu",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -61,22 +61,21 @@ class MultiHeadMLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = "MultiHeadMLP"
-        in_features, hidden_features, num_heads = check_arguments(
+        embed_dim, hidden_dim, num_heads = check_arguments(
             op,
             implementation,
-            in_features=in_features,
-            hidden_features=hidden_features,
+            embed_dim=embed_dim,
+            hidden_dim=hidden_dim,
             num_heads=num_heads,
         )
-        if in_features % num_heads:
+        if embed_dim % num_heads:
             raise ValueError(
-                f"{op}: num_heads must divide in_features={in_features}, "
-                f"got {num_heads}"
+                f"{op}: num_heads must divide embed_dim={embed_dim}, got {num_heads}"
             )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        heads = num_heads, in_features // num_heads
+        heads = num_heads, embed_dim // num_heads
         self.w_in = nnx.LinearGeneral(
-            in_features,
+            embed_dim,
             heads,
             use_bias=False,
             kernel_init=kernel_init,
@@ -85,7 +84,7 @@ class MultiHeadMLP(nnx.Module):
         )
         self.heads = FlashMLP(
             *heads,
-            hidden_features,
+            hidden_dim=hidden_dim,
             gated=gated,
             activation=activation,
             kernel_init=per_head_kernel_init,
@@ -94,18 +93,18 @@ class MultiHeadMLP(nnx.Module):
         )
         self.w_out = nnx.LinearGeneral(
             heads,
-            in_features,
+            embed_dim,
             axis=(-2, -1),
             use_bias=False,
             kernel_init=kernel_init,
             kernel_metadata=axis_metadata("heads", None, "embed"),
             **dtypes,
         )
-        self.in_features = in_features
+        self.embed_dim = embed_dim
 
     @on_automatic_axes(lambda x: x)
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        x = check_input("MultiHeadMLP", x, self.in_features)
+        x = check_input("MultiHeadMLP", x, self.embed_dim)
         by_token = self.w_in(x)
         *batch, heads, dim = by_token.shape
         by_head = jnp.moveaxis(by_token.reshape(-1, heads, dim), 1, 0)

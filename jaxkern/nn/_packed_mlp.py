@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_dtype
 from .._core.dispatch import Implementation, check_implementation
-from .._mlp.packed_mlp import packed_relu2
+from .._mlp.mlp import low_rank_relu2
 from .._sparsity.packed import Packed24
 from ._common import check_input
 
@@ -22,14 +22,29 @@ class PackedWeight(nnx.Variable[jax.Array]):
     """A part of a packed weight; no `nnx.Param`, since it does not learn."""
 
 
-class PackedReLU2(nnx.Module):
-    """`jaxkern.packed_relu2` with its four factors, as `LowRankReLU2.prune_2_4` makes.
+class Packed24ReLU2(nnx.Module):
+    r"""`LowRankReLU2` of 2:4-sparse weights, as `LowRankReLU2.prune_2_4` makes it.
+
+    $$y = \max(x U_{in} U_{out}, 0)^2 D_{in} D_{out}$$
+
+    on (..., embed), for inference: no weight of it is an `nnx.Param`.
+
+    ```python
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from jaxkern import nn
+    >>> trained = nn.LowRankReLU2(16, 32, rank=8, rngs=nnx.Rngs(0))
+    >>> pruned, lost = trained.prune_2_4()
+    >>> print(pruned(jnp.ones((3, 16))).shape, sorted(lost))
+    (3, 16) ['down_in', 'down_out', 'up_in', 'up_out']
+
+    ```
 
     Args:
         factors: "up_in", "up_out", "down_in" and "down_out", each `pack_2_4` of the
             factor's transpose. They are kept in the dtype that they come in.
         dtype: of the computation; None promotes from input and factors.
-        implementation: as in `jaxkern.packed_relu2`.
+        implementation: as in `jaxkern.low_rank_relu2`.
 
     Raises:
         TypeError: `dtype` is none of ours.
@@ -43,12 +58,12 @@ class PackedReLU2(nnx.Module):
         dtype: Dtype | None = None,
         implementation: Implementation | None = None,
     ):
-        check_implementation("PackedReLU2", implementation)
+        check_implementation("Packed24ReLU2", implementation)
         if dtype is not None:
-            check_dtype("PackedReLU2", "dtype", dtype)
+            check_dtype("Packed24ReLU2", "dtype", dtype)
         if set(factors) != set(FACTORS):
             raise ValueError(
-                f"PackedReLU2: factors must be {', '.join(FACTORS)}, "
+                f"Packed24ReLU2: factors must be {', '.join(FACTORS)}, "
                 f"got {', '.join(factors)}"
             )
         self.values = nnx.Dict(
@@ -69,13 +84,13 @@ class PackedReLU2(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        x = check_input("PackedReLU2", x, self.features[0])
+        x = check_input("Packed24ReLU2", x, self.features[0])
         factors = self.factors
         arrays = x, *(factor.values for factor in factors)
         x, *values = promote_dtype(arrays, dtype=self.dtype)
         pairs = zip(factors, values, strict=True)
         up_in, up_out, down_in, down_out = (replace(f, values=v) for f, v in pairs)
-        return packed_relu2(
+        return low_rank_relu2(
             x,
             (up_in, up_out),
             (down_in, down_out),

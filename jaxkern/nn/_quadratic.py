@@ -98,8 +98,8 @@ class QuadraticBlock(nnx.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        hidden_features: int,
         *,
+        hidden_dim: int,
         rotary_pairs: Pairs,
         masks: dict[str, Any] | None,
         **options: Any,
@@ -108,9 +108,9 @@ class QuadraticBlock(nnx.Module):
             embed_dim, num_heads, rotary_pairs=rotary_pairs, **options
         )
         self.mlp: Bilinear | MaskedBilinear = (
-            Bilinear(embed_dim, hidden_features, **options)
+            Bilinear(embed_dim, hidden_dim, **options)
             if masks is None
-            else MaskedBilinear(embed_dim, hidden_features, **masks, **options)
+            else MaskedBilinear(embed_dim, hidden_dim, **masks, **options)
         )
 
     def __call__(
@@ -133,9 +133,9 @@ class QuadraticTransformer(nnx.Module):
     with the embedding $E$ of the tokens. Attention is causal, sums the values by
     $(q \cdot k / \mathrm{dim})^2$ and normalizes nothing but query and key, by one
     RMSNorm, before their rotary embedding. The MLP of a masked layer is a
-    `MaskedBilinear`, of the others a `Bilinear`. The published one is
-    `QuadraticTransformer(4096, 512, 8, 3, masked_layers=[0], rngs=rngs)`, of 14,698,688
-    parameters.
+    `MaskedBilinear`, of the others a `Bilinear`. The model of the reference's code has
+    14,698,688 parameters and is `QuadraticTransformer(4096, 512, num_heads=8,
+    num_layers=3, masked_layers=[0], rngs=rngs)`.
 
     The weights are the same with masks and without, so a trained model gets them by
     `nnx.update(masked, nnx.state(trained, nnx.Param))`; see `MaskLogits` for training
@@ -151,15 +151,15 @@ class QuadraticTransformer(nnx.Module):
         num_heads: of the attention; a divisor of `embed_dim`, so that each has an even
             number of features.
         num_layers: how many blocks.
-        hidden_features: of the MLPs; None for 4 embed_dim.
+        hidden_dim: of the MLPs; None for 4 embed_dim.
         masked_layers: the blocks whose MLP has masks, from 0.
         num_masks: how many samples have masks of their own; None for masks that all
             samples of a batch share.
         estimator: as in `jaxkern.masked_bilinear`.
         method: as in `jaxkern.masked_bilinear`.
         initial_logit: of all masked weights.
-        rotary_pairs: as `pairs` of the rotary embedding; "seed" is for weights of the
-            published model.
+        rotary_pairs: as `pairs` of `jaxkern.rotary_embedding`, which says which
+            trained weights need "mismatched".
         dtype: of the computation; None promotes from parameters.
         param_dtype: of the parameters and logits.
         kernel_init: for kernels and embedding.
@@ -178,10 +178,10 @@ class QuadraticTransformer(nnx.Module):
         self,
         vocab_size: int,
         embed_dim: int,
+        *,
         num_heads: int,
         num_layers: int,
-        *,
-        hidden_features: int | None = None,
+        hidden_dim: int | None = None,
         masked_layers: Sequence[int] = (),
         num_masks: int | None = None,
         estimator: Estimator = straight_through,
@@ -203,8 +203,8 @@ class QuadraticTransformer(nnx.Module):
             num_heads=num_heads,
             num_layers=num_layers,
         )
-        hidden = 4 * embed_dim if hidden_features is None else hidden_features
-        (hidden,) = check_arguments(op, None, hidden_features=hidden)
+        hidden = 4 * embed_dim if hidden_dim is None else hidden_dim
+        (hidden,) = check_arguments(op, None, hidden_dim=hidden)
         _check_options(masked_layers, num_masks, embed_dim, num_heads, num_layers)
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         masks = {
@@ -225,7 +225,7 @@ class QuadraticTransformer(nnx.Module):
             QuadraticBlock(
                 embed_dim,
                 num_heads,
-                hidden,
+                hidden_dim=hidden,
                 rotary_pairs=rotary_pairs,
                 masks=masks if layer in masked_layers else None,
                 kernel_init=kernel_init,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from flax import nnx
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from .._attention.dense import attention
 from .._attention.ring import ring_attention
+from .._core.checks import check_integer
 
 # From what needs a link least to what needs it most: neighbours are the last axis.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -28,43 +29,97 @@ SHARDING_RULES: tuple[tuple[str, str | None], ...] = (
 )
 
 
-def make_mesh(sizes: str, *, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """The devices as a mesh of the axes "data", "fsdp", "context" and "tensor".
 
     The batch is split over "data" and "fsdp", parameters over "fsdp" and "tensor" (see
     `SHARDING_RULES`), the tokens of a sequence over "context". The axes are automatic.
 
+    ```python
+    >>> import jax
+    >>> from jaxkern import nn
+    >>> mesh = nn.make_mesh(fsdp=jax.device_count())
+    >>> print(mesh.axis_names)
+    ('data', 'fsdp', 'context', 'tensor')
+
+    ```
+
     Args:
-        sizes: such as "fsdp=4,tensor=2", in any order; axes left out have size 1.
+        data: the size of the axis "data", as are the next three of theirs.
         devices: None for all, those of other processes too.
 
     Raises:
-        ValueError: a part is no `axis=size`, an axis is unknown or repeated, a size is
-            not a positive integer, or their product is not the number of devices.
+        ValueError: a size is not a positive integer, or their product is not the number
+            of devices.
+
+    References:
+        fsdp: ZeRO, stage 3, https://arxiv.org/abs/1910.02054; tensor: Megatron-LM,
+        https://arxiv.org/abs/1909.08053.
     """
-    op, given = "make_mesh", {}
-    for part in sizes.split(",") if sizes.strip() else ():
-        name, _, size = (text.strip() for text in part.partition("="))
+    op = "make_mesh"
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    sizes = {name: check_integer(op, name, size) for name, size in sizes.items()}
+    count = jax.device_count() if devices is None else len(devices)
+    if math.prod(sizes.values()) != count:
+        given = " * ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"{op}: the product of the sizes must be the number of devices, {count}, "
+            f"got {given} = {math.prod(sizes.values())}"
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+class MeshSizes(TypedDict, total=False):
+    """The sizes of a mesh's axes, as `make_mesh` takes them."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+
+
+def parse_mesh_sizes(text: str) -> MeshSizes:
+    """The sizes for `make_mesh` from a command line, such as "fsdp=4,tensor=2".
+
+    The axes may be in any order. Spaces around a name or a size do not count, and no
+    text at all gives no sizes.
+
+    ```python
+    >>> from jaxkern import nn
+    >>> print(nn.parse_mesh_sizes("fsdp=4,tensor=2"))
+    {'fsdp': 4, 'tensor': 2}
+
+    ```
+
+    Raises:
+        ValueError: a part is no `axis=size`, an axis is unknown or repeated, or a size
+            is not a positive integer.
+    """
+    op = "parse_mesh_sizes"
+    sizes: MeshSizes = {}
+    for part in text.split(",") if text.strip() else ():
+        name, _, size = (word.strip() for word in part.partition("="))
         if name not in AXES:
             raise ValueError(
                 f"{op}: axis must be one of {', '.join(AXES)}, got {name!r}"
             )
-        if name in given:
-            raise ValueError(f"{op}: {name} must be given once, got {sizes!r}")
+        if name in sizes:
+            raise ValueError(f"{op}: {name} must be given once, got {text!r}")
         if not (size.isascii() and size.isdecimal()) or int(size) < 1:
             raise ValueError(
                 f"{op}: {name} must be an integer of at least 1, got {size!r}"
             )
-        given[name] = int(size)
-    shape = tuple(given.get(name, 1) for name in AXES)
-    count = jax.device_count() if devices is None else len(devices)
-    if math.prod(shape) != count:
-        raise ValueError(
-            f"{op}: the product of the sizes must be the number of devices, {count}, "
-            f"got {math.prod(shape)} of {sizes!r}"
-        )
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        sizes[name] = int(size)
+    return sizes
 
 
 def get_sharding(

@@ -98,18 +98,18 @@ class TransformerLM(nnx.Module):
     Args:
         vocab_size: how many tokens there are.
         context_length: the longest sequence.
-        d_model: size of the features.
+        embed_dim: size of the features.
         num_layers: how many blocks.
         num_heads: of the query.
-        d_ff: size of the gated layer.
+        hidden_dim: size of the gated layer.
         rope_theta: base of the rotary frequencies.
         num_kv_heads: of key and value, a divisor of `num_heads`; None for as many.
         tie_embeddings: use the embeddings, started as the head would be, as the head.
         attention_fn: as in `MultiHeadAttention`; None for `attention`. One with an
             option `is_causal` gets True for it; of another, causal is what it is.
-        mlp: makes the MLP of a block, called as `mlp(d_model, d_ff, dtype=,
+        mlp: makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
             param_dtype=, rngs=)`; None for `SwiGLU`. It is called with features
-            (batch, seq, d_model) and keeps no state but parameters.
+            (batch, seq, embed_dim) and keeps no state but parameters.
         dtype: of the computation; None for that of the parameters.
         param_dtype: of the parameters.
         remat: compute each layer again in the backward, and keep its input only.
@@ -123,7 +123,7 @@ class TransformerLM(nnx.Module):
         TypeError: `attention_fn` or `mlp` cannot be called, `rope_theta` is no number,
             a dtype is none of ours, or `rngs` no `nnx.Rngs`.
         ValueError: a size is not a positive integer, `num_heads` does not divide
-            `d_model` into parts of even size, `num_kv_heads` does not divide
+            `embed_dim` into parts of even size, `num_kv_heads` does not divide
             `num_heads`, `rope_theta` is not a positive finite number, the devices
             cannot share the heads evenly, or an `attention_fn` the tokens.
 
@@ -135,12 +135,12 @@ class TransformerLM(nnx.Module):
         self,
         vocab_size: int,
         context_length: int,
-        d_model: int,
+        *,
+        embed_dim: int,
         num_layers: int,
         num_heads: int,
-        d_ff: int,
+        hidden_dim: int,
         rope_theta: float = 1e4,
-        *,
         num_kv_heads: int | None = None,
         tie_embeddings: bool = False,
         attention_fn: Callable[..., Any] | None = None,
@@ -154,19 +154,19 @@ class TransformerLM(nnx.Module):
     ):
         op = "TransformerLM"
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        vocab_size, context_length, d_model, num_layers = check_arguments(
+        vocab_size, context_length, embed_dim, num_layers = check_arguments(
             op,
             None,
             vocab_size=vocab_size,
             context_length=context_length,
-            d_model=d_model,
+            embed_dim=embed_dim,
             num_layers=num_layers,
         )
-        d_ff, num_heads, kv_heads = check_arguments(
-            op, None, d_ff=d_ff, num_heads=num_heads, num_kv_heads=kv_heads
+        hidden_dim, num_heads, kv_heads = check_arguments(
+            op, None, hidden_dim=hidden_dim, num_heads=num_heads, num_kv_heads=kv_heads
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        _check_heads(d_model, num_heads, kv_heads)
+        _check_heads(embed_dim, num_heads, kv_heads)
         check_number(op, "rope_theta", rope_theta, positive=True)
         mesh = None if mesh is None or mesh.size == 1 else mesh
         if mesh is not None:
@@ -175,9 +175,9 @@ class TransformerLM(nnx.Module):
         check_callable(op, "mlp", mlp)
         make_block = partial(
             TransformerBlock,
-            d_model,
+            embed_dim,
             num_heads,
-            d_ff,
+            hidden_dim=hidden_dim,
             num_kv_heads=kv_heads,
             rope_theta=rope_theta,
             attention_fn=choose_attention(attention_fn, mesh),
@@ -186,10 +186,10 @@ class TransformerLM(nnx.Module):
             param_dtype=param_dtype,
         )
         init = linear_init if tie_embeddings else embedding_init
-        shape, names = (vocab_size, d_model), ("vocab", "embed")
+        shape, names = (vocab_size, embed_dim), ("vocab", "embed")
         self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
         self.layers: Any = make_layers(make_block, num_layers, scan_layers, rngs)
-        self.norm = make_norm(d_model, **dtypes)
+        self.norm = make_norm(embed_dim, **dtypes)
         self.head = (
             None
             if tie_embeddings
@@ -197,7 +197,7 @@ class TransformerLM(nnx.Module):
         )
         self.vocab_size = vocab_size
         self.context_length = context_length
-        self.cache_shape = num_layers, kv_heads, d_model // num_heads
+        self.cache_shape = num_layers, kv_heads, embed_dim // num_heads
         self.can_cache = attention_fn is None
         self.dtype = param_dtype if dtype is None else dtype
         self.remat = remat
@@ -261,7 +261,7 @@ class TransformerLM(nnx.Module):
         tokens: Integer[Array, "batch seq"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch seq embed_dim"]:
         """What the head is applied to; arguments and errors are those of the call."""
         tokens, order, inverse = self._order(tokens)
         return _take(self._features(tokens, positions, order, options), inverse)
@@ -284,7 +284,7 @@ class TransformerLM(nnx.Module):
 
     @on_automatic_axes(lambda features: P(*features[:-1], None))
     def logits(
-        self, features: Float[Array, "*batch d_model"]
+        self, features: Float[Array, "*batch embed_dim"]
     ) -> Float[Array, "*batch vocab"]:
         """The head, in float32."""
         wide = widen(features[:0]).dtype
@@ -315,7 +315,7 @@ class TransformerLM(nnx.Module):
     @on_automatic_axes(_places_with_cache)
     def extend(
         self, tokens: Integer[Array, "batch seq"], cache: KVCache
-    ) -> tuple[Float[Array, "batch seq d_model"], KVCache]:
+    ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
         """The features of tokens that follow those in the cache, and it with theirs.
 
         Raises:
@@ -440,16 +440,16 @@ def _take(x: Any, order: jax.Array | None) -> Any:
     return x if x is None or order is None else jnp.take(x, order, axis=1)
 
 
-def _check_heads(d_model: int, num_heads: int, kv_heads: int) -> None:
+def _check_heads(embed_dim: int, num_heads: int, kv_heads: int) -> None:
     op = "TransformerLM"
-    if d_model % num_heads:
+    if embed_dim % num_heads:
         raise ValueError(
-            f"{op}: num_heads must divide d_model={d_model}, got {num_heads}"
+            f"{op}: num_heads must divide embed_dim={embed_dim}, got {num_heads}"
         )
-    if d_model // num_heads % 2:
+    if embed_dim // num_heads % 2:
         raise ValueError(
-            f"{op}: d_model / num_heads must be even, for rotary positions, "
-            f"got {d_model} / {num_heads} = {d_model // num_heads}"
+            f"{op}: embed_dim / num_heads must be even, for rotary positions, "
+            f"got {embed_dim} / {num_heads} = {embed_dim // num_heads}"
         )
     if num_heads % kv_heads:
         raise ValueError(

@@ -54,8 +54,9 @@ def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
     return bind(attention_fn, **({"is_causal": True} if has_option else {}))
 
 
-def _attend(query, key, value, *, positions, theta, attention_fn, **options):
-    query, key = (rotary_embedding(x, positions, theta=theta) for x in (query, key))
+def _attend(query, key, value, *, positions, rope_theta, attention_fn, **options):
+    rotate = partial(rotary_embedding, positions=positions, rope_theta=rope_theta)
+    query, key = rotate(query), rotate(key)
     return attention_fn(query, key, value, **options)
 
 
@@ -67,10 +68,10 @@ class TransformerBlock(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
+        embed_dim: int,
         num_heads: int,
-        d_ff: int,
         *,
+        hidden_dim: int,
         num_kv_heads: int,
         rope_theta: float,
         attention_fn: Callable[..., Any],
@@ -80,11 +81,13 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(make_norm, d_model, **dtypes)
+        norm = partial(make_norm, embed_dim, **dtypes)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention_fn = bind(_attend, theta=rope_theta, attention_fn=attention_fn)
+        self.attention_fn = bind(
+            _attend, rope_theta=rope_theta, attention_fn=attention_fn
+        )
         self.attention = MultiHeadAttention(
-            d_model,
+            embed_dim,
             num_heads,
             num_kv_heads=num_kv_heads,
             attention_fn=self.attention_fn,
@@ -92,26 +95,26 @@ class TransformerBlock(nnx.Module):
             kernel_init=linear_init,
             **dtypes,
         )
-        self.mlp = mlp(d_model, d_ff, **dtypes)
+        self.mlp = mlp(embed_dim, hidden_dim, **dtypes)
         self.rope_theta = rope_theta
 
     def __call__(
         self,
-        x: Float[Array, "batch seq d_model"],
+        x: Float[Array, "batch seq embed_dim"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch seq embed_dim"]:
         x = x + self.attention(self.attention_norm(x), positions=positions, **options)
         return x + self.mlp(self.mlp_norm(x))
 
     def extend(
         self,
-        x: Float[Array, "batch seq d_model"],
+        x: Float[Array, "batch seq embed_dim"],
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
         length: Integer[Array, ""] | Integer[Array, " batch"],
     ) -> tuple[
-        Float[Array, "batch seq d_model"],
+        Float[Array, "batch seq embed_dim"],
         Float[Array, "batch capacity kv_heads dim"],
         Float[Array, "batch capacity kv_heads dim"],
     ]:
@@ -134,7 +137,9 @@ class TransformerBlock(nnx.Module):
         order = jnp.arange(x.shape[1], dtype=length.dtype)
         order = jnp.expand_dims(order, range(length.ndim))
         positions = length[..., None] + order
-        rotate = partial(rotary_embedding, positions=positions, theta=self.rope_theta)
+        rotate = partial(
+            rotary_embedding, positions=positions, rope_theta=self.rope_theta
+        )
         query, key, value = of.to_heads(normed, normed, normed)
         query, key = rotate(query), rotate(key)
         keys, values = _put(keys, key, length), _put(values, value, length)

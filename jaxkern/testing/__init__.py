@@ -1,12 +1,12 @@
-"""Checks of kernels and of what they compute, on any machine.
+"""Check kernels and what they compute, on any machine.
 
 - `emulate_gpu` runs Pallas Mosaic GPU kernels on a CPU and finds their races.
-- `compile_for` compiles them for a GPU that is not there, and counts registers, spills,
-  shared memory and instructions.
-- `relative_error` and `assert_as_close` hold results to a definition in float64.
-- `plain` has our ops as one writes them in jnp.
+- `compile_for` compiles kernels for a GPU that need not be there, and counts registers,
+  spills, shared memory and instructions.
+- `relative_error` and `assert_as_close` compare results with a definition in float64.
+- `plain` has the ops of jaxkern as one writes them in jnp.
 
-Your own kernels work with all of them. `import jaxkern` does not import this.
+All of them accept kernels of yours. `import jaxkern` does not import this module.
 """
 
 from . import plain as plain

@@ -1,4 +1,4 @@
-"""How near results are to a definition."""
+"""Compare results with a definition in float64."""
 
 from typing import Any
 
@@ -8,29 +8,36 @@ import numpy as np
 
 
 def relative_error(got: Any, exact: Any) -> float:
-    r"""Return the worst row's norm of the difference over its norm, of all leaves.
+    r"""Return the largest relative error of a row, over all leaves of two trees.
 
     $$\max_i \frac{\lVert a_i - b_i \rVert}{\max(\lVert b_i \rVert,\ 10^{-3} \bar b)},
     \quad \bar b^2 = \mathrm{mean}_i \lVert b_i \rVert^2$$
 
-    Rows $a_i$ of `got` and $b_i$ of `exact` are vectors along the last axis: the result
-    of one token, the weights of one feature. One that is almost zero counts as a
-    thousandth of the usual one. It is computed in float64, on the GPU where that is
-    JAX's default device. A NaN on either side makes it NaN.
+    Rows $a_i$ of `got` and $b_i$ of `exact` are vectors along the last axis, such as
+    the result of one token or the weights of one feature. A row that is almost zero is
+    measured against a thousandth of $\bar b$, the root mean square of the norms in its
+    leaf. Everything is computed in float64, on the GPU if JAX's default device is one.
 
     Args:
         got: A tree of arrays.
-        exact: A tree of arrays with the same leaves.
+        exact: A tree of arrays with as many leaves, whose shapes broadcast with theirs.
+
+    Returns:
+        The error as a Python number; it is NaN if there is a NaN in either tree.
 
     Raises:
         ValueError: The numbers of leaves differ, or shapes do not broadcast.
 
-    >>> import numpy as np
-    >>> from jaxkern import testing
-    >>> testing.relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
-    0.1
+    Examples:
+        ```python
+        import numpy as np
+        from jaxkern import testing
+
+        got, exact = np.array([3.0, 4.5]), np.array([3.0, 4.0])
+        assert testing.relative_error(got, exact) == 0.1
+        ```
     """
-    # NumPy has one thread for what a GPU has at hand, and takes seconds.
+    # On a GPU's large results NumPy, which has one thread, would take seconds.
     error = _error_on_device if jax.default_backend() == "gpu" else _error_on_host
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
     # np.max and not max(), which may drop a NaN.
@@ -38,9 +45,10 @@ def relative_error(got: Any, exact: Any) -> float:
 
 
 def _error_on_host(a: Any, b: Any) -> float:
-    """`relative_error` of one leaf, in NumPy."""
+    """Return the `relative_error` of one leaf, in NumPy."""
     a, b = (np.atleast_1d(np.asarray(x, np.float64)) for x in (a, b))
-    # A tenth of the time of `np.linalg.norm`, which writes the squares to memory.
+    # This takes a tenth of the time of `np.linalg.norm`, which writes all squares to
+    # memory.
     norms, errors = (np.sqrt(np.vecdot(x, x)) for x in (b, a - b))
     usual = np.sqrt(np.mean(norms**2))
     norms = np.maximum(norms, max(1e-3 * usual, 1e-30))
@@ -48,7 +56,7 @@ def _error_on_host(a: Any, b: Any) -> float:
 
 
 def _error_on_device(a: Any, b: Any) -> float:
-    """`relative_error` of one leaf, in one program."""
+    """Return the `relative_error` of one leaf, in one program."""
     with jax.enable_x64(True):
         return float(_worst_row(*(jnp.asarray(x) for x in (a, b))))
 
@@ -63,39 +71,43 @@ def _worst_row(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def assert_as_close(got: Any, plain: Any, exact: Any) -> None:
-    r"""Assert that each leaf has no more than twice the error of its plain form.
+    r"""Assert that no leaf has more than twice the error of its plain form.
 
     $$e(\mathrm{got}) \le 2\, e(\mathrm{plain}) + \tfrac12 \epsilon$$
 
-    with $e$ the `relative_error` against `exact`, and $\epsilon$ that of the dtype. So
-    the bound need not be guessed: it is what the arithmetic of the dtype costs who
-    writes the same in jnp. One rounding is always allowed, since on few elements the
-    plain form may be exact by luck.
+    where $e$ is the `relative_error` against `exact`, and $\epsilon$ is the spacing of
+    the dtype at 1. So you need not guess a tolerance: the bound follows from the error
+    that the same computation has in jnp, in the same dtype. Half of $\epsilon$, one
+    rounding, is always allowed, since on few elements the plain form may be exact by
+    chance.
 
     Args:
         got: A tree of arrays, as computed by a kernel.
-        plain: The same by the plain form, in the same dtypes.
-        exact: The same in float64.
+        plain: The results of the plain form, in the same dtypes.
+        exact: The results in float64.
 
     Raises:
-        AssertionError: A leaf's error is above its bound, or its shape is not that of
-            `exact` and of `plain`, or its dtype not that of `plain`.
+        AssertionError: A leaf's error is above its bound; or its shape differs from the
+            shape of `exact` or `plain`, or its dtype from the dtype of `plain`.
         ValueError: The numbers of leaves differ.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from jaxkern import testing
-    >>> x = np.linspace(0, 1, 8)
-    >>> plain = jnp.asarray(x, jnp.bfloat16) ** 2
-    >>> testing.assert_as_close(plain, plain, x**2)
-    >>> testing.assert_as_close(0.9 * plain, plain, x**2)
-    Traceback (most recent call last):
-        ...
-    AssertionError: leaf 0: error ... above ...
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import numpy as np
+        import pytest
+        from jaxkern import testing
+
+        x = np.linspace(0, 1, 8)
+        plain = jnp.asarray(x, jnp.bfloat16) ** 2
+        testing.assert_as_close(plain, plain, x**2)
+        with pytest.raises(AssertionError, match="leaf 0: error .* above"):
+            testing.assert_as_close(0.9 * plain, plain, x**2)
+        ```
     """
     trees = map(jax.tree.leaves, (got, plain, exact))
     for i, (a, b, c) in enumerate(zip(*trees, strict=True)):
-        # Raised, since without this python -O would check nothing.
+        # These raise and do not assert, since `python -O` drops assert statements.
         if a.shape != c.shape:
             raise AssertionError(f"leaf {i}: shape {a.shape}, exact {c.shape}")
         if a.shape != b.shape:
@@ -104,6 +116,6 @@ def assert_as_close(got: Any, plain: Any, exact: Any) -> None:
             raise AssertionError(f"leaf {i}: dtype {a.dtype}, plain {b.dtype}")
         bound = 2 * relative_error(b, c) + float(jnp.finfo(a.dtype).eps) / 2
         error = relative_error(a, c)
-        # Written so that a NaN fails.
+        # Written as `not <=`, so that a NaN fails.
         if not error <= bound:
             raise AssertionError(f"leaf {i}: error {error:.3g} above {bound:.3g}")

@@ -1,8 +1,9 @@
 """Compile Mosaic GPU kernels for sm_90a, with or without a GPU, and count.
 
-JAX lowers on the CPU to a module a kernel; the CUDA plugin compiles it all the way to
-machine code in a process of its own, against a stub of the driver that also tells how
-much shared memory is asked for.
+JAX lowers a function on the CPU to one module for each kernel. In a process of its own,
+the CUDA plugin compiles the module to machine code. A stub stands for the driver: it
+writes the machine code that is loaded, and the shared memory that is asked for, to
+files.
 """
 
 import glob
@@ -29,36 +30,91 @@ from . import order
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_90a",)
 TIMEOUT_SECONDS = 300
-# Names a folder of packages that is not on Python's path.
+# The environment variable with a folder of packages that is not on Python's path.
 FOLDER = "JAXKERN_COMPILER"
-TOOLS = "pip install 'jaxkern[testing]'"
+TOOLS = "pip install 'jaxkern-fused[testing]'"
 
 Ended = subprocess.CompletedProcess[str]
 
 
 class MissingCompiler(ImportError):
-    """A tool or package that compiling needs is not installed."""
+    """A tool or package that `compile_for` needs is not installed.
+
+    The message says which one, and how to install it.
+
+    Examples:
+        A test that skips itself on a machine without these tools:
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import pytest
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+        from jaxkern import testing
+
+
+        def kernel(y_gmem):
+            y_gmem[...] = jnp.zeros(128, jnp.float32)
+
+
+        def test_no_spills():
+            zeros = plgpu.kernel(
+                kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32)
+            )
+            try:
+                compiled = testing.compile_for("sm_90a", zeros)
+            except testing.MissingCompiler as missing:
+                pytest.skip(str(missing))
+            assert compiled.problem() is None
+
+
+        assert issubclass(testing.MissingCompiler, ImportError)
+        ```
+    """
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel needs of the chip. Counts are static: a loop counts once.
+    """The resources that one compiled kernel needs, as `compile_for` returns them.
+
+    Counts are static: an instruction in a loop counts once.
 
     Attributes:
-        registers: Of one thread at launch.
-        stack_bytes: Of one thread.
-        spill_stores_bytes: Of registers that one thread writes to memory.
-        spill_loads_bytes: Of registers that one thread reads back.
-        smem_bytes: Of shared memory that one block asks for.
+        registers: Registers of one thread at launch.
+        stack_bytes: The stack of one thread.
+        spill_stores_bytes: Spilled registers that one thread writes to memory.
+        spill_loads_bytes: Spilled registers that one thread reads back.
+        smem_bytes: Shared memory of one block.
         barriers: Named barriers of the hardware.
-        wgmma: Tensor-core instructions, as PTX has them.
-        is_serialized: Whether the compiler lets wgmmas run one after the other only.
-        instructions: How often each instruction of the machine occurs, by its name with
-            all modifiers; None without the disassembler.
-        seconds: The time it took to compile.
+        wgmma: Tensor-core instructions in the PTX.
+        is_serialized: Whether the compiler lets wgmmas run only one after the other.
+        instructions: How often each machine instruction occurs, by its name with all
+            modifiers; None without the disassembler.
+        seconds: The time that compiling took.
         faults: What is wrong in the order of the kernel's instructions, a sentence
-            each: a wgmma or a copy that is not fenced, committed or awaited, and
+            each: a wgmma or a copy that is not fenced, committed or awaited, or
             warpgroups that ask for more registers than there are.
+
+    Examples:
+        ```python
+        from jaxkern import testing
+
+        kernel = testing.CompiledKernel(
+            registers=168,
+            stack_bytes=16,
+            spill_stores_bytes=16,
+            spill_loads_bytes=20,
+            smem_bytes=65536,
+            barriers=1,
+            wgmma=4,
+            is_serialized=False,
+            instructions={"HGMMA.64x128x16.F32": 4, "MUFU.EX2": 8},
+            seconds=0.5,
+        )
+        assert kernel.count("MUFU") == 8
+        assert kernel.count() == 12
+        assert kernel.problem() == "spills registers: 16 bytes stored, 20 loaded"
+        ```
     """
 
     registers: int
@@ -75,14 +131,18 @@ class CompiledKernel:
 
     @property
     def spilled_bytes(self) -> int:
-        """Bytes of registers that are stored to memory and loaded back, together."""
+        """The sum of `spill_stores_bytes` and `spill_loads_bytes`."""
         return self.spill_stores_bytes + self.spill_loads_bytes
 
     def count(self, name: str = "") -> int:
-        """Count the instructions with this name, such as "MUFU" or "HGMMA.SP".
+        """Count the machine instructions with this name, such as "MUFU" or "HGMMA.SP".
 
         Args:
-            name: It may lack the last modifiers. Without a name all are counted.
+            name: The name, with any number of its modifiers. Without it, all
+                instructions are counted.
+
+        Returns:
+            How many there are in the machine code.
 
         Raises:
             MissingCompiler: The disassembler was not installed.
@@ -99,7 +159,12 @@ class CompiledKernel:
         )
 
     def problem(self) -> str | None:
-        """Say why this kernel is slow, wrong or does not run; None if nothing is."""
+        """Say why this kernel is wrong, slow or does not run.
+
+        Returns:
+            The first of its faults, spilled registers, serialized wgmmas or too much
+            shared memory, as a sentence; None if there is none.
+        """
         if self.faults:
             return self.faults[0]
         if self.spilled_bytes:
@@ -109,7 +174,7 @@ class CompiledKernel:
             )
         if self.is_serialized:
             return "wgmmas run one after the other, for want of registers"
-        # Mosaic is imported on first use of a kernel.
+        # Mosaic is imported when a kernel is first used.
         from .._mosaic.base import SMEM_BYTES
 
         if self.smem_bytes > SMEM_BYTES:
@@ -120,48 +185,57 @@ class CompiledKernel:
 def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel:
     r"""Compile the kernel that `fn(*args)` launches, on a machine that needs no GPU.
 
-    It says what only a compiler knows: whether the kernel compiles, and the registers,
-    spilled bytes, shared memory and instructions it takes. So many blocks of $w$
-    threads run at once on a multiprocessor of Hopper, with $r$ registers a thread and
-    $s$ bytes of shared memory:
+    The result says what only a compiler knows: whether the kernel compiles, and the
+    registers, spilled bytes, shared memory and instructions it takes. With $r$
+    registers a thread and $s$ bytes of shared memory, so many blocks of $w$ threads run
+    at once on a multiprocessor of Hopper:
 
     $$\min(\lfloor 65536 / (r w) \rfloor,\ \lfloor 233472 / (s + 1024) \rfloor)$$
 
-    It needs `pip install 'jaxkern[testing]'`, a C compiler, and JAX's CUDA plugin. With
-    a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the plugin apart,
-    since JAX prints an error in every program that finds it and no GPU:
+    It needs `pip install 'jaxkern-fused[testing]'`, a C compiler, and JAX's CUDA
+    plugin. With a GPU, `pip install 'jax[cuda13]'` brings it. Without one, install the
+    plugin apart, since JAX prints an error in every program that finds it and no GPU:
 
         pip install --no-deps --target CUDA jax-cuda13-plugin==V jax-cuda13-pjrt==V
         export JAXKERN_COMPILER=CUDA
 
-    with V the version of jax, and CUDA a folder that is not on Python's path.
+    where V is the version of jax, and CUDA a folder that is not on Python's path.
 
     Args:
         arch: "sm_90a", which is Hopper.
-        fn: A function that launches one kernel, for `jax.jit`.
-        args: Its arguments, arrays or `jax.ShapeDtypeStruct`.
+        fn: A function that launches one kernel. It is traced by `jax.jit`.
+        args: The arguments of `fn`, arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The counts; `CompiledKernel.problem()` says in a sentence what is wrong.
 
     Raises:
         ValueError: `arch` is unknown, or `fn` does not launch exactly one kernel.
-        MissingCompiler: A tool is not installed; it says which, and how to get it.
-        RuntimeError: The kernel does not compile, in the compiler's words, or a tool
-            fails or takes too long, in its last words.
+        MissingCompiler: A tool is not installed. The message says how to install it.
+        RuntimeError: The kernel does not compile, or a tool fails or takes too long.
+            The message has what the compiler or the tool printed.
 
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from jax.experimental.pallas import mosaic_gpu as plgpu
-    >>> from jaxkern import testing
-    >>> def double(x):
-    ...     def kernel(x_gmem, y_gmem):
-    ...         y_gmem[...] = 2 * x_gmem[...]
-    ...
-    ...     return plgpu.kernel(
-    ...         kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype)
-    ...     )(x)
-    >>> x = jax.ShapeDtypeStruct((128,), jnp.float32)
-    >>> kernel = testing.compile_for("sm_90a", double, x)
-    >>> kernel.spilled_bytes, kernel.smem_bytes, kernel.wgmma
-    (0, 0, 0)
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+        from jaxkern import testing
+
+
+        def double(x):
+            def kernel(x_gmem, y_gmem):
+                y_gmem[...] = 2 * x_gmem[...]
+
+            return plgpu.kernel(
+                kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype)
+            )(x)
+
+
+        x = jax.ShapeDtypeStruct((128,), jnp.float32)
+        kernel = testing.compile_for("sm_90a", double, x)
+        assert (kernel.spilled_bytes, kernel.smem_bytes, kernel.wgmma) == (0, 0, 0)
+        ```
     """
     if arch not in ARCHITECTURES:
         raise_unknown("compile_for", "arch", arch, ARCHITECTURES)
@@ -178,14 +252,14 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
 
 @dataclass(frozen=True)
 class Tools:
-    """Paths of what compiles.
+    """The paths of the tools that compile a kernel.
 
     Attributes:
         plugin: JAX's CUDA plugin, which holds the compiler.
         runtime: Mosaic's library that a module is linked with.
         ptxas: The assembler.
         cudart: CUDA's runtime library.
-        disassembler: None if there is none.
+        disassembler: The program nvdisasm; None if it is not installed.
     """
 
     plugin: Path
@@ -196,16 +270,16 @@ class Tools:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Where the compiler looks for the rest."""
+        """The environment variables by which the compiler finds the other tools."""
         return {
             "MOSAIC_GPU_RUNTIME_LIB_PATH": str(self.runtime),
-            # Of the toolkit, which has the assembler in `bin`.
+            # The toolkit's folder, which has the assembler in `bin`.
             "MOSAIC_GPU_CUDA_ROOT": str(self.ptxas.parents[1]),
         }
 
 
 def _search(*patterns: str) -> Path | None:
-    """The first match in the named folder, Python's folders or the CUDA toolkit's."""
+    """Return the first match in `FOLDER`, on Python's path or in the CUDA toolkit."""
     cuda_home = os.environ.get("CUDA_HOME")
     roots = [os.environ.get(FOLDER), *sys.path, "/usr/local/cuda", cuda_home]
     for root in filter(None, roots):
@@ -217,10 +291,10 @@ def _search(*patterns: str) -> Path | None:
 
 
 def tools() -> Tools:
-    """Find what compiles.
+    """Find the tools that compile.
 
     Raises:
-        MissingCompiler: Something without which nothing compiles is not installed.
+        MissingCompiler: One of them, other than the disassembler, is not installed.
     """
     plugin = _search("jax_plugins/xla_cuda*/xla_cuda_plugin.so")
     runtime = _search("jax_cuda*_plugin/libmosaic_gpu_runtime.so")
@@ -264,7 +338,7 @@ def _c_compiler() -> str | None:
 
 
 def build_stub(folder: Path) -> None:
-    """Build libcuda.so.1 in the folder.
+    """Build the stub of the driver, libcuda.so.1, in a folder.
 
     Raises:
         RuntimeError: The C compiler fails.
@@ -276,10 +350,11 @@ def build_stub(folder: Path) -> None:
 
 
 def _run(*command: object, env: Mapping[str, str] | None = None) -> Ended:
-    """Run a tool to its end.
+    """Run a tool, and check that it succeeds.
 
     Raises:
-        RuntimeError: It takes too long, or returns an error, and its last words.
+        RuntimeError: The tool takes too long or fails. The message has the end of what
+            it printed.
     """
     done = _try(*command, env=env)
     if done.returncode:
@@ -288,7 +363,7 @@ def _run(*command: object, env: Mapping[str, str] | None = None) -> Ended:
 
 
 def _try(*command: object, env: Mapping[str, str] | None = None) -> Ended:
-    """`_run`, of which the caller asks whether it has failed."""
+    """Run a tool like `_run`, but leave it to the caller to see whether it failed."""
     try:
         return subprocess.run(
             list(map(str, command)),
@@ -315,7 +390,7 @@ def _last_words(said: str) -> str:
 
 
 def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
-    """The modules of the kernels that `fn` launches."""
+    """Return the modules of the kernels that `fn` launches."""
     lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
     module: Any = lowered.compiler_ir()
     found = []
@@ -339,17 +414,17 @@ def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
 
 
 def fingerprint(module: bytes) -> str:
-    """A hash of a module, as `lower` returns it, but for where its sources lie.
+    """Return a hash of a module of `lower` that ignores the places of its sources.
 
-    Without this, a comment in a source would change it, and so would another folder.
+    Those would change the hash with every comment in a source, and in another folder.
     """
-    # Mosaic is imported on first use of a kernel.
+    # Mosaic is imported when a kernel is first used.
     from jax._src.interpreters import mlir
     from jax.experimental.mosaic.gpu import core
     from jaxlib.mlir import ir, passmanager
     from jaxlib.mlir.dialects import gpu, llvm, nvvm
 
-    # Whose import registers what a module is made of.
+    # Importing these registers the operations of a module.
     del gpu, llvm, nvvm
     context: Any = mlir.make_ir_context()
     context.allow_unregistered_dialects = True
@@ -366,10 +441,10 @@ def fingerprint(module: bytes) -> str:
 
 
 def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
-    """Compile one kernel, as `lower` returns it.
+    """Compile one kernel's module, as `lower` returns it.
 
     Raises:
-        RuntimeError: It does not compile, or a tool fails or takes too long.
+        RuntimeError: The kernel does not compile, or a tool fails or takes too long.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -415,7 +490,7 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
 
 
 def count_ptx(output: str) -> dict[str, Any]:
-    """What the compiler prints, as fields of `CompiledKernel`."""
+    """Read what the compiler prints, as fields of `CompiledKernel`."""
 
     def number(pattern: str) -> int:
         found = re.search(pattern, output)
@@ -435,19 +510,19 @@ def count_ptx(output: str) -> dict[str, Any]:
 
 
 def _count_sass(disassembler: Path, cubin: Path) -> dict[str, int]:
-    # Without an analysis of the data's flow, which shows in nothing that is counted.
+    # -ndf leaves out an analysis of the data flow, which changes none of the counts.
     return count_sass(_run(disassembler, "-c", "-ndf", cubin).stdout)
 
 
 def count_sass(text: str) -> dict[str, int]:
-    """How often each instruction occurs in disassembled machine code."""
-    # An address, a predicate for some, and the name.
+    """Count how often each instruction occurs in disassembled machine code."""
+    # A line has an address, an optional predicate, and the name of the instruction.
     line = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
     return dict(Counter(re.findall(line, text, re.MULTILINE)))
 
 
 def versions(found: Tools) -> dict[str, str]:
-    """The versions on which the machine code of a module depends."""
+    """Return the versions on which the machine code of a module depends."""
     text = _run(found.ptxas, "--version").stdout
     release = re.search(r"V(\d[\d.]*)", text)
     return {"jax": jax.__version__, "ptxas": release.group(1) if release else text}

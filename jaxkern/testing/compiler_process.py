@@ -1,6 +1,7 @@
-"""Compile one kernel, in a process of its own, which the compiler may bring down.
+"""Compile one kernel in a process of its own, since the compiler may crash it.
 
-Run by its path, and without JAX, whose import would take longer than compiling.
+The process runs this file by its path and does not import JAX, which would take longer
+than compiling.
 """
 
 import ctypes
@@ -16,7 +17,7 @@ def compile_here(plugin: str, path: str) -> None:
     function.restype = ctypes.c_void_p
     done = function(module, len(module))
     sys.stdout.flush()
-    # Not by way of destructors that look for a driver.
+    # A normal exit would run destructors, which look for a driver.
     os._exit(0 if done else 1)
 
 

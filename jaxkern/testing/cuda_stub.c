@@ -1,8 +1,8 @@
-/* A libcuda.so.1 with just enough of the driver's functions for Mosaic GPU to compile
- * kernels on a machine that has none. Nothing can be launched.
+/* A libcuda.so.1 with just enough functions for Mosaic GPU to compile kernels on a
+ * machine that has no NVIDIA driver. Nothing can be launched.
  *
- * KERNELS_CUBIN: where to write the machine code the compiler loads.
- * KERNELS_SMEM: where to write the bytes of dynamic shared memory it asks for.
+ * KERNELS_CUBIN: the file for the machine code that the compiler loads.
+ * KERNELS_SMEM: the file for the bytes of dynamic shared memory that it asks for.
  */
 #include <elf.h>
 #include <stdint.h>
@@ -62,7 +62,7 @@ static int save_smem(int bytes) {
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   *function = (void *)1;
-  return save_smem(0); /* whose bytes are not set has none */
+  return save_smem(0); /* the default, if the bytes are never set */
 }
 int cuFuncSetAttribute(void *function, int attribute, int value) {
   return attribute == FUNCTION_DYNAMIC_SMEM ? save_smem(value) : 0;

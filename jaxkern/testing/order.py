@@ -1,9 +1,9 @@
-"""Faults in the order of a kernel's instructions, which no compiler looks for.
+"""Find faults in the order of a kernel's instructions, for which no compiler looks.
 
-The emulator takes an inline function by what it means, and so does not see what it
-writes. This follows the PTX of a whole kernel along its branches, and asks what PTX's
-documentation asks of wgmma, of copies from shared memory, and of registers that
-warpgroups hand to each other. Sources: PTX ISA,
+The emulator replaces an inline function by its meaning, so it does not see the
+instructions of that function. This module reads the PTX of a whole kernel along all its
+branches. It checks what PTX's documentation demands of wgmma, of copies from shared
+memory, and of the registers that warpgroups hand to each other. Sources: PTX ISA,
 "Asynchronous Warpgroup Level Matrix Instructions", "Async proxy", "setmaxnreg".
 """
 
@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-# Of one multiprocessor; a block's threads share them.
+# Registers of one multiprocessor, which the threads of a block share.
 REGISTERS = 65536
+# Threads of a warpgroup.
 WARPGROUP = 128
-# Of wgmmas that may run at once, as far as this looks.
+# Committed groups of wgmmas that are followed at once.
 MOST_GROUPS = 8
 
 _COPY = re.compile(r"cp\.async\.bulk(\.tensor\.\dd)?\.global\.shared::cta")
@@ -25,19 +26,19 @@ _REGISTER = re.compile(r"%\w+")
 _WAIT = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)")
 _HANDED = re.compile(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32\s+(\d+)")
 _THREADS = re.compile(r"\.(?:req|max)ntid (\d+)")
-# An instruction with its predicate, which some have.
+# An optional predicate, and the instruction.
 _LINE = re.compile(r"(@!?%\w+\s+)?(.*)")
-# Only labels of the compiler's: those in inline instructions are their own business.
+# Labels that the compiler made. Labels within inline instructions are not followed.
 _LABEL = re.compile(r"(\$L\w+):")
 _BRANCH = re.compile(r"bra(?:\.uni)?\s+(\$L\w+)")
 
 
 def faults(ptx: str, registers: int) -> list[str]:
-    """Say in a sentence each what is wrong; nothing if nothing is.
+    """Return the faults of a kernel, a sentence each.
 
     Args:
-        ptx: Of one kernel.
-        registers: Of one thread at launch.
+        ptx: The PTX of one kernel.
+        registers: Registers of one thread at launch.
     """
     lines = [line.strip() for line in ptx.splitlines()]
     return [*_of_paths(lines), *_of_halves(lines), *_of_registers(ptx, registers)]
@@ -45,13 +46,13 @@ def faults(ptx: str, registers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _State:
-    """What is in flight.
+    """The asynchronous work in flight at one instruction.
 
     Attributes:
         is_fenced: Whether a wgmma may start.
-        issued: Registers with the sums of wgmmas that are to be committed.
-        groups: Those of each committed group that may run still.
-        is_visible: Whether copies see what was written to shared memory.
+        issued: Registers with the sums of wgmmas that are not committed yet.
+        groups: For each committed group that may still run, its registers with sums.
+        is_visible: Whether copies see all that was written to shared memory.
     """
 
     is_fenced: bool = False
@@ -61,7 +62,10 @@ class _State:
 
 
 def _of_paths(lines: Sequence[str]) -> list[str]:
-    """Of every path through the branches, with whatever is in flight along it."""
+    """Return the faults on all paths through the branches.
+
+    A path ends where another one came to the same label with the same state.
+    """
     labels = {
         m.group(1): i for i, line in enumerate(lines) if (m := _LABEL.match(line))
     }
@@ -90,7 +94,7 @@ def _of_paths(lines: Sequence[str]) -> list[str]:
 
 
 def _after(state: _State, line: str) -> tuple[_State, list[str]]:
-    """What an instruction makes of the state, and what is wrong with it there."""
+    """Return the state after an instruction, and what is wrong with it there."""
     if line.startswith("wgmma.fence"):
         return replace(state, is_fenced=True), []
     if line.startswith("wgmma.mma_async"):
@@ -99,13 +103,14 @@ def _after(state: _State, line: str) -> tuple[_State, list[str]]:
         found = [] if state.is_fenced else ["a wgmma has no wgmma.fence before it"]
         return replace(state, issued=state.issued.union(registers)), found
     if line.startswith("wgmma.commit_group"):
-        # Without a limit, a loop that awaits nothing would never be done.
+        # Without a limit, the states of a loop that awaits nothing would have no end.
         groups = (*state.groups, state.issued)[-MOST_GROUPS:]
         return replace(state, issued=frozenset(), groups=groups), []
     if wait := _WAIT.match(line):
         found = ["a wgmma is awaited before it is committed"] if state.issued else []
         first = max(0, len(state.groups) - int(wait.group(1)))
-        # What is awaited may be read and written, so that the next one needs a fence.
+        # Registers that were awaited may be read and written, so the next wgmma needs a
+        # fence again.
         return replace(state, is_fenced=False, groups=state.groups[first:]), found
     if line.startswith("fence.proxy.async"):
         return replace(state, is_visible=True), []
@@ -116,7 +121,7 @@ def _after(state: _State, line: str) -> tuple[_State, list[str]]:
     found = []
     if _COPY.match(line) and not state.is_visible:
         found.append("a copy from shared memory has no fence.proxy.async before it")
-    # Of sums that go round a loop, the compiler removes the copies.
+    # Copies of sums that are carried by a loop do not count: the compiler removes them.
     if not line.startswith("mov."):
         used = _REGISTER.findall(line)
         if not all(group.isdisjoint(used) for group in (state.issued, *state.groups)):
@@ -125,7 +130,7 @@ def _after(state: _State, line: str) -> tuple[_State, list[str]]:
 
 
 def _of_halves(lines: Sequence[str]) -> list[str]:
-    """Of the words of positions, each half serves one sparse wgmma."""
+    """Return a fault if two sparse wgmmas read the same half of a word of positions."""
     halves = Counter(m.groups() for line in lines if (m := _SPARSE.search(line)))
     if any(count > 1 for count in halves.values()):
         return ["sparse wgmmas read the same half of a word of positions"]
@@ -133,7 +138,11 @@ def _of_halves(lines: Sequence[str]) -> list[str]:
 
 
 def _of_registers(ptx: str, registers: int) -> list[str]:
-    """Those at launch are what warpgroups hand to each other: asking for more hangs."""
+    """Return a fault if warpgroups ask for more registers than others gave back.
+
+    Registers at launch are all there are, and a warpgroup that asks for more waits
+    forever.
+    """
     handed = _HANDED.findall(ptx)
     threads = _THREADS.search(ptx)
     if not handed or threads is None:
@@ -141,7 +150,7 @@ def _of_registers(ptx: str, registers: int) -> list[str]:
     warpgroups = int(threads.group(1)) // WARPGROUP
     asked = [int(count) for kind, count in handed if kind == "inc"]
     left = [int(count) for kind, count in handed if kind == "dec"]
-    # One warpgroup gives registers for all others.
+    # One warpgroup gives registers back, and all others ask for more.
     wanted = max(asked, default=0) * (warpgroups - 1) + max(left, default=registers)
     there = min(registers * warpgroups, REGISTERS // WARPGROUP)
     if asked and wanted > there:

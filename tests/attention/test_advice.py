@@ -1,4 +1,4 @@
-"""What errors of attention advise is right: it is followed here."""
+"""The advice in attention's error messages works: these tests follow it."""
 
 from functools import partial
 
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     context_parallel_attention,
@@ -71,7 +72,7 @@ def test_masks_of_traced_arrays():
 OPS = {
     "attention": lambda x: attention(x, x, x, is_causal=True),
     "dilated_attention": lambda x: dilated_attention(
-        x, x, x, segment_lengths=[12], dilation_rates=[1], is_causal=True
+        x, x, x, dilation=Dilation([12], [1]), is_causal=True
     ),
     "block_sparse_attention": lambda x: block_sparse_attention(
         x, x, x, mask=BlockMask.causal(12, 12)

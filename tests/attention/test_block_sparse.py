@@ -51,10 +51,10 @@ def some_pairs(b, h, q, k):
 
 
 def random_mask(*leading):
-    """Full, partial, empty blocks and, in every head, a row that is empty."""
+    """Return a mask with full, partial and empty blocks and empty rows in all heads."""
     blocks = random_blocks(0, *leading, 5, 4)
     blocks[..., 2, :] = False
-    sizes: Any = {"block_size": 16, "q_len": 77, "kv_len": 61}
+    sizes: Any = {"block_size": 16, "seq_q": 77, "seq_kv": 61}
     other = random_blocks(1, *leading, 5, 4, share=0.3)
     other[..., 2, :] = False
     return BlockMask.from_blocks(blocks, **sizes) | BlockMask.from_blocks(
@@ -100,13 +100,13 @@ def test_one_key_head_other_value_dim_and_scale(leading):
 @given(
     seed=st.integers(0, 100),
     block_size=st.sampled_from([1, 3, 8, 64]),
-    q_len=st.sampled_from([1, 7, 24]),
-    kv_len=st.sampled_from([1, 16, 23]),
+    seq_q=st.sampled_from([1, 7, 24]),
+    seq_kv=st.sampled_from([1, 16, 23]),
     leading=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]),
     share=st.sampled_from([0.05, 0.5, 0.9]),
 )
-def test_any_mask_is_dense_attention(seed, block_size, q_len, kv_len, leading, share):
-    dense = np.random.default_rng(seed).random((*leading, q_len, kv_len)) < share
+def test_any_mask_is_dense_attention(seed, block_size, seq_q, seq_kv, leading, share):
+    dense = np.random.default_rng(seed).random((*leading, seq_q, seq_kv)) < share
     mask = BlockMask.from_dense(dense, block_size=block_size)
     args, cotangents = make_args(mask, heads=2, kv_heads=1, dim=4, dim_v=4)
     assert_is_dense_attention(mask, args, cotangents)
@@ -190,7 +190,7 @@ def test_memory_is_that_of_arguments_and_one_tile(both_passes):
 
 
 def test_every_block_is_visited_once():
-    """One call of the predicate for each partial block, none for full ones."""
+    """The predicate is called once for each partial block, and not for full ones."""
     visits = []
 
     def fn(b, h, q, k):
@@ -230,7 +230,7 @@ def test_the_mask_is_an_argument_or_a_constant_of_jit(name):
 def test_blocks_chosen_under_jit_compile_once():
     @jax.jit
     def run(args, scores):
-        mask = BlockMask.from_blocks(scores > 0.6, block_size=16, q_len=77, kv_len=61)
+        mask = BlockMask.from_blocks(scores > 0.6, block_size=16, seq_q=77, seq_kv=61)
         return jax.value_and_grad(loss)(args, mask)
 
     @jax.jit
@@ -243,7 +243,7 @@ def test_blocks_chosen_under_jit_compile_once():
 
     for seed in range(3):
         scores = np.random.default_rng(seed).random((4, 5, 4))
-        mask = BlockMask.from_blocks(scores > 0.6, block_size=16, q_len=77, kv_len=61)
+        mask = BlockMask.from_blocks(scores > 0.6, block_size=16, seq_q=77, seq_kv=61)
         args, _ = make_args(mask)
         assert_near(run(args, scores), plain(args, np.asarray(mask.to_dense())))
     traced: Any = run
@@ -303,7 +303,7 @@ def test_remat_and_scan():
 def test_shard_map_over_batch_and_heads(name, kv_heads):
     leading = {"shared": (), "batch and heads": (2, 8)}
     blocks = random_blocks(0, *leading[name], 5, 4)
-    mask = BlockMask.from_blocks(blocks, block_size=16, q_len=77, kv_len=61)
+    mask = BlockMask.from_blocks(blocks, block_size=16, seq_q=77, seq_kv=61)
     mask |= BlockMask.local_window(77, 61, window=9, block_size=16)
     args, _ = make_args(mask, heads=8, kv_heads=kv_heads)
     tensors = P("data", None, "model")
@@ -324,7 +324,7 @@ def test_shard_map_over_batch_and_heads(name, kv_heads):
 
 
 def test_shard_map_with_whole_keys():
-    """Queries are split over the batch, keys and values are everywhere the same."""
+    """Queries are split by the batch; every device has all keys and values."""
     mask = BlockMask.local_window(40, 40, window=9, block_size=16)
     (query, key, value), _ = make_args(mask, batch=8)
     key, value = key[:1], value[:1]
@@ -369,7 +369,7 @@ def test_sharded_arguments(leading, kind):
 def test_jacobian(name):
     leading = {"shared": (), "heads": (2,)}[name]
     blocks = random_blocks(0, *leading, 3, 3, share=0.7)
-    mask = BlockMask.from_blocks(blocks, block_size=4, q_len=9, kv_len=10)
+    mask = BlockMask.from_blocks(blocks, block_size=4, seq_q=9, seq_kv=10)
     mask |= BlockMask.local_window(9, 10, window=2, block_size=4)
     args, _ = make_args(mask, batch=1, heads=2, kv_heads=1, dim=3, dim_v=2)
     visible = np.broadcast_to(mask.to_dense(), (1, 2, 9, 10))
@@ -402,13 +402,13 @@ Q = jnp.ones((2, 40, 4, 8))
             r"mask must have the lengths of query and key, \(40, 40\), got \(40, 41\)",
         ),
         (
-            BlockMask.from_blocks(np.ones((3, 1, 1, 1), bool), q_len=40, kv_len=40),
+            BlockMask.from_blocks(np.ones((3, 1, 1, 1), bool), seq_q=40, seq_kv=40),
             {},
             ValueError,
             "block_sparse_attention: batch of mask must be 1 or 2, got 3",
         ),
         (
-            BlockMask.from_blocks(np.ones((2, 1, 1), bool), q_len=40, kv_len=40),
+            BlockMask.from_blocks(np.ones((2, 1, 1), bool), seq_q=40, seq_kv=40),
             {},
             ValueError,
             "block_sparse_attention: heads of mask must be 1 or 4, got 2",

@@ -48,7 +48,7 @@ def public(*args, **options):
 
 
 def by_tiles(query, key, value, *, mask=None, is_causal=False, scale=None, limit=16):
-    """The long form, at lengths where a test can afford many tiles."""
+    """Attention by tiles, so small that short sequences have many of them."""
     diagonal = 0 if is_causal else None
     tiling = make_tiling(query.shape[1], key.shape[1], diagonal, limit)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -196,8 +196,8 @@ def test_programs_are_as_long_for_any_sequence():
         args = [jax.ShapeDtypeStruct((1, seq, 1, 8), jnp.float32)] * 3
         return jax.jit(both_passes).lower(*args).as_text()
 
-    # A list of tiles in the program would be 2**20 bytes longer at the least. A row of
-    # tiles has four bytes, and eight digits.
+    # A list of all tiles would make the program longer by at least 2**20 bytes. The
+    # list of the rows of tiles has 4 bytes, as 8 digits, for each row.
     assert len(text(2**17)) - len(text(2**12)) < 2**14
 
 

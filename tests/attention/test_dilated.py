@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import attention, dilated_attention
+from jaxkern import Dilation, attention, dilated_attention
 
 # seq, heads, kv_heads, segment_lengths, dilation_rates
 CASES: dict[str, Any] = {
@@ -45,7 +46,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
     seq, heads, kv_heads, lengths, rates = case
     shapes = (seq, heads, dim), (seq, kv_heads, dim), (seq, kv_heads, dim_v)
-    # By NumPy: JAX would compile a generator for every shape.
+    # NumPy draws the numbers: JAX would compile a generator for each new shape.
     rng, wide = np.random.default_rng(0), np.promote_types(dtype, jnp.float32)
 
     def draw(*shape, dtype=dtype):
@@ -53,7 +54,7 @@ def inputs(case: Any, dtype=jnp.float32, batch=2, dim=4, dim_v=5):
 
     args = tuple(draw(batch, *shape) for shape in shapes)
     g = draw(batch, seq, heads, dim_v), draw(batch, seq, heads, dtype=wide)
-    return args, g, {"segment_lengths": lengths, "dilation_rates": rates}
+    return args, g, {"dilation": Dilation(lengths, rates)}
 
 
 def head_offset(rule, head, heads, pattern, rate):
@@ -67,7 +68,7 @@ def head_offset(rule, head, heads, pattern, rate):
 
 
 def multiplicity(seq, heads, lengths, rates, rule="paper", runs=None):
-    """How many patterns select a query and a key in one segment, head by head."""
+    """Count the patterns of each head that select a query and a key in one segment."""
     count = np.zeros((heads, seq, seq))
     for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
         for head in range(heads):
@@ -87,7 +88,7 @@ def allowed(count, is_causal, key_mask=None, batch=2):
 
 
 def exact(args, g, count, scale=None):
-    """One softmax with log c added to the logits: values and gradients by hand."""
+    """Return values and gradients of a softmax with log(count) added to the logits."""
     q, k, v = to_float64(args)
     d_out, d_lse = to_float64(g)
     group, scale = q.shape[2] // k.shape[2], scale or q.shape[-1] ** -0.5
@@ -112,7 +113,7 @@ def exact(args, g, count, scale=None):
 
 
 def with_lse(**options):
-    """`dilated_attention`, with a number for the lse of rows without keys."""
+    """Return `dilated_attention` with EMPTY as the lse of rows without keys."""
 
     def run(query, key, value):
         out, lse = dilated_attention(query, key, value, return_lse=True, **options)
@@ -121,12 +122,12 @@ def with_lse(**options):
     return run
 
 
-def assert_exact(case, is_causal=False, key_mask=None, batch=2, **options):
-    args, g, patterns = inputs(case, batch=batch)
-    run = with_lse(is_causal=is_causal, key_mask=key_mask, **patterns, **options)
-    got = value_and_vjp(run, args, g)
-    rule = options.get("head_offsets", "paper")
+def assert_exact(case, is_causal=False, key_mask=None, batch=2, rule: Any = "paper"):
+    args, g, _ = inputs(case, batch=batch)
     seq, heads, _, lengths, rates = case
+    dilation = Dilation(lengths, rates, head_offsets=rule)
+    run = with_lse(is_causal=is_causal, key_mask=key_mask, dilation=dilation)
+    got = value_and_vjp(run, args, g)
     count = multiplicity(seq, heads, lengths, rates, rule)
     count = allowed(count, is_causal, key_mask, batch)
     assert_near(got, exact(args, g, count), 3e-5)
@@ -166,7 +167,7 @@ def test_segments_longer_than_a_tile_of_attention(is_causal):
 @pytest.mark.parametrize("head_offsets", ["blocks", "pattern"])
 @pytest.mark.parametrize("name", ["all divides", "one key head"])
 def test_head_offsets(name, head_offsets):
-    assert_exact(CASES[name], head_offsets=head_offsets)
+    assert_exact(CASES[name], rule=head_offsets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: d.__name__)
@@ -226,7 +227,8 @@ def test_gradients_by_finite_differences_through_the_mixture():
 def test_stop_gradient_mix_keeps_the_value_and_freezes_the_shares():
     case = CASES["two heads a key"]
     args, (g, _), patterns = inputs(case)
-    stopped = partial(dilated_attention, **patterns, stop_gradient_mix=True)
+    dilation = replace(patterns["dilation"], stop_gradient_mix=True)
+    stopped = partial(dilated_attention, dilation=dilation)
     ours = partial(dilated_attention, **patterns)
     got, gradients = value_and_vjp(stopped, args, g)
     masks = [
@@ -258,7 +260,8 @@ def test_heads_split_among_patterns(heads, kv_heads, sizes, head_offsets):
     case = 13, heads, kv_heads, [4, 8, 16], [1, 2, 3]
     args, g, patterns = inputs(case)
     options = {"head_groups": True, "head_offsets": head_offsets}
-    got = value_and_vjp(with_lse(**options, **patterns), args, g)
+    dilation = replace(patterns["dilation"], **options)
+    got = value_and_vjp(with_lse(dilation=dilation), args, g)
     runs = np.repeat(np.arange(3), sizes)[:, None]
     count = multiplicity(13, heads, *case[3:], head_offsets, runs)
     assert_near(got, exact(args, g, allowed(count, False)), 3e-5)
@@ -333,9 +336,9 @@ def flops(fn, *args):
 def test_cost(w, r):
     seq, heads, dim = 512, 4, 64
     x = normal(0, (1, seq, heads, dim))
-    run = partial(dilated_attention, segment_lengths=[w], dilation_rates=[r])
+    run = partial(dilated_attention, dilation=Dilation([w], [r]))
     matmuls = 4 * heads * seq * w * dim / r**2
-    # Besides: the softmax of the logits, and selecting and spreading of the rows.
+    # The rest is for the softmax, and for selecting and spreading rows.
     assert 1 < flops(run, x, x, x) / matmuls < 1.25
 
 
@@ -343,9 +346,9 @@ def test_cost_of_a_mixture_beside_dense_attention():
     seq, heads, dim = 512, 4, 64
     x = normal(0, (1, seq, heads, dim))
     lengths, rates = [seq // 4, seq // 2, seq], [1, 2, 4]
-    run = partial(dilated_attention, segment_lengths=lengths, dilation_rates=rates)
+    run = partial(dilated_attention, dilation=Dilation(lengths, rates))
     dense = 4 * heads * seq**2 * dim
-    # 1/4 + 1/8 + 1/16 of the dense one.
+    # The patterns take 1/4, 1/8 and 1/16 of the dense cost.
     assert flops(run, x, x, x) / dense == pytest.approx(7 / 16, rel=0.2)
 
 

@@ -1,37 +1,33 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import untyped
 
-from jaxkern import dilated_attention
+from jaxkern import Dilation, dilated_attention
 
 X = jnp.ones((2, 8, 4, 4))
-OK: dict[str, Any] = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]}
-FIVE = {"segment_lengths": [8] * 5, "dilation_rates": [1] * 5}
+OK = Dilation([4, 8], [1, 2])
 
 
 @pytest.mark.parametrize(
-    "lengths, rates, options, uncovered",
+    "dilation, uncovered",
     [
-        ([4, 8], [1, 2], {}, None),
-        # Each row of a pair is in one pattern.
-        ([8, 8], [2, 2], {"head_offsets": "pattern"}, None),
-        # Head 0 takes the rows that divide by 2 or 3, head 1 those after them.
-        ([8, 8], [2, 3], {}, "row 0 of head 1"),
-        ([4, 8], [1, 2], {"head_groups": True}, "row 0 of head 3"),
+        (OK, None),
+        # Each pattern takes one row of every pair.
+        (Dilation([8, 8], [2, 2], head_offsets="pattern"), None),
+        # Head 0 takes the multiples of 2 and of 3, and head 1 the rows after them.
+        (Dilation([8, 8], [2, 3]), "row 0 of head 1"),
+        (replace(OK, head_groups=True), "row 0 of head 3"),
     ],
 )
-def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncovered):
-    run = partial(
-        dilated_attention,
-        segment_lengths=lengths,
-        dilation_rates=rates,
-        uncovered="error",
-        **options,
-    )
+def test_uncovered_rows_are_an_error_on_request(dilation, uncovered):
+    dilation = replace(dilation, uncovered="error")
+    run = partial(dilated_attention, dilation=dilation)
     if uncovered is None:
         assert jax.eval_shape(run, X, X, X).shape == X.shape
     else:
@@ -39,51 +35,70 @@ def test_uncovered_rows_are_an_error_on_request(lengths, rates, options, uncover
             jax.eval_shape(run, X, X, X)
 
 
-REFUSALS = [
+@pytest.mark.usefixtures("unchecked_types")
+def test_equal_dilations_have_one_hash():
+    """So that a program is compiled once for all of them."""
+    same = untyped.Dilation((np.int64(4), 8), [np.int32(1), 2])
+    assert same == OK and hash(same) == hash(OK)
+    assert replace(same, stop_gradient_mix=True) != OK
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (
+            {"dilation_rates": [1]},
+            ValueError,
+            "dilation_rates must be as many as the 2 segment_lengths, got 1",
+        ),
+        (
+            {"segment_lengths": [2, 3], "dilation_rates": [3, 4]},
+            ValueError,
+            r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
+        ),
+        (
+            {"segment_lengths": [4, 0]},
+            ValueError,
+            r"segment_lengths\[1\] must be an integer of at least 1, got 0",
+        ),
+        (
+            {"dilation_rates": [True, 2]},
+            ValueError,
+            r"dilation_rates\[0\] must be an integer of at least 1, got True",
+        ),
+        (
+            {"segment_lengths": []},
+            TypeError,
+            r"segment_lengths must be a sequence of integers, got \[\]",
+        ),
+        ({"segment_lengths": 8}, TypeError, "must be a sequence of integers, got 8"),
+        (
+            {"head_offsets": "none"},
+            ValueError,
+            "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
+        ),
+        (
+            {"uncovered": "nan"},
+            ValueError,
+            "uncovered must be one of 'zero', 'error', got 'nan'",
+        ),
+    ],
+)
+def test_dilations_that_are_refused(changes, error, message):
+    options: Any = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]} | changes
+    with pytest.raises(error, match=f"^Dilation: .*{message}"):
+        untyped.Dilation(**options)
+
+
+REFUSALS: list[Any] = [
     (
-        {"dilation_rates": [1]},
-        ValueError,
-        "dilation_rates must be as many as the 2 segment_lengths, got 1",
-    ),
-    (
-        {"segment_lengths": [2, 3], "dilation_rates": [3, 4]},
-        ValueError,
-        r"must not all exceed their segment_lengths \(2, 3\), got \(3, 4\)",
-    ),
-    (
-        {"segment_lengths": [4, 0]},
-        ValueError,
-        r"segment_lengths\[1\] must be an integer of at least 1, got 0",
-    ),
-    (
-        {"dilation_rates": [1, 2.0]},
-        ValueError,
-        r"dilation_rates\[1\] must be an integer of at least 1, got 2.0",
-    ),
-    (
-        {"dilation_rates": [True, 2]},
-        ValueError,
-        r"dilation_rates\[0\] must be an integer of at least 1, got True",
-    ),
-    ({"segment_lengths": []}, TypeError, r"must be a sequence of integers, got \[\]"),
-    ({"segment_lengths": 8}, TypeError, "must be a sequence of integers, got 8"),
-    (
-        {"head_offsets": "none"},
-        ValueError,
-        "head_offsets must be one of 'paper', 'blocks', 'pattern', got 'none'",
-    ),
-    (
-        {"head_groups": "two"},
+        {"dilation": [1, 2]},
         TypeError,
-        "head_groups must be True or False, and known when traced, got 'two'",
+        r"dilation must be a Dilation, such as .*, got list",
     ),
     (
-        {"uncovered": "nan"},
-        ValueError,
-        "uncovered must be one of 'zero', 'error', got 'nan'",
-    ),
-    (
-        {**FIVE, "head_groups": True},
+        {"dilation": Dilation([8] * 5, [1] * 5, head_groups=True)},
         ValueError,
         "heads of query must be at least the 5 patterns for head_groups, got 4",
     ),
@@ -119,6 +134,6 @@ REFUSALS = [
     "options, error, message", REFUSALS, ids=[m for *_, m in REFUSALS]
 )
 def test_refusals(options, error, message):
-    options = {"query": X, "key": X, "value": X} | OK | options
+    options = {"query": X, "key": X, "value": X, "dilation": OK} | options
     with pytest.raises(error, match=f"dilated_attention: .*{message}"):
         untyped.dilated_attention(**options)

@@ -1,4 +1,4 @@
-"""What all forms of attention must hold: rows that see nothing, 16 bits, debugging."""
+"""All forms of attention: rows that see no key, errors in 16 bits, and debug flags."""
 
 from functools import partial
 
@@ -15,6 +15,7 @@ from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     context_parallel_attention,
@@ -28,7 +29,7 @@ from jaxkern._attention.tiles import (
     with_infinity,
 )
 
-# Causal, of keys after the first: the first query sees nothing.
+# Causal, without the first key: the first query sees no key.
 SEQ = 17
 SEEN = np.arange(SEQ) > 0
 BLOCKS = BlockMask.from_dense(np.tri(SEQ, dtype=bool) & SEEN, block_size=8)
@@ -51,8 +52,7 @@ UNSEEN = {
     "block-sparse": partial(block_sparse_attention, mask=BLOCKS, return_lse=True),
     "dilated": partial(
         dilated_attention,
-        segment_lengths=[8, SEQ],
-        dilation_rates=[1, 1],
+        dilation=Dilation([8, SEQ], [1, 1]),
         key_mask=jnp.asarray(SEEN)[None],
         is_causal=True,
         return_lse=True,
@@ -93,7 +93,7 @@ X = jnp.asarray(np.random.default_rng(1).standard_normal((1, SEQ, 1, 4)), jnp.fl
 
 
 def around_a_ring(query, key, value):
-    """The mesh is made where it is needed: a machine may have one device."""
+    """Make the mesh in the call, because a machine may have one device only."""
     return context_parallel_attention(
         query, key, value, mesh=mesh(ring=2), axis_name="ring", is_causal=True
     )
@@ -118,7 +118,7 @@ DEBUGGED = {
 
 @pytest.mark.parametrize("run, x", DEBUGGED.values(), ids=DEBUGGED)
 def test_no_infinity_or_nan_within(run, x):
-    """Called alone, where JAX looks at each step."""
+    """Ops are called without `jax.jit`, so that JAX checks each step."""
     with jax.debug_infs(True), jax.debug_nans(True):
         value, vjp = jax.vjp(run, x)
         vjp(value)
@@ -130,8 +130,8 @@ def by_block_mask(query, key, value):
 
 
 def in_one_segment(query, key, value):
-    options = {"segment_lengths": [query.shape[1]], "dilation_rates": [1]}
-    return dilated_attention(query, key, value, is_causal=True, **options)
+    dilation = Dilation([query.shape[1]], [1])
+    return dilated_attention(query, key, value, is_causal=True, dilation=dilation)
 
 
 FORMS = {
@@ -140,16 +140,18 @@ FORMS = {
     "dilated": in_one_segment,
     "ring": around_a_ring,
 }
-# Sequence, factor of the queries, which makes a softmax peaked, and of cotangents.
+# Sequence length, factor of the queries (a large one makes the softmax peaked), and
+# factor of the cotangents.
 ROUNDED = {
     "peaked": (128, 30, 1),
     "peaked, tiles": (320, 30, 1),
     "small cotangents": (128, 1, 1e-3),
+    "tiny cotangents": (320, 1, 1e-4),
     "long": (1024, 1, 1e-3),
 }
 
 
-# Gradients of bfloat16 do not underflow.
+# Gradients do not underflow in bfloat16, so two cases are enough.
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -158,6 +160,17 @@ ROUNDED = {
     ],
 )
 def test_error_in_16_bits_is_that_of_the_plain_form(name, dtype):
+    check_error_in_16_bits(name, dtype, FORMS.values())
+
+
+@pytest.mark.usefixtures("hopper")
+def test_error_of_the_kernel_in_float16_is_that_of_the_plain_form():
+    """Gradients of logits are about 1e-7 here; the smallest float16 number is 6e-8."""
+    kernel = partial(attention, is_causal=True, implementation="mosaic_gpu")
+    check_error_in_16_bits("tiny cotangents", jnp.float16, [kernel])
+
+
+def check_error_in_16_bits(name, dtype, forms):
     seq, peak, cotangent = ROUNDED[name]
     rng, scales = np.random.default_rng(0), (peak, 1, 1, cotangent)
     *args, d_out = (
@@ -169,11 +182,11 @@ def test_error_in_16_bits_is_that_of_the_plain_form(name, dtype):
     exact = attention_float64(args, cotangents, visible, 0.25)
     plain = partial(plain_attention, visible=visible, scale=0.25)
     plain = value_and_vjp(plain, args, cotangents)
-    for form in FORMS.values():
+    for form in forms:
         got = value_and_vjp(form, args, d_out)
         assert_as_close(got[0], plain[0][0], exact[0][0])
         for x, theirs, wanted in zip(got[1], plain[1], exact[1], strict=True):
-            # A row's gradient may cancel to nothing but rounding: all rows together.
+            # All rows together: the gradient of one may cancel to rounding errors.
             flat = (np.ravel(np.asarray(a, np.float64)) for a in (x, theirs, wanted))
             x_error, plain_error, norm = _errors(*flat)
             eps = float(jnp.finfo(dtype).eps)

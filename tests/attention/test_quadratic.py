@@ -31,7 +31,7 @@ def visible(size, is_causal, key_mask):
 
 
 def float64(args, g, seen) -> Any:
-    """The equation and its gradients by hand, in NumPy."""
+    """Return values and gradients by hand, in NumPy."""
     q, k, v, g = to_float64((*args, g))
     dim = q.shape[-1]
     product = np.einsum("bqhd,bkhd->bhqk", q, k) / dim

@@ -14,6 +14,7 @@ from helpers import DTYPES, assert_as_close, mesh, to_float64, untyped, value_an
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     cross_entropy,
@@ -23,7 +24,7 @@ from jaxkern import (
 )
 
 X = jnp.zeros((1, 8, 2, 4))
-PATTERNS = {"segment_lengths": [4], "dilation_rates": [1]}
+DILATION = Dilation([4], [1])
 KEY = jax.random.key(0)
 FLAGS = {
     "attention": ((X, X, X), {}, ("is_causal", "return_lse")),
@@ -34,15 +35,16 @@ FLAGS = {
     ),
     "dilated_attention": (
         (X, X, X),
-        PATTERNS,
-        ("is_causal", "head_groups", "stop_gradient_mix", "return_lse"),
+        {"dilation": DILATION},
+        ("is_causal", "return_lse"),
     ),
-    "ring_attention": ((X, X, X), {"axis_name": "ring"}, ("is_causal",)),
+    "ring_attention": ((X, X, X), {"axis_name": "ring"}, ("is_causal", "return_lse")),
     "context_parallel_attention": (
         (X, X, X),
         {"axis_name": "ring"},
-        ("is_causal",),
+        ("is_causal", "return_lse"),
     ),
+    "Dilation": (([4], [1]), {}, ("head_groups", "stop_gradient_mix")),
     "binary_concrete": ((X,), {"key": KEY}, ("hard",)),
     "gumbel_softmax": ((X,), {"key": KEY}, ("hard",)),
 }
@@ -72,9 +74,7 @@ OF_NO_BATCH = {
     "block-sparse": lambda x: block_sparse_attention(
         x, x, x, mask=BlockMask.causal(8, 8, block_size=4)
     ),
-    "dilated": lambda x: dilated_attention(
-        x, x, x, segment_lengths=[3], dilation_rates=[2]
-    ),
+    "dilated": lambda x: dilated_attention(x, x, x, dilation=Dilation([3], [2])),
     "merge": lambda x: merge_attention(x, x[..., 0], x, x[..., 0])[0],
     "rotary": rotary_embedding,
     "cross_entropy": lambda x: cross_entropy(
@@ -95,7 +95,7 @@ def f32(*shape):
 
 GOOD = (f32(2, 8, 6, 4), f32(2, 9, 3, 4), f32(2, 9, 3, 5))
 PARTS = (f32(2, 8, 6, 4), f32(2, 8, 6)) * 2
-# The error, part of its message, the op, arguments, options.
+# The error, a pattern of its message, arguments, and options.
 REFUSALS = {
     "list": (TypeError, "query must be an array, got list", ([1], *GOOD[1:]), {}),
     "int": (
@@ -238,8 +238,9 @@ def test_cudnn(is_causal, dtype):
     visible = see(None, is_causal, (2, 4, 300, 300))
     plain = partial(plain_attention, visible=visible, scale=64**-0.5)
     exact = attention_float64(args, (d_out, jnp.zeros_like(d_lse)), visible, 64**-0.5)
-    # cuDNN's backward has the mean of d_weights from out * d_out, and `out` is rounded:
-    # the same as a d_lse, to which the gradient cancels where few keys are seen.
+    # cuDNN's backward takes the mean of d_weights from out * d_out, where `out` is
+    # rounded. The error acts as a cotangent of the lse. It is all that is left where
+    # few keys are seen and the gradient cancels.
     rounding = exact[0][0] - to_float64(jax.jit(plain)(*args)[0])
     shift = (rounding * to_float64(d_out)).sum(-1).astype(d_lse.dtype)
     bound = value_and_vjp(plain, args, (d_out, shift))

@@ -37,68 +37,70 @@ RING = P(None, "ring")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def make_ring(devices, layout, is_causal, **options):
-    """The whole function of permuted tokens, a device a part."""
+def make_ring(devices, layout, is_causal, return_lse: Any = False, **options):
+    """Return ring attention of whole arrays, with tokens in the order of the layout."""
     ring = partial(ring_attention, axis_name="ring", is_causal=is_causal, layout=layout)
+    ring = partial(ring, return_lse=return_lse)
     specs = {"in_specs": RING, "out_specs": RING}
     return jax.shard_map(ring, mesh=mesh(ring=devices), **specs, **options)
 
 
 def in_order(run, devices, layout):
-    """`run` on tokens in the order of the layout."""
+    """Return `run` for tokens in sequence: it permutes arguments, and results back."""
 
     def reordered(*args):
         indices, inverse = ring_permutation(args[0].shape[1], devices, layout)
-        return run(*(x[:, indices] for x in args))[:, inverse]
+        results = run(*(x[:, indices] for x in args))
+        return jax.tree.map(lambda x: x[:, inverse], results)
 
     return reordered
 
 
-def check(run, size, is_causal, dtype=jnp.float32):
-    args, (d_out, d_lse) = attention_args(size, dtype)
+def check(devices, layout, size, is_causal, dtype=jnp.float32):
+    """Value, lse and gradients of both are those of dense attention."""
+    run = make_ring(devices, layout, is_causal, return_lse=True)
+    if is_causal:
+        run = in_order(run, devices, layout)
+    args, cotangents = attention_args(size, dtype)
     batch, seq_q, seq_kv, heads, *_, dim, _ = size
     visible = see(None, is_causal, (batch, heads, seq_q, seq_kv))
-    cotangents = d_out, jnp.zeros_like(d_lse)
     exact = attention_float64(args, cotangents, visible, dim**-0.5)
-    out, gradients = value_and_vjp(run, args, d_out)
     plain = None
     if dtype != jnp.float32:
         plain = partial(plain_attention, visible=visible, scale=dim**-0.5)
         plain = value_and_vjp(plain, args, cotangents)
-    lse = jnp.asarray(exact[0][1], jnp.float32)
-    assert_attention(((out, lse), gradients), exact, plain)
+    got = value_and_vjp(run, args, cotangents)
+    assert got[0][1].dtype == jnp.float32
+    assert_attention(got, exact, plain)
 
 
 @pytest.mark.parametrize(
     "layout, devices", [*((layout, 8) for layout in LAYOUTS), ("zigzag", 2)]
 )
 def test_causal_equals_dense(layout, devices):
-    run = in_order(make_ring(devices, layout, True), devices, layout)
-    check(run, SIZE, True)
+    check(devices, layout, SIZE, True)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_full_equals_dense(devices):
-    check(make_ring(devices, "contiguous", False), SIZE, False)
+    check(devices, "contiguous", SIZE, False)
     if devices == 4:
-        check(make_ring(4, "striped", False), (1, 8, 20, 3, 1, 5, 5), False)
+        check(4, "striped", (1, 8, 20, 3, 1, 5, 5), False)
 
 
 def test_one_device():
-    check(make_ring(1, "zigzag", True), SIZE, True)
+    check(1, "zigzag", SIZE, True)
 
 
 @layouts
 def test_several_tiles_a_part(layout, monkeypatch):
     monkeypatch.setattr(ring_steps, "make_tiling", partial(make_tiling, limit=8))
-    run = in_order(make_ring(4, layout, True), 4, layout)
-    check(run, (1, 88, 88, 2, 1, 8, 8), True)
+    check(4, layout, (1, 88, 88, 2, 1, 8, 8), True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_error_in_16_bits_is_that_of_the_plain_form(dtype):
-    run = in_order(make_ring(8, "zigzag", True), 8, "zigzag")
-    check(run, (1, 128, 128, 2, 1, 32, 32), True, dtype)
+    check(8, "zigzag", (1, 128, 128, 2, 1, 32, 32), True, dtype)
 
 
 @pytest.mark.parametrize(
@@ -108,22 +110,25 @@ def test_context_parallel_attention(layout, kind):
     """The batch stays split over the other axis of the mesh."""
     devices = mesh(kind, data=2, ring=4)
     run = partial(
-        context_parallel_attention, mesh=devices, axis_name="ring", layout=layout
+        context_parallel_attention,
+        mesh=devices,
+        axis_name="ring",
+        layout=layout,
+        return_lse=True,
     )
-    args, (d_out, d_lse) = attention_args(SIZE)
-    cotangents = d_out, jnp.zeros_like(d_lse)
+    args, cotangents = attention_args(SIZE)
     args = jax.device_put(args, NamedSharding(devices, P("data")))
-    d_out = jax.device_put(d_out, NamedSharding(devices, P("data", "ring")))
+    placed = jax.device_put(cotangents, NamedSharding(devices, P("data", "ring")))
     for is_causal in (False, True) if layout == "zigzag" else (True,):
         visible = see(None, is_causal, (2, 4, 48, 48))
         exact = attention_float64(args, cotangents, visible, 8**-0.5)
-        got = value_and_vjp(partial(run, is_causal=is_causal), args, d_out)
-        assert_close(got, (exact[0][0], exact[1]))
-        assert got[0].sharding.spec[0] == "data"
+        got = value_and_vjp(partial(run, is_causal=is_causal), args, placed)
+        assert_close(got, exact)
+        assert all(x.sharding.spec[0] == "data" for x in got[0])
 
 
 def test_keys_shared_along_another_axis():
-    """Their gradients are summed over it; explicit axes and checked types."""
+    """Gradients of keys and values are summed over that axis, which is explicit."""
     devices = mesh("explicit", data=2, ring=4)
     args, (d_out, _) = attention_args((1, 16, 16, 4, 2, 8, 8))
     query = jnp.concatenate([args[0], 2 * args[0]], 2)
@@ -205,7 +210,7 @@ def test_memory_is_linear_in_the_sequence_over_the_devices():
 
 
 def scores(part, seq):
-    """How many logits a part has, counted by tiles of one."""
+    """Count the logits of a part, by tiles of one logit."""
     if part is None:
         return 0
     tiling = make_tiling(seq - part.first_query, part.end_key, part.diagonal, 1)
@@ -229,7 +234,7 @@ def test_zigzag_gives_every_device_the_same_work_in_every_step(devices, half):
         assert work[layout].sum() == tokens * (tokens + 1) // 2
     assert (work["zigzag"][:, 1:] == 2 * half**2).all()
     assert (work["zigzag"][:, 0] == 2 * half**2 + half).all()
-    # Every step waits for the slowest device, so it is the sum of these that counts.
+    # Every step waits for the slowest device, so the sum of slowest times counts.
     slowest = {layout: each.max(0).sum() for layout, each in work.items()}
     assert slowest["zigzag"] <= slowest["striped"] <= slowest["contiguous"]
 

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,33 +21,51 @@ from helpers import (
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import context_parallel_attention, dilated_attention, ring_attention
+from jaxkern import (
+    Dilation,
+    context_parallel_attention,
+    dilated_attention,
+    ring_attention,
+)
 from jaxkern.nn import MultiHeadAttention
 
 RING = P(None, "ring")
-# Of 64 tokens on 8 devices: half a shard, a pair's, four devices', more than there is.
-PATTERNS = {"segment_lengths": [4, 16, 32, 100], "dilation_rates": [1, 2, 4, 8]}
+# For 64 tokens on 8 devices: half of a device's tokens, the tokens of two and of four
+# devices, and more tokens than there are.
+DILATION = Dilation([4, 16, 32, 100], [1, 2, 4, 8])
 
 
 def make_ring(devices, **options):
-    """The whole function of whole arrays, a device a part."""
+    """Return ring attention of whole arrays, which are split over so many devices."""
     ring = partial(ring_attention, axis_name="ring", **options)
     return jax.shard_map(ring, mesh=mesh(ring=devices), in_specs=RING, out_specs=RING)
 
 
+def with_finite_lse(run):
+    """With a number for the lse of rows without keys."""
+
+    def finite(*args):
+        out, lse = run(*args)
+        return out, jnp.where(jnp.isneginf(lse), 0, lse)
+
+    return finite
+
+
 def compiled(ring, *shape) -> Any:
-    """The program of both passes over arrays of that shape."""
+    """Return the compiled program of both passes for arrays of that shape."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     run: Any = with_vjp(ring)
     return run.lower((x, x, x), x).compile()
 
 
-def check(devices, size=(2, 64, 64, 4, 2, 8, 5), patterns=PATTERNS, **options):
-    options |= patterns
-    args, (d_out, _) = attention_args(size)
-    expected = value_and_vjp(partial(dilated_attention, **options), args, d_out)
-    got = value_and_vjp(make_ring(devices, **options), args, d_out)
-    assert_close(got, expected)
+def check(devices, size=(2, 64, 64, 4, 2, 8, 5), dilation=DILATION, **options):
+    """Values, lse and gradients of both."""
+    options |= {"dilation": dilation, "return_lse": True}
+    args, cotangents = attention_args(size)
+    whole = with_finite_lse(partial(dilated_attention, **options))
+    ring = with_finite_lse(make_ring(devices, **options))
+    expected = value_and_vjp(whole, args, cotangents)
+    assert_close(value_and_vjp(ring, args, cotangents), expected)
 
 
 @pytest.mark.parametrize(
@@ -58,25 +77,24 @@ def test_equals_dilated_attention_of_whole_arrays(devices, is_causal):
 
 @pytest.mark.parametrize("head_offsets", ["blocks", "pattern"])
 def test_head_offsets(head_offsets):
-    check(4, is_causal=True, head_offsets=head_offsets, scale=0.7)
+    dilation = replace(DILATION, head_offsets=head_offsets)
+    check(4, dilation=dilation, is_causal=True, scale=0.7)
 
 
 def test_rows_that_no_pattern_takes():
-    patterns = {"segment_lengths": [6, 48], "dilation_rates": [4, 3]}
-    check(4, (1, 48, 48, 3, 3, 8, 8), patterns, is_causal=True)
+    check(4, (1, 48, 48, 3, 3, 8, 8), Dilation([6, 48], [4, 3]), is_causal=True)
 
 
 def test_one_device_may_hold_what_does_not_align():
-    patterns = {"segment_lengths": [7, 19], "dilation_rates": [1, 3]}
-    check(1, (1, 19, 19, 3, 1, 8, 8), patterns)
+    check(1, (1, 19, 19, 3, 1, 8, 8), Dilation([7, 19], [1, 3]))
 
 
 def test_error_in_16_bits_is_that_of_whole_arrays():
     args, (d_out, _) = attention_args((1, 64, 64, 4, 2, 16, 16), jnp.bfloat16)
-    run = partial(dilated_attention, is_causal=True, **PATTERNS)
+    run = partial(dilated_attention, is_causal=True, dilation=DILATION)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (args, d_out))
     exact = to_float64(value_and_vjp(run, *wide))
-    got = value_and_vjp(make_ring(4, is_causal=True, **PATTERNS), args, d_out)
+    got = value_and_vjp(make_ring(4, is_causal=True, dilation=DILATION), args, d_out)
     assert_as_close(got, value_and_vjp(run, args, d_out), exact)
 
 
@@ -84,19 +102,19 @@ def test_error_in_16_bits_is_that_of_whole_arrays():
 def test_context_parallel_attention(kind):
     """The batch stays split over the other axis of the mesh."""
     devices = mesh(kind, data=2, ring=4)
-    args, (d_out, _) = attention_args((2, 64, 64, 4, 2, 8, 8))
-    options = {"is_causal": True} | PATTERNS
-    expected = value_and_vjp(partial(dilated_attention, **options), args, d_out)
+    args, cotangents = attention_args((2, 64, 64, 4, 2, 8, 8))
+    options: Any = {"is_causal": True, "dilation": DILATION, "return_lse": True}
+    expected = value_and_vjp(partial(dilated_attention, **options), args, cotangents)
     run = partial(context_parallel_attention, mesh=devices, axis_name="ring", **options)
     args = jax.device_put(args, NamedSharding(devices, P("data")))
-    d_out = jax.device_put(d_out, NamedSharding(devices, P("data", "ring")))
-    got = value_and_vjp(run, args, d_out)
+    place = NamedSharding(devices, P("data", "ring"))
+    got = value_and_vjp(run, args, jax.device_put(cotangents, place))
     assert_close(got, expected)
-    assert got[0].sharding.spec[0] == "data"
+    assert all(x.sharding.spec[0] == "data" for x in got[0])
 
 
 def test_in_a_module_under_remat_scan_and_vmap():
-    patterns: Any = {"segment_lengths": [8, 32], "dilation_rates": [1, 2]}
+    patterns: Any = {"dilation": Dilation([8, 32], [1, 2])}
 
     def layers(attention_fn, x):
         module = MultiHeadAttention(
@@ -121,7 +139,7 @@ def test_in_a_module_under_remat_scan_and_vmap():
 
 
 def sent(text):
-    """Of each message: who sends to whom, and how many numbers."""
+    """Yield the pairs (sender, receiver) and the array sizes of each message."""
     for line in text.splitlines():
         if re.search(r"= .*collective-permute(-start)?\(", line):
             shapes = re.findall(r"f32\[([\d,]*)\]", line.split("collective-permute")[0])
@@ -133,8 +151,8 @@ def sent(text):
 @pytest.mark.parametrize("group, rate", [(2, 1), (4, 2), (8, 8)])
 def test_only_selected_tokens_go_round_and_only_in_their_group(group, rate):
     seq, heads, dim = 128, 2, 8
-    options: Any = {"segment_lengths": [group * 16], "dilation_rates": [rate]}
-    ring = make_ring(8, is_causal=True, **options)
+    dilation = Dilation([group * 16], [rate])
+    ring = make_ring(8, is_causal=True, dilation=dilation)
     text = compiled(ring, 1, seq, heads, dim).as_text()
     assert not any(f"all-{x}" in text for x in ("gather", "reduce", "to-all"))
     assert "conditional" in text
@@ -147,8 +165,8 @@ def test_only_selected_tokens_go_round_and_only_in_their_group(group, rate):
 
 
 def test_segments_within_devices_send_nothing():
-    options: Any = {"segment_lengths": [4, 16], "dilation_rates": [1, 3]}
-    text = compiled(make_ring(4, **options), 1, 64, 3, 8).as_text()
+    ring = make_ring(4, dilation=Dilation([4, 16], [1, 3]))
+    text = compiled(ring, 1, 64, 3, 8).as_text()
     assert "collective" not in text and "all-" not in text
 
 
@@ -156,12 +174,8 @@ def test_memory_is_linear_in_the_sequence_over_the_devices():
     used = {}
     for devices, share in [(4, 1024), (8, 1024), (8, 2048)]:
         seq = devices * share
-        ring = make_ring(
-            devices,
-            is_causal=True,
-            segment_lengths=[256, seq],
-            dilation_rates=[1, 4],
-        )
+        dilation = Dilation([256, seq], [1, 4])
+        ring = make_ring(devices, is_causal=True, dilation=dilation)
         memory = compiled(ring, 1, seq, 4, 32).memory_analysis()
         used[devices, share] = memory.temp_size_in_bytes
     assert used[8, 1024] < 1.1 * used[4, 1024]
@@ -179,45 +193,40 @@ ALIGN = (
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"segment_lengths": [6]}, ALIGN + "6"),
-        ({"segment_lengths": [24]}, ALIGN + "24"),
-        ({"segment_lengths": [48]}, ALIGN + "48"),
+        ({"dilation": Dilation([6], [1])}, ALIGN + "6"),
+        ({"dilation": Dilation([24], [1])}, ALIGN + "24"),
+        ({"dilation": Dilation([48], [1])}, ALIGN + "48"),
         (
-            {"segment_lengths": [32], "dilation_rates": [3]},
+            {"dilation": Dilation([32], [3])},
             "dilation_rates must divide the 16 tokens of a device where a segment "
             "spans 2 devices, got 3 for 32 tokens",
         ),
         (
-            {"dilation_rates": [1, 2]},
-            "dilation_rates must be as many as the 1 segment_lengths, got 2",
+            {"dilation": Dilation([16], [1], head_groups=True)},
+            "ring_attention: head_groups of dilation must be False on a ring of "
+            "devices, got True; dilated_attention takes it",
         ),
         (
-            {"dilation_rates": None},
-            "segment_lengths and dilation_rates must be given together, got "
-            "segment_lengths alone",
+            {"dilation": Dilation([16], [1], stop_gradient_mix=True)},
+            "stop_gradient_mix of dilation must be False .*, got True",
         ),
         (
-            {"segment_lengths": None},
-            "must be given together, got dilation_rates alone",
+            {"dilation": Dilation([16], [1], uncovered="error")},
+            "uncovered of dilation must be 'zero' .*, got 'error'",
         ),
-        (
-            {"segment_lengths": None, "dilation_rates": None, "head_offsets": "blocks"},
-            "head_offsets must be left out without segment_lengths, got 'blocks'",
-        ),
-        ({"head_offsets": "brick"}, "head_offsets must be one of 'paper', 'blocks', "),
         ({"layout": "striped"}, "layout must be 'contiguous' .*, got 'striped'"),
         ({"layout": "zigzag"}, "layout must be 'contiguous' .*, got 'zigzag'"),
     ],
 )
 def test_refusals(options, message):
-    options = {"segment_lengths": [16], "dilation_rates": [1]} | options
+    options = {"dilation": Dilation([16], [1])} | options
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(make_ring(4, **options), X, X, X)
 
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_other_refusals():
-    options: Any = {"segment_lengths": [16], "dilation_rates": [1]}
+    options: Any = {"dilation": Dilation([16], [1])}
     with pytest.raises(ValueError, match=r"key must have shape \(1, 16, 2, 4\)"):
         jax.eval_shape(make_ring(4, **options), X, X[:, :32], X[:, :32])
     run = partial(
@@ -227,5 +236,5 @@ def test_other_refusals():
         run(X, X, X, layout="zigzag", **options)
     with pytest.raises(ValueError, match="multiple of 4 .*, got 62: pad it by 2"):
         run(*[X[:, :62]] * 3, is_causal=True, **options)
-    with pytest.raises(TypeError, match="segment_lengths must be a sequence of int"):
-        run(X, X, X, segment_lengths=16, dilation_rates=[1])
+    with pytest.raises(TypeError, match="context_.*: dilation must be a Dilation, .*"):
+        run(X, X, X, dilation={"segment_lengths": [16], "dilation_rates": [1]})

@@ -14,19 +14,19 @@ from helpers import (
 
 from jaxkern import rotary_embedding
 
-PAIRS = ("interleaved", "halves", "seed")
+PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
 
 
 def rotary_float64(x, positions, theta, pairs):
-    """Pair by pair, in NumPy."""
+    """Rotate pair by pair, in NumPy."""
     x = np.asarray(x).astype(np.float64)
     half = x.shape[-1] // 2
     positions = np.broadcast_to(np.asarray(positions, np.float64), x.shape[:2])
     y = np.empty_like(x)
     for i in range(half):
         a, b = (i, i + half) if pairs == "halves" else (2 * i, 2 * i + 1)
-        of_a, of_b = (a % half, b % half) if pairs == "seed" else (i, i)
+        of_a, of_b = (a % half, b % half) if pairs == "mismatched" else (i, i)
         for out, frequency, sign, other in [(a, of_a, -1, b), (b, of_b, 1, a)]:
             angle = positions[..., None] * theta ** (-frequency / half)
             y[..., out] = x[..., out] * np.cos(angle)
@@ -50,7 +50,7 @@ VALUES = {
 def test_values(shape, positions, dtype, pairs):
     x = normal(0, shape, dtype)
     given = None if positions is None else jnp.asarray(positions)
-    got = jax.jit(lambda x: rotary_embedding(x, given, theta=50.0, pairs=pairs))(x)
+    got = jax.jit(lambda x: rotary_embedding(x, given, rope_theta=50.0, pairs=pairs))(x)
     at = np.arange(shape[1]) if positions is None else positions
     exact = rotary_float64(x, at, 50.0, pairs)
     assert got.dtype == dtype
@@ -61,7 +61,7 @@ TURN = Decimal("6.28318530717958647692528676655900576839433879875021164194988918
 
 
 def rotated_ones(positions, theta, half):
-    """cos - sin and cos + sin of each pair's angle, reduced in 70 digits."""
+    """Return cos - sin and cos + sin of each pair's angle, reduced in 70 digits."""
     with localcontext(prec=70):
         frequencies = [Decimal(theta) ** (-Decimal(i) / half) for i in range(half)]
         angles = [[int(p) * f % TURN for f in frequencies] for p in positions]
@@ -75,7 +75,7 @@ INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("theta", [1e4, 0.5])
 def test_exact_at_any_position(dtype, theta):
-    """The float32 product of position and frequency would be off by whole turns."""
+    """A float32 product of position and frequency would be off by whole turns."""
     limits, wide = np.iinfo(dtype), dtype.endswith("64")
     between = np.random.default_rng(0).integers(limits.min, limits.max, 3, dtype)
     positions = np.array([limits.min, limits.max, *between, 2, 1, 0], dtype)
@@ -83,7 +83,7 @@ def test_exact_at_any_position(dtype, theta):
     with jax.enable_x64(wide):
         for kind in (jnp.float32, jnp.float64)[: 1 + wide]:
             x = jnp.ones((1, len(positions), 1, 8), kind)
-            got = rotary_embedding(x, jnp.asarray(positions), theta=theta)
+            got = rotary_embedding(x, jnp.asarray(positions), rope_theta=theta)
             bound = 1e-6 if kind == jnp.float32 else 2e-15
             np.testing.assert_allclose(got[0, :, 0], exact, rtol=0, atol=bound)
 
@@ -111,7 +111,7 @@ def test_gradient(pairs):
         matrix = rotary_float64(basis, [token], 1e4, pairs).reshape(size, size)
         expected = to_float64(g)[:, token].reshape(-1, size) @ matrix.T
         assert_near(got[:, token].reshape(-1, size), expected)
-    if pairs != "seed":
+    if pairs != "mismatched":
         assert_near(got, rotary_embedding(g, -jnp.arange(SHAPE[1]), pairs=pairs))
 
 
@@ -167,9 +167,19 @@ X = jnp.ones(SHAPE)
             ValueError,
             r"positions must have shape \(7,\) or \(2, 7\), got \(6,\)",
         ),
-        ((X,), {"theta": 0.0}, ValueError, "theta must be positive, got 0"),
-        ((X,), {"theta": np.inf}, ValueError, "theta must be finite, got inf"),
-        ((X,), {"theta": "10"}, TypeError, "theta must be one number, got '10'"),
+        ((X,), {"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0"),
+        (
+            (X,),
+            {"rope_theta": np.inf},
+            ValueError,
+            "rope_theta must be finite, got inf",
+        ),
+        (
+            (X,),
+            {"rope_theta": "10"},
+            TypeError,
+            "rope_theta must be one number, got '10'",
+        ),
         ((X,), {"pairs": "half"}, ValueError, "pairs must be one of 'interleaved', 'h"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -100,12 +101,10 @@ def shared(h, weights, logits, **options):
 
 
 def other_rule(h, weights, logits, estimator, **options):
-    by = {
-        jaxkern.straight_through: jaxkern.seed_reinmax,
-        jaxkern.seed_reinmax: jaxkern.straight_through,
-    }
-    estimator = by.get(estimator, estimator)
-    return OURS(h, weights, logits, estimator=estimator, **options)
+    other = jaxkern.straight_through
+    if estimator is other:
+        other = partial(other, derivative="one_plus_sigmoid")
+    return OURS(h, weights, logits, estimator=other, **options)
 
 
 def stopped(h, weights, logits, **options):

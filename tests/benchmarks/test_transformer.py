@@ -11,7 +11,7 @@ from benchmarks import frame, transformer
 from benchmarks._harness import PLAIN, XLA, Check, Options, run
 from benchmarks._report import published
 
-TINY = transformer.Size(d_model=24, d_ff=40, layers=2, heads=4)
+TINY = transformer.Size(embed_dim=24, hidden_dim=40, layers=2, heads=4)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_skipped_before_it_is_tried(tiny, monkeypatch):
         raise AssertionError("tried")
 
     monkeypatch.setattr(transformer, "build", build)
-    huge = replace(TINY, d_model=24 * 2**12, d_ff=2**20)
+    huge = replace(TINY, embed_dim=24 * 2**12, hidden_dim=2**20)
     monkeypatch.setattr(transformer, "SIZES", {"small": huge})
     rows = measure("--no-peers")
     assert {r["status"] for r in rows} == {"skipped"}
@@ -145,7 +145,7 @@ def test_flops_and_memory_of_the_published_models():
     full = cases("--full", "--no-peers")
     for case in full:
         size = transformer.SIZES[str(case.labels["size"])]
-        context, d = int(case.labels["seq"]), size.d_model
+        context, d = int(case.labels["seq"]), size.embed_dim
         forward = 2 * 4 * context * (16 * size.layers * d**2 + 10_000 * d)
         forward += 4 * 4 * size.layers * context**2 * d
         passes = 1 if case.labels["pass"] == "forward" else 3
@@ -248,7 +248,7 @@ def test_rows_on_a_mesh_pass_the_same_check(tiny):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "number of devices, 8, got 4"),
+        ("fsdp=4", [], "number of devices, 8, got data=1 .* = 4"),
         ("seq=8", [], "axis must be one of data, fsdp, context, tensor, got 'seq'"),
         (
             "fsdp=2,tensor=4",
@@ -266,7 +266,7 @@ def test_refuses_meshes(mesh, argv, message, capsys):
 
 
 def test_memory_on_paper(monkeypatch, printed, capsys):
-    small = memory.SIZES["70B"] | {"d_model": 64, "d_ff": 128, "num_layers": 2}
+    small = memory.SIZES["70B"] | {"embed_dim": 64, "hidden_dim": 128, "num_layers": 2}
     small |= {"num_heads": 8, "vocab_size": 64, "context_length": 64}
     monkeypatch.setattr(memory, "SIZES", {"70B": small})
     meshes = [("70B", 8, "fsdp=4,tensor=2"), ("70B", 8, "fsdp=5")]

@@ -10,7 +10,7 @@ from jaxkern._core.activations import ACTIVATIONS, ActivationName, get_activatio
 
 POINTS = np.array([-30.0, -3.0, -1e-3, 0.0, 1e-3, 0.7, 3.0, 30.0])
 
-# By the textbook, in float64.
+# The textbook formulas, in float64.
 EXACT = {
     "silu": lambda z: z / (1 + np.exp(-z)),
     "gelu": lambda z: (

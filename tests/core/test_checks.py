@@ -70,7 +70,7 @@ def test_an_infinite_number_where_it_may_be_one():
 def test_an_array_of_one_number_where_it_may_be_traced():
     check_number("op", "scale", jnp.float32(2), traced=True, positive=True)
     check_number("op", "scale", np.array(2), traced=True, positive=True)
-    # Its value is not known yet, so that nothing can be said of it.
+    # The value of a traced number is not known, so it is not checked.
     jax.jit(lambda x: check_number("op", "scale", x, traced=True, positive=True))(-1.0)
     with pytest.raises(ValueError, match="op: scale must be positive, got -2.0"):
         check_number("op", "scale", jnp.float32(-2), traced=True, positive=True)

@@ -1,4 +1,4 @@
-"""What runs an op: by name, by reason, by speed, and by where the arrays lie."""
+"""Which implementation runs an op: by name, reason, speed and placement of arrays."""
 
 from functools import partial
 
@@ -51,7 +51,7 @@ def test_a_named_kernel_that_cannot_run_says_why():
 
 @pytest.mark.usefixtures("chooses_hopper")
 def test_none_is_xla_for_arrays_that_lie_elsewhere(monkeypatch):
-    """As arrays on the CPU of a machine with a GPU."""
+    """These are arrays on the CPU of a machine with a GPU."""
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert choose("op", None, [X], nothing) == "xla"
     said = []
@@ -70,7 +70,7 @@ def test_the_default_device_is_that_of_jax():
 def test_a_named_kernel_names_the_device_that_it_found():
     with pytest.raises(NotImplementedError, match=f"^{NO_HOPPER}$"):
         choose("op", "mosaic_gpu", [X], nothing)
-    # Before any other reason: without it no other arguments would help.
+    # The device comes before other reasons: without it, no arguments would help.
     with pytest.raises(NotImplementedError, match=f"^{NO_HOPPER}$"):
         choose("op", "mosaic_gpu", [X], a_reason)
 
@@ -140,7 +140,7 @@ def test_in_a_mesh_that_is_set(kind, size):
         x = jnp.ones((8, 4))
         note(x)
         jax.jit(note)(x)
-    # References inside a kernel have no place on explicit axes.
+    # Pallas references carry no sharding, so a kernel cannot take explicit axes.
     assert said == [kind == "auto" and size == 1] * 2
 
 

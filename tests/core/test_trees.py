@@ -1,4 +1,4 @@
-"""Our own pytrees: equality, hashes, pickles, abstract ones, and `jax.export`."""
+"""Equality, hashes, pickles and exports of the library's pytrees."""
 
 import pickle
 from typing import Any
@@ -39,7 +39,7 @@ def test_equal_by_value(name):
 
 
 def block_masks(seed):
-    """Of the same shapes, with other contents for another seed."""
+    """Return a mask of each kind, with other contents for another seed."""
     rng = np.random.default_rng(seed)
     ids = jnp.asarray(np.sort(rng.integers(0, 3, 8)))
     return {
@@ -71,3 +71,22 @@ def test_exported(name):
     program = export.export(jax.jit(unpack))(pack(X)).serialize()
     got = export.deserialize(program).call(pack(X))
     assert (got == unpack(pack(X))).all()
+
+
+@pytest.mark.parametrize("name", block_masks(0))
+def test_a_block_mask_is_exported_as_an_argument(name):
+    run = jax.jit(lambda mask: mask.to_dense())
+    mask = block_masks(0)[name]
+    got = export.deserialize(export.export(run)(mask).serialize()).call(mask)
+    assert (got == mask.to_dense()).all()
+
+
+def test_a_function_in_a_mask_cannot_be_exported_as_an_argument():
+    mask = BlockMask.from_mask_fn(lambda b, h, q, k: q >= k, 8, 8, block_size=4)
+    exported = export.export(jax.jit(lambda mask: mask.to_dense()))(mask)
+    with pytest.raises(TypeError, match="Python function, got .*from_dense"):
+        exported.serialize()
+    # The advice of the error works.
+    test = BlockMask.from_dense(np.asarray(mask.to_dense())[0, 0], block_size=4)
+    assert (test.to_dense() == mask.to_dense()).all()
+    export.export(jax.jit(lambda mask: mask.to_dense()))(test).serialize()

@@ -32,12 +32,12 @@ def test_quickstart(capsys):
 def test_compress_mlp(monkeypatch, capsys):
     for name, value in {"STEPS": 60, "TUNING_STEPS": 30, "BATCH": 128}.items():
         monkeypatch.setattr(compress_mlp, name, value)
-    monkeypatch.setattr(compress_mlp, "HELD_OUT", 5000)
+    monkeypatch.setattr("_characters.HELD_OUT", 5000)
     compress_mlp.main()
     rows = capsys.readouterr().out.splitlines()[2:5]
     losses = [float(row[28:].split()[2]) for row in rows]
     trained, cut, tuned = losses
-    # Below the text's 3.4 nats a character without any context.
+    # Characters of the text have an entropy of 3.4 nats without any context.
     assert trained < 3.2
     assert tuned < cut and trained < cut
     assert rows[1].split()[-2] == "-"
@@ -46,13 +46,9 @@ def test_compress_mlp(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("optimized")
 def test_train_2_4(monkeypatch, tmp_path, capsys):
-    for name, value in {
-        "BATCH": 64,
-        "HIDDEN": 258,
-        "RANK": 32,
-        "HELD_OUT": 5000,
-    }.items():
+    for name, value in {"BATCH": 64, "HIDDEN": 258, "RANK": 32}.items():
         monkeypatch.setattr(train_2_4, name, value)
+    monkeypatch.setattr("_characters.HELD_OUT", 5000)
     picture = tmp_path / "loss.png"
     runs = train_2_4.main(["--steps", "60", "--plot", str(picture)])
     lines = capsys.readouterr().out.splitlines()
@@ -60,7 +56,7 @@ def test_train_2_4(monkeypatch, tmp_path, capsys):
     assert max(map(len, lines)) <= 80
     assert "emulated" in lines[-1]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    # The same weights and batches: the first loss has met no gradient yet.
+    # Weights and batches are the same, so first losses, before any update, are equal.
     exact, *others = [run.losses for name, run in runs.items() if name != "dense"]
     for losses in others:
         assert losses[0] == exact[0] and losses[1:] != exact[1:]
@@ -108,7 +104,7 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
     names = ("straight_through", "reinmax")
     chosen = {name: learn_masks.ESTIMATORS[name] for name in names}
     monkeypatch.setattr(learn_masks, "ESTIMATORS", chosen)
-    model = partial(QuadraticTransformer, 8, 16, 2, 1)
+    model = partial(QuadraticTransformer, 8, 16, num_heads=2, num_layers=1)
     monkeypatch.setattr(learn_masks, "model_of", model)
     picture = tmp_path / "frontier.png"
     argv = ["--steps", "20", "--mask-steps", "60", "--plot", str(picture)]
@@ -151,7 +147,7 @@ def test_a_plot_onto_no_file_is_refused_before_any_work(example, tmp_path, capsy
 
 @pytest.mark.parametrize("home", [_program, _report], ids=["examples", "benchmarks"])
 def test_what_cannot_be_written_leaves_the_file_whole(home, tmp_path, capsys):
-    """Of examples and benchmarks alike, and of two processes each has its own part."""
+    """Examples and benchmarks do the same; a process writes a part file of its own."""
     path, parts = tmp_path / "a.png", []
     path.write_bytes(b"good")
 

@@ -17,7 +17,7 @@ from examples import train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
-SMALL += ["--d-model", "8", "--layers", "1", "--heads", "2"]
+SMALL += ["--embed-dim", "8", "--layers", "1", "--heads", "2"]
 
 
 def run(*argv):
@@ -40,14 +40,14 @@ def finished(tmp_path_factory, text):
 
 @pytest.fixture
 def folder(tmp_path, finished):
-    """The folder of a run that has ended, to be damaged."""
+    """Return a copy of the folder of a finished run, which a test may damage."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     losses = (folder / "losses.csv").read_text()
     assert len(losses.splitlines()) == 6
-    # As after a kill between the last step's losses and its checkpoint.
+    # This is left by a kill between the last step's losses and its checkpoint.
     shutil.rmtree(folder / "checkpoints" / "6")
     for file in (folder / "checkpoints" / "4").rglob("*"):
         if file.is_file():
@@ -61,8 +61,8 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     assert "step     6" in printed and "held-out loss" in printed
     assert len(list((folder / "unreadable").iterdir())) == 2
     assert (folder / "losses.csv").read_text() == losses
-    with pytest.raises(SystemExit, match="other settings: d_model 8, now 16"):
-        run("--text", text, "--folder", str(folder), "--d-model", "16")
+    with pytest.raises(SystemExit, match="other settings: embed_dim 8, now 16"):
+        run("--text", text, "--folder", str(folder), "--embed-dim", "16")
 
 
 def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
@@ -139,7 +139,7 @@ def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
                 run("--text", text, *argv)
     assert files[0].read_bytes() == before[0] and not files[1].exists()
     assert not list(folder.glob("*.part"))
-    # Of what is there already no more room is needed: 4 more are never written.
+    # The disk needs no room for checkpoints that exist, so not for 4 more.
     files[1].write_bytes(before[1])
     free = sum(f.stat().st_size for f in (folder / "checkpoints" / "4").rglob("*"))
     disk = collections.namedtuple("disk", "free")(2 * free)
@@ -172,7 +172,7 @@ def test_text():
 
 def test_batches_depend_on_their_place_only():
     args, text = train_lm.parse(SMALL), np.arange(200, dtype=np.uint8)
-    one, other = (nn.make_mesh(sizes) for sizes in ("data=8", "fsdp=4,context=2"))
+    one, other = nn.make_mesh(data=8), nn.make_mesh(fsdp=4, context=2)
     batch = train_lm.make_batch(text, args, one, 3)
     np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, other, 3))
     assert not np.array_equal(batch, train_lm.make_batch(text, args, one, 4))
@@ -205,7 +205,7 @@ def test_refusals(argv, message, capsys):
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
-    sizes = "--d-model", "2", "--heads", "1", "--mesh", "data=8"
+    sizes = "--embed-dim", "2", "--heads", "1", "--mesh", "data=8"
     with pytest.raises(SystemExit, match="rank must be an integer of at least 1"):
         run("--text", text, "--compare", *sizes)
     assert capsys.readouterr().out == ""
@@ -249,14 +249,14 @@ def test_refuses_a_full_disk(tmp_path, text, monkeypatch):
 @pytest.mark.parametrize(
     "mesh, argv, message",
     [
-        ("fsdp=4", [], "must be the number of devices, 8, got 4"),
+        ("fsdp=4", [], "must be the number of devices, 8, got data=1 .* = 4"),
         ("model=8", [], "axis must be one of data, fsdp, context, tensor, got 'model'"),
         ("fsdp=eight", [], "fsdp must be an integer of at least 1, got 'eight'"),
         ("fsdp=2,fsdp=4", [], "fsdp must be given once"),
         ("tensor=8", [], "num_heads must be a multiple of tensor=8, got 2"),
         ("fsdp=8", ["--batch", "6"], "batch must be a multiple of data x fsdp = 8, g"),
         ("context=8", [], "seq must be a multiple of 2 x context = 16, got 8"),
-        ("fsdp=8", ["--d-model", "12"], "'embed' must be .* fsdp=8, got 12"),
+        ("fsdp=8", ["--embed-dim", "12"], "'embed' must be .* fsdp=8, got 12"),
     ],
 )
 def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):
@@ -265,7 +265,7 @@ def test_refuses_what_the_mesh_cannot_share(text, mesh, argv, message):
 
 
 def run_two(*argv):
-    """Two processes of two devices each; what they printed."""
+    """Run two processes with two devices each, and return what they printed."""
     command = [sys.executable, train_lm.__file__, *SMALL, *argv, "--distributed"]
     command += ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
     commands = [[*command, "--process", str(i)] for i in range(2)]
@@ -281,7 +281,7 @@ def test_two_processes_train_the_same_curve(tmp_path, text):
     assert "step" not in second and "held-out" not in second
     losses = np.loadtxt(theirs / "losses.csv")
     np.testing.assert_allclose(losses, np.loadtxt(ours / "losses.csv"), rtol=1e-5)
-    # Both read what both have written, and what another mesh has.
+    # Both processes read what both wrote, and one process on another mesh reads it too.
     shutil.rmtree(theirs / "checkpoints" / "6")
     assert "going on from step 4" in run_two(*argv)[0]
     np.testing.assert_array_equal(np.loadtxt(theirs / "losses.csv"), losses)
@@ -298,7 +298,7 @@ def test_comparison(tmp_path, text, capsys, monkeypatch):
     assert "6/6" in printed and "tokens/s" in printed
     rows = [line.split() for line in printed.splitlines()[-3:]]
     assert [row[0] for row in rows] == [*train_lm.MLPS]
-    # 3hm; 3r(h + m) with r = h/4; 2r(h + m) with r = h/2; beside them the same.
+    # 3hm; 3r(h + m) with r = h/4; 2r(h + m) with r = h/2; the rest is the same.
     rest = int(rows[0][1]) - 3 * 8 * 32
     assert [int(row[1]) - rest for row in rows[1:]] == [3 * 2 * 40, 2 * 4 * 40]
     assert all(float(row[4]) < 6 for row in rows)

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import pytest
 from helpers import mesh
 from jax.sharding import PartitionSpec as P
-from masked_definitions import F32, KEY, kernel_args
+from masked_definitions import F32, KEY, kernel_args, one_plus_sigmoid
 
 from jaxkern import (
     masked_bilinear,
     masked_matmul,
     pack_mask,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._core import device
@@ -38,7 +37,7 @@ def uses_the_kernel(*args, **options):
 
 def test_which_rules_the_kernels_know():
     assert rule_of(straight_through) == "straight_through"
-    assert [rule_of(f) for f in (seed_reinmax, reinmax)] == ["seed_reinmax", "reinmax"]
+    assert rule_of(reinmax) == "reinmax"
     assert rule_of(lambda x: x) is None
 
 
@@ -49,6 +48,9 @@ def test_which_rules_the_kernels_know():
         (straight_through, {"clip": None}, "straight_through"),
         (straight_through, {"derivative": "identity"}, "straight_through"),
         (straight_through, {"derivative": "sigmoid"}, None),
+        (straight_through, {"derivative": "one_plus_sigmoid"}, "one_plus_sigmoid"),
+        (one_plus_sigmoid, {"key": None}, "one_plus_sigmoid"),
+        (one_plus_sigmoid, {"clip": 1.0}, None),
         (reinmax, {"temperature": 1.0, "key": None}, "reinmax"),
         (reinmax, {"temperature": 1.5}, None),
         (reinmax, {"temperature": jnp.ones(())}, None),
@@ -136,11 +138,11 @@ def test_none_picks_the_kernel_where_one_device_has_the_arrays():
 
 
 def method_of(fn, *args, **options):
-    """The form of XLA that is in the program."""
+    """Return the name of the XLA method that is in the program."""
     text = str(
         jax.make_jaxpr(partial(fn, estimator="straight_through", **options))(*args)
     )
-    # Loops of "fused", and the barrier of "bmm".
+    # "fused" has loops, and "bmm" has a barrier.
     found = [name for name in ("scan[", "optimization_barrier") if name in text]
     return {"scan[": "fused", "optimization_barrier": "bmm"}["".join(found)]
 
@@ -154,7 +156,8 @@ def test_none_picks_the_method_of_the_device(monkeypatch):
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert of_matmul() == of_bilinear() == "bmm"
     assert of_matmul(method="fused") == "fused"
-    # The masked weights of the batch in 16 bits, up to an eighth of the memory.
+    # "bmm" is picked if the batch's masked weights, in 16 bits, take at most an eighth
+    # of the memory.
     monkeypatch.setattr(device, "memory_bytes", lambda: 8.0 * 2 * 2 * 64 * 64)
     assert of_matmul() == "bmm" and of_bilinear() == "fused"
     monkeypatch.setattr(device, "memory_bytes", lambda: 8.0 * 2 * 2 * 64 * 64 - 1)
@@ -171,7 +174,7 @@ def test_few_samples_are_split_and_many_take_large_tiles():
         MaskedTiles(128, 4),
         MaskedTiles(64, 8),
     ]
-    # Parts of whole steps alone.
+    # Parts have whole steps only, and seven steps have no halves.
     assert product.choose_tiles(1, 256, 7 * 64, 64, 4.0).splits == 1
 
 

@@ -14,18 +14,18 @@ from jaxkern import (
     gumbel_softmax,
     reinmax,
     reinmax_categorical,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked import estimators as _estimators
 
 KEY = jax.random.key(0)
 ST_SIGMOID = partial(straight_through, derivative="sigmoid")
+ONE_PLUS_SIGMOID = partial(straight_through, derivative="one_plus_sigmoid")
 DETERMINISTIC = {
     "straight_through": straight_through,
     "straight_through clip": partial(straight_through, clip=1.0),
     "straight_through sigmoid": ST_SIGMOID,
-    "seed_reinmax": seed_reinmax,
+    "straight_through one plus sigmoid": ONE_PLUS_SIGMOID,
     "reinmax": reinmax,
     "reinmax temperature": partial(reinmax, temperature=1.7),
 }
@@ -58,7 +58,7 @@ SLOPES = {
     "straight_through": np.ones_like,
     "straight_through clip": lambda x: (abs(x) <= 1) * 1.0,
     "straight_through sigmoid": lambda x: slope_of(sigmoid(x)),
-    "seed_reinmax": lambda x: 1 + slope_of(sigmoid(x)),
+    "straight_through one plus sigmoid": lambda x: 1 + slope_of(sigmoid(x)),
     "reinmax": lambda x: sigmoid(-abs(x)) / 2,
     "reinmax temperature": lambda x: reinmax_slope(x, x > 0, 1.7),
 }
@@ -74,7 +74,7 @@ def jacobian(p, g, axis=-1):
 
 
 def value_and_gradient(estimator, logits, g):
-    """As NumPy arrays, of one compiled program."""
+    """Return value and gradient as NumPy arrays, from one compiled program."""
 
     @jax.jit
     def run(logits, g):
@@ -116,7 +116,7 @@ def test_closed_forms(name, shape):
 
 def test_published_factors_at_1():
     one = jnp.ones(())
-    assert abs(jax.grad(seed_reinmax)(one) - 1.196612) < 1e-6
+    assert abs(jax.grad(ONE_PLUS_SIGMOID)(one) - 1.196612) < 1e-6
     assert abs(jax.grad(reinmax)(one) - 0.134471) < 1e-6
     clipped = jax.vmap(jax.grad(partial(straight_through, clip=1.0)))
     np.testing.assert_array_equal(
@@ -174,7 +174,7 @@ def test_closed_forms_of_categorical_draws(shape, axis, temperature):
 
 
 def test_categorical_reinmax_is_the_papers_algorithm():
-    """With gradients from autodiff, as algorithm 2 prints it."""
+    """The expected gradient is that of algorithm 2 by automatic differentiation."""
     tau = 1.3
     with jax.enable_x64(True):
         theta = 2 * jax.random.normal(KEY, (6, 5), jnp.float64)
@@ -207,7 +207,7 @@ def test_binary_reinmax_is_the_categorical_one_of_two_classes(temperature):
 
 
 def mean_gradient(estimator, f, logits, probability):
-    """The exact mean over all outcomes of the gradient that `estimator` gives `f`."""
+    """Return the exact mean over all outcomes of the gradient of `f` by `estimator`."""
 
     @jax.jit
     @jax.vmap
@@ -225,7 +225,7 @@ def mean_gradient(estimator, f, logits, probability):
 
 
 def binary_error(estimator, f):
-    """Relative, of the mean gradient of E f(b) in three logits."""
+    """Return the relative error of the mean gradient of E f(b) for three logits."""
     logits = jnp.array([0.7, -1.1, 0.2], jnp.float64)
     p = sigmoid(np.asarray(logits))
 
@@ -291,14 +291,14 @@ def test_for_which_losses_categorical_gradients_are_exact():
 
 
 def assert_mean(samples, expected):
-    """Within five standard errors."""
+    """Assert that the mean is within five standard errors of `expected`."""
     samples = np.asarray(samples, np.float64)
     allowed = 5 * samples.std(0) / np.sqrt(len(samples)) + 1e-9
     np.testing.assert_array_less(abs(samples.mean(0) - expected), allowed)
 
 
 def draw_many(estimator, logits, count=20_000):
-    """(samples, gradients of their sum) with as many keys."""
+    """Return samples, each drawn with its own key, and the gradients of their sums."""
 
     @jax.jit
     @jax.vmap
@@ -372,7 +372,8 @@ def test_vmap_and_scan_over_keys_draw_what_single_calls_do(name):
 
 @pytest.mark.parametrize(
     "name, dtype",
-    [("straight_through sigmoid", jnp.bfloat16), ("seed_reinmax", jnp.bfloat16)]
+    [("straight_through sigmoid", jnp.bfloat16)]
+    + [("straight_through one plus sigmoid", jnp.bfloat16)]
     + [("reinmax", dtype) for dtype in DTYPES],
 )
 def test_gradients_are_computed_in_float32_at_least(name, dtype):
@@ -382,7 +383,7 @@ def test_gradients_are_computed_in_float32_at_least(name, dtype):
         g
         * {
             "straight_through sigmoid": p * (1 - p),
-            "seed_reinmax": 1 + p * (1 - p),
+            "straight_through one plus sigmoid": 1 + p * (1 - p),
             "reinmax": jnp.where(x > 0, 1 - p, p) / 2,
         }[name]
     )
@@ -391,7 +392,7 @@ def test_gradients_are_computed_in_float32_at_least(name, dtype):
     wide_x, wide_g = to_float64((x, g))
     exact = wide_g * SLOPES[name](wide_x)
     assert_as_close(jnp.asarray(got), plain, exact)
-    # Of each entry, not only of the whole.
+    # Each entry is held to a bound of its own, too.
     error = abs(got.astype(np.float64) - exact)
     eps = max(float(jnp.finfo(dtype).eps), 4e-7)
     tiny = float(jnp.finfo(dtype).smallest_normal)

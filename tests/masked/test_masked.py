@@ -32,7 +32,6 @@ from jaxkern import (
     gumbel_softmax,
     masked_matmul,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern.testing import plain as definitions
@@ -42,7 +41,7 @@ OPS: dict[str, Any] = {
     "bilinear": (apply_bilinear, bilinear_args),
 }
 each_op = pytest.mark.parametrize("op, make", OPS.values(), ids=OPS)
-# One that walks the samples, and one that takes all at once.
+# A method that loops over the samples, and one that takes all at once.
 each_kind = pytest.mark.parametrize("method", ["fused", "bmm"])
 each_kind_once = pytest.mark.parametrize(
     "op, make, method",
@@ -69,11 +68,11 @@ def test_values_and_gradients(op, make, method):
 @each_kind
 @pytest.mark.parametrize(
     "size, estimator",
-    list(zip(SIZES[1:], (straight_through, seed_reinmax), strict=True)),
+    list(zip(SIZES[1:], (straight_through, reinmax), strict=True)),
     ids=["one of each", "wide"],
 )
 def test_values_and_gradients_of_other_sizes(method, size, estimator):
-    """With the estimator's name."""
+    """The estimator is given by its name."""
     each = apply_matmul, matmul_args, method, size
     check_values_and_gradients(*each, estimator.__name__, estimator)
 
@@ -111,7 +110,7 @@ DRAWN: Any = {"estimator": partial(reinmax, temperature=1.5), "key": KEY}
 
 @cache
 def run_drawn(op, make, method):
-    """Four samples that are equal."""
+    """Run an op with drawn masks on four equal samples."""
     args, g = make((4, 3, 6, 5, 2))
     x, logits = jax.tree.map(
         lambda a: jnp.broadcast_to(a[:1], a.shape), (args[0], args[2])
@@ -142,7 +141,7 @@ def test_an_estimator_that_holds_a_key_draws_one_noise_for_all(method):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "loop"])
 def test_estimator_sees_one_sample(method):
-    """So one that is not elementwise means the same by every method."""
+    """So an estimator that is not elementwise means the same in every method."""
     (x, w, logits), g = matmul_args(SIZES[0])
     options: Any = {"estimator": partial(gumbel_softmax, axis=0), "key": KEY}
     got = value_and_vjp(
@@ -251,18 +250,18 @@ def test_temporary_memory_of_fused_grows_by_its_products_alone(op, make, trained
 
     batch = 32
     fused = temporary("fused", batch)
-    # The masked products of a bilinear MLP with its input: kept for the backward.
+    # A bilinear MLP keeps the masked products of its input for the backward.
     products = 2 * 64 * 512 * 4 * (op is apply_bilinear)
     assert fused == temporary("fused", 2) + (batch - 2) * products
     best = min(temporary(method, batch) for method in METHODS if method != "fused")
-    # With nothing else to train the others compute in the logits' gradient's memory.
+    # If only logits are trained, others compute in the memory of the logits' gradient.
     few = op is apply_bilinear and trained == "logits"
     assert fused <= best / (1 if few else 4)
 
 
 @pytest.mark.parametrize("estimator", SLOPES)
 def test_fused_keeps_no_array_but_the_arguments(estimator):
-    """Not even one of constants, which the loop would read for every sample."""
+    """Not even constants are kept, which the loop would read for every sample."""
     (x, w, logits), _ = matmul_args((4, 8, 16, 32, 0))
     fn = partial(masked_matmul, estimator=estimator)
     _, pull = jax.vjp(lambda *args: fn(*args), x, w, logits)
@@ -271,7 +270,7 @@ def test_fused_keeps_no_array_but_the_arguments(estimator):
     forward: Any = jax.jit(lambda *args: jax.vjp(fn, *args)).lower(x, w, logits)
     masked, sample, y = w.nbytes, x[0].nbytes, 4 * 8 * 32
     temporary = forward.compile().memory_analysis().temp_size_in_bytes
-    # And a few counters.
+    # The last 1024 bytes are for counters.
     assert temporary <= masked + sample + y + 1024
 
 

@@ -88,7 +88,7 @@ def test_refusals_of_masked_matmul(changes, error, message):
         (
             {"mask_logits": (LS[0], LS[1][0], LS[2])},
             ValueError,
-            r"mask_logits\[1\] must have shape \(2, 4, 5\) for the 2 .* h, got \(4",
+            r"mask_logits\[1\] must have shape \(2, 4, 5\) for the 2 .* x, got \(4",
         ),
         (
             {"biases": (BS[0], BS[1], BS[0])},
@@ -103,6 +103,6 @@ def test_refusals_of_masked_matmul(changes, error, message):
     ],
 )
 def test_refusals_of_masked_bilinear(changes, error, message):
-    options = {"h": H, "weights": WS, "mask_logits": LS, "biases": BS}
+    options = {"x": H, "weights": WS, "mask_logits": LS, "biases": BS}
     with pytest.raises(error, match=f"masked_bilinear: {message}"):
         untyped.masked_bilinear(**options | {"estimator": reinmax} | changes)

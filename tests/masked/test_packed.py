@@ -29,7 +29,7 @@ from jaxkern import (
     "batch, d_in, d_out", [((), 1, 1), ((2,), 32, 3), ((3, 1), 33, 5), ((1, 2), 70, 4)]
 )
 def test_round_trip(batch, d_in, d_out):
-    """Of a part of a word, of whole words, and of one bit more."""
+    """The masks take a part of a word, a whole word, and more than whole words."""
     mask = normal(d_in, (*batch, d_in, d_out)) > 0
     packed = pack_mask(mask)
     assert packed.words.dtype == jnp.uint32
@@ -38,7 +38,7 @@ def test_round_trip(batch, d_in, d_out):
 
 
 def test_layout():
-    """Bit i of word j is for input feature 32 j + i; what is past the last is 0."""
+    """Bit i of word j is for input feature 32 j + i; bits past the last one are 0."""
     mask = np.zeros((35, 2), bool)
     mask[[0, 5, 31, 33], [0, 0, 0, 1]] = True
     words = np.array([[1 + 2**5 + 2**31, 0], [0, 2]], np.uint32)
@@ -62,7 +62,7 @@ def pack(logits) -> Any:
 
 @cache
 def by_logits(op, make, shared):
-    """What all methods compute of the logits."""
+    """Return values and gradients from the logits, which are equal for all methods."""
     args, g = make((3, 4, 37, 5, 6), shared=shared)
 
     def fn(x, w, *rest):

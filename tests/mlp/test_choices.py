@@ -28,14 +28,14 @@ NAMES = (
 
 
 def kernels_of(fn, *args):
-    """The names of the kernels in its program."""
-    # A function of its own, as JAX keeps what it has traced.
+    """Return the names of the kernels in the program of `fn`."""
+    # A new function each time, because JAX keeps traces by function.
     text = str(jax.make_jaxpr(lambda *args: fn(*args))(*args))
     return [name for name in NAMES if name in text]
 
 
 def kernels(ranks=(70, 40), **options):
-    """Those of a ReLU² MLP of these ranks."""
+    """Return the kernels of a ReLU² MLP of these ranks."""
     x, _, up, down, _ = make((150, 300, 640, *ranks))
     return kernels_of(partial(low_rank_relu2, **options), x, up, down)
 
@@ -74,7 +74,7 @@ def test_none_picks_by_the_thresholds(monkeypatch):
             kernels_of(flash_mlp, *heads),
         ]
 
-    # They are too small.
+    # The sizes are too small for kernels.
     assert runs() == [[]] * 5
     for name in ("kernel_is_faster", "flash_mlp_is_faster"):
         monkeypatch.setattr(thresholds, name, lambda *sizes, **options: True)
@@ -104,8 +104,7 @@ def test_none_picks_no_kernel_that_cannot_run(monkeypatch, sparsity, gradient):
     assert kernels(sparsity=sparsity, gradient=gradient) == []
 
 
-# Forward and backward on an H200, ours against XLA's: of `flash_mlp` by wall clock, in
-# one run for each size.
+# Wall-clock time of `flash_mlp`, forward and backward on an H200, in one run a size.
 @pytest.mark.parametrize(
     "size, gated, ours_us, xla_us",
     [
@@ -125,7 +124,7 @@ def test_flash_mlp_is_picked_where_it_was_measured_to_be_faster(
     assert flash_mlp_is_faster(*size, gated=gated) == (ours_us < xla_us)
 
 
-# Of each row the last dim and the first one past it, and its heads x tokens.
+# For each row of the thresholds, its first and its last dim, and its heads x tokens.
 @pytest.mark.parametrize(
     "gated, dim, rows",
     [
@@ -139,7 +138,7 @@ def test_flash_mlp_is_picked_from_so_many_rows_on(gated, dim, rows):
     def picked(heads, batch, hidden):
         return flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
 
-    # The fewer of heads x batch and heads x hidden count, whichever they are.
+    # The smaller one of heads x batch and heads x hidden counts.
     many, few = 2**16, rows // 8
     for fewer, expected in ((few, True), (few - 1, False)):
         assert picked(8, fewer, many) is expected
@@ -149,13 +148,13 @@ def test_flash_mlp_is_picked_from_so_many_rows_on(gated, dim, rows):
 @pytest.mark.parametrize("gated", [False, True])
 def test_flash_mlp_is_not_picked_past_the_last_dim_or_below_the_least_numbers(gated):
     assert not flash_mlp_is_faster(64, 2**16, 129, 2**16, gated=gated)
-    # 2^23 hidden features of all heads and tokens.
+    # The least number of hidden features, over all heads and tokens, is 2^23.
     assert flash_mlp_is_faster(32, 512, 64, 512, gated=gated)
     assert not flash_mlp_is_faster(32, 511, 64, 512, gated=gated)
 
 
-# Of MLPs of one head, by the time of the device. Ours with a gate at 7B are of a later
-# run than XLA's, with a faster kernel; the others of one run.
+# Device time of MLPs of one head, in one run. Only ours with a gate at 7B is of a later
+# run, with a faster kernel.
 @pytest.mark.parametrize(
     "name, tokens, ranks, hidden, ours_us, xla_us",
     [
@@ -178,7 +177,7 @@ def test_a_kernel_is_picked_where_it_was_measured_to_be_faster(
 
 
 def published_choices():
-    """By the name of a threshold: a layer of a published model, and what runs it."""
+    """Yield a threshold's name, a published model's layer, its kernel and options."""
     rows = (
         (shapes.SWIGLU, "low_rank_swiglu", {}),
         (shapes.RELU2, "low_rank_relu2", {}),
@@ -197,10 +196,10 @@ def published_choices():
 
 
 def test_thresholds_stand_for_the_predictions():
-    """Nothing is picked that is predicted to be slower, in either pass; and 19 of 20
-    choices are those with the margin of the predictions.
+    """No kernel is picked that is predicted to be slower than XLA in either pass.
 
-    Those of `swiglu` are not: it is picked where it is predicted to gain less.
+    19 of 20 choices are those of the predictions with their margin. `swiglu` is not
+    counted: its kernel is also picked where it is predicted to gain less.
     """
     agree = []
     for name, layer, kernel, options in published_choices():
@@ -214,7 +213,7 @@ def test_thresholds_stand_for_the_predictions():
 
 
 def test_full_rank_is_picked_where_it_is_predicted_to_be_faster():
-    """Widths that are multiples of 64; no published model is as narrow as the first."""
+    """Widths are multiples of 64; no published model is as narrow as the first one."""
     for width, hidden, least in (
         (512, 1408, 512),
         (1024, 2752, 512),
@@ -230,8 +229,8 @@ def test_full_rank_is_picked_where_it_is_predicted_to_be_faster():
     assert not kernel_is_faster("swiglu", 65536, (4160, 4096), 11008)
 
 
-# 32 x 512 tokens of 60M, 130M and 350M: hidden features of one head have few tiles for
-# the weights' gradients of `flash_mlp`, where a step takes up to four times as long.
+# 32 x 512 tokens of the 60M, 130M and 350M models. One head gives `flash_mlp` few tiles
+# for the weights' gradients, and each step of these takes up to four times as long.
 @pytest.mark.parametrize(
     "layer",
     [
@@ -255,7 +254,7 @@ def test_small_results_take_small_tiles():
 
 
 def test_what_is_kept_and_what_xla_selects_are_in_the_predictions():
-    """Of 7B's widths: more is kept for straight-through, and S-STE costs XLA more."""
+    """At 7B's widths, straight-through keeps more, and S-STE costs XLA more."""
     layer = cost.Layer(1024, 768, 16512, 768)
     pick = partial(cost.beats_xla, layer, "sparse")
     assert [pick(), pick(keep=True), pick(soft=True)] == [True, False, True]

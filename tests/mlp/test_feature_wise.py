@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from jaxkern import low_rank_relu2
 from jaxkern._mlp.feature_wise import densest, sparsify_along_tokens
 
-# (tokens, d_in, hidden, rank, d_out): few tokens, none of four, and of one text many.
+# (tokens, d_in, hidden, rank, d_out): one token, counts that are no multiple of four,
+# and many tokens.
 SIZES = [(1, 3, 5, 1, 2), (7, 12, 21, 4, 9), (18, 33, 64, 8, 33), (64, 24, 90, 7, 24)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 
@@ -37,7 +38,7 @@ def densest_by_hand(a):
 
 
 def token_groups(count):
-    """Of n tokens those that are n/4 apart, as many as there are."""
+    """Yield the groups of tokens that are a quarter of all tokens apart."""
     quarter = int(np.ceil(count / 4))
     for i in range(quarter):
         yield [t for t in range(i, 4 * quarter, quarter) if t < count]
@@ -54,7 +55,7 @@ def along_tokens_by_hand(x, dense):
 
 
 def feature_wise_float64(x, up, down, g, rounded=lambda a: a):
-    """The recipe's equations; what has a dtype is `rounded` to it."""
+    """The recipe's equations, `rounded` where the library rounds to its dtype."""
     u = rounded(x @ up[0])
     z = rounded(u @ up[1])
     a = rounded(np.maximum(z, 0) ** 2)
@@ -87,7 +88,7 @@ def test_values_and_gradients(size):
     ],
 )
 def test_ties_and_dtypes(size, dtype):
-    """Sums of small integers are exact, so only the roundings are left, and ties."""
+    """Sums of small integers are exact, so that only ties and roundings matter."""
     args = low_rank_args(size, jnp.float32)
     x, up, _, down, g = jax.tree.map(lambda a: jnp.sign(a).astype(dtype), args)
     got = value_and_vjp(feature_wise, (x, up, down), g)
@@ -109,7 +110,7 @@ def test_float64_is_computed_in_float64():
 
 
 def hidden_gradients(gradient, hidden, d_hidden):
-    """What the weight gradients see of a and dz: the other factors are identities."""
+    """Return a and dz as weights' gradients use them; other factors are identities."""
     tokens, one = len(hidden), jnp.eye(len(hidden))
     z = jnp.sqrt(jnp.maximum(hidden, 0)) - jnp.maximum(-hidden, 0)
     up, down = (one, z), (d_hidden.T, one)
@@ -125,7 +126,7 @@ def hidden_gradients(gradient, hidden, d_hidden):
 
 
 def graded_activations(tokens=40):
-    """As many features, of which feature j is positive for j tokens."""
+    """Return as many features as tokens, where feature j is positive for j tokens."""
     size = np.random.default_rng(0).uniform(0.1, 1, (tokens, tokens))
     rank = np.argsort(np.argsort(size, axis=0), axis=0)
     return jnp.asarray(np.where(rank < np.arange(tokens), size, -size), jnp.float32)
@@ -136,7 +137,7 @@ def test_sparse_features_keep_two_of_four_tokens_and_the_densest_keep_all():
     by_feature, d_z = hidden_gradients("feature_wise", hidden, normal(1, hidden.shape))
     straight = hidden_gradients("straight_through", hidden, normal(1, hidden.shape))
     whole = np.maximum(hidden, 0)
-    # Not the two sparsest, as in the original.
+    # The features with the fewest zeros; those with the most are 0 and 1.
     assert densest_by_hand(whole) == [39, 38]
     assert_near(by_feature[:, 38:], whole[:, 38:])
     np.testing.assert_array_equal(d_z[:, 38:], straight[1][:, 38:])
@@ -255,7 +256,7 @@ def test_shard_map_sparsifies_on_each_device():
     got = jax.jit(loss_gradient(sharded))(x, weights)
     value, (d_x, d_weights) = loss_gradient(feature_wise)(x, weights)
     assert_near((got[0], got[1][0]), (value, d_x))
-    # By hand: of each half of the tokens and quarter of the features.
+    # By hand, for each half of the tokens and each quarter of the features.
     g = to_float64(2 * value[1])
     up, down = to_float64((weights["up"], weights["down"]))
     d_up, d_down = np.zeros_like(up[1]), np.zeros_like(down[0])

@@ -123,7 +123,7 @@ def test_transforms(gated):
 
 def test_gate_of_ones_is_no_gate():
     (x, w1, w2), _ = flash_mlp_args((2, 6, 8, 12), jnp.float32)
-    # The last feature of x is 1, and the gate takes it alone.
+    # The last feature of x is 1, and the gate takes only this feature.
     x = x.at[..., -1].set(1)
     gate = jnp.zeros_like(w1).at[:, -1].set(1)
     y = flash_mlp(x, w1, w2, w_gate=gate, activation="identity")
@@ -145,7 +145,7 @@ def test_extreme_values_stay_in_their_token(activation):
     assert_near(
         [y[0], *(d[0] for d in gradients)], [clean_y[0], *(d[0] for d in clean)]
     )
-    # Large but finite stays finite.
+    # Gradients of large but finite inputs are finite.
     assert np.isfinite(to_float64(gradients[0][1, :2])).all()
 
 

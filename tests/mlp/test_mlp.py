@@ -32,7 +32,7 @@ from jaxkern import low_rank_matmul, low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core import precision
 from jaxkern.testing import plain as definitions
 
-# (tokens, d_in, hidden, rank, d_out); hidden not a multiple of 4 but once.
+# (tokens, d_in, hidden, rank, d_out); hidden is a multiple of 4 only once.
 SIZES = [
     (1, 3, 5, 1, 2),
     (17, 33, 64, 8, 33),
@@ -43,7 +43,7 @@ BF16 = jnp.bfloat16
 
 
 def name_of(value):
-    """Of a size or a dtype."""
+    """Return the id of a size or a dtype."""
     return getattr(value, "__name__", None) or "x".join(map(str, value))
 
 
@@ -131,7 +131,7 @@ def test_straight_through_gradient(size, dtype):
 
 
 def test_exact_gradient_of_soft():
-    """Along one direction, against differences of the definition's values."""
+    """The slope along one direction is compared with differences of float64 values."""
     with jax.enable_x64(True):
         x, up, _, down, g = low_rank_args((9, 24, 63, 4, 24), jnp.float64)
         args, g = (x, up, down), to_float64(g)
@@ -184,7 +184,7 @@ def test_accumulation_is_float32(dtype):
 
 
 def saved_bytes(fn, *args):
-    """What is kept between forward and backward."""
+    """Count the bytes that are kept between forward and backward."""
     residuals = jax.tree.leaves(jax.vjp(fn, *args)[1])
     return sum(x.nbytes for x in {id(x): x for x in residuals}.values())
 
@@ -206,7 +206,7 @@ def test_nothing_wider_than_the_input_is_saved_for_the_backward():
         saved = saved_bytes(
             lambda *a, s=sparsity: low_rank_relu2(*a, sparsity=s), x, up, down
         )
-        # The static form saves the kept halves of two factors, and half activations.
+        # The static form saves kept halves of two factors and half of the activations.
         halves = (up[1].nbytes + down[0].nbytes) // 2 if sparsity == "2:4-static" else 0
         activations = wide if halves else 2 * wide
         assert saved <= arguments + halves + activations + 2 * thin
@@ -289,7 +289,7 @@ def test_float64_is_computed_in_float64(sparsity):
 @pytest.mark.gpu
 @dtypes
 def test_on_gpu(dtype):
-    """The same bounds on the device, where the matmuls are other programs."""
+    """The bounds hold on the device too, where matmuls are other programs."""
     size = (300, 520, 1030, 130, 510)
     with jax.default_matmul_precision("highest"):
         test_swiglu(size, dtype)

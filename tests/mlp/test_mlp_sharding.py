@@ -15,7 +15,8 @@ SWIGLU, GATED, TOP2, SOFT = (
 )
 STATIC = "low_rank_relu2 2:4-static"
 
-# The hidden features lie along "tensor": columns of what widens, rows of what narrows.
+# "tensor" splits the hidden features: columns of the factors that widen, and rows of
+# those that narrow.
 WIDEN, NARROW = P(None, "tensor"), P("tensor", None)
 SPECS = {
     "kernels": (WIDEN, WIDEN, NARROW),
@@ -45,7 +46,7 @@ def test_shard_map_over_batch_and_tensor_equals_one_device(name):
         local, mesh=both, in_specs=(P("data"), SPECS), out_specs=P("data")
     )
     if name == SOFT:
-        # Its scale is of the whole token; a shard has a part of each.
+        # S-STE's scale needs whole tokens, so the tokens are split, not their features.
         tokens = P(("data", "tensor"))
         sharded = jax.shard_map(op, mesh=both, in_specs=(tokens, P()), out_specs=tokens)
     got = value_and_grads(sharded)(x, weights)

@@ -1,4 +1,4 @@
-"""Kernels in programs whose integers have 64 bits: 16-bit arrays are what they were."""
+"""`jax.enable_x64` changes no kernel of 16-bit arrays."""
 
 from functools import cache, partial
 from typing import Any
@@ -68,7 +68,7 @@ INPUTS |= dict.fromkeys(("relu2", "2:4", "2:4-soft"), WIDE)
 
 @cache
 def lowered(name: str, is_wide: bool) -> list[bytes]:
-    """The kernels of both passes."""
+    """Return the kernels of forward and backward."""
     call, x = CALLS[name], INPUTS.get(name, X)
     with jax.enable_x64(is_wide):
         return lower(with_vjp(call), ((x,), jax.eval_shape(call, x)))
@@ -79,11 +79,11 @@ def test_kernels_lower(name):
     assert lowered(name, True)
 
 
-# JAX 0.11 numbers the files that it might write.
+# JAX 0.11 puts numbers of files that it might write into the kernels.
 @pytest.mark.newest
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_are_the_same(name):
-    """In what is compiled, byte by byte; the emulator has no such integers."""
+    """The kernels are equal byte by byte; the emulator has no 64-bit integers."""
     assert lowered(name, False) == lowered(name, True)
 
 

@@ -1,20 +1,20 @@
-"""Do our tests see the faults that they are there for?
+"""Check that the tests find the faults that they are there for.
 
     python tests/mutants/run.py
     python tests/mutants/run.py --only zigzag-order,word-order
     make mutants ARGS="--jobs 1"
 
-Each mutant of `table.py` is one fault, put into a copy of the repository, where the
-tests run that must see it. It is
+Each mutant of `table.py` is one fault. It is put into a copy of the repository, where
+the tests that must find it run. The verdict is
 
 - caught: a test failed;
 - SURVIVED: all tests passed;
-- stale: the text that it replaces is not, or not once, in its file;
-- timed out: the tests took too long, which is no catch: the emulator of GPU kernels
-  ends a deadlock itself, as an error;
-- BROKEN: no test ran, or they fail without the fault too; what pytest said follows.
+- stale: its file does not have the text that it replaces exactly once;
+- timed out: the tests took too long. This does not count as caught, because the
+  emulator of GPU kernels ends a deadlock itself, with an error;
+- BROKEN: no test ran, or the tests fail without the fault too; pytest's output follows.
 
-Exits with 1 unless all are caught. The working tree stays as it is.
+The exit status is 1 unless all are caught. The working tree stays as it is.
 """
 
 import argparse
@@ -48,11 +48,11 @@ Verdict = Literal["caught", "SURVIVED", "stale", "timed out", "BROKEN"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant.
+    """The outcome of a mutant.
 
-    seconds: that its tests took.
+    seconds: the time of its tests.
     note: the test that failed, or what is wrong.
-    said: pytest's last lines, where they are needed to see why.
+    said: pytest's last lines, if they are needed to explain the verdict.
     """
 
     verdict: Verdict
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """What pytest gave: its exit code, or None where it was stopped, and its output."""
+    """A run of pytest: its exit code, or None if it was stopped, and its output."""
 
     code: int | None
     seconds: float
@@ -80,7 +80,7 @@ class Run:
 
 
 def mutated(mutant: Mutant, root: Path) -> str | None:
-    """The file with the fault, or None if the mutant is stale."""
+    """Return the text of the file with the fault, or None if the mutant is stale."""
     path = root / mutant.path
     source = path.read_text() if path.exists() else ""
     if source.count(mutant.text) != 1:
@@ -89,7 +89,7 @@ def mutated(mutant: Mutant, root: Path) -> str | None:
 
 
 def files_of(root: Path) -> list[str]:
-    """All files that are there but for those that git ignores."""
+    """Return all files that exist and that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=root, capture_output=True, check=True).stdout
     return [name for name in listed.decode().split("\0") if (root / name).is_file()]
@@ -102,7 +102,7 @@ def copy(root: Path, names: Sequence[str], tree: Path) -> None:
 
 
 async def run_tests(tests: tuple[str, str], tree: Path, limit_s: float) -> Run:
-    """pytest in a copy of the repository, as `make test` runs it, in one process."""
+    """Run pytest in a copy of the repository as `make test` does, in one process."""
     path, selected = tests
     command = [sys.executable, "-m", "pytest", path, "-k", selected]
     command += ["-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
@@ -110,7 +110,7 @@ async def run_tests(tests: tuple[str, str], tree: Path, limit_s: float) -> Run:
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=tree,
-        # The tests' own processes find the copy too.
+        # Processes that tests start must import the copy too.
         env=os.environ | {"PYTHONPATH": str(tree), "COLUMNS": str(WIDTH)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -122,7 +122,7 @@ async def run_tests(tests: tuple[str, str], tree: Path, limit_s: float) -> Run:
     except TimeoutError:
         code, text = None, ""
     finally:
-        # Also what the tests started, and where we are interrupted.
+        # This ends what the tests started too, also after an interrupt.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
@@ -143,10 +143,10 @@ def judge(run: Run, mutant: Mutant) -> Outcome:
 
 
 class Trials:
-    """Mutants of one tree, some at a time, each in a copy of its own.
+    """Runs of the mutants of one tree, `jobs` at a time, each in its own copy.
 
-    root: of the tree that is copied.
-    trust: leave out that tests pass without the fault.
+    root: the tree that is copied.
+    trust: do not check that the tests pass without the fault.
     """
 
     def __init__(self, root: Path, jobs: int, limit_s: float, trust: bool):
@@ -168,7 +168,7 @@ class Trials:
             return judge(await self._run(mutant.tests, {mutant.path: content}), mutant)
 
     async def _run_unmutated(self, tests: tuple[str, str]) -> Run:
-        """Mutants with the same tests wait for the same run of them."""
+        """Run tests without a fault, once for all mutants that have the same tests."""
         if tests not in self.unmutated:
             self.unmutated[tests] = asyncio.create_task(self._run(tests, {}))
         return await self.unmutated[tests]
@@ -187,7 +187,7 @@ def row(name: str, verdict: str, seconds: str, note: str) -> str:
 
 
 async def try_all(mutants: Sequence[Mutant], trials: Trials) -> list[Outcome]:
-    """A row each, as soon as its mutant is done."""
+    """Print a row for each mutant as soon as it is done."""
     print(row("mutant", "verdict", "s", "seen by"))
 
     async def one(mutant: Mutant) -> Outcome:

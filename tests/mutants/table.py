@@ -1,8 +1,7 @@
-"""Faults that someone could write, each with the tests that must see it.
+"""Faults that someone could write, each with the tests that must find it.
 
-The text that a mutant replaces occurs once in its file. Where the code has changed it
-is stale, and `run.py` says so: give it the text of today. Tests are a file and an
-expression for `pytest -k`, the fewest that see the fault.
+The text that a mutant replaces occurs once in its file. If the code has changed, the
+mutant is stale, and `run.py` says so: update its text. Tests are as few as possible.
 """
 
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ class Mutant:
 
     name: what `--only` takes.
     fault: what goes wrong, in a sentence.
-    path: of the file, from the root of the repository.
-    text, replacement: what is there, and what the mutant has in its place.
-    tests: the file of the tests, from the root, and which of them.
+    path: the file, from the root of the repository.
+    text, replacement: a part of the file, and the mutant's code in its place.
+    tests: the test file, from the root, and an expression for `pytest -k`.
     """
 
     name: str
@@ -83,18 +82,18 @@ MUTANTS = (
     ),
     Mutant(
         "masked-slope",
-        "The kernel of masks has a slope with the wrong sign.",
+        "A term of the slope in the mask kernel has the wrong sign.",
         "jaxkern/_masked/hopper/gradients.py",
         "lambda p: 1 + p - p * p",
         "lambda p: 1 + p + p * p",
         (
             "tests/masked/hopper/test_multiply.py",
-            "test_slopes_in_the_kernel and seed_reinmax",
+            "test_slopes_in_the_kernel and one_plus_sigmoid",
         ),
     ),
     Mutant(
         "silu-gate",
-        "The kernel takes the derivative of silu at the other product.",
+        "The kernel takes the derivative of silu at `up` instead of the gate.",
         "jaxkern/_mlp/hopper/fused.py",
         "sums[0] * up * derivative(gate)",
         "sums[0] * up * derivative(up)",
@@ -129,8 +128,8 @@ MUTANTS = (
         "ragged-keys",
         "A kernel's last partial block sees the zeros after the last key.",
         "jaxkern/_attention/hopper/predicates.py",
-        "where.positions(1 - self.q_axis) < self.kv_len",
-        "where.positions(1 - self.q_axis) <= self.kv_len",
+        "where.positions(1 - self.q_axis) < self.seq_kv",
+        "where.positions(1 - self.q_axis) <= self.seq_kv",
         MASK_OF_A_FUNCTION,
     ),
     Mutant(
@@ -143,7 +142,7 @@ MUTANTS = (
     ),
     Mutant(
         "tile-in-block",
-        "Of a block of several tiles the kernel walks the first one again.",
+        "The kernel walks the first tile of a block of several tiles again.",
         "jaxkern/_attention/hopper/walk.py",
         "lax.rem(n, each) * columns",
         "lax.div(n, each) * columns",
@@ -151,7 +150,7 @@ MUTANTS = (
     ),
     Mutant(
         "last-columns",
-        "The columns that fill up the last chunk of the vocabulary are tokens.",
+        "The first column that only fills up the last chunk counts as a token.",
         "jaxkern/_cross_entropy.py",
         "jnp.where(ids < vocab, logits, _below(logits)), ids",
         "jnp.where(ids <= vocab, logits, _below(logits)), ids",
@@ -215,10 +214,10 @@ MUTANTS = (
         "pass",
         MASKED_TILES,
     ),
-    # What is selected, drawn and packed.
+    # Selecting, drawing and packing.
     Mutant(
         "order-of-equals",
-        "Of equal entries 2:4 keeps the last ones.",
+        "2:4 keeps the last of equal entries instead of the first.",
         "jaxkern/_sparsity/select.py",
         "(other == scores) & (i < position)",
         "(other == scores) & (i > position)",
@@ -248,14 +247,22 @@ MUTANTS = (
         "jax.random.split(self.key, (1, len(self.logits))).repeat(self.samples, 0)",
         ("tests/masked/test_masked.py", "test_draws_are_the_same and fused and matmul"),
     ),
-    # What runs, and what is refused.
+    # Implementations that run, and arguments that are refused.
     Mutant(
         "falls-back",
-        "A named kernel that cannot run is XLA instead of an error.",
+        "XLA runs instead of a named kernel that cannot, without an error.",
         "jaxkern/_core/dispatch.py",
         'raise NotImplementedError(f"{op}: {reason}")',
         'return "xla"',
         UNSUPPORTED,
+    ),
+    Mutant(
+        "one-platform",
+        "A program traced beside a GPU holds the kernel alone, and fails on the CPU.",
+        "jaxkern/_core/dispatch.py",
+        "if implementation is None and traced:",
+        "if implementation is None and not traced:",
+        ("tests/test_platforms.py", "swiglu or own_form"),
     ),
     Mutant(
         "any-device",
@@ -300,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "far-tails",
-        "Noise of a draw ends where one uniform number does.",
+        "The noise of a draw reaches only as far as one uniform number lets it.",
         "jaxkern/_sparsity/select.py",
         'weight.dtype, mode="high")',
         'weight.dtype, mode="low")',
@@ -317,7 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "prompt-lengths",
-        "Tokens follow the longest prompt, also where a prompt is shorter.",
+        "New tokens follow the longest prompt also in rows whose prompt is shorter.",
         "jaxkern/nn/_generate.py",
         "cache._replace(length=jnp.asarray(lengths, cache.length.dtype))",
         "cache",
@@ -328,7 +335,7 @@ MUTANTS = (
     ),
     Mutant(
         "top-p",
-        "A token stays where likelier ones have just top_p.",
+        "A token stays although likelier ones have a probability of top_p.",
         "jaxkern/nn/_generate.py",
         "before < top_p, after > 1 - top_p",
         "before <= top_p, after >= 1 - top_p",

@@ -11,11 +11,11 @@ from helpers import mesh as make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkern import attention, dilated_attention
+from jaxkern import Dilation, attention, dilated_attention
 from jaxkern.nn import LongNet, MultiHeadAttention
 
 EMBED, HEADS, SEQ = 24, 4, 10
-PATTERNS: dict[str, Any] = {"segment_lengths": (4, 8, 16), "dilation_rates": (1, 2, 4)}
+PATTERNS: dict[str, Any] = {"dilation": Dilation((4, 8, 16), (1, 2, 4))}
 dilated: Any = partial(dilated_attention, **PATTERNS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,7 +34,7 @@ def build(seed=0, **options) -> Any:
 
 
 def randomize(module) -> Any:
-    """Biases and norms that are not zeros and ones."""
+    """Add noise, so that biases are not 0 and scales of norms are not 1."""
     leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
     noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -144,7 +144,7 @@ def test_every_parameter_has_a_gradient(options):
 
     for name, gradient in flat_parameters(gradients(module)).items():
         assert np.isfinite(gradient).all(), name
-        # What is added to all keys alike changes no weight.
+        # A bias that all keys have does not change the softmax.
         if name != ("key_norm.bias" if "qk_norm" in options else "key.bias"):
             assert (abs(gradient).reshape(len(gradient), -1).sum(-1) > 1e-4).all(), name
 
@@ -220,12 +220,12 @@ def test_options_of_the_function_come_bound_or_with_the_call():
     np.testing.assert_array_equal(bound(x), expected)
     with pytest.raises(TypeError, match="unexpected keyword argument 'window'"):
         build()(x, window=3)
-    # One that knows no is_causal is not given any.
+    # A function without the argument is_causal is not given it.
     assert build(attention_fn=lambda q, k, v: v)(x).shape == x.shape
 
 
 def test_inside_shard_map():
-    """As with `ring_attention`: the module sees a shard, its function the axis."""
+    """As with `ring_attention`, the module sees a shard and its function the axis."""
     mesh = make_mesh(seq=4)
 
     def gather_keys(query, key, value):
@@ -260,7 +260,7 @@ def test_in_linen():
 
 def longnet(**options) -> Any:
     options = PATTERNS | options
-    return randomize(LongNet(EMBED, HEADS, 2, rngs=nnx.Rngs(0), **options))
+    return randomize(LongNet(EMBED, HEADS, num_layers=2, rngs=nnx.Rngs(0), **options))
 
 
 @pytest.mark.usefixtures("promoting")
@@ -286,15 +286,17 @@ def test_longnet():
     assert_near(call(module, x), module.norm(expected))
     low = jax.eval_shape(module, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
-    low = LongNet(EMBED, HEADS, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **PATTERNS)
+    low = LongNet(
+        EMBED, HEADS, num_layers=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **PATTERNS
+    )
     y = call(low, x)
     assert y.dtype == jnp.bfloat16 and np.isfinite(y.astype(jnp.float32)).all()
-    full = LongNet(EMBED, HEADS, 1, rngs=nnx.Rngs(0), **PATTERNS)
+    full = LongNet(EMBED, HEADS, num_layers=1, rngs=nnx.Rngs(0), **PATTERNS)
     assert_near(y, call(full, x), 0.05)
 
 
 def test_longnet_starts_with_magnetos_gain():
-    module = LongNet(256, 4, 3, rngs=nnx.Rngs(0))
+    module = LongNet(256, 4, num_layers=3, rngs=nnx.Rngs(0))
     gain = np.log(6) ** 0.5
     attend = (2 / (256 + 256)) ** 0.5
     feed = (2 / (256 + 1024)) ** 0.5
@@ -400,7 +402,7 @@ X = jnp.ones((2, SEQ, EMBED))
             r"attention_fn must return the query's shape \(2, 10, 4, 6\), got \(2, 1, ",
         ),
         (
-            lambda: untyped.nn.LongNet(EMBED, HEADS, 0, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.LongNet(EMBED, HEADS, num_layers=0, rngs=nnx.Rngs(0)),
             ValueError,
             "LongNet: num_layers must be an integer of at least 1, got 0",
         ),

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from helpers import assert_near, normal, untyped
 
-from jaxkern import dilated_attention
+from jaxkern import Dilation, dilated_attention
 from jaxkern.nn import (
     FlashMLP,
     LowRankSwiGLU,
@@ -22,12 +22,17 @@ from jaxkern.nn import (
 from jaxkern.nn._generate import _generate, _keep_top
 
 VOCAB, CONTEXT = 50, 16
-dilated = partial(dilated_attention, segment_lengths=(8, 16), dilation_rates=(1, 2))
-SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+dilated = partial(dilated_attention, dilation=Dilation((8, 16), (1, 2)))
+SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 40,
+}
 
 
 def build(**options) -> Any:
-    """With logits large enough for the likeliest token not to be the last one again."""
+    """Return a model with logits so large that it does not just repeat a token."""
     model = TransformerLM(VOCAB, CONTEXT, **SIZES, rngs=nnx.Rngs(0), **options)
     assert model.head is not None
     model.head[...] *= 4
@@ -45,7 +50,7 @@ PROMPT = jax.random.randint(jax.random.key(0), (3, 4), 0, VOCAB)
 def test_greedy_equals_the_whole_forward_token_by_token(options):
     model = build(**options)
     forward = nnx.jit(lambda model, tokens: model(tokens).argmax(-1))
-    # No token sees a later one, so that one shape does for all of them.
+    # No token sees a later one, so one padded shape is enough for all lengths.
     expected = jnp.pad(PROMPT, ((0, 0), (0, 5)))
     for i in range(4, 9):
         token = forward(model, expected)[:, i - 1]
@@ -57,7 +62,6 @@ def test_greedy_equals_the_whole_forward_token_by_token(options):
 
 
 def test_features_with_a_cache_equal_those_without():
-    """However the sequence is cut."""
     model = build(num_kv_heads=2)
     tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, VOCAB)
     expected = nnx.jit(TransformerLM.features)(model, tokens)
@@ -87,9 +91,9 @@ def test_bfloat16_cache():
     ids=["cache", "dilated, no cache"],
 )
 def test_prompts_of_unequal_length_are_as_alone(options, cache):
-    """Whatever pads them, and zeros follow."""
+    """Padding has no influence, and zeros follow the last new token of a row."""
     model, lengths = build(**options), [2, 4, 1]
-    # Without this a token is hardly changed by those before it.
+    # Without this, a token would hardly depend on the tokens before it.
     weights = nnx.state(model.layers, nnx.Param)
     nnx.update(model.layers, jax.tree.map(lambda x: 3 * x, weights))
     run: Any = partial(model.generate, max_new_tokens=5, cache=cache)
@@ -105,7 +109,7 @@ def test_prompts_of_unequal_length_are_as_alone(options, cache):
         padded = jnp.where(read, PROMPT, padding)
         again = run(padded, prompt_lengths=jnp.array(lengths))
         np.testing.assert_array_equal(again, got)
-    # What is read is checked as ever.
+    # Tokens that are not padding are checked.
     with pytest.raises(ValueError, match="prompt must be from 0 to 49, got -1"):
         run(padded.at[0, 1].set(-1), prompt_lengths=jnp.array(lengths))
     traced = jax.jit(lambda *args: run(args[0], prompt_lengths=args[1]))
@@ -174,20 +178,20 @@ def test_top_p():
     for top_p, kept in [(0.39, 1), (0.41, 2), (0.75, 3), (0.95, 4), (1.0, 4)]:
         one, equal = np.isfinite(_keep_top(logits, top_p))
         assert one.sum() == kept and one[1]
-        # Those as likely as the last one that is needed stay.
+        # Tokens that are as likely as the last one that is needed stay.
         assert equal.all()
-    # The likelier ones have just that.
+    # The probabilities of the likelier tokens add up to top_p exactly.
     halves = jnp.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]])
     for top_p, kept in [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 3), (0.9375, 5)]:
         assert np.isfinite(_keep_top(jnp.log(halves), top_p)).sum() == kept
-    # As many as there are, of which a sum in float32 loses the last ones.
+    # A sum in float32 loses the last of so many probabilities.
     many = 3 * normal(0, (1, 131072))
     assert np.isfinite(_keep_top(many, 1.0)).all()
     weights = np.exp(-np.sort(-np.asarray(many[0], np.float64)))
     sums = weights.cumsum() / weights.sum()
     for top_p in (1e-3, 0.3, 0.9, 0.9999, 0.999999):
         kept = np.isfinite(_keep_top(many, top_p)).sum()
-        # To float32's rounding of top_p and of the sums.
+        # The margin is the float32 rounding of top_p and of the sums.
         low, high = (np.searchsorted(sums, top_p + d) for d in (-1e-6, 1e-6))
         assert low <= kept <= high + 1
 
@@ -196,7 +200,7 @@ def test_compiles_once():
     model = build()
     options: Any = {"max_new_tokens": 5, "temperature": 1.0}
     model.generate(PROMPT, key=jax.random.key(0), **options)
-    # What is traced anew would need this.
+    # A second trace would call this.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformerLM, "extend", None)
         again = options | {"temperature": 0.5, "top_p": 0.8}
@@ -289,14 +293,14 @@ def generate(prompt=PROMPT, **options):
             "extend: tokens and cache must be at most 3 tokens, got 4",
         ),
         (
-            lambda: untyped.nn.MultiHeadMLP(24, 40, 5, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.MultiHeadMLP(24, 40, num_heads=5, rngs=nnx.Rngs(0)),
             ValueError,
-            "MultiHeadMLP: num_heads must divide in_features=24, got 5",
+            "MultiHeadMLP: num_heads must divide embed_dim=24, got 5",
         ),
         (
-            lambda: untyped.nn.MultiHeadMLP(24, 0, 4, rngs=nnx.Rngs(0)),
+            lambda: untyped.nn.MultiHeadMLP(24, 0, num_heads=4, rngs=nnx.Rngs(0)),
             ValueError,
-            "hidden_features must be an integer of at least 1, got 0",
+            "hidden_dim must be an integer of at least 1, got 0",
         ),
     ],
 )
@@ -307,8 +311,8 @@ def test_refusals(call, error, message):
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_multi_head_mlp(gated):
-    module = MultiHeadMLP(24, 10, 4, gated=gated, rngs=nnx.Rngs(0))
-    heads: Any = FlashMLP(4, 6, 10, gated=gated, rngs=nnx.Rngs(1))
+    module = MultiHeadMLP(24, 10, num_heads=4, gated=gated, rngs=nnx.Rngs(0))
+    heads: Any = FlashMLP(4, 6, hidden_dim=10, gated=gated, rngs=nnx.Rngs(1))
     nnx.update(heads, nnx.state(module.heads))
     x = normal(0, (2, 3, 24))
     by_head = jnp.einsum("btd,dhe->hbte", x, module.w_in.kernel[...])
@@ -345,7 +349,7 @@ def test_a_block_with_norms_of_its_own_decodes_as_it_computes(qk_norm):
 
 
 def test_equal_models_share_a_program():
-    """Each is built anew, as where a checkpoint is read."""
+    """Each model is built anew, as when a checkpoint is read."""
     mlp: Any = partial(LowRankSwiGLU, rank=4)
     options: Any = {"max_new_tokens": 2, "cache": False}
 

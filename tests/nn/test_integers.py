@@ -1,4 +1,4 @@
-"""Tokens, targets, lengths and positions of any integer dtype are what they say."""
+"""Tokens, targets, lengths and positions may have any integer dtype."""
 
 from typing import Any
 
@@ -12,9 +12,14 @@ from helpers import assert_near
 from jaxkern import cross_entropy
 from jaxkern.nn import QuadraticTransformer, TransformerLM
 
-# More tokens than 8 bits number, and 256, of which 8 bits number the last.
+# Vocabularies with more tokens than 8 bits can number, and with just as many.
 VOCAB, BYTES = 300, 256
-SIZES: dict[str, Any] = {"d_model": 8, "num_layers": 1, "num_heads": 1, "d_ff": 8}
+SIZES: dict[str, Any] = {
+    "embed_dim": 8,
+    "num_layers": 1,
+    "num_heads": 1,
+    "hidden_dim": 8,
+}
 DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 TOKENS = np.array([[1, 127, 3, 90], [5, 6, 7, 8]])
 LENGTHS = np.array([4, 2])
@@ -26,10 +31,12 @@ def model() -> Any:
 
 @jax.jit
 def run(tokens, lengths):
-    """Everything that takes integers, which all have one dtype."""
+    """Run everything that takes integers, with one dtype for all of them."""
     lm = model()
-    quadratic = QuadraticTransformer(VOCAB, 8, 1, 1, rngs=nnx.Rngs(0))
-    # What is kept is not read yet: the length is where the next tokens go.
+    quadratic = QuadraticTransformer(
+        VOCAB, 8, num_heads=1, num_layers=1, rngs=nnx.Rngs(0)
+    )
+    # The length says where the next tokens go; what the cache keeps is no matter here.
     cache = lm.make_cache(2, 150)._replace(length=lengths)
     features, cache = lm.extend(tokens, cache)
     hidden, head = jnp.cos(jnp.arange(16.0)).reshape(2, 8), jnp.eye(8, BYTES)
@@ -65,7 +72,7 @@ def test_any_dtype_of_integers(dtype):
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_no_token_of_any_dtype_is_none(dtype):
-    """The last one of its dtype is not taken for one that it is equal to in 32 bits."""
+    """A wrong target is not cut to 32 bits, where it could equal a right one."""
     limits = np.iinfo(dtype)
     hidden, head = jnp.ones((1, 4)), jnp.zeros((4, 200))
     wrong = [x for x in (limits.min, limits.max, 2**32 + 1) if not 0 <= x < 200]

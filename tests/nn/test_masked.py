@@ -16,7 +16,6 @@ from jaxkern import (
     masked_bilinear,
     masked_matmul,
     reinmax,
-    seed_reinmax,
 )
 from jaxkern.nn import (
     Bilinear,
@@ -35,7 +34,7 @@ def linear(**options: Any) -> Any:
 
 
 def linear_of(d_in, d_out) -> Any:
-    """No weight is on."""
+    """Return a layer whose masks are all off."""
     zeros = nnx.initializers.zeros_init()
     options: Any = {"initial_logit": 0.0, "kernel_init": zeros, "use_bias": False}
     return MaskedLinear(d_in, d_out, rngs=nnx.Rngs(0), **options)
@@ -51,7 +50,7 @@ LOGITS = ("left_logits", "right_logits", "down_logits")
 
 
 def randomize(module) -> Any:
-    """Logits of both signs, biases that are not 0."""
+    """Draw logits of both signs, and biases that are not 0."""
     leaves, tree = jax.tree.flatten(nnx.state(module))
     noise = [normal(i, x.shape, x.dtype) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -196,7 +195,7 @@ def test_sparsity_by_logits_and_in_total():
     assert {name: float(totals[name]) for name in names} == dict(
         zip(names, (0.0, 1.0, 0.5), strict=True)
     )
-    # Own masks beside shared ones, and another number of them.
+    # Modules with three masks and with two, beside those whose mask all samples share.
     nested.append(linear(num_masks=3, initial_logit=0.0))
     np.testing.assert_allclose(mask_sparsity(nested)["total"], [2 / 3] * 3, rtol=1e-6)
     nested.append(linear(num_masks=2))
@@ -312,19 +311,19 @@ def test_sharded_by_its_own_metadata_equals_one_device(method):
             "key",
         ),
         (
-            lambda: linear(estimator=seed_reinmax)(jnp.ones((1, D_IN)), key=KEY),
+            lambda: linear(estimator=jnp.sign)(jnp.ones((1, D_IN)), key=KEY),
             TypeError,
             "key",
         ),
         (
             lambda: MaskedBilinear(0, HIDDEN, rngs=nnx.Rngs(0)),
             ValueError,
-            "MaskedBilinear: in_features must be",
+            "MaskedBilinear: embed_dim must be",
         ),
         (
             lambda: untyped.nn.Bilinear(D_IN, 2.0, rngs=nnx.Rngs(0)),
             ValueError,
-            "^Bilinear: hidden_features must be",
+            "^Bilinear: hidden_dim must be",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What holds for every module."""
+"""Properties that every module has."""
 
 import pickle
 from functools import partial
@@ -15,17 +15,17 @@ from helpers import assert_near
 import jaxkern
 from jaxkern import nn
 
-PATTERN = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
+DILATION = jaxkern.Dilation((8, 16), (1, 2))
 LM: dict[str, Any] = {
     "vocab_size": 20,
     "context_length": 8,
-    "d_model": 16,
+    "embed_dim": 16,
     "num_layers": 2,
 }
-LM |= {"num_heads": 2, "d_ff": 12}
+LM |= {"num_heads": 2, "hidden_dim": 12}
 FEATURES, IDS = (8, 16), (8,)
 
-# Each module, its sizes, what else it is made with, and the shape of a sample of it.
+# Each module, its sizes, its other options, and the shape of one sample of its input.
 MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "MultiHeadAttention": (
         nn.MultiHeadAttention,
@@ -36,7 +36,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     "LongNet": (
         nn.LongNet,
         {"embed_dim": 16, "num_heads": 2, "num_layers": 1},
-        lambda: {k: list(v) for k, v in PATTERN.items()},
+        lambda: {"dilation": jaxkern.Dilation([8, 16], [1, 2])},
         FEATURES,
     ),
     "LowRankLinear": (
@@ -45,22 +45,22 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
         dict,
         FEATURES,
     ),
-    "SwiGLU": (nn.SwiGLU, {"in_features": 16, "hidden_features": 12}, dict, FEATURES),
+    "SwiGLU": (nn.SwiGLU, {"embed_dim": 16, "hidden_dim": 12}, dict, FEATURES),
     "LowRankSwiGLU": (
         nn.LowRankSwiGLU,
-        {"in_features": 16, "hidden_features": 12, "rank": 4},
+        {"embed_dim": 16, "hidden_dim": 12, "rank": 4},
         dict,
         FEATURES,
     ),
     "LowRankReLU2": (
         nn.LowRankReLU2,
-        {"in_features": 16, "hidden_features": 12, "rank": 4},
+        {"embed_dim": 16, "hidden_dim": 12, "rank": 4},
         lambda: {"sparsity": "2:4"},
         FEATURES,
     ),
     "MultiHeadMLP": (
         nn.MultiHeadMLP,
-        {"in_features": 16, "hidden_features": 12, "num_heads": 2},
+        {"embed_dim": 16, "hidden_dim": 12, "num_heads": 2},
         dict,
         FEATURES,
     ),
@@ -72,13 +72,13 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     ),
     "Bilinear": (
         nn.Bilinear,
-        {"in_features": 16, "hidden_features": 12},
+        {"embed_dim": 16, "hidden_dim": 12},
         dict,
         FEATURES,
     ),
     "MaskedBilinear": (
         nn.MaskedBilinear,
-        {"in_features": 16, "hidden_features": 12, "num_masks": 2},
+        {"embed_dim": 16, "hidden_dim": 12, "num_masks": 2},
         lambda: {"estimator": partial(jaxkern.straight_through, key=None)},
         FEATURES,
     ),
@@ -93,7 +93,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
         nn.TransformerLM,
         LM | {"num_kv_heads": 1},
         lambda: {
-            "attention_fn": partial(jaxkern.dilated_attention, **PATTERN),
+            "attention_fn": partial(jaxkern.dilated_attention, dilation=DILATION),
             "mlp": partial(nn.LowRankSwiGLU, rank=4),
             "scan_layers": False,
         },
@@ -101,7 +101,7 @@ MODULES: dict[str, tuple[Any, dict[str, int], Any, tuple[int, ...]]] = {
     ),
     "FlashMLP": (
         nn.FlashMLP,
-        {"num_heads": 2, "dim": 16, "hidden_features": 12},
+        {"num_heads": 2, "head_dim": 16, "hidden_dim": 12},
         lambda: {"gated": True},
         (),
     ),
@@ -112,17 +112,17 @@ EACH = pytest.mark.parametrize(
 
 
 def structure(make):
-    """Graph and shapes, of which nothing is computed."""
+    """Return the graph and the abstract state of a module; nothing is computed."""
     return nnx.split(nnx.eval_shape(make))
 
 
 @pytest.mark.usefixtures("unchecked_types")
 @EACH
 def test_equal_modules_have_equal_graphs(module, sizes, options, sample):
-    """What is compiled for one runs the other, whatever integers name its sizes."""
+    """So a program of one runs the other, also if sizes are NumPy's integers."""
     graph, state = structure(lambda: module(**sizes, **options(), rngs=nnx.Rngs(0)))
     for kind in (int, np.int8, np.uint8):
-        # Four times embed_dim is no int8.
+        # Products of sizes exceed int8.
         given = {name: kind(size) for name, size in sizes.items()}
         other = structure(lambda g=given: module(**g, **options(), rngs=nnx.Rngs(1)))
         assert other[0] == graph and hash(other[0]) == hash(graph)
@@ -184,7 +184,7 @@ def test_partials_are_equal_where_function_and_arguments_are():
         held(mask=mask),
     ):
         assert nnx.graphdef(one) != nnx.graphdef(other)
-    # It is a partial still, as users see it and as pickle keeps it.
+    # Users still see a partial, and pickle keeps it.
     assert isinstance(one.attention_fn, partial) and one.attention_fn.func is attend
     built = nn.MultiHeadAttention(16, 2, is_causal=True, rngs=nnx.Rngs(0)).attention_fn
     assert pickle.loads(pickle.dumps(built)) == built

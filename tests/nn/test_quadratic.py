@@ -19,8 +19,10 @@ WEIGHTS = "left", "right", "down"
 
 
 def build(**options: Any) -> QuadraticTransformer:
-    options = {"hidden_features": 10, "rngs": nnx.Rngs(0)} | options
-    return QuadraticTransformer(VOCAB, EMBED, HEADS, LAYERS, **options)
+    options = {"hidden_dim": 10, "rngs": nnx.Rngs(0)} | options
+    return QuadraticTransformer(
+        VOCAB, EMBED, num_heads=HEADS, num_layers=LAYERS, **options
+    )
 
 
 def randomize(module, scale=0.3) -> Any:
@@ -36,11 +38,11 @@ def run(model, ids, **options):
 
 
 def rotate(x, pairs):
-    """By complex numbers; the angles of "seed" differ within a pair."""
+    """By complex numbers; the angles of "mismatched" differ within a pair."""
     seq, dim = x.shape[1], x.shape[-1]
     omega = 10000.0 ** (-np.arange(0, dim, 2) / dim)
     angle = np.arange(seq)[:, None] * omega
-    if pairs == "seed":
+    if pairs == "mismatched":
         a, b = np.split(np.tile(angle, 2).reshape(seq, -1, 2), 2, axis=-1)
         a, b = a[:, None, :, 0], b[:, None, :, 0]
         even, odd = x[..., ::2], x[..., 1::2]
@@ -60,7 +62,7 @@ def rotate(x, pairs):
 
 
 def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
-    """The equations, sample by sample where there are masks (layer, name)."""
+    """The model's equations; `masks[layer, name]` has a mask for each sample."""
 
     def normed(x, weight):
         scale = jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23)
@@ -93,7 +95,7 @@ def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
 @pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "layers, pairs",
-    [((0,), "interleaved"), ((0, 1), "halves"), ((1,), "seed")],
+    [((0,), "interleaved"), ((0, 1), "halves"), ((1,), "mismatched")],
     ids=["first", "both halves", "second seed"],
 )
 def test_values_and_gradients(layers, pairs):
@@ -139,7 +141,13 @@ def test_values_and_gradients(layers, pairs):
 def test_the_published_number_of_parameters():
     model = nnx.eval_shape(
         lambda: QuadraticTransformer(
-            4096, 512, 8, 3, masked_layers=[0], num_masks=16, rngs=nnx.Rngs(0)
+            4096,
+            512,
+            num_heads=8,
+            num_layers=3,
+            masked_layers=[0],
+            num_masks=16,
+            rngs=nnx.Rngs(0),
         )
     )
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -149,7 +157,7 @@ def test_the_published_number_of_parameters():
 
 
 def test_initial_weights():
-    model = QuadraticTransformer(512, 64, 4, 1, rngs=nnx.Rngs(0))
+    model = QuadraticTransformer(512, 64, num_heads=4, num_layers=1, rngs=nnx.Rngs(0))
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         kind, values = path[-1], leaf[...]
         if kind == "bias":
@@ -169,7 +177,7 @@ def test_causal():
 
 
 def test_positions_count_only_by_their_difference():
-    """So padding in front, which no query sees, changes nothing."""
+    """Therefore padding in front, which no query sees, changes nothing."""
     model = randomize(build())
     padded = jnp.concatenate([IDS[:, :3], IDS], axis=1)
     key_mask = jnp.arange(SEQ + 3) >= 3
@@ -263,7 +271,7 @@ def test_partition_specs():
         ({"masked_layers": [2]}, ValueError, r"must be in \[0, 2\), got 2"),
         ({"masked_layers": [-1]}, ValueError, r"must be in \[0, 2\), got -1"),
         ({"num_masks": 3}, ValueError, "num_masks must be None without masked_layers"),
-        ({"hidden_features": 0}, ValueError, "hidden_features must be an integer"),
+        ({"hidden_dim": 0}, ValueError, "hidden_dim must be an integer"),
         ({"embed_dim": 9}, ValueError, "embed_dim must be a multiple of 2 num_heads"),
     ],
 )

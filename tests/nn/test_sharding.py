@@ -1,4 +1,4 @@
-"""Language models on meshes: where parameters lie, and that it changes nothing."""
+"""Language models on meshes: how parameters are split, and that results are equal."""
 
 from functools import cache, partial
 from typing import Any
@@ -13,17 +13,23 @@ from helpers import assert_near
 from helpers import mesh as explicit_or_automatic
 from jax import P
 
-from jaxkern import dilated_attention
+from jaxkern import Dilation, dilated_attention
 from jaxkern.nn import (
     LowRankReLU2,
     MultiHeadMLP,
     TransformerLM,
     get_sharding,
     make_mesh,
+    parse_mesh_sizes,
 )
 
 VOCAB, CONTEXT, SEQ = 48, 16, 16
-SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "d_ff": 32}
+SIZES: dict[str, Any] = {
+    "embed_dim": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 32,
+}
 FORMS: dict[str, dict[str, Any]] = {
     "scanned": {},
     "unrolled": {"scan_layers": False},
@@ -31,9 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied, remat": {"tie_embeddings": True, "remat": True},
     "low rank": {"mlp": partial(LowRankReLU2, rank=8)},
     "dilated": {
-        "attention_fn": partial(
-            dilated_attention, segment_lengths=(4, 8), dilation_rates=(1, 2)
-        )
+        "attention_fn": partial(dilated_attention, dilation=Dilation((4, 8), (1, 2)))
     },
 }
 
@@ -82,7 +86,7 @@ def expected(form):
 )
 def test_a_mesh_changes_neither_loss_nor_gradients(sizes, form):
     devices = 8 if sizes.count("=") == 3 else 4
-    mesh = make_mesh(sizes, devices=jax.devices()[:devices])
+    mesh = make_mesh(**parse_mesh_sizes(sizes), devices=jax.devices()[:devices])
     graph, state = nnx.split(build(form, mesh))
     state = jax.device_put(state, get_sharding(state, mesh))
     place = jax.NamedSharding(mesh, P(("data", "fsdp"), "context"))
@@ -94,7 +98,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes, form):
 
 
 def test_masks():
-    mesh = make_mesh("data=2,tensor=2", devices=jax.devices()[:4])
+    mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
     tokens, _ = batch()
     mask = (jnp.arange(SEQ)[None] < jnp.arange(8, 16)[:, None])[:, None, None]
 
@@ -105,12 +109,12 @@ def test_masks():
     model, shared = build("scanned"), build("scanned", mesh)
     assert_near(of_each_and_of_all(shared), of_each_and_of_all(model))
     with pytest.raises(ValueError, match="mask must be None for context=8, where tok"):
-        build("scanned", make_mesh("context=8"))(tokens, mask=mask)
+        build("scanned", make_mesh(context=8))(tokens, mask=mask)
 
 
 def test_parameters_and_optimizer_state_are_sharded():
-    """Each device has its part of every matrix, made there."""
-    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    """Each device makes its own part of every matrix."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     optimizer = optax.adamw(1e-3)
 
     def make():
@@ -140,18 +144,18 @@ def test_axes_without_a_place():
     mesh = explicit_or_automatic("explicit", fsdp=8)
     specs = [s.spec for s in jax.tree.leaves(get_sharding(state, mesh))]
     assert P(None, "fsdp") in specs and P(None, "fsdp", None) in specs
-    # Of two axes that want one place the first has it.
-    heads = partial(MultiHeadMLP, num_heads=2)
+    # The first of two axes that have the same mesh axis gets it.
+    heads = partial(MultiHeadMLP, num_heads=2, gated=True)
     model = TransformerLM(VOCAB, CONTEXT, **SIZES, mlp=heads, rngs=nnx.Rngs(0))
-    places = pure(get_sharding(nnx.state(model), make_mesh("tensor=2,fsdp=4")))
+    places = pure(get_sharding(nnx.state(model), make_mesh(tensor=2, fsdp=4)))
     assert places["layers"]["mlp"]["heads"]["w1"].spec[:4].count("tensor") == 1
     rules = [(name, None) for name in ("layers", "embed", "vocab", "heads", "kv_heads")]
-    whole = get_sharding(state, make_mesh("fsdp=8"), [*rules, ("mlp", "fsdp")])
+    whole = get_sharding(state, make_mesh(fsdp=8), [*rules, ("mlp", "fsdp")])
     assert pure(whole)["layers"]["mlp"]["w_up"].spec == P(None, None, "fsdp")
 
 
 def test_explicit_axes():
-    """As `jax.make_mesh` makes them by default."""
+    """`jax.make_mesh` makes explicit axes by default."""
     mesh = explicit_or_automatic("explicit", data=2, fsdp=2, tensor=2)
     graph, state = nnx.split(build("scanned"))
     placed = jax.device_put(state, get_sharding(state, mesh))
@@ -187,42 +191,55 @@ def test_generation(explicit):
 
 
 @pytest.mark.parametrize(
-    "sizes, message",
+    "text, message",
     [
-        ("fsdp=4", "must be the number of devices, 8, got 4 of 'fsdp=4'"),
         ("fsdp=4,model=2", "axis must be one of data, fsdp, .*, got 'model'"),
         ("fsdp=4,fsdp=2", "fsdp must be given once, got 'fsdp=4,fsdp=2'"),
         ("fsdp=4.0,data=2", "fsdp must be an integer of at least 1, got '4.0'"),
         ("fsdp=8,data=0", "data must be an integer of at least 1, got '0'"),
         ("fsdp", "fsdp must be an integer of at least 1, got ''"),
         ("fsdp=8,", "axis must be one of data, fsdp, context, tensor, got ''"),
-        ("", "must be the number of devices, 8, got 1 of ''"),
+    ],
+)
+def test_sizes_that_are_no_mesh(text, message):
+    with pytest.raises(ValueError, match=f"parse_mesh_sizes: .*{message}"):
+        parse_mesh_sizes(text)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"fsdp": 4}, r"devices, 8, got data=1 \* fsdp=4 \* context=1 \* tensor=1 = 4"),
+        (parse_mesh_sizes(" "), "must be the number of devices, 8, got .* = 1"),
+        ({"data": 0}, "data must be an integer of at least 1, got 0"),
     ],
 )
 def test_refused_meshes(sizes, message):
     with pytest.raises(ValueError, match=f"make_mesh: .*{message}"):
-        make_mesh(sizes)
+        make_mesh(**sizes)
 
 
 def test_refusals():
-    """Before anything is computed."""
+    """All errors are raised before anything is computed."""
     with pytest.raises(ValueError, match="num_heads must be a mult.* of tensor=8, got"):
-        build("scanned", make_mesh("tensor=8"))
+        build("scanned", make_mesh(tensor=8))
     with pytest.raises(ValueError, match="num_kv_heads must be a m.* of tensor=4, got"):
-        build("two heads a key", make_mesh("tensor=4,data=2"))
+        build("two heads a key", make_mesh(tensor=4, data=2))
     with pytest.raises(ValueError, match="attention_fn must be None for context=2"):
-        build("dilated", make_mesh("context=2,data=4"))
+        build("dilated", make_mesh(context=2, data=4))
     with pytest.raises(ValueError, match="mesh must have the automatic axes data, fs"):
         build("scanned", explicit_or_automatic("explicit", fsdp=8))
     state = nnx.state(nnx.eval_shape(lambda: build("scanned")))
     with pytest.raises(ValueError, match="heads' must be .* tensor=8, got 4 of layers"):
-        get_sharding(state, make_mesh("tensor=8"))
-    model = TransformerLM(50, 8, 12, 1, 2, 8, rngs=nnx.Rngs(0))
+        get_sharding(state, make_mesh(tensor=8))
+    model = TransformerLM(
+        50, 8, embed_dim=12, num_layers=1, num_heads=2, hidden_dim=8, rngs=nnx.Rngs(0)
+    )
     with pytest.raises(ValueError, match="'embed' .* got 12 of embedding .50, 12."):
-        get_sharding(nnx.state(model), make_mesh("fsdp=8"))
+        get_sharding(nnx.state(model), make_mesh(fsdp=8))
     with pytest.raises(ValueError, match="axis must be one of embed, got 'vocab'"):
-        get_sharding(nnx.state(model), make_mesh("fsdp=8"), [("embed", None)])
-    model = build("scanned", make_mesh("context=4,data=2"))
+        get_sharding(nnx.state(model), make_mesh(fsdp=8), [("embed", None)])
+    model = build("scanned", make_mesh(context=4, data=2))
     with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp = 2"):
         model(jnp.zeros((3, 16), int))
     with pytest.raises(

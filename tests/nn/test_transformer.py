@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     dilated_attention,
@@ -30,7 +31,12 @@ from jaxkern.nn import (
 from jaxkern.testing.plain.transformer import from_state
 
 VOCAB, CONTEXT, SEQ = 50, 16, 12
-SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 40,
+}
 
 
 def build(seed=0, **options) -> Any:
@@ -44,7 +50,7 @@ def batch(seed=0, shape=(2, SEQ), vocab=VOCAB) -> Any:
 
 
 def randomize(module) -> Any:
-    """Norms that are not ones."""
+    """Add noise, so that scales of norms are not 1."""
     leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
     noise = [x + 0.1 * normal(i, x.shape, x.dtype) for i, x in enumerate(leaves)]
     nnx.update(module, jax.tree.unflatten(tree, noise))
@@ -56,7 +62,7 @@ def pure(state) -> Any:
 
 
 def compiled(model, **options) -> Any:
-    """Loss and gradients as one program of tokens, targets and what is `where`."""
+    """Return a program from tokens, targets and `where` to loss and gradients."""
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -126,9 +132,9 @@ def test_values_and_gradients():
         assert (used > 0).all() or "embedding" in name, name
 
 
-def chance(vocab, d_model):
-    """Expected loss of normal logits as the head starts."""
-    return np.log(vocab) + d_model / (d_model + vocab)
+def chance(vocab, embed_dim):
+    """Return the expected loss of an initial head, whose logits are normal."""
+    return np.log(vocab) + embed_dim / (embed_dim + vocab)
 
 
 def test_tied_embeddings():
@@ -157,7 +163,7 @@ def test_no_token_sees_a_later_one(options):
 
 
 def test_positions():
-    """Only distances count, and those given are those used."""
+    """Only distances between positions count, and given positions are used."""
     model, (tokens, _) = build(), batch()
     at = jnp.arange(SEQ)
     expected = model(tokens)
@@ -171,7 +177,17 @@ def test_initial_values():
     @jax.jit
     def make():
         options: Any = {"num_kv_heads": 2, "rngs": nnx.Rngs(0)}
-        return nnx.state(TransformerLM(1000, 16, 128, 2, 4, 512, **options))
+        return nnx.state(
+            TransformerLM(
+                1000,
+                16,
+                embed_dim=128,
+                num_layers=2,
+                num_heads=4,
+                hidden_dim=512,
+                **options,
+            )
+        )
 
     state, cut = pure(make()), 0.98658  # std of a normal cut at 3
     layers = state["layers"]
@@ -196,7 +212,15 @@ def test_initial_values():
 
 
 def test_initial_loss_is_that_of_chance():
-    model = TransformerLM(1000, 64, 96, 2, 4, 256, rngs=nnx.Rngs(0))
+    model = TransformerLM(
+        1000,
+        64,
+        embed_dim=96,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=256,
+        rngs=nnx.Rngs(0),
+    )
     tokens, targets = batch(shape=(4, 64), vocab=1000)
     loss = float(nnx.jit(TransformerLM.loss)(model, tokens, targets))
     assert abs(loss - chance(1000, 96)) < 0.03
@@ -204,7 +228,7 @@ def test_initial_loss_is_that_of_chance():
 
 
 def unstack(state):
-    """Of the unrolled model, from that of the scanned one."""
+    """Convert the state of a scanned model to that of an unrolled one."""
     layers, count = state["layers"], SIZES["num_layers"]
     each = {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
     return state | {"layers": each}
@@ -233,7 +257,16 @@ def test_remat_saves_memory():
     tokens, targets = batch(shape=(8, 64))
 
     def temp_bytes(remat):
-        model = TransformerLM(VOCAB, 64, 32, 6, 4, 128, remat=remat, rngs=nnx.Rngs(0))
+        model = TransformerLM(
+            VOCAB,
+            64,
+            embed_dim=32,
+            num_layers=6,
+            num_heads=4,
+            hidden_dim=128,
+            remat=remat,
+            rngs=nnx.Rngs(0),
+        )
         graph, state = nnx.split(model)
 
         def loss(state):
@@ -303,9 +336,7 @@ def test_bfloat16(dtype, param_dtype):
 
 block_mask = BlockMask.causal(SEQ, SEQ, block_size=4)
 ATTENTION: dict[str, Any] = {
-    "dilated": partial(
-        dilated_attention, segment_lengths=(4, 8), dilation_rates=(1, 2)
-    ),
+    "dilated": partial(dilated_attention, dilation=Dilation((4, 8), (1, 2))),
     "block-sparse": partial(block_sparse_attention, mask=block_mask),
     "a function": lambda q, k, v: v,
 }
@@ -313,7 +344,7 @@ MLPS: dict[str, Any] = {
     "low-rank SwiGLU": partial(LowRankSwiGLU, rank=4),
     "low-rank ReLU2": partial(LowRankReLU2, rank=4),
     "2:4": partial(LowRankReLU2, rank=4, sparsity="2:4"),
-    "multi-head": partial(MultiHeadMLP, num_heads=4),
+    "multi-head": partial(MultiHeadMLP, num_heads=4, gated=True),
     "multi-head relu": partial(
         MultiHeadMLP, num_heads=2, gated=False, activation="relu"
     ),
@@ -351,7 +382,7 @@ def test_options_reach_the_attention():
 
 
 def test_ring_attention_inside_shard_map():
-    """Tokens in another order, each device with its part, positions as they were."""
+    """Tokens are permuted and split among devices, and keep their positions."""
     mesh = make_mesh(context=4)
     ring = partial(ring_attention, axis_name="context", layout="striped")
     model, (tokens, targets) = build(attention_fn=ring, num_layers=1), batch()
@@ -402,7 +433,7 @@ def test_sharded_by_its_own_metadata_equals_one_device():
 
 
 def test_the_rotation_is_the_interleaved_one():
-    """By what the attention is called with."""
+    """A spy sees the query and key that the attention gets."""
     seen = {}
 
     def spy(query, key, value):

@@ -9,12 +9,18 @@ from helpers import untyped
 from jaxkern.nn import TransformerLM
 
 VOCAB, CONTEXT = 50, 16
-SIZES: dict[str, Any] = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_ff": 40}
+SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "num_layers": 3,
+    "num_heads": 4,
+    "hidden_dim": 40,
+}
 
 
-def lm(*sizes, **options):
-    positional = sizes or (VOCAB, CONTEXT, *SIZES.values())
-    return lambda: untyped.nn.TransformerLM(*positional, rngs=nnx.Rngs(0), **options)
+def lm(**options):
+    return lambda: untyped.nn.TransformerLM(
+        VOCAB, CONTEXT, **SIZES | options, rngs=nnx.Rngs(0)
+    )
 
 
 def call(*args, **options):
@@ -28,17 +34,17 @@ def call(*args, **options):
     "call, error, message",
     [
         (
-            lm(VOCAB, CONTEXT, 24, 3, 5, 40),
+            lm(num_heads=5),
             ValueError,
-            "TransformerLM: num_heads must divide d_model=24, got 5",
+            "TransformerLM: num_heads must divide embed_dim=24, got 5",
         ),
         (
-            lm(VOCAB, CONTEXT, 20, 3, 4, 40),
+            lm(embed_dim=20),
             ValueError,
-            r"d_model / num_heads must be even, for rotary .*, got 20 / 4 = 5",
+            r"embed_dim / num_heads must be even, for rotary .*, got 20 / 4 = 5",
         ),
         (
-            lm(VOCAB, CONTEXT, 24, 0, 4, 40),
+            lm(num_layers=0),
             ValueError,
             "num_layers must be an integer of at least 1, got 0",
         ),

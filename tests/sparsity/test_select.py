@@ -24,14 +24,14 @@ from jaxkern import matmul_2_4, pack_2_4, sparsify_2_4, unpack_2_4
 # Few distinct values, so that ties and zeros are common.
 tied_rows = hnp.arrays(
     np.float32,
-    # A choice of shapes, since each new one compiles.
+    # A few shapes, because each new one compiles.
     st.sampled_from([(1,), (3,), (8,), (1, 2), (5, 4), (3, 13), (2, 1, 6), (2, 3, 7)]),
     elements=st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]),
 )
 
 
 def groups_of(x):
-    """(rows, groups, 4), zeros appended."""
+    """Return x in the shape (rows, groups, 4), padded with zeros."""
     x = np.asarray(x).reshape(-1, x.shape[-1])
     return np.pad(x, ((0, 0), (0, -x.shape[-1] % 4))).reshape(len(x), -1, 4)
 
@@ -123,9 +123,9 @@ def test_mvue_draws_light_entries_as_often_as_it_says():
     ids=["mvue", "gumbel_softmax", "reinmax_categorical"],
 )
 def test_noise_reaches_far_tails(draw, monkeypatch):
-    """A chance of 1e-9 needs noise of 21, where that of one uniform number ends at 16.
+    """A chance of 1e-9 needs noise of 21, but noise of one uniform number ends at 16.
 
-    Draws that show it would take minutes, so here the noise is made by hand.
+    Random draws that show it would take minutes, so the test sets the noise.
     """
     far = jnp.array([0.0, 0.0, 22.0, -5.0])
 
@@ -134,8 +134,8 @@ def test_noise_reaches_far_tails(draw, monkeypatch):
         return jnp.broadcast_to(far, shape).astype(dtype)
 
     monkeypatch.setattr(jax.random, "gumbel", gumbel)
-    # Logarithms for those who take logits; mvue takes weights. No other test has this
-    # shape, of which a program may be kept.
+    # mvue takes weights, and the others take logits. No other test has this shape, so
+    # no program with real noise is kept for it.
     weights = jnp.full((3, 1, 5, 4), jnp.array([1.0, 1.0, 1e-9, 1e-9]))
     is_mvue = isinstance(draw, partial)
     got = draw(weights if is_mvue else jnp.log(weights), key=jax.random.key(0))
@@ -202,7 +202,7 @@ def test_gradients_by_name():
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_exact_gradient_of_soft(scale):
-    """Against differences of the definition, threshold and scale moving along."""
+    """The differences are of float64 values, where threshold and scale move too."""
     x, g = (to_float64(normal(i, (3, 11))) for i in range(2))
 
     def soft(x, scale):
@@ -231,7 +231,7 @@ def test_exact_gradient_of_soft(scale):
 
 
 def threshold_float64(x):
-    """The second smallest magnitude of the group that an entry is in."""
+    """Return the second smallest magnitude of each entry's group."""
     smallest = np.sort(abs(groups_of(x)), axis=-1)[..., 1]
     return np.repeat(smallest, 4, axis=-1)[:, : x.shape[-1]]
 
@@ -252,7 +252,7 @@ def test_dtype_and_transforms(method, dtype):
 
     got = jax.jit(apply)(x)
     assert got.dtype == dtype
-    # One compiled program may fuse differently from single ops: one rounding.
+    # A compiled program may fuse what single ops round: one rounding is allowed.
     rounding = float(jnp.finfo(dtype).eps)
     assert relative_error(got, apply(x)) <= rounding
     if method != "mvue":
@@ -278,7 +278,7 @@ def test_unpack_of_pack_is_top2(x):
 def test_packed_layout():
     packed = pack_2_4(jnp.array([0.0, 5, 0, 7, 1, 0, 2, 0, 0, 0, 3, 4]))
     np.testing.assert_array_equal(packed.values, [5, 7, 1, 2, 3, 4])
-    # Positions 1 3 | 0 2 and then 2 3, the lowest two bits first.
+    # Positions 1, 3, 0, 2 are in the first byte and 2, 3 in the next, low bits first.
     expected = [1 + (3 << 2) + (0 << 4) + (2 << 6), 2 + (3 << 2)]
     np.testing.assert_array_equal(packed.indices, expected)
     x = normal(0, (64, 1024), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Errors and their bounds."""
+"""Errors, and the bounds that `assert_as_close` sets."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_the_worst_leaf_counts_and_a_nan_is_the_worst():
 def test_errors_are_the_same_on_the_device(shape, dtype):
     rng = np.random.default_rng(0)
     exact = np.asarray(rng.standard_normal(shape))
-    # Without a floor the error of a row of almost nothing would be noise over noise.
+    # Without a floor, the error of a row near 0 would be noise divided by noise.
     last = -1 if shape else ()
     exact[last] *= 1e-9
     got = jnp.asarray(exact + 1e-2 * rng.standard_normal(shape), dtype)
@@ -74,14 +74,14 @@ def test_what_is_never_close(got, message):
 
 
 def test_a_plain_form_of_another_shape_is_no_plain_form():
-    """Without this, one number that is wrong would be the bound of all."""
+    """Without this, one wrong number of a broadcast form would bound all errors."""
     message = r"leaf 0: shape \(4,\), plain \(1,\)"
     with pytest.raises(AssertionError, match=message):
         assert_as_close(EXACT, EXACT[:1], EXACT)
 
 
 def test_it_is_checked_under_python_o():
-    """`assert` statements vanish there."""
+    """`python -O` removes `assert` statements."""
     check = (
         "import numpy as np; from jaxkern.testing import assert_as_close\n"
         "one = np.ones(4)\n"

@@ -1,4 +1,4 @@
-"""`compile_for`: what it reads of the compiler, what it refuses, and one kernel."""
+"""`compile_for`: what it reads from the compiler, and what it refuses."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def test_instructions_are_counted_by_name():
 
 def test_nothing_is_counted_without_the_disassembler():
     unread = dataclasses.replace(CLEAN, instructions=None)
-    message = "CompiledKernel.count: nvdisasm .* must be .*'jaxkern\\[testing\\]'"
+    message = "CompiledKernel.count: nvdisasm .* must be .*'jaxkern-fused\\[testing\\]'"
     with pytest.raises(MissingCompiler, match=message):
         unread.count("MUFU")
 
@@ -125,9 +125,15 @@ def test_another_chip_is_refused():
             "jax_plugins",
             r"CUDA plugin must be installed: .* jax-cuda13-pjrt==.*JAXKERN",
         ),
-        ("ptxas", r"ptxas \(nvidia-cuda-nvcc\) must be .*'jaxkern\[testing\]'"),
-        ("libdevice", r"libdevice \(nvidia-nvvm\) must be .*'jaxkern\[testing\]'"),
-        ("libcudart", r"libcudart .*cuda-runtime\) must be .*'jaxkern\[testing\]'"),
+        ("ptxas", r"ptxas \(nvidia-cuda-nvcc\) must be .*'jaxkern-fused\[testing\]'"),
+        (
+            "libdevice",
+            r"libdevice \(nvidia-nvvm\) must be .*'jaxkern-fused\[testing\]'",
+        ),
+        (
+            "libcudart",
+            r"libcudart .*cuda-runtime\) must be .*'jaxkern-fused\[testing\]'",
+        ),
         ("gcc", "a C compiler, gcc or cc, must be installed"),
     ],
 )
@@ -152,7 +158,7 @@ def test_packages_are_found_in_the_named_folder(monkeypatch, tmp_path):
 
 
 def times(factor, comment):
-    """A kernel as its source says, after so many lines of comment."""
+    """Return a kernel whose source follows so many lines of comment."""
     source = """
 def kernel(x_gmem, y_gmem):
     y_gmem[...] = factor * x_gmem[...]

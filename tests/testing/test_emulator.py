@@ -1,4 +1,4 @@
-"""The emulator must find what it is there to find."""
+"""The emulator finds races, deadlocks and wrong copies, and passes right kernels."""
 
 import re
 
@@ -116,7 +116,7 @@ def test_a_wrong_kernel_is_found(mistake, error, message):
 
 
 def test_threads_that_take_long_are_no_deadlock(interpreted, monkeypatch):
-    """However often those who wait look for the others, as they do with time."""
+    """Threads that wait look for a deadlock often here, and must not find one."""
     monkeypatch.setattr(deadlocks, "LOOK_SECONDS", 1e-4)
     jax.block_until_ready(matmul(A, B))
 
@@ -141,10 +141,10 @@ def test_dot_with_registers_on_the_left(interpreted):
 
 
 def copy_part(shape, first, mode=None):
-    """A copy of 64 numbers to or, in this mode, from [0, first:] of an array."""
+    """Copy 64 numbers to [0, first:] of an array or, if there is a mode, from there."""
 
     def kernel(x_gmem, y_gmem, smem, ready):
-        # JAX refuses to be told that this is out of bounds.
+        # The offset is traced, because JAX refuses one that it knows is out of bounds.
         part = pl.ds(first + jax.lax.axis_index("block"), 64)
         if mode is None:
             smem[...] = jnp.ones(smem.shape, smem.dtype)
@@ -210,10 +210,10 @@ def test_copies_that_do_not(shape, first, mode, message):
         # Not contiguous, so a tensor copy.
         ((4, 96), np.s_[0:2, 64:128]),
         ((4, 3, 64), np.s_[0:2, 1, 0:64]),
-        # The last rows of all.
+        # The last rows of the array.
         ((4, 64), np.s_[2:6, 0:64]),
         ((2, 3, 64), np.s_[1, 2:4, 0:64]),
-        # Nothing of the array.
+        # No part of the array.
         ((2, 3, 64), np.s_[1, 3, 0:64]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The emulator's evaluation of programs is what JAX computes."""
+"""The emulator evaluates programs as JAX does."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxkern.testing.emulator.evaluate import evaluate
 
 X, INTEGERS = normal(0, (4, 6)), jnp.arange(-4, 5)
 BF16 = X.astype(jnp.bfloat16)
-# By what they have in common: functions of arrays, and these.
+# Each program is a function and its arguments.
 PROGRAMS = {
     "integers": (lambda x, y: (x // y, x % y, lax.div(x, y), -x, ~x), INTEGERS, 3),
     "bits": (lambda x: (x & 3, x | 8, x ^ 5, x << 2, x >> 1), INTEGERS),

@@ -1,4 +1,4 @@
-"""Functions for `plgpu.inline_mgpu` of a user's kernel."""
+"""Meanings that users give the emulator for their `plgpu.inline_mgpu` functions."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def doubled(ctx, smem):
 
 
 def apply(inline, x, is_waited=True):
-    """The inline function of an array that arrives in shared memory."""
+    """Run a kernel that copies `x` to shared memory and applies an inline function."""
 
     def kernel(x_gmem, y_gmem, smem, arrived):
         plgpu.copy_gmem_to_smem(x_gmem, smem, arrived)

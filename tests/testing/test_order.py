@@ -1,4 +1,4 @@
-"""What is wrong in the order of a kernel's instructions is said, and nothing else."""
+"""`order.faults` names what is wrong in the order of instructions, and nothing else."""
 
 from functools import partial
 
@@ -69,13 +69,13 @@ replaced = partial(replaced_in, KERNEL)
 
 def test_nothing_is_wrong():
     assert faults(KERNEL) == []
-    # Without warpgroups that hand registers to each other any number will do.
+    # If warpgroups do not hand over registers, a thread may have any number of them.
     handing = ("setmaxnreg", "@%p1 setmaxnreg")
     assert faults([one for one in KERNEL if not one.startswith(handing)], 32) == []
 
 
 def test_branches_are_followed():
-    """What is awaited after a loop may stand before it, and within it be missing."""
+    """The text of a wait may come before its loop, and every way out must have one."""
     loop = [
         "bra.uni $L__BB0_2;",
         "$L__BB0_1:",
@@ -100,7 +100,7 @@ USED = "a wgmma's sums are used before it is awaited"
     "lines, found",
     [
         (without(FENCE, 0), ["a wgmma has no wgmma.fence before it"]),
-        # What was awaited may have been written to since.
+        # The sums may have been written to since the last wait.
         (without(FENCE, 1), ["a wgmma has no wgmma.fence before it"]),
         (without(COMMIT, 0), ["a wgmma is awaited before it is committed", USED]),
         (without(WAIT, 0), [USED]),

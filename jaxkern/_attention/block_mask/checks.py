@@ -29,7 +29,7 @@ def check_sizes(op: str, least: int, **sizes: object) -> tuple[int, ...]:
     """
     values = [check_integer(op, name, size, least) for name, size in sizes.items()]
     for name, value in zip(sizes, values, strict=True):
-        if name in ("q_len", "kv_len", "block_size") and value >= 2**31:
+        if name in ("seq_q", "seq_kv", "block_size") and value >= 2**31:
             raise ValueError(f"{op}: {name} must be less than 2**31, got {value}")
     return tuple(values)
 
@@ -97,7 +97,7 @@ def fitting_length(
 def check_alike(op: str, first: tuple[int, ...], second: tuple[int, ...]) -> None:
     if first != second:
         raise ValueError(
-            f"{op}: (q_len, kv_len, block_size) of both must be equal, "
+            f"{op}: (seq_q, seq_kv, block_size) of both must be equal, "
             f"got {first} and {second}"
         )
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int, Int8, Int32
+from jaxtyping import Array, Bool, Int, Int8
 
-from ..._core.trees import ArrayTree
+from ..._core.trees import ArrayTree, register
 from . import patterns, picture, predicates
 from .checks import (
     check_alike,
@@ -26,6 +26,7 @@ from .checks import (
     has_values,
     on_host,
 )
+from .flex_attention import FlexAttentionNames
 from .patterns import blocks_of
 from .predicates import MaskFn
 from .runs import (
@@ -44,9 +45,9 @@ from .runs import (
 BLOCK_SIZE = 128
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockMask(ArrayTree):
+class BlockMask(FlexAttentionNames, ArrayTree):
     """A mask of attention, True = attend, as lists of the blocks that are not empty.
 
     Made by `causal`, `local_window`, `dilated`, `strided`, `global_local`, `document`,
@@ -62,12 +63,12 @@ class BlockMask(ArrayTree):
             only in partial blocks does one need to ask. It is a pytree: token data,
             such as the segment ids of `document` and the bits of `from_dense`, are its
             leaves, hence arguments of a compiled program and not constants in it.
-        block_size, q_len, kv_len: static.
+        block_size, seq_q, seq_kv: static.
 
-    The lists are `BlockLists`, of which `kv_num_blocks`, `kv_indices` and the other
-    names of FlexAttention are the padded arrays. Every leaf begins with (batch or 1,
-    heads or 1), where 1 means: the same for all. `&` and `|` may call a block partial
-    that turns out empty or full.
+    The lists are `BlockLists`; `FlexAttentionNames` has them as the padded arrays that
+    FlexAttention's `BlockMask` has, under its names. Every leaf begins with (batch or
+    1, heads or 1), where 1 means: the same for all. `&` and `|` may call a block
+    partial that turns out empty or full.
 
     The named patterns, `&` and `|` work on the host, in time and memory of the number
     of runs of neighbouring blocks. Where jit traces the arrays a mask is made from
@@ -80,66 +81,66 @@ class BlockMask(ArrayTree):
     full_q: BlockLists
     mask_fn: MaskFn
     block_size: int = field(metadata={"static": True})
-    q_len: int = field(metadata={"static": True})
-    kv_len: int = field(metadata={"static": True})
+    seq_q: int = field(metadata={"static": True})
+    seq_kv: int = field(metadata={"static": True})
 
     @staticmethod
-    def causal(q_len: int, kv_len: int, *, block_size: int = BLOCK_SIZE) -> "BlockMask":
+    def causal(seq_q: int, seq_kv: int, *, block_size: int = BLOCK_SIZE) -> "BlockMask":
         """`k <= q`."""
         op = "BlockMask.causal"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
-        return band_mask(None, 0, q_len, kv_len, block_size)
+        return band_mask(None, 0, seq_q, seq_kv, block_size)
 
     @staticmethod
     def local_window(
-        q_len: int, kv_len: int, *, window: int, block_size: int = BLOCK_SIZE
+        seq_q: int, seq_kv: int, *, window: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
         """`|q - k| <= window`, in tokens; one of at least the sequence is no limit."""
         op = "BlockMask.local_window"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         (window,) = check_sizes(op, 0, window=window)
-        return band_mask(-window, window, q_len, kv_len, block_size)
+        return band_mask(-window, window, seq_q, seq_kv, block_size)
 
     @staticmethod
     def dilated(
-        q_len: int, kv_len: int, *, rates: Sequence[int], block_size: int = BLOCK_SIZE
+        seq_q: int, seq_kv: int, *, rates: Sequence[int], block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
         """Block i sees block i and, of each rate r, the blocks i - r and i + r."""
         op = "BlockMask.dilated"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         rates = check_sizes(op, 1, **{f"rates[{i}]": r for i, r in enumerate(rates)})
-        grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+        grid = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
         # Others see nothing, and would not fit in 32 bits.
         near = sorted({rate for rate in rates if rate < max(grid)})
         fn = predicates.Diagonals((0, *near), block_size)
         runs = patterns.diagonals(fn.distances, *grid)
-        return _build(runs, fn, q_len, kv_len, block_size)
+        return _build(runs, fn, seq_q, seq_kv, block_size)
 
     @staticmethod
     def strided(
-        q_len: int, kv_len: int, *, stride: int, block_size: int = BLOCK_SIZE
+        seq_q: int, seq_kv: int, *, stride: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
         """Block i sees block j where i - j is a multiple of the stride."""
         op = "BlockMask.strided"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         (stride,) = check_sizes(op, 1, stride=stride)
-        grid = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+        grid = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
         stride = min(stride, max(grid))
         fn = predicates.Strided(stride, block_size)
-        return _build(patterns.strided(stride, *grid), fn, q_len, kv_len, block_size)
+        return _build(patterns.strided(stride, *grid), fn, seq_q, seq_kv, block_size)
 
     @staticmethod
     def global_local(
-        q_len: int,
-        kv_len: int,
+        seq_q: int,
+        seq_kv: int,
         *,
         global_tokens: int,
         window: int,
@@ -147,15 +148,15 @@ class BlockMask(ArrayTree):
     ) -> "BlockMask":
         """`|q - k| <= window`, and the first tokens see all and are seen by all."""
         op = "BlockMask.global_local"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         global_tokens, window = check_sizes(
             op, 0, global_tokens=global_tokens, window=window
         )
-        sizes = q_len, kv_len, block_size
-        near = _band(-window, window, q_len, kv_len)
-        global_tokens = min(global_tokens, max(q_len, kv_len))
+        sizes = seq_q, seq_kv, block_size
+        near = _band(-window, window, seq_q, seq_kv)
+        global_tokens = min(global_tokens, max(seq_q, seq_kv))
         first = predicates.Global(global_tokens)
         runs = combine(
             np.maximum,
@@ -198,15 +199,15 @@ class BlockMask(ArrayTree):
         blocks: Bool[AnyArray, "*leading q_blocks kv_blocks"],
         *,
         block_size: int = BLOCK_SIZE,
-        q_len: int | None = None,
-        kv_len: int | None = None,
+        seq_q: int | None = None,
+        seq_kv: int | None = None,
         mask_fn: MaskFn | None = None,
     ) -> "BlockMask":
         """The blocks that are True and, in them, the pairs for which `mask_fn` is.
 
         blocks: (q_blocks, kv_blocks), (heads, ...) or (batch, heads, ...); jit may
             trace them.
-        q_len, kv_len: where the last block is not whole.
+        seq_q, seq_kv: where the last block is not whole.
         mask_fn: as in `from_mask_fn`.
 
         Raises:
@@ -217,10 +218,10 @@ class BlockMask(ArrayTree):
         op = "BlockMask.from_blocks"
         (block_size,) = check_sizes(op, 1, block_size=block_size)
         blocks = four_axes(op, "blocks", blocks)
-        q_len, kv_len = (
+        seq_q, seq_kv = (
             fitting_length(op, name, length, count, block_size)
             for name, length, count in zip(
-                ("q_len", "kv_len"), (q_len, kv_len), blocks.shape[2:], strict=True
+                ("seq_q", "seq_kv"), (seq_q, seq_kv), blocks.shape[2:], strict=True
             )
         )
         state = FULL if mask_fn is None else PARTIAL
@@ -230,13 +231,13 @@ class BlockMask(ArrayTree):
             mask_fn = predicates.Function(mask_fn, *blocks.shape[:2])
         fn = predicates.Blocks(states, mask_fn, block_size)
         on = states if isinstance(states, Tracer) else runs_of_dense(np.asarray(states))
-        return _build(on, fn, q_len, kv_len, block_size)
+        return _build(on, fn, seq_q, seq_kv, block_size)
 
     @staticmethod
     def from_dense(
-        mask: Bool[AnyArray, "*leading q_len kv_len"], *, block_size: int = BLOCK_SIZE
+        mask: Bool[AnyArray, "*leading seq_q seq_kv"], *, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """The mask itself: (q_len, kv_len), (heads, ...) or (batch, heads, ...).
+        """The mask itself: (seq_q, seq_kv), (heads, ...) or (batch, heads, ...).
 
         A bit is kept for each pair of tokens, once for all blocks that are equal.
 
@@ -249,61 +250,74 @@ class BlockMask(ArrayTree):
         mask = four_axes(op, "mask", mask)
         check_concrete(op, mask=mask)
         states, fn = patterns.tiles(np.asarray(mask), block_size)
-        _, _, q_len, kv_len = mask.shape
-        return _build(runs_of_dense(states), fn, q_len, kv_len, block_size)
+        _, _, seq_q, seq_kv = mask.shape
+        return _build(runs_of_dense(states), fn, seq_q, seq_kv, block_size)
 
     @staticmethod
     def from_mask_fn(
-        fn: MaskFn,
-        q_len: int,
-        kv_len: int,
+        mask_fn: MaskFn,
+        seq_q: int,
+        seq_kv: int,
         *,
         batch: int = 1,
         heads: int = 1,
         block_size: int = BLOCK_SIZE,
     ) -> "BlockMask":
-        """The pairs for which `fn(b, h, q, k)` is True.
+        """The pairs for which `mask_fn(b, h, q, k)` is True.
 
-        `fn` gets two integers and two arrays of positions, `q` of shape (rows, 1) and
-        `k` of shape (1, columns), in a kernel both of (rows, columns), and computes in
-        jnp. It is asked about every pair, a row of blocks at a time, in time quadratic
-        in the length: who knows the blocks gives them to `from_blocks` with
-        `mask_fn=fn`, which asks nothing here. As a static part of the mask it must not
-        hold traced arrays, and jit compiles again for each new function: define it
-        once. Segment ids that jit traces are for `document`.
+        `mask_fn` gets two integers and two arrays of positions, `q` of shape (rows, 1)
+        and `k` of shape (1, columns), in a kernel both of (rows, columns), and computes
+        in jnp. It is asked about every pair, a row of blocks at a time, in time
+        quadratic in the length. If you know the blocks, give them to `from_blocks` with
+        the same `mask_fn`, which is then asked nothing here. `mask_fn` is a static part
+        of the mask: it must not hold traced arrays, and jit compiles again for each new
+        function, so define it once. Segment ids that jit traces are for `document`.
+
+        ```python
+        >>> from jaxkern import BlockMask
+        >>> def mask_fn(b, h, q, k):
+        ...     return (k <= q) & (q - k < 4)
+        >>> mask = BlockMask.from_mask_fn(mask_fn, 16, 16, block_size=4)
+        >>> print(mask.to_string())
+        +...
+        ++..
+        .++.
+        ..++
+
+        ```
 
         Raises:
-            TypeError: `fn` is no function of four arguments, does not give booleans, or
-                holds traced arrays.
+            TypeError: `mask_fn` is no function of four arguments, does not give
+                booleans, or holds traced arrays.
         """
         op = "BlockMask.from_mask_fn"
-        q_len, kv_len, block_size = check_sizes(
-            op, 1, q_len=q_len, kv_len=kv_len, block_size=block_size
+        seq_q, seq_kv, block_size = check_sizes(
+            op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         batch, heads = check_sizes(op, 1, batch=batch, heads=heads)
-        check_mask_fn(op, "fn", fn)
-        fn = predicates.Function(fn, batch, heads)
+        check_mask_fn(op, "mask_fn", mask_fn)
+        fn = predicates.Function(mask_fn, batch, heads)
         q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (1, 2)))
         given = jax.eval_shape(fn, 0, 0, q, k)
         dtype = getattr(given, "dtype", type(given).__name__)
         if dtype != jnp.bool_:
-            raise TypeError(f"{op}: fn must give booleans, got {dtype}")
-        states = patterns.states_of_function(fn, q_len, kv_len, block_size)
-        check_concrete(op, **{"the result of fn": states})
+            raise TypeError(f"{op}: mask_fn must give booleans, got {dtype}")
+        states = patterns.states_of_function(fn, seq_q, seq_kv, block_size)
+        check_concrete(op, **{"the result of mask_fn": states})
         runs = runs_of_dense(np.asarray(states))
-        return _build(runs, fn, q_len, kv_len, block_size)
+        return _build(runs, fn, seq_q, seq_kv, block_size)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(batch or 1, heads or 1, q_len, kv_len)"""
+        """The shape of the dense mask: (batch or 1, heads or 1, seq_q, seq_kv)."""
         batch, heads, _ = self.kv.num_blocks.shape
-        return batch, heads, self.q_len, self.kv_len
+        return batch, heads, self.seq_q, self.seq_kv
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(q_blocks, kv_blocks)"""
+        """The number of blocks along each axis: (q_blocks, kv_blocks)."""
         size = self.block_size
-        return blocks_of(self.q_len, size), blocks_of(self.kv_len, size)
+        return blocks_of(self.seq_q, size), blocks_of(self.seq_kv, size)
 
     @property
     def density(self) -> float | Array:
@@ -314,8 +328,8 @@ class BlockMask(ArrayTree):
             return float(np.sum(full, dtype=int) + np.sum(part, dtype=int)) / total
         return (full.sum() + part.sum()).astype(float) / total
 
-    def to_dense(self) -> Bool[Array, "batch heads q_len kv_len"]:
-        """Every pair of tokens; (batch or 1, heads or 1, q_len, kv_len)."""
+    def to_dense(self) -> Bool[Array, "batch heads seq_q seq_kv"]:
+        """Every pair of tokens; (batch or 1, heads or 1, seq_q, seq_kv)."""
         return predicates.dense(self.mask_fn, self.shape)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
@@ -343,7 +357,7 @@ class BlockMask(ArrayTree):
     def __repr__(self) -> str:
         name = f"block_size={self.block_size}"
         if not self._is_concrete():
-            return f"BlockMask(q_len={self.q_len}, kv_len={self.kv_len}, {name})"
+            return f"BlockMask(seq_q={self.seq_q}, seq_kv={self.seq_kv}, {name})"
         full, part = (x.num_blocks.sum() for x in (self.full_kv, self.kv))
         blocks = f"{full} full and {part} partial blocks"
         return f"BlockMask{self.shape}: {name}, {blocks}, density {self.density:.2g}"
@@ -367,39 +381,6 @@ class BlockMask(ArrayTree):
         """
         states = self._picture("BlockMask.plot", batch, head)
         return picture.plot(states, repr(self), ax)
-
-    # The names and shapes of FlexAttention's BlockMask.
-    @property
-    def kv_num_blocks(self) -> Int32[AnyArray, "batch heads q_blocks"]:
-        return self.kv.num_blocks
-
-    @property
-    def kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
-        return self.kv.padded(self.grid[1])
-
-    @property
-    def full_kv_num_blocks(self) -> Int32[AnyArray, "batch heads q_blocks"]:
-        return self.full_kv.num_blocks
-
-    @property
-    def full_kv_indices(self) -> Int32[AnyArray, "batch heads q_blocks kv_blocks"]:
-        return self.full_kv.padded(self.grid[1])
-
-    @property
-    def q_num_blocks(self) -> Int32[AnyArray, "batch heads kv_blocks"]:
-        return self.q.num_blocks
-
-    @property
-    def q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
-        return self.q.padded(self.grid[0])
-
-    @property
-    def full_q_num_blocks(self) -> Int32[AnyArray, "batch heads kv_blocks"]:
-        return self.full_q.num_blocks
-
-    @property
-    def full_q_indices(self) -> Int32[AnyArray, "batch heads kv_blocks q_blocks"]:
-        return self.full_q.padded(self.grid[0])
 
     def _is_concrete(self) -> bool:
         lists = self.kv, self.full_kv, self.q, self.full_q
@@ -429,40 +410,40 @@ class BlockMask(ArrayTree):
 def band_mask(
     lower: int | None,
     upper: int | None,
-    q_len: int,
-    kv_len: int,
+    seq_q: int,
+    seq_kv: int,
     block_size: int = BLOCK_SIZE,
 ) -> BlockMask:
     """`lower <= k - q <= upper`, where None is no bound."""
-    fn = _band(lower, upper, q_len, kv_len)
-    runs = patterns.band(fn, q_len, kv_len, block_size)
-    return _build(runs, fn, q_len, kv_len, block_size)
+    fn = _band(lower, upper, seq_q, seq_kv)
+    runs = patterns.band(fn, seq_q, seq_kv, block_size)
+    return _build(runs, fn, seq_q, seq_kv, block_size)
 
 
 def _band(
-    lower: int | None, upper: int | None, q_len: int, kv_len: int
+    lower: int | None, upper: int | None, seq_q: int, seq_kv: int
 ) -> predicates.Band:
     """Without the bounds that hold for every pair, which may be beyond 32 bits."""
-    if lower is not None and lower <= 1 - q_len:
+    if lower is not None and lower <= 1 - seq_q:
         lower = None
-    if upper is not None and upper >= kv_len - 1:
+    if upper is not None and upper >= seq_kv - 1:
         upper = None
     return predicates.Band(lower, upper)
 
 
 def with_keys(mask: BlockMask, seen: AnyArray) -> BlockMask:
-    """Where the key is seen too, (batch or 1, heads or 1, kv_len); no block is full."""
+    """Where the key is seen too, (batch or 1, heads or 1, seq_kv); no block is full."""
     runs = mask._runs()
     part = Runs(runs.shape, runs.at, np.minimum(runs.state, PARTIAL))
     fn = predicates.Both(mask.mask_fn, predicates.Keys(seen))
-    return _build(part, fn, mask.q_len, mask.kv_len, mask.block_size)
+    return _build(part, fn, mask.seq_q, mask.seq_kv, mask.block_size)
 
 
 def _build(
-    on: Runs | jax.Array, mask_fn: MaskFn, q_len: int, kv_len: int, block_size: int
+    on: Runs | jax.Array, mask_fn: MaskFn, seq_q: int, seq_kv: int, block_size: int
 ) -> BlockMask:
     """From the states of the blocks, as runs or, where they are traced, as an array."""
-    inside = patterns.inside(q_len, kv_len, block_size)
+    inside = patterns.inside(seq_q, seq_kv, block_size)
     if isinstance(on, Runs):
         on = combine(np.minimum, on, inside)
         kv, full_kv = on.lists(PARTIAL), on.lists(FULL)
@@ -473,14 +454,14 @@ def _build(
         kv, full_kv = lists_of_dense(on == PARTIAL), lists_of_dense(on == FULL)
         across = on.swapaxes(2, 3)
         q, full_q = lists_of_dense(across == PARTIAL), lists_of_dense(across == FULL)
-    return BlockMask(kv, full_kv, q, full_q, mask_fn, block_size, q_len, kv_len)
+    return BlockMask(kv, full_kv, q, full_q, mask_fn, block_size, seq_q, seq_kv)
 
 
 def _combine(symbol: str, a: BlockMask, b: BlockMask) -> BlockMask:
     if not isinstance(b, BlockMask):
         return NotImplemented
-    sizes = a.q_len, a.kv_len, a.block_size
-    check_alike(f"BlockMask {symbol}", sizes, (b.q_len, b.kv_len, b.block_size))
+    sizes = a.seq_q, a.seq_kv, a.block_size
+    check_alike(f"BlockMask {symbol}", sizes, (b.seq_q, b.seq_kv, b.block_size))
     check_broadcast(f"BlockMask {symbol}", a.shape[:2], b.shape[:2])
     both = symbol == "&"
     fn = (predicates.Both if both else predicates.Either)(a.mask_fn, b.mask_fn)

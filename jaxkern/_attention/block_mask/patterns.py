@@ -27,11 +27,11 @@ def blocks_of(length: Any, block_size: int) -> Any:
     return -(-length // block_size)
 
 
-def inside(q_len: int, kv_len: int, block_size: int) -> Runs:
+def inside(seq_q: int, seq_kv: int, block_size: int) -> Runs:
     """All blocks; full are those that do not reach past an end."""
-    rows, columns = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
-    whole = np.arange(q_len // block_size)
-    full = np.full(len(whole), kv_len // block_size)
+    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    whole = np.arange(seq_q // block_size)
+    full = np.full(len(whole), seq_kv // block_size)
     return _part_and_full(
         (1, 1, rows, columns),
         (np.arange(rows), np.zeros(rows, int), np.full(rows, columns)),
@@ -39,25 +39,25 @@ def inside(q_len: int, kv_len: int, block_size: int) -> Runs:
     )
 
 
-def band(band: Band, q_len: int, kv_len: int, block_size: int) -> Runs:
-    rows, columns = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
-    lower = -q_len if band.lower is None else band.lower
-    upper = kv_len if band.upper is None else band.upper
+def band(band: Band, seq_q: int, seq_kv: int, block_size: int) -> Runs:
+    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    lower = -seq_q if band.lower is None else band.lower
+    upper = seq_kv if band.upper is None else band.upper
     row = np.arange(rows)
     first = row * block_size
-    last = np.minimum(first + block_size, q_len) - 1
+    last = np.minimum(first + block_size, seq_q) - 1
     # From the first token that some query of the row sees to after the last one.
-    start, stop = np.maximum(first + lower, 0), np.minimum(last + upper + 1, kv_len)
+    start, stop = np.maximum(first + lower, 0), np.minimum(last + upper + 1, seq_kv)
     seen = start < stop
     part = row[seen], start[seen] // block_size, blocks_of(stop[seen], block_size)
     # The same of tokens that all queries see.
-    start, stop = np.maximum(last + lower, 0), np.minimum(first + upper + 1, kv_len)
+    start, stop = np.maximum(last + lower, 0), np.minimum(first + upper + 1, seq_kv)
     full = row, blocks_of(start, block_size), stop // block_size
     return _part_and_full((1, 1, rows, columns), part, full)
 
 
-def first_tokens(tokens: int, q_len: int, kv_len: int, block_size: int) -> Runs:
-    rows, columns = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+def first_tokens(tokens: int, seq_q: int, seq_kv: int, block_size: int) -> Runs:
+    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
 
     def cross(blocks):
         stop = np.where(np.arange(rows) < blocks, columns, blocks)
@@ -143,7 +143,7 @@ def _part_and_full(shape: Shape, part: Any, full: Any) -> Runs:
 
 
 def tiles(
-    mask: Bool[np.ndarray, "batch heads q_len kv_len"], block_size: int
+    mask: Bool[np.ndarray, "batch heads seq_q seq_kv"], block_size: int
 ) -> tuple[Int8[np.ndarray, "batch heads q_blocks kv_blocks"], Tiles]:
     batch, heads, *lengths = mask.shape
     past = [(0, -n % block_size) for n in lengths]
@@ -167,16 +167,16 @@ def tiles(
 
 
 def states_of_function(
-    fn: Function, q_len: int, kv_len: int, block_size: int
+    fn: Function, seq_q: int, seq_kv: int, block_size: int
 ) -> Int8[jax.Array, "batch heads q_blocks kv_blocks"]:
-    rows, columns = blocks_of(q_len, block_size), blocks_of(kv_len, block_size)
+    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
 
     def row(n):
         head, i = n // rows, n % rows
         q = i * block_size + jnp.arange(block_size)[:, None]
         k = jnp.arange(columns * block_size)[None]
         attends = fn(head // fn.heads, head % fn.heads, q, k)
-        attends &= (q < q_len) & (k < kv_len)
+        attends &= (q < seq_q) & (k < seq_kv)
         tiles = attends.reshape(block_size, columns, block_size)
         return tiles.any((0, 2)).astype(jnp.int8) + tiles.all((0, 2)).astype(jnp.int8)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from ..._core.trees import register
 from .runs import FULL, PARTIAL, AnyArray, Leaf
 
 MaskFn = Callable[[Any, Any, Any, Any], Any]
@@ -32,7 +33,7 @@ def _of_head(leaf: AnyArray, b: Any, h: Any) -> jax.Array:
     return jnp.asarray(leaf)[b if batch > 1 else 0, h if heads > 1 else 0]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Band:
     """`lower <= k - q <= upper`, where None is no bound."""
@@ -49,7 +50,7 @@ class Band:
         return inside
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Global:
     """The first tokens see all and are seen by all."""
@@ -60,7 +61,7 @@ class Global:
         return (q < self.tokens) | (k < self.tokens)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Diagonals:
     """`|q_block - k_block|` is one of the distances."""
@@ -73,7 +74,7 @@ class Diagonals:
         return reduce(or_, [distance == d for d in self.distances])
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Strided:
     """`q_block - k_block` is a multiple of the stride."""
@@ -85,7 +86,7 @@ class Strided:
         return (q // self.block_size - k // self.block_size) % self.stride == 0
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Both tokens have the same id; ids (batch or 1, 1, seq)."""
@@ -97,7 +98,7 @@ class Segments:
         return ids[q] == ids[k]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class Keys:
     """The key is one of those; `seen` (batch or 1, heads or 1, seq_kv), boolean."""
@@ -108,7 +109,7 @@ class Keys:
         return _of_head(self.seen, b, h)[k]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """What `states` (batch or 1, heads or 1, q_blocks, kv_blocks) says of each block.
@@ -128,7 +129,7 @@ class Blocks:
         return (state == FULL) | ((state == PARTIAL) & self.mask_fn(b, h, q, k))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class Tiles:
     """A stored bit for each pair of tokens; equal blocks share one tile of bits.
@@ -148,7 +149,7 @@ class Tiles:
         return (byte >> (k % size % 8).astype(jnp.uint8)) & 1 == 1
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Function:
     """A user's function, for as many batches and heads as it was asked about."""
@@ -162,7 +163,7 @@ class Function:
         return self.fn(b, h, q, k)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Both:
     first: Any
@@ -172,7 +173,7 @@ class Both:
         return self.first(b, h, q, k) & self.second(b, h, q, k)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True)
 class Either:
     first: Any
@@ -200,7 +201,7 @@ def asks_for_batch(fn: Any) -> bool:
 @partial(jax.jit, static_argnames="shape")
 def dense(
     mask_fn: MaskFn, shape: tuple[int, int, int, int]
-) -> Bool[Array, "batch heads q_len kv_len"]:
+) -> Bool[Array, "batch heads seq_q seq_kv"]:
     batch, heads, *pairs = shape
     q, k = (jnp.arange(length) for length in pairs)
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int8, Int32
 
+from ..._core.trees import register
+
 # What a block is. In this order `&` of two masks is the minimum and `|` the maximum.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -18,7 +20,7 @@ AnyArray = jax.Array | np.ndarray
 Leaf = Any
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclass(frozen=True, eq=False)
 class BlockLists:
     """For each row of blocks the ascending indices of some of its columns.
@@ -76,7 +78,7 @@ class KnownLists(BlockLists):
 
 
 def module_of(*arrays: Leaf) -> Any:
-    """numpy if all are on the host, else jax.numpy."""
+    """Return numpy if all arrays are on the host, else jax.numpy."""
     return np if all(isinstance(x, np.ndarray) for x in arrays) else jnp
 
 

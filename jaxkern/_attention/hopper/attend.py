@@ -1,17 +1,51 @@
-"""Block-sparse attention on Hopper: rows of blocks walk their lists, in both passes.
+"""Block-sparse attention on Hopper: the forward kernel and those of the backward.
 
-The forward holds queries and walks keys and values, with a running maximum and sum. The
-two warpgroups take turns: one's softmax runs under the other one's matmuls. Partial
-blocks ask the mask's predicate, traced into the kernel, of every pair of tokens.
+`walk.py` is the frame: which warpgroup loads which tiles, and who waits for whom. Here
+is the arithmetic of one warpgroup on its 64 rows, as many as one wgmma multiplies.
 
-The backward has two launches: one holds queries for their gradient, one holds keys and
-values and walks the transposed lists. That is seven matmuls where five would do, if one
-launch made all three gradients. It would hold keys and values and could not keep the
-queries' gradient, which is a sum over all of them: through atomics it depends on the
-order of arrival, and as partial sums in float32 it takes 8 bytes x dim for each query
-and block. Over dim 128 the sums of both, float32 of 64 x dim for a warpgroup, are more
-than its registers (at 192: 192 of 240, and 64 for a tile of logits and their gradient),
-so that keys and values have a launch each.
+The forward holds queries Q and walks keys K and values V, which have rings of their
+own. With m the largest logit so far and l the sum of the weights, and without the scale
+and log2 e, one step is
+
+    S = Q K^T                      wgmma; then the slot of K is released
+    m' = max(m, max of S)          row by row in registers, as are the next two lines
+    P = exp2(S - m')
+    l = l exp2(m - m') + sum P
+    O = O exp2(m - m') + P V       wgmma with P in registers; then V is released
+
+Where both warpgroups walk the same keys they meet at a barrier twice a step, so that
+the softmax of one runs while the tensor cores multiply for the other:
+
+    meetings           1             2              3              4
+    warpgroup 0   Q K  |  softmax    |  P V,  Q K   |  softmax     |  P V,  Q K
+    warpgroup 1        |  Q K        |  softmax     |  P V,  Q K   |  softmax
+
+Q K^T is issued before a meeting and awaited after it. Warpgroup 1 meets once more
+before its first step, and warpgroup 0 once more after its last one.
+
+The backward recomputes P from the log-sum-exp L, and takes two launches:
+
+    attention_backward_q            attention_backward_key_value
+    holds Q, dO, L, delta           holds K, V
+    walks K, V                      walks Q, dO, L, delta by the transposed lists
+    S = Q K^T, dP = dO V^T          S^T = K Q^T
+    P = exp2(S - L)                 P^T = exp2(S^T - L)
+    dS = P (dP - delta)             dV += P^T dO, then dP^T = V dO^T
+    dQ += dS K                      dS^T = P^T (dP^T - delta), dK += dS^T Q
+
+A step's tiles share one slot, which is released after the last product. Products are
+awaited before what follows is computed, so the matmuls and exponentials of one
+warpgroup do not overlap. The two warpgroups wait for each other only through the ring,
+where they share one.
+
+These are seven matmuls. One launch for all three gradients would need five, but would
+hold keys and values, and the gradient of a query is a sum over all keys. Atomic adds
+would make that sum depend on the order of arrival. Partial sums in float32 would write
+and read 8 bytes x dim for each query and block of keys.
+
+Above dim 128 keys and values have a launch each. One gradient's sums, 64 x dim in
+float32, take dim / 2 registers of each thread. At dim 192 the two would take 192 of the
+240 registers, and a 64 x 64 tile of logits with its gradient takes another 64.
 """
 
 import math
@@ -27,36 +61,52 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..._core import device
+from ..._core.precision import widen
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import LOG2_E, SMEM_BYTES, add_dots, dots, plgpu, round_up, zeros
 from ..._mosaic.launch import COMPUTE, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..block_mask.checks import has_values
 from ..block_mask.mask import BlockMask
 from ..block_mask.runs import BlockLists, KnownLists
-from ..dilation import Dilation
+from ..dilation import HeadStride
 from ..tiles import cotangents_of, sees
 from .batching import over_batch
 from .predicates import unreadable
 from .tokens import Tokens, rings_of, smem_bytes, tokens_of
 from .walk import WalkedTiles, walk_keys, walk_lists, walk_queries
 
+# The largest dim and dim_v that the kernels take.
 MAX_DIM = 256
-# Up to here the sums of the gradients of both keys and values fit in registers.
+# The largest dim at which registers hold the sums of both keys' and values' gradients.
 MAX_DIM_TOGETHER = 128
+# The mask's block_size must be a multiple of this many tokens.
 BLOCK_STEP = 64
-# Of a warpgroup; what one wgmma takes.
+# Rows of a warpgroup's held tile: the M of one wgmma.
 ROWS = 64
-# Some of a block's shared memory goes to alignment.
+# Bytes of shared memory that tiles may take; 4096 are left for alignment.
 MOST_BYTES = SMEM_BYTES - 4096
-# Below every logit, and finite: its difference to itself is 0.
+# The running maximum starts here: below every logit, and finite, because -inf minus
+# -inf would be NaN.
 LOWEST = -1e30
 
 
 def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
-    """The largest tiles that fit, or nearly.
+    """Return the widest walked tiles that fit and spill no register, whatever the mask.
 
-    On an H200 twice the columns took 3 to 10 % less for the gradients of keys and
-    values at dim 64 and of queries to 128; but with some masks they spill registers.
+    `most` is the limit of registers; shared memory may allow fewer columns, or one slot
+    of held tiles instead of two. Microseconds of the kernels on an H200 by columns, for
+    causal (4, 4096, 32, 64) and (4, 4096, 16, 128); the rows "tiles" of
+    benchmarks/results/nvidia_h200/launches.json:
+
+        columns                     dim 64:  64   128     dim 128:  64   128
+        forward, two held slots             843   670              572   477
+        backward_q, two held slots          872   792              610
+        backward_q, one held slot           888   820              615   594
+        backward_kv                        1194  1076              910  1770
+
+    Above dim 48 `backward_q`, and always `backward_kv`, take 64 columns even where 128
+    were faster. With 128 both spill registers for some masks, such as documents, and at
+    dim 128 `backward_kv` for all.
     """
     tokens, numbers = (
         Tokens(jax.ShapeDtypeStruct(shape, dtype), numbers=numbers)
@@ -66,7 +116,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
         ]
     )
     pair = [tokens, tokens]
-    # Each warpgroup's own list takes some registers.
+    # Warpgroups that walk a list each need some registers more for it.
     apart = block_size % (COMPUTE * ROWS) != 0
     held, walked, most = {
         "forward": ([tokens], [[tokens], [tokens]], 128 if dim <= 128 else 64),
@@ -84,7 +134,7 @@ def config_of(kernel: str, dim: int, block_size: int) -> WalkTiles:
 
 
 def kv_launches(dim: int) -> Sequence[tuple[str, ...]]:
-    """The gradients that each launch that walks queries makes."""
+    """Return the launches that walk queries, each as the gradients that it makes."""
     if dim <= MAX_DIM_TOGETHER:
         return [("key", "value")]
     return [("key",), ("value",)]
@@ -95,7 +145,10 @@ def unsupported(
     value: jax.Array | jax.ShapeDtypeStruct,
     mask: BlockMask | None,
 ) -> str | None:
-    """Why the kernel cannot run this, or None if it can; a mask of None is dense."""
+    """Return why the kernel cannot run this, or None if it can.
+
+    A mask of None stands for dense attention.
+    """
     dim = query.shape[-1]
     if reason := device.unsupported_dtype(query.dtype):
         return reason
@@ -123,12 +176,18 @@ def attend(
     *,
     mask: BlockMask,
     scale: float,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), lse (batch, seq, heads); differentiable but for the mask.
+    """Attend to the pairs of a mask, in the kernels.
 
-    dilation: of the heads of `query`, whose arrays then are (batch, seq, rate * heads,
-        dim): of each row a head has the part at its offset, and TMA loads just that.
+    All arguments but the mask have gradients.
+
+    Args:
+        dilation: which vector of each row a head of `query` takes. The arrays are then
+            (batch, seq, rate * heads, dim), and TMA loads a head's own vectors only.
+
+    Returns:
+        (out, lse), with lse (batch, seq, heads) in base e.
     """
     seq_q, dim = query.shape[1], value.shape[3]
     query, scale = _positive(query, scale)
@@ -138,7 +197,10 @@ def attend(
 
 
 def _positive(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
-    """The same logits by a factor over 0: the kernels take their maximum before it."""
+    """Return a query and a positive scale that give the same logits.
+
+    The kernels take the maximum of the logits before they multiply by the scale.
+    """
     if scale > 0:
         return query, scale
     return (-query, -scale) if scale else (0 * query, 1.0)
@@ -147,9 +209,10 @@ def _positive(query: jax.Array, scale: float) -> tuple[jax.Array, float]:
 def _prepare(
     mask: BlockMask, *arrays: jax.Array
 ) -> tuple[Sequence[jax.Array], BlockMask]:
-    """The arrays padded with zeros at the end, to what tiles are made of, and the mask.
+    """Pad the arrays with zeros to what TMA and wgmma take, and keep known lists known.
 
-    Its lists stay on the host if they have values, so that their schedule is constant.
+    Lists with values stay on the host, so that their schedule is a constant of the
+    program.
     """
     dim = round_up(max(x.shape[3] for x in arrays), CONTRACTED_STEP)
 
@@ -211,7 +274,11 @@ def attend_part(
     mask: BlockMask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) over some of the keys, to be merged with others: both in float32."""
+    """Attend to some of the keys, for a caller that merges parts.
+
+    Returns:
+        (out, lse), both in float32.
+    """
     seq_q, dim = query.shape[1], value.shape[3]
     query, scale = _positive(query, scale)
     arrays, mask = _prepare(mask, query, key, value)
@@ -232,12 +299,16 @@ def part_gradients(
     mask: BlockMask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The share of these keys in the three gradients, rounded and then made float32.
+    """Return what some of the keys add to the gradients of query, key and value.
 
-    The roundings of all parts together are as large as that of the sum. Two parts of 16
-    bits, as `out` has, would cost the kernel of keys and values a register too many.
+    The results are float32, but the kernels round them to the dtype of the arguments.
+    All parts' roundings together are as large as one rounding of the sum. The kernel of
+    keys and values has no registers left to return the rounding errors too, as the
+    forward does for `out`.
 
-    lse, delta: of all keys, (batch, seq, heads).
+    Args:
+        lse: over all keys, (batch, seq, heads).
+        delta: sum(d_out * out) - d_lse over all keys, (batch, seq, heads).
     """
     scaled, factor = _positive(query, scale)
     arrays, mask = _prepare(mask, scaled, key, value, d_out)
@@ -253,7 +324,7 @@ def part_gradients(
         gradient[:, : x.shape[1], :, : x.shape[3]].astype(jnp.float32)
         for x, gradient in zip((query, key, value), gradients, strict=True)
     )
-    # That of `scaled`, times what that is of `query`.
+    # From the gradient of `scaled` to that of `query`.
     return d_query * (scale / factor), d_key, d_value
 
 
@@ -262,23 +333,61 @@ def _sum(parts):
 
 
 def _gradients(query, key, value, d_out, lse2, delta, *, mask, scale, dilation=None):
-    """Those of query, key and value, without what no head has.
+    """Return the gradients of query, key and value.
 
-    lse2, delta: (batch, heads, seq); lse2 is the log-sum-exp in base 2.
+    With a dilation they have one vector a head, and not the vectors that no head takes.
+
+    Args:
+        lse2: the log-sum-exp in base 2, (batch, heads, seq).
+        delta: (batch, heads, seq).
     """
-    # exp2 of anything minus infinity is 0: unseen rows have no weights.
+    factors = ()
+    if query.dtype == jnp.float16:
+        d_out, delta, *factors = _enlarged(value, d_out, delta)
+    # In a row that sees no key, exp2(logit - inf) = 0 makes all weights 0.
     lse2 = jnp.where(sees(lse2), lse2, jnp.inf)
-    # Whole tiles, whose rows past the end have no weights whatever a copy brings there.
+    # The numbers fill whole tiles. Rows past the end get weights of 0 too, whatever a
+    # copy brings there.
     end = [(0, 0), (0, 0), (0, -lse2.shape[2] % math.lcm(mask.block_size, 2 * ROWS))]
     lse2 = jnp.pad(lse2, end, constant_values=jnp.inf)
     numbers = jnp.stack([lse2, jnp.pad(delta, end)], 2)
-    arrays = query, key, value, d_out, numbers
+    arrays = query, key, value, d_out, numbers, *factors
     kernel = partial(backward_q, scale=scale, dilation=dilation)
     gradients = [*over_batch(kernel)(mask, *arrays)]
     for wanted in kv_launches(query.shape[3]):
         kernel = partial(backward_kv, wanted=wanted, scale=scale, dilation=dilation)
         gradients += over_batch(kernel)(mask, *arrays)
     return gradients
+
+
+def _enlarged(
+    value: jax.Array, d_out: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Multiply `d_out` and `delta` by a power of two that float16 needs.
+
+    The kernels round the gradients of logits, which would underflow in float16 where
+    cotangents are small or sequences long. The power of two is the largest at which
+    they cannot overflow: the gradient of a logit is at most the product of the norms of
+    its rows of `d_out` and `value`, plus `delta`.
+
+    Returns:
+        `d_out`, `delta`, and the inverse of the power for each batch, (batch,).
+    """
+
+    def largest(x: jax.Array) -> jax.Array:
+        return jnp.abs(x).max(tuple(range(1, x.ndim)), initial=0)
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.square(widen(x)).sum(-1))
+
+    rows = largest(norm(d_out))
+    bound = jnp.maximum(rows, rows * largest(norm(value)) + largest(delta))
+    # 2**15 is half of the largest float16, as a rounding may go upwards.
+    usable = (bound > 0) & jnp.isfinite(bound)
+    bits = jnp.floor(jnp.log2(2**15 / jnp.where(usable, bound, 2**15)))
+    power = jnp.exp2(jnp.minimum(bits, 64))
+    d_out = widen(d_out) * power[:, None, None, None]
+    return d_out.astype(value.dtype), delta * power[:, None, None], 1 / power
 
 
 def forward(
@@ -290,12 +399,18 @@ def forward(
     scale: float,
     exact: bool,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
-    """`out`, and the log-sum-exp in base 2, (batch, heads, 1, seq).
+    """Launch the forward.
 
-    exact: and then what rounding took from `out`, rounded itself. The gradient of a
-        query is a difference, of which little may remain where it sees few keys.
+    Args:
+        exact: also return the rounding error of `out`, which the backward needs: a
+            query's gradient is a difference, of which little remains where the query
+            sees few keys.
+
+    Returns:
+        `out`, the log-sum-exp in base 2 (batch, heads, 1, seq), and with `exact` the
+        rounding error of `out`, in the dtype of `out`.
     """
     config = config or config_of("forward", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
@@ -307,9 +422,11 @@ def forward(
 
 @dataclass(frozen=True)
 class Forward:
-    """A tile of queries, its weighted sum of values, and their maximum and sum.
+    """The online softmax of 64 queries, as the body of a walk.
 
-    The carry is (sums of values, largest logit in base 2, sum of weights).
+    The carry is (weighted sums of values, largest logit in base 2, sum of weights). For
+    a thread of a 64 x 128 tile, the logits are 64 registers, the rounded weights 32,
+    and the sums dim / 2.
     """
 
     config: WalkTiles
@@ -336,6 +453,8 @@ class Forward:
 
         def multiply(acc):
             plgpu.wgmma(acc, held[0], keys.transpose((1, 0)))
+            # Wait until the other warpgroup's softmax has ended. Reading `acc` then
+            # awaits the wgmma.
             tiles.take_turns()
             return acc[...]
 
@@ -349,6 +468,7 @@ class Forward:
         summed *= lax.broadcast_in_dim(fade, summed.shape, [0])
         total = total * fade + weights.sum(axis=1)
         rounded = weights.astype(self.dtype)
+        # Wait until the other warpgroup has issued its product of queries and keys.
         tiles.take_turns()
         (values,) = tiles.wait(1)
         summed = add_dots(summed, (rounded, values))
@@ -368,7 +488,7 @@ class Forward:
 
 
 def _shape(config: WalkTiles) -> tuple[int, int]:
-    """That of a warpgroup's tile of logits."""
+    """Return the shape of a warpgroup's tile of logits."""
     return config.rows, config.columns
 
 
@@ -378,27 +498,35 @@ def backward_q(
     value: jax.Array,
     d_out: jax.Array,
     numbers: jax.Array,
-    *,
+    *factors: jax.Array,
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
-    """[d_query]; numbers (batch, heads, 2, seq) are `lse2` and `delta`."""
+    """Launch the kernel that holds queries.
+
+    Args:
+        numbers: `lse2` and `delta`, (batch, heads, 2, seq).
+        factors: numbers (batch,) that multiply the gradient in float32.
+
+    Returns:
+        [d_query].
+    """
     config = config or config_of("backward_q", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
     held = [queries, Tokens(d_out), Tokens(numbers, numbers=True)]
     body = BackwardQ(config, scale, query.dtype)
     walk = walk_keys(mask, queries, keys, config)
     walked = [[keys, values]]
-    return walk_lists(body, config, held, walked, walk, "attention_backward_q")
+    return walk_lists(body, config, held, walked, walk, "attention_backward_q", factors)
 
 
 @dataclass(frozen=True)
 class BackwardQ:
-    """A tile of queries and their gradient, a sum over the keys that they see.
+    """The gradient of 64 queries, a sum over the keys that they see.
 
-    The carry is (sums, lse2, delta).
+    The carry is (sums, lse2, delta), of which `lse2` and `delta` do not change.
     """
 
     config: WalkTiles
@@ -438,29 +566,39 @@ def backward_kv(
     value: jax.Array,
     d_out: jax.Array,
     numbers: jax.Array,
-    *,
+    *factors: jax.Array,
     wanted: Sequence[str],
     mask: BlockMask,
     scale: float,
     config: WalkTiles | None = None,
-    dilation: Dilation | None = None,
+    dilation: HeadStride | None = None,
 ) -> Sequence[jax.Array]:
-    """The wanted gradients, out of "key" and "value", in that order."""
+    """Launch the kernel that holds keys and values.
+
+    Args:
+        numbers: `lse2` and `delta`, (batch, heads, 2, seq).
+        factors: numbers (batch,) that multiply the gradients in float32.
+        wanted: "key", "value" or both.
+
+    Returns:
+        The wanted gradients, in that order.
+    """
     config = config or config_of("backward_kv", query.shape[-1], mask.block_size)
     queries, keys, values = tokens_of(dilation, query, key, value)
     walked = [[queries, Tokens(d_out), Tokens(numbers, numbers=True)]]
     body = BackwardKV(config, scale, query.dtype, wanted)
     walk = walk_queries(mask, queries, keys, config)
     name = f"attention_backward_{'_'.join(wanted)}"
-    return walk_lists(body, config, [keys, values], walked, walk, name)
+    return walk_lists(body, config, [keys, values], walked, walk, name, factors)
 
 
 @dataclass(frozen=True)
 class BackwardKV:
-    """A tile of keys and values and their gradients, sums over queries that see them.
+    """The gradients of 64 keys and values, sums over the queries that see them.
 
-    Keys are the rows, so that only views of shared memory are transposed. The carry is
-    the sums by name.
+    Keys are the rows of the tile of logits. So P^T and dS^T are left factors of a wgmma
+    straight from registers, and only views of shared memory are transposed. The carry
+    is the sums by name.
     """
 
     config: WalkTiles
@@ -493,16 +631,17 @@ class BackwardKV:
             added["key"] = add_dots(
                 carry["key"], (d_logits.astype(self.dtype), queries)
             )
-        # Read before TMA may write there again.
+        # Without this fence TMA might overwrite `numbers`, which threads read and not
+        # the tensor cores, before the reads are done.
         plgpu.commit_smem()
         tiles.release(0)
         return added
 
     def _of_columns(self, numbers, n: int):
-        """The n-th number of each column, for all rows."""
+        """Return the n-th number of each column, repeated for all rows."""
         column = plgpu.load(numbers.at[n], layout=plgpu.Layout.WGMMA.reduce(0))
         return lax.broadcast_in_dim(column, _shape(self.config), [1])
 
     def finish(self, carry):
-        factors = {"key": self.scale, "value": 1.0}
-        return [carry[name] * factors[name] for name in self.wanted]
+        scales = {"key": self.scale, "value": 1.0}
+        return [carry[name] * scales[name] for name in self.wanted]

@@ -1,4 +1,4 @@
-"""The rule of `vmap` for attention kernels."""
+"""The `vmap` rule of the attention kernels."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,9 +11,10 @@ from ..block_mask.predicates import asks_for_batch
 
 
 def over_batch(launch):
-    """`launch(*arrays, mask=mask)` as a function of the mask and the arrays.
+    """Return `launch(*arrays, mask=mask)` as a function of the mask and the arrays.
 
-    Under `vmap` the new axis joins the batch, unless `mask_fn` must know it.
+    Under `vmap` the mapped axis joins the batch, and there is one launch for all. If
+    the predicate depends on the batch this cannot be, and a loop launches each.
     """
 
     @jax.custom_batching.custom_vmap
@@ -41,7 +42,11 @@ def _repeat(size, is_batched, a):
 
 
 def _fold(size, batch, always, is_batched, a):
-    """The new axis into the batch; what is the same for all may stay so."""
+    """Fold the mapped axis into the batch axis.
+
+    Without `always`, an array that is neither mapped nor differs between batches keeps
+    its batch of 1.
+    """
     if not (always or is_batched or a.shape[0] > 1):
         return a
     a = _repeat(size, is_batched, a)
@@ -49,9 +54,11 @@ def _fold(size, batch, always, is_batched, a):
 
 
 def _fold_mask(fold, is_batched, mask):
-    """Traced lists all have the same batch; the predicate's data each their own.
+    """Fold the mapped axis into the batch of a mask.
 
-    Lists in NumPy have no leaves and stay: a schedule repeats them.
+    Traced lists must all have the same batch, and each array of the predicate may have
+    its own. Lists in NumPy have no leaves and stay as they are: a schedule repeats
+    them.
     """
     lists = mask.kv, mask.full_kv, mask.q, mask.full_q
     batched = is_batched.kv, is_batched.full_kv, is_batched.q, is_batched.full_q

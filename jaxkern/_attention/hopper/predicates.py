@@ -1,4 +1,14 @@
-"""The predicates of block masks inside a kernel: a tile of pairs at a time."""
+"""Evaluate the predicates of block masks inside a kernel, a tile of pairs at a time.
+
+A kernel asks only in partial blocks. A tile's values lie in registers as the sums of a
+wgmma do, so that masking needs no exchange between threads. Which pairs attend is
+
+- arithmetic of positions for bands, global tokens and a user's function;
+- one value for the whole tile, where the predicate is the same for all pairs of a
+  block (`Diagonals`, `Strided`, the states of `Blocks`);
+- read from global memory for `Segments`, `Keys` and `Tiles`, whose data are padded
+  or unpacked beforehand so that a tile reads neighbouring numbers.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +34,9 @@ from ..block_mask.predicates import (
 )
 from ..block_mask.runs import FULL, PARTIAL
 
-# Of tokens; the largest tile of a kernel, which reads no further.
+# Tokens of the largest tile of a kernel. Data of tokens are padded to a multiple.
 LARGEST_TILE = 128
-# What a kernel computes of arrays of positions.
+# The primitives that a kernel computes on arrays of positions.
 ELEMENTWISE = frozenset(
     "abs add and broadcast_in_dim clamp convert_element_type cos div eq exp ge gt "
     "integer_pow jit le log lt max min mul ne neg not or pjit pow reduce_precision rem "
@@ -35,7 +45,7 @@ ELEMENTWISE = frozenset(
 
 
 def unreadable(fn: Any) -> str | None:
-    """Why a kernel cannot compute the predicate, or None if it can."""
+    """Return why a kernel cannot compute the predicate, or None if it can."""
     match fn:
         case Both(first, second) | Either(first, second):
             return unreadable(first) or unreadable(second)
@@ -67,19 +77,22 @@ def _not_elementwise(jaxpr: Any) -> str | None:
 class Predicate:
     """A mask's predicate, with its data as a kernel reads them.
 
-    q_axis: the axis of a tile along which queries lie.
+    Attributes:
+        tree: the structure of the predicate, a pytree whose leaves are `data`.
+        data: its arrays, which the kernel gets as references.
+        q_axis: the axis of a tile along which queries lie.
     """
 
     tree: Any
     data: Sequence[jax.Array]
-    kv_len: int
+    seq_kv: int
     q_axis: int
 
     def visible(self, sizes, data, batch, head, row, column):
-        """Of the tile from (row, column), which pairs attend."""
+        """Say which pairs of the tile that starts at (row, column) attend."""
         starts = row, column
         where = _Where(sizes, batch, head, starts, self.q_axis)
-        inside = where.positions(1 - self.q_axis) < self.kv_len
+        inside = where.positions(1 - self.q_axis) < self.seq_kv
         return where.ask(jax.tree.unflatten(self.tree, data)) & inside
 
 
@@ -92,7 +105,7 @@ def make_predicate(mask: BlockMask, q_axis: int) -> Predicate:
 
     fn = jax.tree.map(readable, mask.mask_fn, is_leaf=has_data)
     data, tree = jax.tree.flatten(fn)
-    return Predicate(tree, data, mask.kv_len, q_axis)
+    return Predicate(tree, data, mask.seq_kv, q_axis)
 
 
 def _readable(fn: Any, q_axis: int) -> Any:
@@ -102,7 +115,8 @@ def _readable(fn: Any, q_axis: int) -> Any:
         case Keys(seen):
             return Keys(_whole_tiles(seen))
         case Tiles(tile_of, bits, size):
-            # A byte a pair, since no thread's share is eight neighbours.
+            # One byte for each pair: a thread's share of a tile is never the eight
+            # neighbours that one byte of bits holds.
             places = jnp.arange(8, dtype=jnp.uint8)
             bits = jnp.asarray(bits)[..., None]
             bits = bits >> jnp.expand_dims(places, range(bits.ndim - 1)) & 1
@@ -113,14 +127,20 @@ def _readable(fn: Any, q_axis: int) -> Any:
 
 
 def _whole_tiles(numbers: Any) -> jax.Array:
-    """A tile may reach past the end."""
+    """Pad the numbers of tokens to whole tiles, since a tile may reach past the end."""
     missing = -numbers.shape[-1] % LARGEST_TILE
     return jnp.pad(numbers.astype(jnp.int32), [(0, 0), (0, 0), (0, missing)])
 
 
 @dataclass(frozen=True)
 class _Where:
-    """A tile of pairs of tokens, rows by columns, and the head it belongs to."""
+    """A tile of pairs of tokens, and the batch and head that it belongs to.
+
+    Attributes:
+        sizes: rows and columns of the tile.
+        starts: the position of its first row and of its first column.
+        q_axis: the axis along which queries lie.
+    """
 
     sizes: tuple[int, int]
     batch: Any
@@ -134,17 +154,17 @@ class _Where:
         return self.starts[axis] + count
 
     def of_head(self, ref, *index):
-        """Index a leaf, of which batch and heads may be 1."""
+        """Return the index into a leaf, whose batch and heads may be 1."""
         head = zip((self.batch, self.head), ref.shape, strict=False)
         return *(i if n > 1 else 0 for i, n in head), *index
 
     def block(self, ref, size: int):
-        """The number that a leaf has for the block around the tile."""
+        """Return the number that a leaf has for the block around the tile."""
         q, k = self.starts[self.q_axis], self.starts[1 - self.q_axis]
         return ref[self.of_head(ref, lax.div(q, size), lax.div(k, size))]
 
     def of_tokens(self, ref, axis: int):
-        """The numbers that a leaf has for the tokens along an axis."""
+        """Return the numbers that a leaf has for the tokens along an axis."""
         index = self.of_head(ref, pl.ds(self.starts[axis], self.sizes[axis]))
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
         numbers = plgpu.load(ref.at[index], layout=layout, optimized=False)
@@ -165,7 +185,7 @@ class _Where:
             case Keys(seen):
                 return self.of_tokens(seen, 1 - self.q_axis) != 0
             case Diagonals() | Strided():
-                # The same for all pairs of a block.
+                # The first pair answers for all pairs of the block.
                 q, k = self.starts[self.q_axis], self.starts[1 - self.q_axis]
                 return self.everywhere(fn(self.batch, self.head, q, k))
             case Blocks(states, inner, size):

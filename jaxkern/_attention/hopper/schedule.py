@@ -1,8 +1,9 @@
-"""Which tiles a block of the attention kernels takes, and where their lists are.
+"""Say which tiles a block of the attention kernels takes, and where their lists are.
 
-Of lists in NumPy this is computed on the host, once for each launch that is traced, and
-enters the program as constants. Of traced ones XLA computes the same in every call, in
-some fifty small launches: about 100 us on an H200.
+With lists in NumPy the host computes this, once for each launch that is traced, and the
+program has it as constants. With traced lists XLA computes it in every call. That took
+about 100 us on an H200, in some 40 small launches: see the rows of revision fbd33d7 in
+benchmarks/results/nvidia_h200/launches.json.
 """
 
 from collections.abc import Sequence
@@ -17,22 +18,25 @@ from jax.experimental import pallas as pl
 from ..._core import device
 from ..block_mask.runs import AnyArray, BlockLists, module_of
 
-# What keys and values, or queries, that heads walk at the same time may take of L2, so
-# that they stay there: an H100 and an H200 have 50 MB of it by their data sheets.
+# Bytes of the arrays that blocks walk at the same time, so that these stay in L2. An
+# H100 and an H200 have 50 MB of L2 by their data sheets; the share is an estimate.
 L2_CAPACITY_BYTES = 32e6
-# What a tile takes beside its steps, in steps: it is loaded and stored, and both begin.
+# The time to load and store a held tile, in listed blocks; an estimate.
 STEPS_OF_A_TILE = 1
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Schedule:
-    """Tiles in the order in which they are taken, those of one block together.
+    """The held tiles in the order in which blocks take them, block after block.
 
-    blocks: the first tile of a block, and how many there are, (blocks, 2).
-    place: batch, head and number of a tile, (items, 3).
-    rows: where the lists of its rows lie, (items, lanes, heads, 4): number of partial
-        blocks, their first entry in `indices[0]`, and of full ones in `indices[1]`.
+    Attributes:
+        blocks: for each block its first tile and the number of its tiles, (blocks, 2).
+        place: batch, head and number of each tile, (tiles, 3).
+        rows: the lists of each tile, (tiles, lanes, heads, 4): how many partial blocks,
+            where in `indices[0]` these begin, how many full blocks, and where in
+            `indices[1]` those begin.
+        indices: the columns of all partial blocks, and of all full blocks.
     """
 
     blocks: Any
@@ -49,12 +53,19 @@ def make_schedule(
     block_size: int,
     head_bytes: float,
 ) -> Schedule:
-    """Of the tiles (batch, heads, tokens) that are held, for `heads` walked by each.
+    """Give every block about as much to do.
 
-    Every block has about as much to do, and takes heads whose walked tiles fit in L2
-    together one after the other.
+    Consecutive heads whose walked arrays fit into L2 together are a group, and each
+    block takes all its tiles of one group before those of the next.
 
-    lane_rows: how many lanes walk a row of their own, and the tokens of each.
+    Args:
+        lists: the partial and the full blocks of each row of held tokens.
+        shape: batch, heads and length of the held tokens.
+        heads: how many heads are walked for one held head.
+        lane_rows: how many lists a tile walks side by side, and the tokens of each.
+        block_size: tokens of one of the mask's blocks.
+        head_bytes: bytes that are walked for one held head, divided by the number of
+            held heads that walk the same.
     """
     xp = module_of(*(array for x in lists for array in x.arrays))
     batch, held_heads, seq = shape
@@ -70,7 +81,7 @@ def make_schedule(
     falling = xp.lexsort((-length,))
     block = assign(length[falling], count)
     together = max(1, int(L2_CAPACITY_BYTES // head_bytes)) * tiles
-    # Stable, so that the tiles of one block and group still fall.
+    # This sort is stable, so the tiles of one block and group still fall in length.
     order = falling[xp.lexsort((falling // together, block))]
     counts = _bincount(block, None, count)
     blocks = xp.stack([counts.cumsum() - counts, counts], -1)
@@ -80,9 +91,10 @@ def make_schedule(
 
 
 def _lookup(lists: BlockLists, row: np.ndarray, batch: int, heads: int):
-    """Number of blocks and first entry, (batch, heads, rows); none past the end.
+    """Return the number of blocks and the first entry, (batch, heads, rows) each.
 
-    The lists of fewer batches repeat, as `vmap` over others than the mask wants it.
+    Rows past the end have no blocks. Where the lists are for fewer batches they repeat,
+    which is right under a `vmap` that does not map the mask.
     """
     xp = module_of(*lists.arrays)
     mask_batch, mask_heads, entries = lists.indices.shape
@@ -102,12 +114,13 @@ def _lookup(lists: BlockLists, row: np.ndarray, batch: int, heads: int):
 
 
 def assign(falling: AnyArray, count: int) -> AnyArray:
-    """Which of `count` blocks takes each tile, so that the busiest has little to do.
+    """Say which of `count` blocks takes each tile, so that the busiest ends early.
 
-    By falling length, one round after the other, every other one backwards; but only as
-    long as no block has more than its share. The rest fill what the blocks have left of
-    their shares, in order, or go on in rounds if that ends sooner. In a fixed number of
-    steps, as a program needs it; the best is within a few percent.
+    The tiles come by falling length. In each round every block gets one, and every
+    other round goes backwards. When a round would give some block more than an equal
+    share of all work, the rest fill up what the blocks lack of their shares, in order;
+    or they go on in rounds, if the busiest block then ends earlier. The number of steps
+    is fixed, as a traced program needs it.
     """
     xp = module_of(falling)
     at = np.arange(len(falling))
@@ -120,7 +133,7 @@ def assign(falling: AnyArray, count: int) -> AnyArray:
     rounds = (loads.max(1) <= share).sum()
     begun = xp.where(rounds > 0, loads[xp.maximum(rounds - 1, 0)], 0)
     rest = xp.where(turn >= rounds, falling, 0)
-    # Twice what lies before a tile's middle, which then is an integer.
+    # Twice the work that comes before a tile's middle. Half of it may be no integer.
     middle = 2 * rest.cumsum() - rest
     filled = xp.searchsorted(2 * (share - begun).cumsum(), middle, side="right")
     filled = xp.minimum(filled, count - 1)

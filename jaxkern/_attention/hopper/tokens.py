@@ -1,4 +1,16 @@
-"""Tiles of tokens in shared memory: what the attention kernels hold and walk."""
+"""Operands of the attention kernels, and the shared memory for their tiles.
+
+A block's shared memory for `attention_forward` at dim 128, with 2 slots of each, both
+warpgroups in one row of blocks, and tiles of 128 columns:
+
+    held[0][2][2]    64 x 128 of Q    4 x 16 KB    slot, warpgroup
+    walked[0][2]    128 x 128 of K    2 x 32 KB    slot
+    walked[1][2]    128 x 128 of V    2 x 32 KB    slot
+    numbers[2]       64 float32         512 B      warpgroup
+    barriers                             8 B each
+
+That is 192 KB of the 227 KB of a block, so a third slot of either would not fit.
+"""
 
 import dataclasses
 import math
@@ -13,20 +25,23 @@ from jax.experimental import pallas as pl
 from ..._core.precision import widen
 from ..._mosaic.base import plgpu, swizzle_of, tiled_layout
 from ..._mosaic.launch import BARRIER_BYTES, COMPUTE, WalkTiles
-from ..dilation import Dilation
+from ..dilation import HeadStride
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq).
+    """An array with a vector, or some numbers, for each token of each head.
 
-    With a dilation they are (batch, seq, rate * vectors, dim), of which each head takes
-    some.
+    Attributes:
+        array: vectors (batch, seq, heads, dim), or numbers (batch, heads, count, seq).
+            With a dilation, vectors (batch, seq, rate * vectors, dim).
+        numbers: whether the array holds numbers.
+        dilation: which vector of each row a head takes; None if every head has one.
     """
 
     array: Any
     numbers: bool = False
-    dilation: Dilation | None = None
+    dilation: HeadStride | None = None
 
     @property
     def seq(self) -> int:
@@ -40,7 +55,7 @@ class Tokens:
 
     @property
     def result(self) -> jax.ShapeDtypeStruct:
-        """Vectors, one for each that the heads have."""
+        """The shape of vectors for the heads, without vectors that no head takes."""
         batch, seq, _, dim = self.array.shape
         return jax.ShapeDtypeStruct((batch, seq, self.heads, dim), self.array.dtype)
 
@@ -52,7 +67,10 @@ class Tokens:
         return math.prod(self.tile(size)) * self.array.dtype.itemsize
 
     def cut(self, gmem, batch, head, start, size: int):
-        """The tile of `gmem` that starts at `start`; it may reach past the end."""
+        """Return the tile of `gmem` that starts at `start`.
+
+        It may reach past the end of the array.
+        """
         index = pl.ds(start, size)
         if self.numbers:
             return gmem.at[batch, head, :, index]
@@ -61,7 +79,10 @@ class Tokens:
         return gmem.at[batch, index, head]
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """From the shape of the result to the array's: 0 for what no head takes."""
+        """Bring a result to the shape of the array, with 0 where no head takes any.
+
+        Vectors that several heads take get the sum of their results.
+        """
         if self.dilation is None:
             return x
         rate, group = self.dilation.rate, self.dilation.group
@@ -74,9 +95,13 @@ Groups = Sequence[Sequence[Tokens]]
 
 
 def tokens_of(
-    dilation: Dilation | None, query: jax.Array, key: jax.Array, value: jax.Array
+    dilation: HeadStride | None, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[Tokens, Tokens, Tokens]:
-    """Those of query, key and value; a dilation is that of the query's heads."""
+    """Return the operands of query, key and value.
+
+    Args:
+        dilation: which vectors the query's heads take; the keys' follow from it.
+    """
     if dilation is None:
         return Tokens(query), Tokens(key), Tokens(value)
     of_keys = dilation.of_keys(key.shape[2] // dilation.rate)
@@ -88,30 +113,38 @@ def tokens_of(
 
 
 def rings_of(config: WalkTiles, block_size: int) -> int:
-    """One if both warpgroups walk together, else one for each."""
+    """Return how many rings each walked group has.
+
+    It is one if both warpgroups walk one list, else one for each warpgroup.
+    """
     return 1 if block_size % (COMPUTE * config.rows) == 0 else COMPUTE
 
 
 def smem_bytes(
     config: WalkTiles, held: Sequence[Tokens], walked: Groups, rings: int
 ) -> int:
-    """Shared memory of a block, but for some alignment."""
+    """Return the shared memory of a block in bytes, without what alignment adds."""
     total = config.held * COMPUTE * sum(o.tile_bytes(config.rows) for o in held)
     step = sum(o.tile_bytes(config.columns) for o in chain(*walked))
     total += rings * config.steps * step
     barriers = 2 * (config.held + rings * config.steps * len(walked)) + 1
-    # And a number for each row, on its way out.
+    # One float32 number a row passes through shared memory on its way out.
     return total + 4 * COMPUTE * config.rows + BARRIER_BYTES * barriers
 
 
 class Scratch(NamedTuple):
     """Shared memory and barriers of a block, in the order that the kernel takes.
 
-    held: a buffer an operand, (slots, warpgroups, *tile).
-    walked: of each group a buffer an operand, (slots of all rings, *tile).
-    numbers: one a row, on their way out.
-    filled, emptied: a barrier a slot, for each walked group.
-    turn: the barrier at which both warpgroups meet, if they take turns.
+    Attributes:
+        held: a buffer for each operand, (slots, warpgroups, *tile).
+        walked: a buffer for each operand of each group, (slots of all rings, *tile).
+        numbers: a number for each row of each warpgroup, on its way out.
+        held_filled: a barrier for each slot. All loads of both parts arrive.
+        held_emptied: a barrier for each slot. Both computing warpgroups arrive.
+        filled: for each walked group a barrier for each slot. The group's loads arrive.
+        emptied: for each walked group a barrier for each slot. The warpgroups that
+            share the ring arrive.
+        turn: the barrier at which both warpgroups meet; empty if they take no turns.
     """
 
     held: Sequence[Any]
@@ -131,7 +164,7 @@ def make_scratch(
     rings: int,
     takes_turns: bool,
 ) -> Scratch:
-    """The shared memory and barriers that the kernel asks for."""
+    """Declare the shared memory and the barriers of a block."""
 
     def buffers(operands, size, *slots):
         return [_buffer(o, size, slots, config.columns) for o in operands]
@@ -157,7 +190,8 @@ def _buffer(operand: Tokens, size: int, slots: tuple[int, ...], columns: int):
     shape, dtype = operand.tile(size), operand.array.dtype
     if operand.numbers:
         return plgpu.SMEM((*slots, *shape), dtype)
-    # One swizzle for all tiles, since both operands of a wgmma need the same; it must
-    # tile the contracted axis too.
+    # Both factors of a wgmma in shared memory need the same swizzle, so all tiles have
+    # one. A swizzled row of elements must divide the features, and also the tokens of a
+    # walked tile, over which some products are summed.
     swizzle = swizzle_of(math.gcd(columns, shape[1]), dtype.itemsize)
     return plgpu.SMEM((*slots, *shape), dtype, transforms=tiled_layout(dtype, swizzle))

@@ -1,14 +1,30 @@
-"""Hold a tile of tokens, walk the tiles that a list names: the frame of attention.
+"""The frame of the attention kernels: hold a tile of tokens, walk the tiles of a list.
 
-A block holds a tile of each `held` operand in shared memory, a part for each of the two
-warpgroups that compute, and walks the tiles of the `walked` ones that the lists of its
-row name, partial blocks first. A third warpgroup loads them into a ring of slots. Where
-both parts lie in one row of blocks they walk together; otherwise each walks its own
-row, with a ring of its own. There are no more blocks than multiprocessors, each with
-about as much to do, and the loads of the next tile run while this one is computed.
-Results are written by one block each, so there are no atomics and no order of arrival.
-What lies past the end of an array is zero when TMA loads it and dropped when TMA stores
-it.
+A launch has at most one block for each multiprocessor, and a block takes one held tile
+after the other, in the order of its `Schedule`. A held tile is two parts of 64 rows,
+one for each warpgroup that computes. The warpgroup walks the blocks that the mask lists
+for its rows, first the partial ones, then the full ones. Warpgroup 2 loads:
+
+    global memory         shared memory                       registers
+    held operands  --TMA-> held[slot][warpgroup] --+
+    walked group 0 --TMA-> walked[0][slot]   ------+--wgmma-> sums of warpgroups 0, 1
+    walked group 1 --TMA-> walked[1][slot]   ------+               |
+    results        <-TMA-- held[slot][warpgroup] <-----------------+
+
+A slot has two barriers. Its loads arrive at `filled`, where the computing warpgroups
+wait. These arrive at `emptied` when they are done with the slot, and there warpgroup 2
+waits before it fills the slot again. So the loads of the next tiles run while this one
+is computed: a ring has `config.steps` slots, and held tiles have `config.held`. A
+result leaves through the buffer of the held tile that it is like, so a held slot is
+emptied once its results are read out.
+
+Where both parts lie in one row of the mask's blocks, the warpgroups walk one list and
+share a ring, whose slots are empty when both have released them. Otherwise each walks
+its own list, with a ring of its own. Bodies that take turns (see `Body.takes_turns`)
+also meet at a barrier, if they share a ring.
+
+One block writes each result, so there are no atomics, and results do not depend on the
+order in which blocks end. Past the end of an array TMA loads zeros and stores nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,13 +58,16 @@ from .tokens import Groups, Scratch, Tokens, make_scratch, rings_of, smem_bytes
 
 @dataclass(frozen=True)
 class Walk:
-    """The lists of blocks that are walked, and which heads go with a held one.
+    """The lists of blocks that a launch walks, and the heads that belong together.
 
-    lists: the partial and the full blocks of the rows of held tokens.
-    visible: (refs, batch, head, row, column) to the pairs that attend, of the tile of a
-        partial block from there; `refs` are those of `data`.
-    heads: walked for one held head, one after the other.
-    share: held heads that walk the same head.
+    Attributes:
+        lists: the partial and the full blocks of each row of held tokens.
+        block_size: tokens of one of the mask's blocks.
+        visible: returns which pairs attend, for the tile of a partial block, from (refs
+            of `data`, batch, head, first row, first column).
+        data: the arrays that the mask's predicate reads.
+        heads: how many heads are walked for one held head, one after the other.
+        share: how many held heads walk the same head.
     """
 
     lists: tuple[BlockLists, BlockLists]
@@ -60,7 +79,7 @@ class Walk:
 
 
 def walk_keys(mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles) -> Walk:
-    """Each query head walks the keys of its group's head."""
+    """Let each query head walk the keys of its group's head."""
     predicate = make_predicate(mask, q_axis=0)
     return Walk(
         (mask.kv, mask.full_kv),
@@ -74,7 +93,7 @@ def walk_keys(mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles) ->
 def walk_queries(
     mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles
 ) -> Walk:
-    """Each key head walks the queries of all heads of its group."""
+    """Let each key head walk the queries of all heads of its group."""
     predicate = make_predicate(mask, q_axis=1)
     return Walk(
         (mask.q, mask.full_q),
@@ -89,9 +108,11 @@ def walk_queries(
 class WalkedTiles:
     """The walked tiles of one step, as one warpgroup sees them.
 
-    smem: of each group the buffers of its operands.
-    filled, emptied: a barrier for each group.
-    turn: the barrier at which both warpgroups meet, if they take turns.
+    Attributes:
+        smem: for each group, the buffers of its operands.
+        filled, emptied: for each group, the barriers of its slots.
+        turn: the barrier at which both warpgroups meet; empty if they take no turns.
+        slot: where in the rings the tiles of this step lie.
     """
 
     smem: Sequence[Sequence[Any]]
@@ -101,16 +122,16 @@ class WalkedTiles:
     slot: Any
 
     def wait(self, n: int):
-        """The tiles of the walked group `n`, once they are there."""
+        """Wait until the tiles of walked group `n` are loaded, and return them."""
         plgpu.barrier_wait(self.filled[n].at[self.slot])
         return [smem.at[self.slot] for smem in self.smem[n]]
 
     def release(self, n: int) -> None:
-        """Let those tiles be overwritten."""
+        """Let the tiles of walked group `n` be overwritten."""
         plgpu.barrier_arrive(self.emptied[n].at[self.slot])
 
     def take_turns(self) -> None:
-        """Wait for the other warpgroup to be here too, if both walk together."""
+        """Wait until the other warpgroup calls this too, if both share a ring."""
         _take_turns(self.turn)
 
 
@@ -122,23 +143,28 @@ def _take_turns(turn) -> None:
 
 @runtime_checkable
 class Body(Protocol):
-    """The arithmetic of a warpgroup: it starts, takes steps and finishes."""
+    """The arithmetic of one warpgroup for one held tile: start, steps and finish."""
 
     @property
     def outs(self) -> Sequence[int | None]:
-        """Which held operand a result is like; None for a float32 number a row."""
+        """For each result the index of the held operand that it is like.
+
+        None stands for one float32 number a row.
+        """
         ...
 
     @property
     def takes_turns(self) -> bool:
         """Whether `step` calls `tiles.take_turns` twice.
 
-        Then a warpgroup's first half of a step runs under the other one's second half.
+        What a warpgroup does between the two calls then runs beside what the other one
+        does outside of them. Warpgroup 1 meets once before its first step, which puts
+        it half a step behind, and warpgroup 0 once after its last step.
         """
         ...
 
     def start(self, held: Sequence[Any]) -> Any:
-        """The carry before the first step, from the held tiles."""
+        """Return the carry before the first step, from the held tiles."""
         ...
 
     def step(
@@ -148,15 +174,16 @@ class Body(Protocol):
         tiles: WalkedTiles,
         visible: Callable[[], Any] | None,
     ) -> Any:
-        """The carry after the walked tiles of one step.
+        """Return the carry after the walked tiles of one step.
 
-        visible: gives the pairs of a partial block that attend, (rows, columns); None
-            in full blocks.
+        Args:
+            visible: returns which pairs attend, (rows, columns), in a partial block;
+                None in a full one.
         """
         ...
 
     def finish(self, carry: Any) -> Sequence[Any]:
-        """The results, one an entry of `outs`."""
+        """Return the results, one for each entry of `outs`."""
         ...
 
 
@@ -164,8 +191,10 @@ class Body(Protocol):
 class Plan:
     """A launch, as the host plans it.
 
-    walked: groups of operands, of which all tiles of a step arrive together and are
-        released together.
+    Attributes:
+        held: operands of which a block holds a tile.
+        walked: groups of operands. A group has a ring of its own, and a step's tiles of
+            one group arrive together and are released together.
     """
 
     body: Body
@@ -179,7 +208,7 @@ class Plan:
         return rings_of(self.config, self.walk.block_size)
 
     def schedule(self) -> Schedule:
-        """Which block takes which held tiles, and where their lists are."""
+        """Say which block takes which held tiles, and where their lists are."""
         batch, seq, heads, _ = self.held[0].result.shape
         walked = sum(tokens.tile_bytes(tokens.seq) for tokens in chain(*self.walked))
         return make_schedule(
@@ -192,9 +221,10 @@ class Plan:
         )
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays that the kernel writes."""
+        """Return the shapes of the arrays that the kernel writes."""
         batch, seq, heads, _ = self.held[0].result.shape
-        # What is contiguous is copied to its end, whatever follows it: so whole tiles.
+        # TMA stores a contiguous row of numbers by a bulk copy, which does not stop at
+        # the row's end. So a row has room for whole tiles.
         whole = pl.cdiv(seq, COMPUTE * self.config.rows) * COMPUTE * self.config.rows
         numbers = jax.ShapeDtypeStruct((batch, heads, 1, whole), jnp.float32)
         outs = self.body.outs
@@ -208,8 +238,17 @@ def walk_lists(
     walked: Groups,
     walk: Walk,
     name: str,
+    factors: Sequence[jax.Array] = (),
 ) -> Sequence[jax.Array]:
-    """The results of the body; numbers are (batch, heads, 1, seq)."""
+    """Launch a body's walk, and return its results.
+
+    Args:
+        factors: numbers (batch,) that multiply the results like held operands, in
+            float32 and before they are rounded.
+
+    Returns:
+        An array for each entry of `body.outs`; numbers are (batch, heads, 1, seq).
+    """
     plan = Plan(body, config, held, walked, walk)
     check_fits(name, config, smem_bytes(config, held, walked, plan.rings))
     schedule = plan.schedule()
@@ -218,12 +257,13 @@ def walk_lists(
         list(walk.data),
         [tokens.array for tokens in held],
         [[tokens.array for tokens in group] for group in walked],
+        list(factors),
     )
     leaves, tree = jax.tree.flatten(inputs)
     n_in, n_out = len(leaves), len(body.outs)
 
     def kernel(*refs):
-        bound_schedule, data, held_refs, walked_refs = jax.tree.unflatten(
+        bound_schedule, data, held_refs, walked_refs, factor_refs = jax.tree.unflatten(
             tree, refs[:n_in]
         )
         bound = Bound(
@@ -232,6 +272,7 @@ def walk_lists(
             data=data,
             held=held_refs,
             walked=walked_refs,
+            factors=factor_refs,
             outs=refs[n_in : n_in + n_out],
             scratch=Scratch(*refs[n_in + n_out :]),
         )
@@ -260,9 +301,12 @@ def walk_lists(
 
 
 class Steps(NamedTuple):
-    """The steps through one list of blocks.
+    """The steps through one list of blocks, a walked tile each.
 
-    first: of the list's entries in `indices`.
+    Attributes:
+        count: how many steps there are; a block has one or more.
+        first: where in `indices` the list begins.
+        indices: the columns of blocks, of all lists.
     """
 
     count: Any
@@ -272,40 +316,41 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Bound:
-    """A launch inside its kernel: the plan, and references to its arrays."""
+    """A launch inside its kernel: the plan, and references to arrays and scratch."""
 
     plan: Plan
     schedule: Schedule
     data: Any
     held: Sequence[Any]
     walked: Sequence[Sequence[Any]]
+    factors: Sequence[Any]
     outs: Sequence[Any]
     scratch: Scratch
 
     def over_tiles(self, step, carry):
-        """`step(n, carry)` for every tile that this block takes."""
+        """Call `step(n, carry)` for every held tile that this block takes."""
         block = self.schedule.blocks.at[lax.axis_index("block")]
         return lax.fori_loop(0, block[1], step, carry)
 
     def over_heads(self, step, carry):
-        """`step(n, carry)` for every head that is walked for a held one."""
+        """Call `step(n, carry)` for every head that is walked for a held one."""
         if self.plan.walk.heads == 1:
             return step(0, carry)
         return lax.fori_loop(0, self.plan.walk.heads, step, carry)
 
     def item(self, nth):
-        """Where the schedule has the nth tile that this block takes."""
+        """Return the index in the schedule of the nth tile that this block takes."""
         return self.schedule.blocks[lax.axis_index("block"), 0] + nth
 
     def place(self, nth):
-        """Batch, head and number of a tile."""
+        """Return batch, head and number of the nth tile."""
         return [self.schedule.place[self.item(nth), axis] for axis in range(3)]
 
     def first_row(self, tile, warpgroup):
         return (tile * COMPUTE + warpgroup) * self.plan.config.rows
 
     def lists(self, nth, ring, head) -> list[Steps]:
-        """Those of the partial and of the full blocks."""
+        """Return the steps through the partial blocks and through the full ones."""
         row = self.schedule.rows.at[self.item(nth), ring, head]
         each = self.plan.walk.block_size // self.plan.config.columns
         return [
@@ -314,14 +359,17 @@ class Bound:
         ]
 
     def column(self, steps: Steps, n):
-        """Where the tile of step `n` begins."""
+        """Return the first token of the walked tile of step `n`."""
         size, columns = self.plan.walk.block_size, self.plan.config.columns
         each = size // columns
         block = steps.indices[steps.first + lax.div(n, each)]
         return block * size + lax.rem(n, each) * columns
 
     def compute(self, warpgroup, nth, carry):
-        """One warpgroup's part of a tile; the carry counts the steps of its ring."""
+        """Compute one warpgroup's part of a held tile.
+
+        The carry counts the steps of its ring, over all tiles.
+        """
         config, scratch = self.plan.config, self.scratch
         together = self.plan.rings == 1
         here = slot(nth, config.held)
@@ -340,7 +388,7 @@ class Bound:
         start = self.plan.body.start(part.tiles(warpgroup))
         carry, sums = self.over_heads(walk_head, (carry, start))
         pl.when(warpgroup == 0)(lambda: _take_turns(scratch.turn))
-        # Read again, so that no register keeps it meanwhile.
+        # Without reading these numbers again, registers would hold them all the while.
         batch, head, tile = self.place(nth)
         first_row = self.first_row(tile, warpgroup)
         part.store(self.plan.body.finish(sums), batch, head, first_row)
@@ -348,7 +396,10 @@ class Bound:
         return carry
 
     def load(self, nth, carry):
-        """Load what a tile needs; the carry counts the steps of each ring."""
+        """Load what a held tile needs, and all tiles that it walks.
+
+        The carry counts the steps of each ring, over all tiles.
+        """
         batch, head, tile = self.place(nth)
         self._load_held(nth, batch, head, tile)
 
@@ -380,7 +431,7 @@ class Bound:
                 plgpu.copy_gmem_to_smem(source, smem.at[here, part], filled)
 
     def _load_lists(self, lists: Sequence[Steps], batch, head, carry):
-        """A list for each ring, step by step; the rings take turns."""
+        """Load a list for each ring, a step of each ring in turn."""
 
         def load_each(n, carry):
             after = []
@@ -394,7 +445,7 @@ class Bound:
         return lax.fori_loop(0, longest, load_each, carry)
 
     def _load_step(self, ring, at, batch, head, steps: Steps, n) -> None:
-        """The tiles of step `n` of a list, which is step `at` of its ring."""
+        """Load the tiles of step `n` of a list, which is step `at` of its ring."""
         config, scratch = self.plan.config, self.scratch
         column = self.column(steps, n)
         s = ring * config.steps + slot(at, config.steps)
@@ -414,7 +465,11 @@ class Bound:
                 plgpu.copy_gmem_to_smem(source, smem.at[s], filled.at[s])
 
     def drain(self, steps) -> None:
-        """See every barrier to the end of its last phase, after `steps` of a ring."""
+        """Wait until all slots are emptied, which ends every barrier's last phase.
+
+        Args:
+            steps: how many steps were loaded into each ring.
+        """
         config, scratch = self.plan.config, self.scratch
         tiles = self.schedule.blocks[lax.axis_index("block"), 1]
         wait_for_last(tiles, config.held, [scratch.held_emptied])
@@ -427,9 +482,10 @@ class Bound:
 class HeldPart:
     """The part of a held tile that one warpgroup computes.
 
-    here: the slot of the held tile.
-    lane: whose row of the schedule it walks.
-    first_slot: of its ring.
+    Attributes:
+        here: the slot of the held tile.
+        lane: which of the tile's lists in the schedule it walks.
+        first_slot: the first slot of its ring.
     """
 
     bound: Bound
@@ -439,11 +495,14 @@ class HeldPart:
     first_slot: Any
 
     def tiles(self, part):
-        """The held tiles of that part."""
+        """Return the held tiles of a part."""
         return [smem.at[self.here, part] for smem in self.bound.scratch.held]
 
     def walk_head(self, nth, batch, head, first_row, g, state):
-        """The state after the lists of the g-th walked head: (steps so far, carry)."""
+        """Walk the lists of the g-th walked head.
+
+        The state, before and after, is (steps of the ring so far, carry of the body).
+        """
         walk = self.bound.plan.walk
         query_head = head * walk.heads + g
         partial_blocks, full_blocks = self.bound.lists(nth, self.lane, g)
@@ -470,12 +529,13 @@ class HeldPart:
             scratch.turn,
             self.first_slot + slot(at, plan.config.steps),
         )
-        # Without this barrier the addresses of its tiles would be kept in registers.
+        # Without this barrier the compiler keeps the addresses of the held tiles live
+        # in registers.
         held = self.tiles(lax.optimization_barrier(self.warpgroup))
         return at + 1, plan.body.step(carry, held, tiles, visible)
 
     def store(self, results, batch, head, first_row) -> None:
-        """The results, each through the buffer of the held tile that it is like."""
+        """Store each result through the buffer of the held tile that it is like."""
         rows = self.bound.plan.config.rows
         outs = self.bound.plan.body.outs
         for value, like, out in zip(results, outs, self.bound.outs, strict=True):
@@ -485,6 +545,8 @@ class HeldPart:
             else:
                 smem = self.tiles(self.warpgroup)[like]
                 target = Tokens(out).cut(out, batch, head, first_row, rows)
+                for factors in self.bound.factors:
+                    value *= factors[batch]
             smem[...] = value.astype(smem.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, target)

@@ -1,12 +1,31 @@
-"""The kernel of gradients of products with masked weights.
+"""The kernel of the gradients of products with masked weights.
 
-A block holds a tile of W, 128 rows of it, and walks the samples: G_b = x_b^T dy_b, then
-dm_b = W * G_b, times the estimator's slope at the logits, and dW += m_b * G_b in
-registers. Straight-through needs masks for dW alone, as bits; what has been read to
-make dm is overwritten by it, to be stored, and else dm has slots of its own. With 64
-columns a thread has 32 sums of G and of dW. One wgmma is always in flight, and W is
-awaited where it is used first. Without dW samples have no order. Each result has one
-writer, so there are no atomics.
+With G_b = x_b^T dy_b, a sample's mask has the gradient dm_b = W * G_b, times the
+estimator's slope at its logits, and W has dW = sum of m_b * G_b over the samples that
+share it. A block holds a tile of W, 128 rows by 64 or 128 columns, and walks along
+these samples. Warpgroup 2 loads, 0 and 1 have 64 rows each:
+
+    warpgroup 2  each sample, 64 tokens a step:
+                 --TMA-->  token ring, 2 to 8 slots:  filled: 3 loads (x twice, dy)
+                 --TMA-->  mask ring, 2 slots:        filled: 1 load, if masks are read
+                 --TMA-->  W, 1 slot, once a tile:    filled: 1 load
+    warpgroup w  each step: wait token filled[i], issue 4 wgmma of k16; those of step
+      (0 or 1)     i - 1 are done: arrive token emptied[i - 1]
+                 after the last step, G in registers: wait mask filled, dW += m * G
+                 wait W filled (first sample), dm = W * G [* slope], rounded
+                   --> shared memory --TMA--> result
+                 arrive mask emptied, once it is read and no store leaves from it
+    end of tile  dW --> the slot of W --TMA--> result; once read, arrive W emptied
+
+dm leaves from the mask's own slot, over what was read, if masks are read and are not
+bits (`shares`); otherwise it has 2 slots of its own (`stages`). The straight-through
+estimator needs masks for dW alone, as bits. If dW is not wanted, each sample is a tile
+of its own, and samples have no order. A result has one writer, so there are no atomics.
+
+Why these tiles: a thread has 32 sums of G and 32 of dW with 64 columns. With 128, both
+gradients together spill registers. With 16 samples of 256 tokens and 512 x 2048 in
+bfloat16, dm alone took 35.3 us on an H200, both 49.5
+(`benchmarks/results/nvidia_h200/launches.json`, rows `gradients b16 64`).
 """
 
 import dataclasses
@@ -35,26 +54,29 @@ from .product import (
 
 # Rows of W in a tile.
 TILE_ROWS = COMPUTE * PIECE
-# Tiles of masks in flight.
+# Slots of masks, and of dm where it has its own.
 SLOTS = 2
 # Tokens of a step.
 STEP_TOKENS = 64
-# Steps in flight, at most.
+# The most steps of tokens in flight.
 MOST_STEPS = 8
 
 
 def _rarer(x):
-    """sigmoid(-|x|), the chance of the less likely value; not by a slow division."""
+    """Return sigmoid(-|x|), the probability of the less likely value of the mask."""
     e = jnp.exp2(jnp.abs(x) * -LOG2_E)
+    # A reciprocal square root is one operation of the special function units, where a
+    # division takes several instructions.
     root = lax.rsqrt(1 + e)
     return e * root * root
 
 
-# The derivative of a mask by its logit, as a function of p = sigmoid(-|logit|); None
-# where the gradient of the mask itself is what is wanted.
+# The derivative of a mask with respect to its logit, by the kind of mask, as a function
+# of p = sigmoid(-|logit|). None stands for the slope 1, and for masks that are not made
+# of logits.
 SLOPES: dict[Kind, Callable[..., Any] | None] = {
     "straight_through": None,
-    "seed_reinmax": lambda p: 1 + p - p * p,
+    "one_plus_sigmoid": lambda p: 1 + p - p * p,
     "reinmax": lambda p: 0.5 * p,
     "mask": None,
     "bits": None,
@@ -64,9 +86,10 @@ SLOPES: dict[Kind, Callable[..., Any] | None] = {
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which gradients are: training masks alone needs fewer bytes and products.
+    """The gradients that are wanted.
 
-    dtype: of the mask's.
+    x, w, mask: whether the gradient of x, of W and of the mask is wanted.
+    dtype: the dtype of the mask's gradient.
     """
 
     x: bool
@@ -76,24 +99,25 @@ class Wanted:
 
     @property
     def names(self) -> list[str]:
-        """What the kernel of gradients makes, in the order of its results."""
+        """The results of the kernel of gradients, in their order."""
         return [name for name in ("mask", "w") if getattr(self, name)]
 
     @property
     def columns(self) -> int:
         """Columns of W in a tile.
 
-        With 128 the gradients of masks and W together spill registers, and those of
-        masks alone took 43 us on an H200 where with 64 they take 35.
+        With 128, the gradients of masks and W together spill registers, and those of
+        masks alone took 42.7 us on an H200, where they took 35.3 with 64
+        (`launches.json`: `gradients b16 128 w=False` and `gradients b16 64 w=False`).
         """
         return 64 if self.mask else 128
 
 
 @dataclasses.dataclass(frozen=True)
 class _GradientsPlan:
-    """What a launch computes and keeps in shared memory, as the host plans it.
+    """A launch, as the host plans it.
 
-    group: samples that share a W.
+    group: how many samples share a W.
     count: steps of a sample.
     """
 
@@ -109,7 +133,7 @@ class _GradientsPlan:
 
     @property
     def walked(self) -> int:
-        """Samples that a block takes: all of a group where it sums over them."""
+        """Samples of a tile: all of a group if the block sums over them, else one."""
         return self.group if self.wanted.w else 1
 
     @property
@@ -118,12 +142,12 @@ class _GradientsPlan:
 
     @property
     def reads(self) -> bool:
-        """Whether masks are read: straight-through's own gradient needs none."""
+        """Whether masks are read: the straight-through gradient dm alone needs none."""
         return self.wanted.w or self.slope is not None
 
     @property
     def shares(self) -> bool:
-        """Whether dm is stored from where the mask was loaded to."""
+        """Whether dm overwrites the mask in its slot, and is stored from there."""
         return self.wanted.mask and self.reads and self.kind != "bits"
 
     @property
@@ -136,7 +160,7 @@ class _GradientsPlan:
         return "_".join(["masked_gradients", *self.wanted.names, self.kind])
 
     def held(self) -> list[Any]:
-        """Slots of masks that are read, and those of dm where it has its own."""
+        """Buffers of the masks that are read, and of dm if it has slots of its own."""
         found = []
         if self.reads:
             size = SLOTS, TILE_ROWS, self.columns
@@ -146,7 +170,8 @@ class _GradientsPlan:
         return found
 
     def steps(self) -> int:
-        """Steps of tokens in flight: as many as fit, but no more than `MOST_STEPS`."""
+        """Slots of the token ring: as many as fit, at most `MOST_STEPS`."""
+        # Bytes for each number of a tile of W: W itself, masks and dm.
         held = 2.0
         if self.reads:
             held += SLOTS * bytes_of(self.kind, self.mask_dtype)
@@ -157,12 +182,15 @@ class _GradientsPlan:
             MOST_STEPS, int(free // (2 * STEP_TOKENS * (TILE_ROWS + self.columns)))
         )
         if steps < 2:
-            # A step is released when the next one's wgmma has started.
-            raise ValueError(f"no two steps fit with {self.columns} columns: {self}")
+            # A step is released once the next one's wgmma has started.
+            raise ValueError(
+                "masked_gradients: two steps of tokens must fit shared memory with "
+                f"{self.columns} columns, got {self}"
+            )
         return steps
 
     def bind(self, x_gmem, dy_gmem, w_gmem, mask_gmem, *refs) -> Roles:
-        """The roles of a block's warpgroups, inside the kernel."""
+        """The functions of a block's warpgroups, inside the kernel."""
         rest = iter(refs)
         d_mask_gmem = next(rest) if self.wanted.mask else None
         d_w_gmem = next(rest) if self.wanted.w else None
@@ -215,7 +243,7 @@ class _GradientsBlock:
         self.w_ring.release(info.local_index)
 
     def compute_sample(self, info, n, total):
-        """Store the mask's gradient of sample `n`, and add that of W to `total`."""
+        """Store the mask's gradient of sample `n`; return `total` plus its dW."""
         plan = self.plan
         at = info.local_index * plan.walked + n
         product = self.multiply_tokens(at * plan.count)
@@ -246,13 +274,14 @@ class _GradientsBlock:
             product = product * weights.astype(jnp.float32)
             product = product if factor is None else product * factor
             if plan.stages:
-                # What was stored from this slot before has been read.
+                # All stores but the last one have been read, so this slot is free.
                 plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
             walk, row, column = info.index
             tile = walk * plan.walked + n, row, column
             _store(product, self.d_mask_smem.at[here], self.d_mask_gmem, *tile)
         if plan.shares:
-            # What was stored from the slot before this one has been read.
+            # All stores but this sample's have been read, so the slot of the sample
+            # before can be loaded again.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             plgpu.commit_smem()
 
@@ -263,9 +292,10 @@ class _GradientsBlock:
         return total
 
     def multiply_tokens(self, first):
-        """This warpgroup's rows of x^T dy, of the sample that starts at step `first`.
+        """Return this warpgroup's rows of x^T dy, for the sample from step `first` on.
 
-        One wgmma is always in flight: a step is released when the next one's started.
+        The wgmmas of one step are always in flight: a step is released when those of
+        the next one have been issued and its own are done.
         """
         ring, count = self.token_ring, self.plan.count
         warpgroup = lax.axis_index("warpgroup")
@@ -302,7 +332,8 @@ class _GradientsBlock:
             sample = walk * plan.walked + n
             nth = info.local_index * plan.walked + n
 
-            # First, since the others wait for what is computed before.
+            # Tokens come first, since the slots of masks and of W become empty only
+            # when earlier samples have been computed.
             @pl.loop(0, plan.count)
             def load_tokens(i):
                 tokens = sample, (i * STEP_TOKENS, STEP_TOKENS)
@@ -332,7 +363,7 @@ class _GradientsBlock:
 
 
 def _store(value, smem, gmem, sample, row, column):
-    """This warpgroup's rows of a tile, by way of shared memory."""
+    """Round this warpgroup's rows of a tile, and store them by way of shared memory."""
     first = lax.axis_index("warpgroup") * PIECE
     mine = smem.at[pl.ds(first, PIECE)]
     mine[...] = value.astype(smem.dtype)
@@ -343,16 +374,21 @@ def _store(value, smem, gmem, sample, row, column):
 
 
 def gradients_kernel(kind: Kind, wanted: Wanted):
-    """The kernel of (x, dy, w, mask): the gradients that are wanted, by their names."""
+    """Return the kernel of gradients.
+
+    It takes (x, dy, w, mask) and returns those of "mask" and "w" that are wanted.
+    """
     return over_heads(partial(_differentiate, kind, wanted))
 
 
 def _differentiate(kind: Kind, wanted: Wanted, x, dy, w, mask) -> dict[str, jax.Array]:
-    """What is wanted of W * G and, summed over the samples of a group, m * G.
+    """Return the gradients that are wanted, by their names.
 
-    G is x^T dy of a sample, x (samples, seq, d_in) and dy (samples, seq, d_out).
-    "mask" is the gradient of the mask, or of the logits that it is made of; "w" is
-    like `w`.
+    x: (samples, seq, d_in). dy: (samples, seq, d_out). w: (groups, d_in, d_out).
+    mask: (samples, d_in, d_out), or bits, (samples, d_in / 32, d_out).
+
+    "mask" is the gradient of the mask, or of the logits that it is made of. "w" is
+    summed over the samples of a group.
     """
     (samples, seq, d_in), d_out = x.shape, dy.shape[2]
     group, count = samples // w.shape[0], pl.cdiv(seq, STEP_TOKENS)

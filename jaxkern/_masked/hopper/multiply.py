@@ -1,15 +1,27 @@
 """Products with masked weights on Hopper: masks are applied on the way to wgmma.
 
-Arithmetic for the published layer, 512 x 2048 and 256 tokens a sample, in bfloat16 with
-float32 logits, at batch 1 / 16 on an H200 (989 TFLOP/s, 4.8 TB/s). A product: 0.54 /
-8.6 GFLOP, 0.5 / 8.7 us of the tensor cores; arguments and result 7.6 / 90 MB, 1.6 / 19
-us, of which the logits are 4.2 / 67 MB (half in 16 bits; packed 0.1 / 2.1, which is all
-that a backward reads of them). Storing the masked weights for a batched product writes
-and reads 4.2 / 67 MB more.
+The forward is one launch of `product`, the backward one of `product` and one of
+`gradients`, whose pipelines are drawn there:
 
-Memory is the limit at batch 16: at 70 % of its rate 27 us, as long as a product takes.
-With bits it is shared memory: a step of 256 tokens writes and reads 150 KB of it, 1200
-clocks.
+    x, W, mask --[product]--> y, mask as bits
+    dy, W, bits --[product, transposed]--> dx
+    x, dy, W, bits or logits --[gradients]--> dW, dmask
+
+What limits them, by arithmetic for the published layer: 512 x 2048, 256 tokens a
+sample, bfloat16 with float32 logits, on an H200 (989 TFLOP/s, 4.8 TB/s at peak).
+
+    of a product                   batch 1            batch 16
+    multiply-adds                  0.54 GFLOP, 0.5 us 8.6 GFLOP, 8.7 us
+    arguments and result           7.6 MB, 1.6 us     90 MB, 19 us
+    of these the float32 logits    4.2 MB             67 MB
+    the same mask as bits          0.1 MB             2.1 MB
+
+Storing the masked weights for a batched product would write and read 4.2 or 67 MB more.
+At batch 16 memory is the limit: 90 MB take 27 us at 70 % of its rate, and the product
+took 26.9 us (`launches.json`: `product b16 256/1 N logits float32`). With bits the
+limit is shared memory: a step of 256 tokens writes and reads 150 KB of it (loads, W to
+registers, tokens to either warpgroup's wgmma, and an eighth of the result), which are
+1200 clocks at 128 bytes each.
 """
 
 import dataclasses
@@ -32,7 +44,7 @@ from .product import WORD, Kind, by_threshold, product_kernel
 
 
 def unsupported(dtype: Any, mask_dtypes: Sequence[Any]) -> str | None:
-    """Why the kernels cannot run this, or None if they can."""
+    """Return why the kernels cannot run this, or None if they can."""
     if reason := device.unsupported_dtype(dtype):
         return reason
     for wide in mask_dtypes:
@@ -42,12 +54,12 @@ def unsupported(dtype: Any, mask_dtypes: Sequence[Any]) -> str | None:
 
 
 def multiply(x, w, mask, *, kind: Kind):
-    """x_b (W * m_b); differentiable, but for bits.
+    """Return x_b (W * m_b), with derivatives of all arrays but bits.
 
     x: (batch, seq, d_in).
-    w: (d_in, d_out), of numbers that the dtype of x has.
-    mask: (batch, d_in, d_out), or without the batch for all samples; of bits, words
-        (..., d_in / 32, d_out).
+    w: (d_in, d_out). It is rounded to the dtype of x.
+    mask: (batch, d_in, d_out), or (d_in, d_out) for all samples. Bits come in words of
+        32 rows, (..., d_in / 32, d_out).
     """
     batch, seq, d_in = x.shape
     w = w.astype(x.dtype)
@@ -78,7 +90,8 @@ def _multiply_fwd(x, w, mask, kind):
     x, w, mask = x.value, w.value, mask.value
     pack = by_threshold(kind) and (wanted.x or wanted.w)
     y, *bits = product_kernel(kind, pack=pack)(x, w, mask)
-    # A slope is one of logits; straight-through has none.
+    # The backward needs the mask itself, beside the bits, where the estimator's slope
+    # depends on logits. Straight-through has the slope 1.
     sloped = wanted.mask and kind != "straight_through"
     return y, ((x, w, mask if sloped or not pack else None, bits), wanted)
 
@@ -101,7 +114,7 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd, symbolic_zeros=True)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """`add`, of y (batch, seq, features), with a gradient that a GPU makes faster."""
+    """Return y + bias, for y (batch, seq, features), with a fast gradient on a GPU."""
     return _add_bias(*vary_alike(y, bias))
 
 
@@ -115,7 +128,8 @@ def _add_bias_fwd(y, bias):
 
 
 def _add_bias_bwd(bias, dy):
-    # In two steps, of which XLA makes programs of their own: 5 us where one takes 20.
+    # XLA makes a program of each of two sums: 5.2 us on an H200, where one sum takes
+    # 17.5 (`launches.json`: `bias two sums`, `bias sum`).
     batch, seq, features = dy.shape
     group = math.gcd(seq, 16)
     parts = dy.astype(jnp.float32).reshape(batch, -1, group, features).sum(2)

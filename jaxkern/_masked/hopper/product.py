@@ -1,16 +1,36 @@
-"""The kernel of products with masked weights.
+"""The kernel of products with masked weights: y_b = x_b (W * m_b), or its transpose.
 
-It computes y_b = x_b (W * m_b), and dx_b = dy_b (W * m_b)^T, transposed: a
-block makes up to 256 tokens x 128 features of a sample's result, each of its two
-warpgroups the 64 features whose weights it multiplies by their mask in registers. These
-are the left factor of its wgmma, so nothing masked is stored, and the warpgroups do not
-wait for each other; the next step's are made while that runs. A thread has 128 sums,
-and 32 numbers each of W and of the mask. Of 210 KB, two steps of tokens and three of
-weights with float32 logits are in flight. Where there are fewer tiles than
-multiprocessors, the contracted axis is split among blocks, whose results XLA adds.
+A block computes the transpose of up to 256 tokens x 128 features of a sample's result.
+The masked weights of a warpgroup's 64 features are the left factor of its wgmma, which
+can lie in registers, so nothing masked is ever stored. With 256 tokens and float32
+logits, and 64 numbers of the contracted axis a step:
 
-For a backward the forward writes the masks it has made, as bits, where a block has the
-first tokens of a sample: a 32nd of the bytes of float32 logits for two reads of these.
+    warpgroup 2  --TMA-->  W ring, 3 slots of 48 KiB:   filled: 2 loads (W, mask)
+                 --TMA-->  x ring, 2 slots of 32 KiB:   filled: 1 load (tokens)
+    warpgroup w  wait x filled[i], issue 4 wgmma m64n256k16 of step i
+      (0 or 1)   meanwhile wait W filled[i + 1], make W * m, arrive W emptied[i + 1]
+                 await the wgmmas, arrive x emptied[i]
+
+    tensor cores             | (W * m)[0] x[0]^T | (W * m)[1] x[1]^T | ...
+    CUDA cores   (W * m)[0]  |    (W * m)[1]     |    (W * m)[2]     | ...
+
+At the end each warpgroup stores its sums, 64 tokens at a time, through a buffer of its
+own. The two wait for each other only through the slots that both must empty.
+
+Why these tiles: a thread has 64 x 256 / 128 = 128 sums, and 32 numbers each of W and of
+the mask. A weight is masked once for all tokens of a tile, so many tokens are better,
+if tiles suffice for all multiprocessors. With 16 samples of 256 tokens, 512 x 2048 and
+float32 logits, an H200 took 26.9 us with 256 tokens and 31.0 with 128; for the
+transposed product, which has a quarter of the tiles, 37.3 and 32.3
+(`benchmarks/results/nvidia_h200/launches.json`, rows `product b16 256/1 N logits
+float32` and the like). `MaskedTiles.clocks` models this. Where there are still fewer
+tiles than multiprocessors, the contracted axis can be split among blocks, and XLA adds
+their sums.
+
+For a backward, the forward also writes the mask that it has made as bits, in the block
+with the first tokens of a sample. These have a 32nd of the bytes of float32 logits. The
+backward reads them for the gradients of x and W, and reads the logits only for an
+estimator whose slope depends on them.
 """
 
 import dataclasses
@@ -29,30 +49,33 @@ from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
 from ..estimators import Rule
 from ..packed import WORD
 
-# What a mask is made of: logits, on where they are positive, by the estimators of which
-# the gradients' kernel knows the slope; numbers, by which W is multiplied; or bits, 32
-# rows of W to a word.
+# The source of a mask. A `Rule` names an estimator: the mask is made of logits, and is
+# on where they are positive. "mask": numbers by which W is multiplied. "bits": words,
+# each of which has 32 rows of W.
 Kind = Rule | Literal["mask", "bits"]
-# Rows of a wgmma: the features that a warpgroup masks and multiplies.
+# Features that a warpgroup masks and multiplies: wgmma has 64 rows.
 PIECE = 64
 # Features of a product's tile, of both warpgroups.
 FEATURES = 128
-# What is contracted in a step.
+# Numbers of the contracted axis in a step: rows of 128 bytes, the widest swizzle.
 DEPTH = 64
-# Tokens of a product's tile, and parts of the contracted axis, to choose from.
+# Tokens of a product's tile to choose from, the largest first.
 TILE_TOKENS = (256, 128, 64)
+# Parts of the contracted axis to choose from.
 SPLITS = (1, 2, 4, 8)
-# Shared memory of barriers.
+# Bytes of shared memory kept for barriers.
 RESERVED_BYTES = 512
-# Shared memory that JAX adds where there are sums over lanes.
+# Bytes of shared memory that JAX adds where a kernel sums over lanes.
 LANE_SUMS_BYTES = 2048
-# What launches took on an H200 (`nvidia_h200/launches.json`): a step with logits or
-# numbers, and with bits. Steps wait for shared memory, not for the tensor cores.
+# Clocks of a step with logits or numbers, fitted to launches on an H200
+# (`launches.json`, rows `product`). Steps wait for shared memory, not for the tensor
+# cores.
 STEP_CLOCKS = 1250.0
+# Clocks of a step with bits, fitted to the same launches.
 BITS_STEP_CLOCKS = 950.0
-# More of a step, for each token of the tile.
+# Clocks that each token of the tile adds to a step, fitted to the same.
 TOKEN_STEP_CLOCKS = 2.5
-# More of a tile, for each of its tokens.
+# Clocks that each token of the tile adds to the tile, fitted to the same.
 TOKEN_TILE_CLOCKS = 8.0
 LAYOUT = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -62,9 +85,9 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 class MaskedTiles:
     """Tile sizes of a product.
 
-    tokens: of a tile, which has 128 features.
-    splits: parts of the contracted axis; with more than one, results are sums in
-        float32.
+    tokens: tokens of a tile, which has 128 features.
+    splits: parts of the contracted axis. With more than one, the kernel's results are
+        partial sums in float32.
     """
 
     tokens: int
@@ -78,13 +101,14 @@ class MaskedTiles:
             )
 
     def count(self, contracted: int) -> int:
-        """Steps of a block."""
+        """Steps of a tile."""
         return pl.cdiv(contracted, DEPTH * self.splits)
 
     def slots(self, mask_bytes: float, sums: bool) -> tuple[int, int]:
-        """Steps in flight, of tokens and of weights: no more than 4, as many as fit.
+        """Slots of the x ring and of the W ring: as many as fit, at most 4 of each.
 
-        sums: whether there are sums over lanes.
+        mask_bytes: bytes of the mask for each number of W.
+        sums: whether the kernel sums over lanes, as it does to pack bits.
         """
         out = COMPUTE * PIECE * PIECE * (2 if self.splits == 1 else 4)
         free = SMEM_BYTES - RESERVED_BYTES - out
@@ -93,16 +117,17 @@ class MaskedTiles:
         tokens = 2 * DEPTH * self.tokens
         weights = int(FEATURES * DEPTH * (2 + mask_bytes))
         both = min(4, free // (tokens + weights))
-        # Weights are read a step ahead.
+        # Weights get what is left, since they are read a step ahead of tokens.
         return both, min(4, (free - both * tokens) // weights)
 
     def clocks(
         self, samples: int, seq: int, contracted: int, features: int, mask_bytes: float
     ) -> float:
-        """The clocks that a product with these tiles takes on an H200, about.
+        """Predict the clocks that a product with these tiles takes on an H200.
 
-        Tiles take turns on the multiprocessors, and all together no less than every
-        array takes to and from memory. Parts are written and read in float32, from L2.
+        Tiles take turns on the multiprocessors, and all of them take at least as long
+        as every array takes to and from memory. The parts of a split product are
+        written and read in float32 from L2, by one launch more.
         """
         blocks = samples * pl.cdiv(seq, self.tokens) * pl.cdiv(features, FEATURES)
         turns = pl.cdiv(self.splits * blocks, device.multiprocessors())
@@ -123,10 +148,11 @@ class MaskedTiles:
 def choose_tiles(
     samples: int, seq: int, contracted: int, features: int, mask_bytes: float
 ) -> MaskedTiles:
-    """The tiles of the fewest clocks; of equal ones, the largest and the fewest parts.
+    """Return the tiles with the fewest predicted clocks.
 
-    They depend on the shape alone, since with the parts the rounding of a result
-    changes.
+    Of equal ones, those with the fewest parts and then the largest are chosen. The
+    choice depends on the shape alone, since the number of parts changes how a result is
+    rounded.
     """
     steps = pl.cdiv(contracted, DEPTH)
     valid = [
@@ -140,30 +166,34 @@ def choose_tiles(
 
 
 def by_threshold(kind: Kind) -> bool:
-    """Whether the mask is made of logits."""
+    """Return whether the mask is made of logits."""
     return kind not in ("mask", "bits")
 
 
 def bytes_of(kind: Kind, dtype: Any) -> float:
-    """Of a mask, for each number of W."""
+    """Return the bytes of a mask for each number of W."""
     return 4 / WORD if kind == "bits" else float(jnp.dtype(dtype).itemsize)
 
 
 def mask_buffer(kind: Kind, dtype, slots: int, rows: int, columns: int):
+    """Return a ring's buffer of masks for tiles of rows x columns of W."""
     if kind == "bits":
         return plgpu.SMEM((slots, rows // WORD, columns), jnp.int32)
     return buffer(dtype, slots, rows, columns)
 
 
 def cut(gmem, sample, rows, columns, kind: Kind = "mask"):
-    """A tile, by first and size along either axis; it may reach past the end."""
+    """Return a tile of an array in global memory; it may reach past the end.
+
+    rows, columns: the first one and how many, along either axis of W.
+    """
     if kind == "bits":
         rows = lax.div(rows[0], WORD), rows[1] // WORD
     return gmem.at[sample, pl.ds(rows[0], rows[1]), pl.ds(columns[0], columns[1])]
 
 
 def numbers_of(kind: Kind, x):
-    """What W is multiplied by, of logits or a mask, in float32."""
+    """Return the factors of W that logits or a mask stand for, in float32."""
     x = x.astype(jnp.float32)
     if not by_threshold(kind):
         return x
@@ -172,14 +202,14 @@ def numbers_of(kind: Kind, x):
 
 
 def _unpack(words, i):
-    """Bit i of 32 is that of the upper of two words, or of the lower, in float32."""
+    """Return bit `i` of two words as float32: 0 to 31 of the first, then the second."""
     word = jnp.where(i < WORD, *words)
     bit = lax.shift_right_logical(word, lax.bitwise_and(i, WORD - 1))
     return lax.bitwise_and(bit, 1).astype(jnp.float32)
 
 
 def read_mask(kind: Kind, smem, row, column, columns: int):
-    """The numbers that 64 rows of a tile of W are multiplied by, in float32."""
+    """Return the factors of 64 rows of a tile of W, in float32."""
     index = pl.ds(column, columns)
     if kind != "bits":
         return numbers_of(
@@ -195,14 +225,14 @@ def read_mask(kind: Kind, smem, row, column, columns: int):
 
 
 def _pack(numbers):
-    """Words of 32 columns each, (rows,), in which a bit is on for a positive number.
+    """Return a word for each 32 columns, (rows,), with a bit for each positive number.
 
-    numbers: of the layout `TRANSPOSED`.
+    numbers: in the layout `TRANSPOSED`.
     """
     i = plgpu.broadcasted_iota(jnp.int32, numbers.shape, 1, layout=TRANSPOSED)
     places = lax.shift_left(jnp.int32(1), lax.bitwise_and(i, WORD - 1))
     bits = jnp.where(numbers > 0, places, 0)
-    # Each bit has its own place, so that the sum is the word.
+    # Each bit has its own place, so the sum over columns is the word.
     return [
         bits[:, n : n + WORD].sum(1, dtype=jnp.int32)
         for n in range(0, numbers.shape[1], WORD)
@@ -210,9 +240,10 @@ def _pack(numbers):
 
 
 def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
-    """W * m of 64 features in registers, and m: float32 (features, DEPTH).
+    """Return W * m of 64 features, and m, both float32 (64, DEPTH) in registers.
 
-    transposed: features are the rows of W, else the columns, from `first` on.
+    transposed: whether the features are rows of W; else they are columns.
+    first: the first feature in the tile.
     """
     if transposed:
         weights = plgpu.load(w_smem.at[pl.ds(first, PIECE)], layout=LAYOUT)
@@ -241,7 +272,11 @@ def _masked(kind: Kind, transposed: bool, w_smem, mask_smem, first):
 
 
 def _keep(gmem, numbers, first, sample, row, column):
-    """As bits, if `first`: what 64 rows of W, in columns, are multiplied by."""
+    """Write the mask as bits if `first`, where `row` and `column` exist.
+
+    numbers: what 64 rows of W from `row` on are multiplied by, transposed: its rows are
+        the columns of W from `column` on.
+    """
     exists = (row < gmem.shape[1] * WORD) & (column < gmem.shape[2])
 
     @pl.when(first & exists)
@@ -251,7 +286,7 @@ def _keep(gmem, numbers, first, sample, row, column):
 
 
 def _store(acc, smem, gmem, part, token, feature):
-    """A warpgroup's features of a tile, transposed, 64 tokens after the others."""
+    """Transpose and store a warpgroup's (features, tokens), 64 tokens at a time."""
     for n in range(0, acc.shape[1], PIECE):
         piece = acc[:, n : n + PIECE].astype(smem.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -263,12 +298,12 @@ def _store(acc, smem, gmem, part, token, feature):
 
 @dataclasses.dataclass(frozen=True)
 class _ProductPlan:
-    """What a launch computes, as the host plans it.
+    """A launch, as the host plans it.
 
-    transposed: contract the columns of W, not its rows.
-    pack: write the mask's bits too.
-    count: steps of a block.
-    group: samples that share a W.
+    transposed: whether the columns of W are contracted, not its rows.
+    pack: whether the mask's bits are a result too.
+    count: steps of a tile.
+    group: how many samples share a W.
     """
 
     kind: Kind
@@ -289,7 +324,7 @@ class _ProductPlan:
         return "_".join(words)
 
     def bind(self, x_gmem, w_gmem, mask_gmem, y_gmem, *refs) -> Roles:
-        """The roles of a block's warpgroups, inside the kernel."""
+        """The functions of a block's warpgroups, inside the kernel."""
         words_gmem = None
         if self.pack:
             words_gmem, *refs = refs
@@ -303,8 +338,8 @@ class _ProductPlan:
 class _ProductBlock:
     """A block of the plan inside the kernel, with its references.
 
-    A step of the W ring has a tile of W and of the mask, one of the x ring the tokens
-    that this is multiplied by.
+    A slot of the W ring has a tile of W and of the mask. A slot of the x ring has the
+    tokens that they are multiplied by.
     """
 
     plan: _ProductPlan
@@ -331,9 +366,9 @@ class _ProductBlock:
         _store(acc, self.y_smem.at[self.warpgroup], self.y_gmem, part, *first)
 
     def accumulate(self, info, start, acc):
-        """The sums of this warpgroup's features, over the steps from `start` on.
+        """Return the sums of this warpgroup's features, over the steps from `start` on.
 
-        The weights of the next step are masked while the wgmma of this one runs.
+        The weights of the next step are masked while the wgmmas of this one run.
         """
         count = self.plan.count
 
@@ -347,7 +382,7 @@ class _ProductBlock:
         return acc[...]
 
     def multiply(self, acc, at, weights, meanwhile=lambda: None):
-        """Add the product of step `at`; what `meanwhile` makes while it runs."""
+        """Add the product of step `at`; return what `meanwhile` makes while it runs."""
         s = self.x_ring.wait(at)
         plgpu.wgmma(acc, weights, self.x_smem.at[s].transpose((1, 0)))
         following = meanwhile()
@@ -356,26 +391,27 @@ class _ProductBlock:
         return following
 
     def mask_tile(self, i, info):
-        """The weights of this warpgroup's features, of step `i`, in float32."""
+        """Return the masked weights of this warpgroup's features in step `i`."""
         plan = self.plan
         at = info.local_index * plan.count + i
         s = self.w_ring.wait(at)
-        # Without this barrier the compiler keeps the addresses of the slots in
+        # Without this barrier the compiler keeps the addresses of all slots in
         # registers.
         first = lax.optimization_barrier(self.warpgroup) * PIECE
         smem = self.w_smem.at[s], self.mask_smem.at[s]
         tile, numbers = _masked(plan.kind, plan.transposed, *smem, first)
         if plan.pack:
-            # In the block of the first tokens.
+            # All tiles of a sample's tokens make the same mask; the first one writes.
             first = info.index[2] == 0
             _keep(self.words_gmem, numbers, first, *self.where_of(i, info))
-        # TMA may write what has been read here.
+        # Threads have read W and the mask by ordinary loads. Without this fence, TMA
+        # may overwrite them before.
         plgpu.commit_smem()
         self.w_ring.release(at)
         return tile
 
     def where_of(self, i, info):
-        """The sample, and the row and column of W that this warpgroup's tile has."""
+        """Return the sample, and the row and column of W where this tile starts."""
         splits = self.plan.tiles.splits
         part, column, _ = info.index
         row = (lax.rem(part, splits) * self.plan.count + i) * DEPTH
@@ -383,7 +419,11 @@ class _ProductBlock:
         return sample, row, (column * COMPUTE + self.warpgroup) * PIECE
 
     def factor(self, masked):
-        """As wgmma takes it: not before the last one is done, or all would wait."""
+        """Return masked weights as wgmma takes them.
+
+        This must follow `multiply`, which awaits its wgmmas. If input registers of a
+        wgmma were defined while another is in flight, the compiler would serialize all.
+        """
         return plgpu.layout_cast(masked.astype(self.x_smem.dtype), LAYOUT)
 
     def load(self, info) -> None:
@@ -416,10 +456,11 @@ def product_kernel(
     pack: bool = False,
     tiles: MaskedTiles | None = None,
 ):
-    """The kernel of (x, w, mask), or of (dy, w, mask) if transposed.
+    """Return the kernel of products; it takes (x, w, mask), or (dy, w, mask).
 
-    pack: its results are the product and the bits of the mask that is made of logits,
-        else the product alone.
+    transposed: whether W * m is transposed, as for the gradient of x.
+    pack: whether the mask's bits are a result too. The mask must be made of logits.
+    tiles: tile sizes; by default `choose_tiles` chooses them.
     """
     return over_heads(partial(_multiply_masked, kind, transposed, pack, tiles))
 
@@ -427,14 +468,17 @@ def product_kernel(
 def _multiply_masked(
     kind: Kind, transposed: bool, pack: bool, tiles: MaskedTiles | None, x, w, mask
 ) -> tuple[jax.Array, ...]:
-    """x_b (W_b * m_b), or with W * m transposed; and the mask's words if `pack`.
+    """Return x_b (W_b * m_b), or x_b (W_b * m_b)^T, and the mask's words if `pack`.
 
     x: (samples, seq, contracted).
-    w: (groups, rows, columns), each of as many samples.
-    mask: (samples, rows, columns), or their bits, (samples, rows / 32, columns).
+    w: (groups, rows, columns). Each W is for as many samples.
+    mask: (samples, rows, columns), or bits, (samples, rows / 32, columns).
     """
     if pack and (transposed or not by_threshold(kind)):
-        raise ValueError(f"no bits of {kind}, transposed: {transposed}")
+        raise ValueError(
+            "masked_product: to pack bits, masks must be made of logits and transposed "
+            f"must be False, got {kind} and {transposed}"
+        )
     samples, seq, contracted = x.shape
     features = w.shape[1 if transposed else 2]
     mask_bytes = bytes_of(kind, mask.dtype)

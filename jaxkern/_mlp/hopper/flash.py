@@ -1,20 +1,50 @@
 """The multi-head MLP on Hopper: the hidden layer stays on the chip, in both passes.
 
-The forward holds tokens and walks the hidden axis: while the activation of one tile
-runs on the special function units, the next tile's matmul runs on the tensor cores.
+The frame, its barriers and who waits for whom are drawn in `walk`. Here is what a
+computing warpgroup does with a held tile, without a gate. The forward holds 64 or 128
+tokens of x and walks along the hidden axis, with W1 and W2 in one ring each:
 
-The backward computes the hidden layer again, twice: for dx it holds tokens and walks
-the hidden axis, for the weights it holds hidden features and walks the tokens. That is
-seven matmuls where five would do. One pass of five makes two sums at once, over hidden
-features for dx and over tokens for the weights, and a block can keep one of them:
+    tensor cores  z0 = x W1[0] | z1 = x W1[1] | y += h0 W2[0] | z2 = x W1[2] | ...
+    CUDA, MUFU                 | h0 = act(z0) |               | h1 = act(z1) | ...
 
-- if it keeps the weights' of 128 hidden features, float32 partial sums of dx go through
-  memory, 8 bytes x tokens x dim x hidden / 128 a head. At (32, 4096, 64, 512) that is
-  268 MB, 56 us at 4.8 TB/s, to save two matmuls of 17 us at the tensor cores' rate;
-- to keep dx it needs all hidden features, and the weights' sums are 256 KB in float32
-  at dim 64 and hidden 512: more than a block's registers or shared memory;
-- atomics in float32 have the traffic of the first, and a result that depends on the
-  order of arrival.
+    step i   wait W1[i + 1], issue z[i + 1]; compute h[i] meanwhile, in registers
+             wait W2[i], issue y += h[i] W2[i]; await both, release W1[i + 1] and W2[i]
+
+The backward computes the hidden layer again in each of its launches. The one for dx
+holds x and dy of 64 tokens and walks along W1 and W2. The one for the weights (or more
+of them, see `weight_passes`) holds W1 and W2 of 64 hidden features and walks along x
+and dy; hidden features are the rows of all its products:
+
+    dx         z = x W1, dh = dy W2^T; await both, release W2
+               dz = dh act'(z); dx += dz W1^T; await it, release W1
+    dW1, dW2   z^T = W1^T x^T, dh^T = W2 dy^T; await both
+               dz^T = dh^T act'(z^T), h^T = act(z^T)
+               dW1^T += dz^T x; await it; dW2 += h^T dy; await it, release x and dy
+
+In the backward nothing of one warpgroup overlaps: its activation runs after some of its
+matmuls and before the others. Only the other warpgroup can use the tensor cores then.
+
+Why these tiles: at dim 64, silu takes as long as both of the forward's matmuls, 1/16
+clock of a multiprocessor for each hidden number (2 x 64 of 2048 multiply-adds a clock;
+one of 16 special functions), so the forward must overlap them. A thread has 240
+registers. At dim 64, the forward's y, z[i], z[i + 1] and h[i] take 32 + 64 + 64 + 32 of
+them with 64 tokens and 128 columns, and 64 + 64 + 64 + 32 with 128 tokens and 64
+columns. (32, 4096, 64, 512) in bfloat16 took 44 us for the forward, 58 for dx and 66
+for the weights on an H200, and XLA 167 us for the forward and 440 for both passes
+(`benchmarks/results/nvidia_h200/launches.json`, rows `flash (32,4096,64,512)`).
+
+The backward's seven matmuls are two more than there would be in one pass. That makes
+two sums at once, over hidden features for dx and over tokens for the weights, and a
+block can keep one of them. The arithmetic, not measured:
+
+- if it keeps the weights' sums for 128 hidden features, float32 partial sums of dx go
+  through memory, 8 bytes x tokens x dim x hidden / 128 a head. At (32, 4096, 64, 512)
+  that is 268 MB, 56 us at 4.8 TB/s, to save two matmuls of 17 us at the tensor cores'
+  rate;
+- if it keeps dx it needs all hidden features, and the weights' sums are 256 KiB in
+  float32 at dim 64 and hidden 512: more than a block's registers or shared memory;
+- atomics in float32 move as much as the first, and their result depends on the order of
+  arrival.
 """
 
 import dataclasses
@@ -44,34 +74,42 @@ from ..._mosaic.launch import COLUMN_STEP, CONTRACTED_STEP, ROW_STEP, WalkTiles
 from ..._mosaic.matmul import SPARE_BYTES
 from .walk import HeadTiles, WalkedSteps, walk
 
+# The largest dim. A result has `dim` columns, and wgmma has at most 256.
 MAX_DIM = 256
 # The largest dim of the gated form: its tiles take up to twice as much shared memory.
 MAX_GATED_DIM = 192
 
-# Rows of a held tile of one warpgroup, the fewest that a wgmma has.
+# Rows of a held tile of one warpgroup: wgmma has 64 rows.
 ROWS = 64
-# Columns of a walked tile, by kernel and up to which dim. They are the largest that
-# spill no register, which were the fastest on an H200.
+# Columns of a walked tile, by kernel, as (largest dim, columns). They are the largest
+# that spill no registers, and were the fastest of those timed on an H200.
 WALKED_COLUMNS = {
     "forward": ((128, 128), (224, 64), (256, 32)),
     "backward_x": ((64, 128), (128, 64), (256, 32)),
     "backward_w": ((96, 64), (256, 32)),
 }
 GATED_WALKED_COLUMNS = ((64, 64), (256, 32))
-# Up to this dim there are held tiles of 128 rows too, for an ungated forward.
+# Up to this dim an ungated forward can also hold tiles of 128 rows.
 WIDE_DIM = 96
-# Up to this dim both warpgroups can share the rows of a tile, and do where blocks are
-# few: their sums have to fit in registers beside those of the other one.
+# Up to this dim both warpgroups can share the rows of a tile (`WalkTiles.split`). Their
+# sums have to fit in the registers of warpgroup 0, which adds them.
 SPLIT_DIM = {"forward": 128, "backward_x": 128, "backward_w": 96}
-# Walked columns of these: the addresses of one more ring take registers too, where the
-# backward of two inputs has it. Those have dims up to 32 only.
+# The most walked columns of split tiles.
 SPLIT_COLUMNS = 64
+# The same for the backward of two inputs, which has one ring more, whose addresses take
+# registers. Its dims are at most 32.
 PAIR_SPLIT_COLUMNS = 32
+# Bytes of a number of 16 bits.
 NUMBER_BYTES = 2
 
 
 def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[WalkTiles, ...]:
-    """The tiles to choose from, the largest first."""
+    """Return the tiles to choose from, the largest first.
+
+    kernel: "forward", "backward_x" or "backward_w".
+    ups: how many first matrices, two with a gate.
+    inputs: how many inputs, one for all first matrices or one for each.
+    """
     gated = ups == 2
     table = GATED_WALKED_COLUMNS if gated else WALKED_COLUMNS[kernel]
     columns = next(columns for largest, columns in table if dim <= largest)
@@ -86,7 +124,7 @@ def configs(kernel: str, dim: int, ups: int, inputs: int = 1) -> tuple[WalkTiles
 
 
 def _held(kernel: str, dim: int, columns: int, ups: int, inputs: int) -> int:
-    """How many held tiles are in flight: two where shared memory has room for them."""
+    """The slots of held tiles: two if shared memory has room for them, else one."""
     held, walked = {
         "forward": (inputs, ups + 1),
         "backward_x": (inputs + 1, ups + 1),
@@ -98,9 +136,10 @@ def _held(kernel: str, dim: int, columns: int, ups: int, inputs: int) -> int:
 
 
 def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
-    """The launches that make the weights' gradients, and which ones each makes.
+    """Return the launches that make the weights' gradients, and which ones each makes.
 
-    As many as have their sums in registers: the first matrices by number, then w2.
+    Weights go by number, the first matrices and then w2. A launch makes as many
+    gradients as have room for their sums in registers.
     """
     names = range(ups + 1)
     together = 2 if dim <= (128 if ups == 1 else 96) else 1
@@ -110,7 +149,10 @@ def weight_passes(dim: int, ups: int) -> tuple[tuple[int, ...], ...]:
 def choose_tiles(
     kernel: str, heads: int, size: int, dim: int, ups: int, inputs: int = 1
 ) -> WalkTiles:
-    """The tiles of which a multiprocessor has the fewest rows to compute."""
+    """Return the tiles with which the busiest multiprocessor computes the fewest rows.
+
+    size: length of the axis whose tiles are held: tokens, or hidden features.
+    """
     sms = device.multiprocessors()
 
     def rows_in_turn(config: WalkTiles) -> int:
@@ -121,7 +163,7 @@ def choose_tiles(
 
 
 def unsupported(x: Any, w1: Any, *, gated: bool = False) -> str | None:
-    """Why the kernel cannot run this, or None if it can."""
+    """Return why the kernel cannot run this, or None if it can."""
     dim = w1.shape[1]
     largest = MAX_GATED_DIM if gated else MAX_DIM
     if reason := device.unsupported_array("x", x):
@@ -135,10 +177,12 @@ def unsupported(x: Any, w1: Any, *, gated: bool = False) -> str | None:
 def mlp(
     x: jax.Array, ups: Sequence[jax.Array], w2: jax.Array, activation: str
 ) -> jax.Array:
-    """act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`.
+    """Return act(x w1) w2 for each head, or (act(x w_gate) * x w1) w2 with two `ups`.
 
-    x: (heads, batch, dim), or (heads, batch, 2 dim), of which each matrix has half;
-        then dim is at most `thresholds.LARGEST_FLASH_RANK`.
+    x: (heads, batch, dim), or (heads, batch, 2 dim) with one half for each first
+        matrix; then dim is at most `thresholds.LARGEST_FLASH_RANK`.
+    ups: the first matrices, (heads, dim, hidden): w1, or w_gate and w1.
+    w2: (heads, hidden, dim).
     """
     (heads, batch), (dim, hidden) = x.shape[:2], ups[0].shape[1:]
     rows, columns, features = padded_sizes(batch, dim, hidden)
@@ -150,7 +194,7 @@ def mlp(
 
 
 def padded_sizes(batch: int, dim: int, hidden: int) -> tuple[int, int, int]:
-    """What the tiles of shared memory are made of divides them."""
+    """Round sizes up so that tiles of shared memory divide the arrays."""
     return (
         round_up(batch, ROW_STEP),
         round_up(dim, CONTRACTED_STEP),
@@ -181,19 +225,26 @@ _mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
 def forward(activation: str, config: WalkTiles | None = None):
-    """The forward's kernel, of x, one matrix or two, and w2."""
+    """Return the kernel of the forward; it takes x, one first matrix or two, and w2."""
     return over_heads(partial(_forward, activation=activation, config=config))
 
 
 def backward_x(activation: str, config: WalkTiles | None = None):
-    """The kernel of the inputs' gradients, of the forward's arguments and dy."""
+    """Return the kernel of the inputs' gradients.
+
+    It takes the forward's arguments and then dy, and returns one array for each input.
+    """
     return over_heads(partial(_backward_x, activation=activation, config=config))
 
 
 def backward_w(
     activation: str, wanted: tuple[int, ...], config: WalkTiles | None = None
 ):
-    """The kernel of those weights' gradients, transposed but for w2's."""
+    """Return the kernel of the gradients of the weights `wanted`, by their numbers.
+
+    It takes the forward's arguments and then dy. The gradients of first matrices come
+    transposed, (heads, hidden, dim).
+    """
     options = {"activation": activation, "wanted": wanted, "config": config}
     return over_heads(partial(_backward_w, **options))
 
@@ -216,16 +267,20 @@ def _inputs(x, dim):
 
 
 def _input_of(up: int, inputs: int) -> int:
-    """Which input the first matrix number `up` multiplies: its own, or the only one."""
+    """The number of the input that first matrix `up` multiplies."""
     return up if inputs > 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """The sums of a tile of tokens: y, over the hidden features that are walked.
+    """The sums of a tile of tokens: y, over the walked hidden features.
 
-    ups: how many first matrices. Walked are these and then w2.
-    rows, columns, dim: of the tiles of tokens, of hidden features, and of y.
+    The inputs are held. The first matrices and then w2 are walked.
+
+    ups: how many first matrices.
+    rows: tokens of the tile.
+    columns: hidden features of a step.
+    dim: columns of y.
     """
 
     activation: str
@@ -256,7 +311,7 @@ class _Forward:
         return [y]
 
     def _overlap(self, xs, steps: WalkedSteps, i, y, z):
-        """y with step i's part, and z of the next step.
+        """Return y with step i's part, and z of the next step.
 
         The next step's products are in flight during the activation of this one.
         """
@@ -271,6 +326,7 @@ class _Forward:
         return pl.run_scoped(run, *[tile for _ in xs])
 
     def _add(self, y, z, steps: WalkedSteps, i):
+        """Add to y the hidden features of step i, made of z, times their rows of w2."""
         hidden = _hidden(self.activation, z).astype(self.dtype)
         return add_dots(y, (hidden, steps.wait(self.ups, i)))
 
@@ -286,7 +342,10 @@ def _forward(x, *weights, activation: str, config: WalkTiles | None):
 
 
 def _sum_over(steps: WalkedSteps, add: Any, outs: int, shape: tuple[int, int]):
-    """So many sums of all steps; `add`: from a step and the sums to the next ones."""
+    """Return `outs` sums over all steps.
+
+    add: takes a step and the sums before it; returns the sums after it.
+    """
     start = [zeros(*shape) for _ in range(outs)]
     return lax.fori_loop(0, steps.count, add, start)
 
@@ -295,7 +354,7 @@ def _sum_over(steps: WalkedSteps, add: Any, outs: int, shape: tuple[int, int]):
 class _InputGradients:
     """The sums of a tile of tokens: the gradients of the inputs.
 
-    Held are dy and the inputs; walked are the first matrices and then w2.
+    dy and the inputs are held. The first matrices and then w2 are walked.
     """
 
     activation: str
@@ -348,8 +407,9 @@ def _backward_x(x, *others, activation: str, config: WalkTiles | None):
 class _WeightGradients:
     """The sums of a tile of hidden features: the gradients of the `wanted` weights.
 
-    Held are the first matrices and w2; walked are the inputs and then dy. Hidden
-    features are the rows, so that only views of shared memory are transposed.
+    The first matrices and w2 are held. The inputs and then dy are walked. Hidden
+    features are the rows of all products, so that only views of shared memory are
+    transposed: a kernel cannot transpose what is in registers.
     """
 
     activation: str

@@ -1,33 +1,41 @@
-"""MLPs between low-rank cores on Hopper, of ranks too large for `flash_mlp`.
+"""MLPs between low-rank cores on Hopper, for ranks too large for `flash_mlp`.
 
-The hidden features do go to memory, in 16 bits, but what precedes the activation, for
-the derivative of ReLU², does not, and nothing is read or written by an elementwise
-kernel: the activation is the epilogue of the matmul before it, its derivative that of
-the matmul before that one. Of an MLP (tokens, rank) -> hidden -> (tokens, rank):
+The hidden features go to memory in 16 bits, but no elementwise kernel reads or writes
+them: activations and their derivatives are epilogues of the matmuls before them. The
+pipeline of such a matmul is drawn in `_mosaic.matmul`. The launches, where [k] is a
+kernel of this module and [x] a matmul of XLA:
 
-- ReLU²: the forward keeps a = max(z, 0)^2, and the backward's 2 max(z, 0) is
-  2 sqrt(a): two matmuls forward and four backward, as XLA has, and in either pass two
-  numbers of traffic less for each hidden feature, and one less that is kept;
-- gated: the forward keeps both products and the hidden features, as XLA does, and the
-  backward makes both gradients in one epilogue.
+    relu2    forward   core, up --[k relu2_forward]--> a = max(z, 0)^2 --[x]--> y
+             backward  dy, down --[k relu2_backward, a]--> dz = da * 2 sqrt(a)
+                       dz --[x] x 2--> d_core, d_up;   a, dy --[x]--> d_down
+    gated    forward   core, gate, up --[k gated_forward]--> g, u, h = silu(g) * u
+                       h, down --[x]--> y
+             backward  dy, down --[k gated_backward, g, u]--> dg, du
+                       dg, du --[x] x 4--> d_core, d_gate, d_up;  h, dy --[x]--> d_down
 
-The other matmuls are XLA's: on an H200 ours, without an epilogue, take up to a tenth
-more.
+ReLU² has two matmuls forward and four backward, as XLA has. Since max(z, 0) is sqrt(a),
+z is neither stored nor kept: in either pass two numbers less are moved for each hidden
+feature. The gated form keeps g, u and h, as XLA does.
 
-Gated `flash_mlp` at rank 256, of 130M and 350M, is not worth having: its weight tiles
-would leave room for 32 columns, whose wgmmas read 3 KB of shared memory in 16 clocks,
-1.5 times what it gives; and of its backward's 15 matmuls 6 are done twice or more,
-against 9 here in all.
+Matmuls without an epilogue are XLA's, since ours took up to a tenth more on an H200
+(`launches.json`: `matmul NN 256` 784 us, `xla matmul NN` 727; `NT` 780 and 714).
 
-Weights of odd sizes are padded by copies: TMA reads no row whose bytes are not a
-multiple of 16 (a hidden size that is none of 8), and JAX cuts whole arrays into tiles
-of 8 x 64. Of 1B, (512, 8191) and back, that is 34 MB a call, 9 us; hidden features are
-made whole by the kernels themselves, and are never copied.
+A gated `flash_mlp` at rank 256 (the published 130M and 350M) is not worth having. Its
+weight tiles would leave room for 32 columns, and a wgmma of 64 x 32 x 16 reads 3 KiB of
+shared memory in its 16 clocks, where 2 KiB can be read. Its backward would have 15
+matmuls, since each launch computes the hidden layer again, where this one has 6.
 
-Arithmetic for 7B, rank 1024 and hidden 16512, at 16384 tokens on an H200: a matmul has
-554 GFLOP, 0.56 ms of the tensor cores; hidden features are 541 MB, 0.11 ms of the
-memory, written while the tensor cores run. XLA's activation reads and writes them once
-more: 0.28 ms at 80 % of the memory's rate.
+Weights of odd sizes are padded by copies: TMA reads only rows whose bytes are a
+multiple of 16, which a hidden size of 8191 does not give, and JAX cuts whole arrays
+into tiles of 8 x 64. For the published 1B, (512, 8191) and back, that moves 34 MB a
+call: 10 us at 70 % of the memory's rate, not measured. Hidden features are written with
+padded sizes by the kernels themselves and are never copied.
+
+Arithmetic for the published 7B, rank 1024 and hidden 16512, at 16384 tokens on an H200:
+a matmul has 554 GFLOP, 0.56 ms of the tensor cores at their peak. The hidden features
+are 541 MB, 0.11 ms of the memory at its peak, and are written while the tensor cores
+run. An activation apart would read and write them once more, and XLA's copy of as much
+took 0.32 ms (`launches.json`: `xla copy`).
 """
 
 from collections.abc import Sequence
@@ -58,9 +66,9 @@ def unsupported(
     sparsity: str | None = None,
     gradient: str | None = None,
 ) -> str | None:
-    """Why no kernel takes these arguments, or None.
+    """Return why no kernel takes these arguments, or None if one does.
 
-    ranks: of the factors that make the hidden features, and then of the last one.
+    ranks: ranks of the factors that make the hidden features, then of the last factor.
     """
     if len(ranks) == 3 and ranks[0] != ranks[1]:
         return (
@@ -81,21 +89,24 @@ def unsupported(
 
 
 def gate_work(tokens: int, rank: int, hidden: int, lefts: int, outs: int) -> Work:
-    """The forward's launch with a gate, of `outs` results."""
+    """Return the work of the gated forward's launch, with `outs` results."""
     return Work(tokens, rank, hidden, 2, lefts, float(outs), GATE_CLOCKS)
 
 
 def relu2_mlp(core: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """max(core up, 0)^2 down, of (tokens, rank), (rank, hidden), (hidden, rank)."""
+    """Return max(core up, 0)^2 down.
+
+    core: (tokens, rank). up: (rank, hidden). down: (hidden, rank).
+    """
     return _relu2(*padded(core, up, down))[: core.shape[0], : down.shape[1]]
 
 
 def gated_mlp(
     core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """(silu(core gate) * core up) down.
+    """Return (silu(core gate) * core up) down.
 
-    core: (tokens, rank), or that of gate and that of up side by side.
+    core: (tokens, rank) for both, or (tokens, 2 rank): gate's core and then up's.
     """
     tokens, rank = core.shape[0], down.shape[1]
     parts = jnp.split(core, core.shape[1] // gate.shape[0], axis=1)
@@ -109,7 +120,7 @@ def _relu2_epilogue(sums, aux):
 
 
 def _relu2_derivative_epilogue(sums, aux):
-    # The square root of the hidden features is what was squared.
+    # The derivative is 2 max(z, 0), and the hidden features are max(z, 0)^2.
     return [sums[0] * (2 * jnp.sqrt(aux[0]))]
 
 
@@ -128,7 +139,7 @@ def _gate_derivative_epilogue(sums, aux):
 
 
 def relu2_forward(columns: int | None = None):
-    """The kernel of max(core up, 0)^2."""
+    """Return the kernel of max(core up, 0)^2."""
 
     @jax.custom_batching.sequential_vmap
     def kernel(core, up):
@@ -141,7 +152,7 @@ def relu2_forward(columns: int | None = None):
 
 
 def relu2_backward(columns: int | None = None):
-    """The kernel of (dy down^T) * 2 sqrt(hidden)."""
+    """Return the kernel of (dy down^T) * 2 sqrt(hidden)."""
 
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, hidden):
@@ -155,13 +166,16 @@ def relu2_backward(columns: int | None = None):
 
 
 def gated_forward(keep: bool, columns: int | None = None):
-    """The kernel of silu(gate) * up, and, to be kept, of the two themselves."""
+    """Return the kernel of h = silu(g) * u, with g = core gate and u = core up.
+
+    keep: its results are h, g and u, for a backward; else h alone.
+    """
 
     @jax.custom_batching.sequential_vmap
     def kernel(core, gate, up):
         rank, hidden = gate.shape
         outs = 3 if keep else 1
-        # One part of the core for each matrix, or all of it for both.
+        # Each matrix has its part of the core, or both have all of it.
         firsts = range(0, core.shape[1], rank)
         parts = [Factor(core, first=first, width=rank) for first in firsts]
         work = gate_work(core.shape[0], rank, hidden, len(parts), outs)
@@ -175,7 +189,10 @@ def gated_forward(keep: bool, columns: int | None = None):
 
 
 def gated_backward(columns: int | None = None):
-    """The kernel of both products' gradients, of dy, down and the products."""
+    """Return the kernel of the gradients of both products.
+
+    It takes dy, down, and the two products that the forward kept.
+    """
 
     @jax.custom_batching.sequential_vmap
     def kernel(dy, down, gate, up):
@@ -204,10 +221,10 @@ def _relu2_bwd(saved, dy):
 
 
 def relu2_gradients(core, up, down, hidden, kept, dy):
-    """The gradients of core, up and down.
+    """Return the gradients of core, up and down.
 
-    hidden: whose square root gives the derivative.
-    kept: what was multiplied by `down`, the same or some of it.
+    hidden: the hidden features whose square root gives the derivative.
+    kept: the hidden features that were multiplied by `down`: the same, or a selection.
     """
     d_z = relu2_backward()(dy, down, hidden)
     return jnp.matmul(d_z, up.T), jnp.matmul(core.T, d_z), jnp.matmul(kept.T, dy)

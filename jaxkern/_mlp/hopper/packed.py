@@ -1,4 +1,13 @@
-"""The low-rank ReLU² MLP of packed weights on Hopper: four sparse products."""
+"""The low-rank ReLU² MLP of packed weights on Hopper: four sparse products.
+
+Each product is a launch of the kernel drawn in `_sparsity.hopper.product`, with the
+packed weight as its left factor and tokens as columns:
+
+    x --> up_in x^T --> max(up_out ., 0)^2 --> down_in . --> down_out . --> y^T
+
+The activation is the second product's epilogue; x is read transposed, and XLA
+transposes the result.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,10 +27,11 @@ Reference = Callable[[jax.Array, Sequence[Packed24]], jax.Array]
 def packed_relu2_mlp(
     x: jax.Array, factors: Sequence[Packed24], reference: Reference
 ) -> jax.Array:
-    """max(x up_in^T up_out^T, 0)^2 down_in^T down_out^T, of x (tokens, features).
+    """Return max(x up_in^T up_out^T, 0)^2 down_in^T down_out^T.
 
+    x: (tokens, features).
     factors: up_in, up_out, down_in and down_out.
-    reference: the same by XLA, whose gradients are the kernels'.
+    reference: the same function in XLA, whose gradients are taken for the kernels'.
     """
     count = len(factors)
     x, *leaves = vary_alike(
@@ -39,8 +49,10 @@ def _packed(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _mlp(x, values, indices, features, reference):
-    """The weight is the left factor of each product, so from the first one on features
-    are the rows, as tokens are of x."""
+    """Compute the four products with features as rows and tokens as columns.
+
+    A packed weight must be the left factor, so all results are transposed.
+    """
     del reference
     tokens = x.shape[0]
     up_in, up_out, down_in, down_out = _packed(values, indices, features)

@@ -1,4 +1,17 @@
-"""The low-rank ReLU² MLP around a 2:4 selection, on sparse tensor cores."""
+"""The low-rank ReLU² MLP around a 2:4 selection, on sparse tensor cores.
+
+Two launches of the frame in `_mosaic.matmul` make the forward, and the hidden features
+go to memory packed: two of each four values, and two bits for each value's position.
+
+    core, up --[relu2_select: dense matmul, selection as its epilogue]--> values, words
+    values, words, down --[sparse_matmul: sparse tensor cores]--> y
+
+At rank 1024, hidden 16512 and 16384 tokens in bfloat16, they took 878 and 512 us on an
+H200, where the dense pair took 781 (`relu2 forward 256`) and XLA's 708 (`xla matmul NN
+down`; all in `benchmarks/results/nvidia_h200/launches.json`, with `select 256` and
+`sparse matmul 256`). The backward is that of the dense MLP, on features that XLA
+unpacks.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,28 +28,34 @@ from ..._sparsity.packed import Packed24, unpack
 from ..._sparsity.select import GROUP, KEPT
 from .fused import relu2_gradients
 
-# Clocks of a multiprocessor for each hidden feature, beside the matmul: instructions of
-# a thread over the 128 lanes, counted by `benchmarks.kernels` in the compiled kernels.
-# With the activation, to select:
+# Clocks of a multiprocessor to activate and select a hidden feature: instructions of a
+# thread over the 128 lanes, counted by `python -m benchmarks.kernels` in the compiled
+# kernels.
 SELECT_CLOCKS = 12 / 128
-# And to shrink them too:
+# The same where the selected ones are also shrunk, as S-STE does.
 SHRINK_CLOCKS = 16 / 128
-# Numbers written for each hidden feature: two of four, and two bits for each of these.
+# Numbers of 16 bits written for each hidden feature: two of four, and two bits for each
+# of these.
 PACKED_NUMBERS = 9 / 16
-# Columns of the tiles to choose from, the largest first. On an H200, 16384 x 1024 x
-# 16512 took 878 us with 256 of them and 916 with 128.
+# Columns of the tiles to choose from, the largest first. 16384 x 1024 x 16512 took 878
+# us with 256 of them and 916 with 128 (H200, `launches.json`: `select 256`, `select
+# 128`).
 SELECT_COLUMNS = (256, 128)
 
 
 class Chosen(NamedTuple):
-    """Hidden features, two of each four; as the kernels store them."""
+    """Hidden features, two of each four, as the kernels store them.
+
+    values: the values that were kept, (tokens, columns / 2).
+    words: their positions, in the order of `_sparsity.hopper.wgmma`.
+    """
 
     values: jax.Array
     words: jax.Array
 
 
 def dense(chosen: Chosen, features: int) -> jax.Array:
-    """With the zeros put back; what is stored past the features are zeros too."""
+    """Return the first `features` of the hidden features, with zeros put back."""
     values, words = chosen
     indices = indices_of(words)[: len(values)]
     stored = values.shape[1] * GROUP // KEPT
@@ -44,9 +63,10 @@ def dense(chosen: Chosen, features: int) -> jax.Array:
 
 
 def select_forward(shrink: bool, keep: bool, columns: int | None = None):
-    """The kernel of max(core up, 0)^2, selected; and, to be kept, not selected.
+    """Return the kernel that selects two of each four of max(core up, 0)^2.
 
-    Its results are values, words, the hidden features if kept, and S-STE's sums.
+    Its results are the values, the words, all hidden features if `keep`, and S-STE's
+    sums if `shrink`.
     """
 
     @jax.custom_batching.sequential_vmap
@@ -68,25 +88,32 @@ def select_forward(shrink: bool, keep: bool, columns: int | None = None):
 def sparse_relu2_mlp(
     core: jax.Array, up: jax.Array, down: jax.Array, *, shrink: bool, exact: bool
 ) -> jax.Array:
-    """S(max(core up, 0)^2) down, of (tokens, rank), (rank, hidden), (hidden, rank).
+    """Return S(max(core up, 0)^2) down, where S keeps two of each four features.
 
-    shrink: S is S-STE's, with a scale for each token, and not the two largest.
-        The product with `down` is rounded before it is scaled and after.
-    exact: the gradient is that of what was kept; else the hidden features get all.
+    core: (tokens, rank). up: (rank, hidden). down: (hidden, rank).
+    shrink: whether S is S-STE's, which shrinks what it keeps and scales each token. The
+        product with `down` is rounded before it is scaled and after. Otherwise S keeps
+        the two largest as they are.
+    exact: whether only the hidden features that were kept get a gradient. Otherwise all
+        of them get one, straight through S.
     """
     args = padded(core, up, down)
     return _relu2(*args, shrink, exact)[: core.shape[0], : down.shape[1]]
 
 
 def _scale(sums: jax.Array) -> jax.Array:
-    """S-STE's beta of each token, float32 (tokens, 1)."""
+    """Return S-STE's scale (beta) of each token, float32 (tokens, 1)."""
     both = sums.reshape(len(sums), -1, ROW_SUMS // 2, 2).sum((1, 2))
     overlap, energy = both[:, :1], both[:, 1:]
     return jnp.where(energy > 0, overlap / jnp.where(energy > 0, energy, 1), 1)
 
 
 def _forward(core, up, down, shrink: bool, keep: bool):
-    """The result, what was selected, its scale, and the hidden features if kept."""
+    """Return the result, and what the backward needs.
+
+    The backward needs the selected features, their scale (None without `shrink`), and
+    all hidden features (None without `keep`).
+    """
     values, words, *more = select_forward(shrink, keep)(core, up)
     y = sparse_matmul()(values, words, down)
     hidden = more[0] if keep else None
@@ -112,7 +139,8 @@ def _relu2_bwd(shrink, exact, saved, dy) -> Any:
     kept = dense(chosen, down.shape[0])
     if scale is not None:
         kept = (kept.astype(scale.dtype) * scale).astype(kept.dtype)
-    # Where nothing was kept, the square root of nothing is the exact gradient's mask.
+    # Dropped features are 0 in `kept`, and ReLU²'s derivative is 2 sqrt of it: so they
+    # get no gradient, which is the exact gradient's mask.
     return relu2_gradients(core, up, down, kept if exact else hidden, kept, dy)
 
 

@@ -1,11 +1,30 @@
-"""Hold tiles of some arrays, walk along others: the frame of our matmul kernels.
+"""Hold tiles of some arrays and walk along others: the frame of `flash_mlp`'s kernels.
 
-A block holds a tile of each `held` operand in shared memory and walks the `walked`
-ones, whose tiles come through a ring of slots. Two warpgroups compute, one loads. There
-are no more blocks than multiprocessors: each takes one tile after the other, and the
-loads of the next one run while this one is computed. Results are written by one block
-each, so there are no atomics. What lies past the end of an array is zero when TMA loads
-it and dropped when TMA stores it, so sizes need not be multiples of the tiles.
+A block holds a tile of each `held` operand and walks along the `walked` ones, each of
+which has its own ring. Warpgroup 2 loads, warpgroups 0 and 1 compute:
+
+    warpgroup 2   for each tile: held operands --TMA--> held slot, 1 or 2 of them
+                  for each step: walked n      --TMA--> slot of ring n, `steps` of them
+    warpgroups    wait held filled
+    0 and 1       each step: for each n: wait filled[n], wgmmas, arrive emptied[n]
+                  sums --> 16 bits --> slot of the last held operand --TMA--> result
+                  once TMA has read it: arrive held emptied
+
+    barrier        arrivals in a phase                     who waits
+    held filled    one TMA load an operand and part        warpgroups 0 and 1
+    held emptied   one of each part                        warpgroup 2
+    filled[n]      1, of the TMA load                      who computes this step
+    emptied[n]     2, or 1 if `tiles.split`                warpgroup 2
+
+A held slot has two parts of `rows` rows, one a warpgroup, and both walk all steps. If
+`tiles.split`, both hold the same rows: each takes every other step, and at the end
+warpgroup 1 hands its sums through shared memory to warpgroup 0, which adds and stores.
+
+There are at most as many blocks as multiprocessors, and each takes one tile after the
+other. With two held slots, the loads of the next tile run while this one is computed. A
+result has one writer, so there are no atomics. What lies past the end of an array is
+zero when TMA loads it and dropped when TMA stores it, so sizes need not be multiples of
+the tiles.
 """
 
 import dataclasses
@@ -35,15 +54,16 @@ from ..._mosaic.launch import (
 )
 
 FLOAT32_BYTES = 4
-# A barrier for what fills a slot and one for what empties it.
+# Barriers of a slot: one says that it is filled, one that it is emptied.
 BARRIERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadTiles:
-    """An array (heads, m, n), cut into tiles along `axis`, which is 1 or 2.
+    """An array (heads, m, n) that is cut into tiles along `axis`, which is 1 or 2.
 
-    Of the other axis a tile has all, or one of several equal parts.
+    part, parts: of the other axis a tile has all, or part number `part` of `parts`
+        equal ones.
     """
 
     array: Any
@@ -53,13 +73,16 @@ class HeadTiles:
 
     @property
     def size(self) -> int:
+        """The length of the axis that is cut."""
         return self.array.shape[self.axis]
 
     @property
     def across(self) -> int:
+        """The length of a tile along the other axis."""
         return self.array.shape[3 - self.axis] // self.parts
 
     def tile(self, size: int) -> tuple[int, int]:
+        """The shape of a tile with `size` along the axis that is cut."""
         return (size, self.across) if self.axis == 1 else (self.across, size)
 
     def cut(self, gmem, head, start, size: int):
@@ -73,7 +96,11 @@ class HeadTiles:
 
 @dataclasses.dataclass(frozen=True)
 class WalkedSteps:
-    """The walked tiles as one warpgroup sees them: `count` steps, from 0."""
+    """The walked tiles as one warpgroup sees them: `count` steps, from 0.
+
+    smem, filled, emptied: the slots and barriers of each walked operand's ring.
+    start, stride: step `i` of the warpgroup is step `start + i * stride` of the block.
+    """
 
     smem: Sequence[Any]
     filled: Sequence[Any]
@@ -86,13 +113,13 @@ class WalkedSteps:
         return slot(self.start + i * self.stride, self.smem[0].shape[0])
 
     def wait(self, n: int, i):
-        """The tile of walked array `n` at step `i`, once it is there."""
+        """The tile of walked operand `n` at step `i`, once it is loaded."""
         s = self._slot(i)
         plgpu.barrier_wait(self.filled[n].at[s])
         return self.smem[n].at[s]
 
     def release(self, n: int, i) -> None:
-        """Let that tile be overwritten."""
+        """Let the tile of walked operand `n` at step `i` be overwritten."""
         plgpu.barrier_arrive(self.emptied[n].at[self._slot(i)])
 
 
@@ -100,7 +127,8 @@ class WalkedSteps:
 class WalkPlan:
     """A launch, as the host plans it.
 
-    held, walked: the operands; results are cut as the last held one is.
+    held, walked: the operands. Results are cut as the last held operand is, since they
+        leave through its slot.
     outs: how many results.
     """
 
@@ -115,7 +143,7 @@ class WalkPlan:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Heads, and tiles of all rows of a block."""
+        """Numbers of heads, and of tiles with the rows of a block."""
         result = self.held[-1]
         rows = self.tiles.parts * self.tiles.rows
         return result.array.shape[0], pl.cdiv(result.size, rows)
@@ -129,15 +157,15 @@ class WalkPlan:
 
     @property
     def stride(self) -> int:
-        """From one step of a warpgroup to its next one."""
+        """Steps of the block from one step of a warpgroup to its next one."""
         return COMPUTE if self.tiles.split else 1
 
     @property
     def own_steps(self) -> int:
         """Steps of a warpgroup for a held tile.
 
-        As many for either warpgroup, the last one maybe on zeros past the end: a slot
-        is then always the same warpgroup's.
+        Both warpgroups take as many, even if the last one is on zeros past the end. So
+        a slot is always read by the same warpgroup where they split the steps.
         """
         return pl.cdiv(self.walked[0].size, self.stride * self.tiles.columns)
 
@@ -156,11 +184,11 @@ class WalkPlan:
 
     @property
     def sums_shapes(self) -> list[tuple[int, int]]:
-        """What the second warpgroup hands to the first, where both have a sum."""
+        """Shapes of the sums that warpgroup 1 hands to warpgroup 0, if they split."""
         return [self.held_shapes[-1]] * self.outs if self.tiles.split else []
 
     def smem_bytes(self) -> int:
-        """Shared memory of a block, but for some alignment."""
+        """Bytes of shared memory of a block, without what aligns the buffers."""
         tiles, itemsize = self.tiles, self.dtype.itemsize
         held = sum(map(math.prod, self.held_shapes)) * tiles.held * tiles.parts
         walked = sum(map(math.prod, self.walked_shapes)) * tiles.steps
@@ -170,10 +198,10 @@ class WalkPlan:
         return (held + walked) * itemsize + sums * FLOAT32_BYTES + barriers
 
     def scratch(self) -> list[Any]:
-        """Shared memory and barriers of a block, in the order that `_WalkBlock` has."""
+        """Shared memory and barriers, in the order of `_WalkBlock`'s last fields."""
         config, itemsize = self.tiles, self.dtype.itemsize
-        # One swizzle for all tiles, since both operands of a wgmma need the same; it
-        # must tile the contracted axis too.
+        # All tiles have one swizzle, since both operands of a wgmma need the same one.
+        # It must also divide the contracted axis, which can be the walked columns.
         minor = [shape[-1] for shape in (*self.held_shapes, *self.walked_shapes)]
         swizzle = swizzle_of(math.gcd(config.columns, *minor), itemsize)
         arrays = [operand.array for operand in (*self.held, *self.walked)]
@@ -207,9 +235,10 @@ class _WalkBlock:
     """A launch as a block sees it, inside the kernel: what it does with one tile.
 
     gmem, out: operands and results in global memory.
-    held_barriers: for slots of held tiles, that they are filled and emptied.
-    filled, emptied: the same for each walked operand's.
-    sums_barriers: that the sums are there, and taken.
+    held, walked, sums: buffers in shared memory.
+    held_barriers: barriers of the held slots, `filled` and `emptied`.
+    filled, emptied: barriers of each walked operand's ring.
+    sums_barriers: that warpgroup 1's sums are in shared memory, and that they are read.
     """
 
     plan: WalkPlan
@@ -225,10 +254,10 @@ class _WalkBlock:
     sums_barriers: Sequence[Any]
 
     def compute(self, warpgroup, part, first, info) -> None:
-        """A held tile, by one of two warpgroups.
+        """Compute a held tile, in warpgroup 0 or 1.
 
-        part: of the tile, which this warpgroup computes.
-        first: the step that it computes first.
+        part: the part of the held slot that this warpgroup computes.
+        first: the first step that it computes.
         """
         plan = self.plan
         filled, emptied = self.held_barriers
@@ -255,7 +284,10 @@ class _WalkBlock:
             store(added)
 
     def load(self, info, carry):
-        """A held tile, and all that it walks; `carry`: how many steps came before."""
+        """Load a held tile and all tiles that it walks along, in warpgroup 2.
+
+        carry: steps of the block before this tile. Returns those up to its end.
+        """
         self._load_held(info)
         return lax.fori_loop(
             0, self.plan.all_steps, lambda i, at: self._load_step(info, i, at), carry
@@ -282,7 +314,7 @@ class _WalkBlock:
                 )
 
     def _load_step(self, info, i, at):
-        """The walked tiles number `i` to the slots of the block's step `at`."""
+        """Load the walked tiles number `i` to the slots of the block's step `at`."""
         plan, columns = self.plan, self.plan.tiles.columns
         s = slot(at, plan.tiles.steps)
         sources = self.gmem[len(plan.held) :]
@@ -300,7 +332,7 @@ class _WalkBlock:
         return at + 1
 
     def drain(self, steps_done) -> None:
-        """See every barrier to the end of its last phase."""
+        """Wait until all slots are released, after `steps_done` steps of the block."""
         plan = self.plan
         _, emptied = self.held_barriers
         wait_for_last(steps_done // plan.all_steps, plan.tiles.held, [emptied])
@@ -316,9 +348,13 @@ def walk(
     tiles: WalkTiles,
     name: str,
 ) -> Sequence[jax.Array]:
-    """`outs` results, (heads, m, across) of the last held operand, cut along axis 1.
+    """Launch `body` over all held tiles, and return `outs` results.
 
-    body: from a warpgroup's held tiles and its steps to its float32 sums, one a result.
+    A result is (heads, m, across), with `m` the axis along which the last held operand
+    is cut, and is cut along axis 1.
+
+    body: takes a warpgroup's held tiles and its steps; returns its sums in float32, one
+        for each result.
     """
     plan = WalkPlan(held, walked, outs, tiles)
     check_fits(name, tiles, plan.smem_bytes())
@@ -332,8 +368,8 @@ def walk(
         @pl.when(warpgroup < COMPUTE)
         def run():
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            # Before the loop over tiles: within it they take registers of their own,
-            # and one kernel spills.
+            # These stand before the loop over tiles. Computed within it they take
+            # registers of their own, and one kernel spills.
             part = slot(warpgroup, plan.tiles.parts)
             first = slot(warpgroup, plan.stride)
             compute = partial(block.compute, warpgroup, part, first)
@@ -354,6 +390,7 @@ def walk(
 
 
 def _store(value, smem, gmem):
+    """Round a value, and store it by way of `smem`, which is free again at the end."""
     smem[...] = value.astype(smem.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem, gmem)
@@ -361,7 +398,12 @@ def _store(value, smem, gmem):
 
 
 def _add_other(warpgroup, added, sums, barriers, store):
-    """The second warpgroup's sums go to the first, which stores the total."""
+    """Hand warpgroup 1's sums to warpgroup 0, which adds its own and stores the total.
+
+    barriers: `there`, on which warpgroup 0 waits, and `taken`, on which warpgroup 1
+        waits. Without the second one, warpgroup 1 could overwrite sums by those of the
+        next tile before they are read.
+    """
     there, taken = barriers
 
     @pl.when(warpgroup == 0)

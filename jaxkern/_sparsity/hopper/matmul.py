@@ -1,7 +1,24 @@
-"""2:4 in the frame of `_mosaic.matmul`: a sparse left factor, results made sparse.
+"""2:4 in the frame of `_mosaic.matmul`: a sparse left factor, and results made sparse.
 
-`sparse_dot` waits for its instructions in each step, where a dense product has one step
-in flight: predictions do not model that.
+`SparseProduct` replaces the frame's dense `Products`. With tiles of 128 x 256:
+
+    warpgroup 2  --TMA-->  ring of 2 steps, 82 KiB each:    filled: 5 loads
+                           2 x (values 64 x 64, words 2 x 128), right 128 x 256
+    warpgroup w  wait filled[i], 2 words a thread to registers,
+      (0 or 1)   4 wgmma.sp m64n256k32; await all of them, arrive emptied[i]
+
+A dense product has a step's wgmmas in flight while it releases the one before, but this
+one waits for its own in each step, since `sparse_dot` is one inline call that returns
+its sums. 16384 x 16512 x 1024 took 512 us on an H200, against 720 with a dense left
+factor (`launches.json`: `sparse matmul 256`, `matmul NN down 256`). The predictions of
+`limits_us` do not model the wait.
+
+`Selection` replaces the frame's `Epilogue`: for each 64 columns of a tile it packs the
+sums and stores them, each warpgroup its own 64 rows, by way of 2 slots:
+
+    sums (64 x 64) --select--> values (64 x 32), words (128) --TMA--> results
+
+S-STE's sums are added up over a tile and stored at its end.
 """
 
 import dataclasses
@@ -26,14 +43,16 @@ from ..._mosaic.matmul import (
 )
 from .wgmma import STORED, THREADS, WORD_COLUMNS, select, sparse_dot
 
-# Of the contracted axis, in a step: 64 values are stored, in rows of 128 bytes.
+# Numbers of the contracted axis in a step. 64 values are stored of these, which are
+# rows of 128 bytes, the widest swizzle.
 SPARSE_STEP = 128
-# Words of positions that a thread has of a step.
+# Words of positions that a thread needs for a step.
 STEP_WORDS = SPARSE_STEP // WORD_COLUMNS
-# S-STE's sums of a row, for each tile: <a, S> and <S, S> of each thread of a quad.
+# S-STE's sums of a row in each tile: <a, S> and <S, S> of each thread of a quad.
 ROW_SUMS = 8
-# Stored in 16 bits; words and sums have 32.
+# Bytes of a value.
 VALUE_BYTES = 2
+# Bytes of a word of positions, and of a sum.
 WORD_BYTES = 4
 
 
@@ -42,7 +61,9 @@ class SparseProduct:
     """A 2:4-sparse matrix, as `wgmma.select` stores it, times a dense one.
 
     values: (m, depth / 2).
-    words: int32 (m / 64, depth / 64, 128), both rounded up to what is even.
+    words: int32 (m / 64, depth / 64, 128), with both quotients rounded up to an even
+        number.
+    right: the dense factor, (depth, n).
     """
 
     values: jax.Array
@@ -63,6 +84,7 @@ class SparseProduct:
 
     @property
     def copies(self) -> int:
+        """TMA loads of a step: values and words of both warpgroups, and `right`."""
         return 2 * COMPUTE + 1
 
     def step_bytes(self, columns: int) -> int:
@@ -87,7 +109,8 @@ class SparseProduct:
             part = lax.optimization_barrier(warpgroup)
             factors = values.at[s, part], words.at[s, part], right.at[s]
             acc = sparse_dot(acc, *factors, transposed=self.right.transposed)
-            # The words were read as ordinary memory is.
+            # Threads have read the words by ordinary loads. Without this fence, TMA may
+            # overwrite them before.
             plgpu.commit_smem()
             ring.release(start + i)
             return acc
@@ -115,12 +138,14 @@ class SparseProduct:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Two of each four of a result's columns, packed; zeros past the last one.
+    """The epilogue that keeps two of each four columns of a result, and packs them.
 
-    compute: from the sums of the products to numbers >= 0.
-    shrink: as S-STE does, by the second smallest; there are sums then, float32
-        (m, 8 x tiles), whose even columns add up to <a, S> and whose odd ones to
-        <S, S>.
+    Past the last column the packed result has zeros.
+
+    compute: takes the sums of the products; returns numbers >= 0.
+    shrink: whether the second smallest number of each four is subtracted, as S-STE
+        does. Then there is a result of sums, float32 (m, 8 x tiles across): its even
+        columns add up to <a, S> of a row, its odd ones to <S, S>.
     dense: whether the numbers before the selection are a result too.
     """
 
@@ -134,7 +159,7 @@ class Selection:
 
     @property
     def stores(self) -> int:
-        """Stores of a piece: values, words and, if they are a result, all numbers."""
+        """TMA stores of a piece: values, words and, with `dense`, all numbers."""
         return 3 if self.dense else 2
 
     def smem_bytes(self, columns: int) -> int:
@@ -169,13 +194,15 @@ class Selection:
         return buffers
 
     def ring(self, config: MatmulTiles) -> Slots:
+        """A ring for which nobody waits, since nothing is loaded."""
         return Slots(1, 1)
 
     def store(
         self, config: MatmulTiles, sums, gmem, smem, ring: Ring, tile, row, column
     ):
+        """Compute, select and store a warpgroup's part of a tile, piece by piece."""
         total = None
-        # Once for all pieces, which saves instructions.
+        # This stands before the loop over pieces, which saves instructions.
         warpgroup = lax.axis_index("warpgroup")
         rows = pl.ds(row_of(row, warpgroup), ROWS)
         for piece in range(config.pieces):
@@ -199,9 +226,9 @@ class Selection:
             self._store_sums(total, gmem[-1].at[rows, along], smem[-1], warpgroup)
 
     def _store_piece(self, results, targets, smem, at, warpgroup) -> None:
-        """A warpgroup's part of piece `at`."""
+        """Store a warpgroup's part of piece `at`."""
         part, s = lax.optimization_barrier(warpgroup), slot(at, OUT_SLOTS)
-        # What was stored from this slot before has been read.
+        # All stores but those of the last piece have been read, so this slot is free.
         plgpu.wait_smem_to_gmem(self.stores * (OUT_SLOTS - 1), wait_read_only=True)
         staged = [one.at[s, part] for one in smem[: self.stores]]
         for value, one in zip(results, staged, strict=True):
@@ -211,10 +238,10 @@ class Selection:
             plgpu.copy_smem_to_gmem(one, target)
 
     def _store_sums(self, total, target, smem, warpgroup) -> None:
-        """S-STE's sums of a warpgroup's rows, over a tile."""
+        """Store S-STE's sums of a warpgroup's rows over a tile."""
         part = lax.optimization_barrier(warpgroup)
-        # The last tile's sums have been read: only the stores of this tile's last
-        # piece came after them.
+        # All stores but those of this tile's last piece have been read, so also the
+        # last tile's sums, which leave from the same buffer.
         plgpu.wait_smem_to_gmem(self.stores, wait_read_only=True)
         smem.at[part][...] = total
         plgpu.commit_smem()

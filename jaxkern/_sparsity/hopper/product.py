@@ -1,20 +1,23 @@
 """2:4 on Hopper's sparse tensor cores: a packed matrix times a dense one.
 
-A sparse product has half the multiply-adds, and of its left factor 9/16 of the bytes.
-The selection of two activations of four is the epilogue of the matmul that makes them,
-so that they go to memory packed, and never else. It takes 10 instructions for each of
-them (counted in the compiled kernels), 0.08 clocks of a multiprocessor. The dense
-product that follows takes rank / 2048 clocks, the sparse one 0.56 of that: so from a
-rank of 260 (tensor cores at 0.7 of their rate) to 360 (at all of it) on, selecting is
-won back in arithmetic, whatever the number of tokens. But tiles are no larger, and of
-the dense factor a sparse product reads as much from L2 as a dense one does, which is
-predicted to be its limit.
+The pipeline of the kernel is drawn in `_sparsity.hopper.matmul`. A sparse product has
+half the multiply-adds of a dense one, and reads 9/16 of the bytes of its left factor:
+half of the values, and 2 bits for the position of each.
 
-B is read from shared memory once for each sparse instruction of 64 rows, 16 KB in 128
-clocks at 256 columns, and A is 2 KB: more than the 128 bytes a clock that there are.
-A sparse product therefore reaches 0.89 of twice the dense rate at most.
+What limits it: for each sparse instruction m64n256k32, the tensor cores read 16 KiB of
+the dense factor and 2 KiB of values from shared memory. At twice the dense rate that
+would take 128 clocks, in which shared memory gives 128 bytes each, 16 KiB. So a sparse
+product reaches at most 16 / 18 = 0.89 of twice the dense rate. From L2 it reads as much
+of the dense factor as a dense product with the same tiles does.
 
-The order of positions among threads is verified on an H200.
+When selecting activations pays, by arithmetic (not measured): the selection of two of
+four is the epilogue of the matmul that makes them, and takes 10 instructions of a
+thread for each activation (counted in the compiled kernels), 0.08 clocks of a
+multiprocessor. The dense product that follows takes rank / 2048 clocks for each, the
+sparse one 0.56 of that. So selecting is won back from a rank of 260 on, if the tensor
+cores run at 0.7 of their rate, or of 360, if they run at all of it.
+
+The order of positions among threads was verified on an H200.
 """
 
 import jax
@@ -37,18 +40,21 @@ from ..select import GROUP, KEPT
 from .matmul import SPARSE_STEP, SparseProduct
 from .wgmma import FIRST_TWO, words_of
 
-# Share of the dense multiply-adds: half, at 0.89 of the rate, which reading shared
-# memory limits.
+# The time of a sparse product as a fraction of a dense one's, in the tensor cores: half
+# the multiply-adds at 0.89 of the rate, which reading shared memory limits.
 SPARSE_DENSITY = 0.5 / 0.89
 
 
 def sparse_matmul(
     transposed: bool = False, activation: str = "identity", columns: int | None = None
 ):
-    """The kernel of the sparse product, of values, words and the right factor.
+    """Return the kernel of the sparse product.
 
-    transposed: the right factor lies transposed in memory.
-    columns: of the tiles; by default those that `choose_columns` takes.
+    It takes values, words and the right factor.
+
+    transposed: whether the right factor lies transposed in memory.
+    activation: the name of what is applied to each number of the result.
+    columns: columns of the tiles; by default `choose_columns` chooses them.
     """
 
     @jax.custom_batching.sequential_vmap
@@ -71,18 +77,20 @@ def product(
     transposed: bool = False,
     activation: str = "identity",
 ) -> jax.Array:
-    """The product of a packed matrix (m, depth) and a dense one (depth, n).
+    """Return the product of a packed matrix (m, depth) and a dense one (depth, n).
 
-    All three vary over the same mesh axes, and none is differentiated.
+    The arrays must vary over the same mesh axes. The product has no derivative here.
 
-    values: (m, 2 ceil(depth / 4)), indices as `pack_2_4` has them.
-    transposed: `right` is (n, depth).
-    activation: of each number of the result.
+    values: (m, 2 ceil(depth / 4)).
+    indices: as `pack_2_4` returns them.
+    transposed: whether `right` is (n, depth).
+    activation: the name of what is applied to each number of the result.
     """
     (m, kept), n = values.shape, right.shape[0 if transposed else 1]
     columns = round_up(kept * GROUP // KEPT, SPARSE_STEP)
     if kept % POSITIONS_PER_BYTE:
-        # The positions of a group that is not there: two equal ones are invalid.
+        # The last byte has room for a group that does not exist. Its two positions must
+        # differ, since equal ones are invalid.
         last = indices[:, -1:] | np.uint8(FIRST_TWO & 0xF0)
         indices = jnp.concatenate([indices[:, :-1], last], axis=1)
     values = pad_to(values, round_up(m, ROW_STEP), columns // KEPT)
@@ -92,7 +100,7 @@ def product(
 
 
 def matmul(values: jax.Array, indices: jax.Array, w: jax.Array) -> jax.Array:
-    """`product`, differentiable in the values and in w, by dense matmuls."""
+    """Return `product`, with gradients of the values and of w by dense matmuls."""
     return _matmul(*vary_alike(values, indices, w))
 
 

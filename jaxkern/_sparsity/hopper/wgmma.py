@@ -1,16 +1,27 @@
 """2:4 in registers: the selection, and the product on sparse tensor cores.
 
-Neither is in Pallas, so both go through `inline_mgpu`. Of each four neighbours in a
-row, two values are stored, and two bits for the position of either (`pack_2_4`).
-The sparse wgmma takes, of 64 rows and 64 columns, one word of positions from each of
-128 threads: in the quad of threads for rows r and r + 8, thread t has those of columns
-16 t to 16 t + 15 of row r in its lower half, and of row r + 8 in its upper half. The
-first two threads serve the instruction for columns 0 to 31, the last two, by its
-selector, that for columns 32 to 63. Sources: PTX ISA, "Matrix fragments for sparse
-wgmma.mma_async.m64nNk32"; CUTLASS, `ELayout_64x32`. Verified on an H200.
+Pallas has neither, so both go through `inline_mgpu`. Of each four neighbours in a row,
+two values are stored, and two bits for the position of either (`pack_2_4`).
 
-After a quad has transposed what its threads hold, each has just those 16 columns of the
-two rows: it selects, packs and stores them without asking another one.
+For 64 rows and 64 columns, the sparse wgmma takes one 32-bit word of positions from
+each of 128 threads. Rows r and r + 8 belong to a quad of four threads:
+
+    columns    0 .. 15    16 .. 31    32 .. 47    48 .. 63
+    row r      thread 0   thread 1    thread 2    thread 3    lower 16 bits
+    row r + 8  thread 0   thread 1    thread 2    thread 3    upper 16 bits
+               instruction 1 (k32)    instruction 2 (k32)
+               selector 0             selector 1
+
+Sources: PTX ISA, "Matrix fragments for sparse wgmma.mma_async.m64nNk32"; CUTLASS,
+`ELayout_64x32`. The order was verified on an H200.
+
+An accumulator of wgmma is spread otherwise: of each 8 columns, thread t of the quad has
+columns 2 t and 2 t + 1. Two rounds of shuffles transpose the quad, after which thread t
+has just the 16 columns of its word in both rows. So each thread selects, packs and
+stores its own groups of four, and asks no other thread:
+
+    sums (64 x 64) --2 rounds of shuffles--> 16 columns of 2 rows a thread
+      --select--> values (64 x 32), words (128), S-STE's sums (64 x 8)
 """
 
 from functools import partial
@@ -31,16 +42,17 @@ from ..packed import GROUP, KEPT
 
 # Threads of a warpgroup.
 THREADS = 128
-# Rows and columns that one word of positions a thread is about.
+# Rows and columns whose positions 128 threads hold in one word each.
 ROWS = 64
 WORD_COLUMNS = 64
-# Columns that are left of these where two of four are dropped.
+# Values that are stored of these columns: two of each four.
 STORED = WORD_COLUMNS * KEPT // GROUP
-# Columns of which one thread has the positions.
+# Columns whose positions one thread holds.
 CHUNK = 16
-# Columns of one sparse instruction.
+# Columns of the sparse matrix that one instruction contracts.
 SPARSE_DEPTH = 32
-# Positions 0 and 1, in every group of a word: for what lies past the end.
+# A word with positions 0 and 1 in every group, for what lies past the end: the two
+# positions of a group must differ.
 FIRST_TWO = 0x44444444
 LAYOUT = plgpu.Layout.WGMMA
 # Shapes and layouts of what `select` returns.
@@ -50,10 +62,11 @@ SELECTED_SUMS = (ROWS, 8), LAYOUT
 
 
 def words_of(indices: jax.Array, columns: int) -> jax.Array:
-    """Packed24's indices as the tensor cores take them.
+    """Return Packed24's indices as the sparse tensor cores take them.
 
-    indices: uint8 (rows, bytes), four positions each.
-    columns: a multiple of 128, to which they are filled up, as the rows are to 128.
+    indices: uint8 (rows, bytes), four positions a byte.
+    columns: a multiple of 128 to which the columns are filled up. The rows are filled
+        up to a multiple of 128 too.
 
     Returns int32 (row blocks of 64, column blocks of 64, 128 threads).
     """
@@ -62,14 +75,14 @@ def words_of(indices: jax.Array, columns: int) -> jax.Array:
     fill = np.uint8(FIRST_TWO & 0xFF)
     padded = jnp.pad(indices, [(0, n) for n in missing], constant_values=fill)
     halves = padded.reshape(-1, 4, 2, 8, columns // WORD_COLUMNS, 4, 2)
-    # To (row block, column block, warp, row, thread of the quad, half, byte).
+    # (row block, column block, warp, row, thread of the quad, half, byte)
     ordered = halves.transpose(0, 4, 1, 3, 5, 2, 6).reshape(-1, 4)
     words = lax.bitcast_convert_type(ordered, jnp.int32)
     return words.reshape(padded.shape[0] // ROWS, columns // WORD_COLUMNS, THREADS)
 
 
 def indices_of(words: jax.Array) -> jax.Array:
-    """The inverse of `words_of`: uint8 (rows, bytes)."""
+    """Return the indices, uint8 (rows, bytes), of words: the inverse of `words_of`."""
     blocks, columns = words.shape[:2]
     ordered = lax.bitcast_convert_type(words, jnp.uint8)
     halves = ordered.reshape(blocks, columns, 4, 8, 4, 2, 2)
@@ -77,11 +90,14 @@ def indices_of(words: jax.Array) -> jax.Array:
 
 
 def select(x, shrink: bool = False):
-    """Two of each four of x, (64, 64) numbers >= 0 in 16 bits.
+    """Select the two largest of each four neighbours in the rows of x.
 
-    Returns the values (64, 32); a word of positions for each thread, int32 (128,); and
-    where they shrink by the group's second smallest, S-STE's sums of x S and S S over
-    the 16 columns of a thread, float32 (64, 8). Of equal ones the first are kept.
+    x: (64, 64) numbers >= 0 in 16 bits. Of equal ones the first are kept.
+    shrink: whether the group's second smallest number is subtracted from both.
+
+    Returns the values (64, 32) and a word of positions for each thread, int32 (128,).
+    With `shrink`, also S-STE's sums of x S and S S over the 16 columns of a thread,
+    float32 (64, 8).
     """
     returns = [_struct(x.dtype, *SELECTED_VALUES), _struct(jnp.int32, *SELECTED_WORDS)]
     if shrink:
@@ -95,11 +111,11 @@ def _struct(dtype, shape, layout):
 
 
 def select_two_of_four(ctx, x, *, shrink: bool):
-    """`select` in Mosaic GPU's own language."""
+    """Emit `select` in Mosaic GPU's dialects, for the registers of one thread."""
     del ctx
     i32 = ir.IntegerType.get_signless(32)
     pairs = [mgpu.bitcast(r, i32) for r in x.registers.flat]
-    # By block of 8 columns, and by row r or r + 8.
+    # Registers come by block of 8 columns, and in it by row r or r + 8.
     mine = _transpose_in_quad([pairs[i::2] for i in range(2)])
     element = x.mlir_dtype
     stored, halves, sums = [], [], []
@@ -140,14 +156,17 @@ def _thread():
 
 
 def _transpose_in_quad(rows):
-    """From pairs of neighbours by block of 8 columns, to those of one thread's 16.
+    """Exchange registers in a quad, so that thread t gets columns 16 t to 16 t + 15.
 
-    rows: of each row, a register for each block, which holds columns 2 t and 2 t + 1 of
-        it. Results: columns 16 t + 2 i and 16 t + 2 i + 1, for i from 0 to 7.
+    rows: for each of two rows, a register for each of 8 blocks of 8 columns. It holds
+        columns 2 t and 2 t + 1 of the block.
+
+    Returns 8 registers for each row. Number i holds columns 16 t + 2 i and its right
+    neighbour.
     """
     chunks = [[row[2 * c], row[2 * c + 1]] for row in rows for c in range(4)]
     chunks = [[chunks[c][n], chunks[4 + c][n]] for c in range(4) for n in range(2)]
-    # Of each chunk: both blocks' registers of both rows.
+    # items[c] is for thread c: its first block in rows r and r + 8, then its second.
     items = [chunks[2 * c] + chunks[2 * c + 1] for c in range(4)]
     for bit in (1, 2):
         odd = arith.cmpi(
@@ -160,7 +179,7 @@ def _transpose_in_quad(rows):
                 got = mgpu.shfl_bfly(arith.select(odd, low, high), bit)
                 items[c][n] = arith.select(odd, got, low)
                 items[c | bit][n] = arith.select(odd, high, got)
-    # Items now go by thread: first its block 2 t in rows r and r + 8, then 2 t + 1.
+    # items[c] now comes from thread c: block 2 t in rows r and r + 8, then 2 t + 1.
     return [
         [item[2 * block + row] for block in range(2) for item in items]
         for row in range(2)
@@ -168,13 +187,16 @@ def _transpose_in_quad(rows):
 
 
 def _select_chunk(pairs, element, shrink: bool) -> Any:
-    """Of 16 columns in 8 pairs: 4 registers of values, 16 bits of positions, sums."""
+    """Select in 16 columns of a row, given as 8 pairs.
+
+    Returns 4 registers of values, 16 bits of positions, and S-STE's two sums.
+    """
     values, positions = [], _i32(0)
     zero = arith.constant(ir.F32Type.get(), 0.0)
     overlap = energy = zero
     for group in range(4):
         first, second, third = _largest_three(*pairs[2 * group : 2 * group + 2])
-        # The lower position, which has the higher mark, comes first.
+        # The value with the lower position, which has the higher mark, comes first.
         mark = _i32(3)
         swap = arith.cmpi(
             arith.CmpIPredicate.ult, arith.andi(first, mark), arith.andi(second, mark)
@@ -201,7 +223,11 @@ def _select_chunk(pairs, element, shrink: bool) -> Any:
 
 
 def _largest_three(first_pair, second_pair):
-    """Keys in order: the bits of a number, then its mark, 3 less its position."""
+    """Return the keys of the three largest of four numbers, the largest first.
+
+    A key is an integer that orders as its number does: the number's 16 bits, and below
+    them a mark, 3 less its position, so that of equal numbers the first is larger.
+    """
     keys = []
     for n, pair in enumerate((first_pair, second_pair)):
         bits = _i32(0x3FFFC)
@@ -218,14 +244,14 @@ def _largest_three(first_pair, second_pair):
 
 
 def _to_float(key, element):
-    """The number of a key, in float32."""
+    """Return the number of a key in float32."""
     i16 = ir.IntegerType.get_signless(16)
     bits = arith.trunci(i16, arith.shrui(key, _i32(2)))
     return arith.extf(ir.F32Type.get(), arith.bitcast(element, bits))
 
 
 def _pack(pair, element):
-    """Two float32, rounded to 16 bits, in one register."""
+    """Round two float32 to 16 bits, and put them in one register."""
     narrow = [arith.truncf(element, x) for x in pair]
     two = ir.VectorType.get((2,), element)
     i32 = ir.IntegerType.get_signless(32)
@@ -233,6 +259,7 @@ def _pack(pair, element):
 
 
 def _unpack(register, element):
+    """Return the two numbers of a register in float32."""
     two = mgpu.bitcast(register, ir.VectorType.get((2,), element))
     return [
         arith.extf(
@@ -244,10 +271,11 @@ def _unpack(register, element):
 
 
 def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
-    """acc + S right for 64 rows, awaited, on the sparse tensor cores.
+    """Return acc + S right for 64 rows of S, once the sparse tensor cores are done.
 
     acc: float32 (64, n) in registers.
-    values: of S, (64, 64), tiled in shared memory; words: int32 (2, 128) there.
+    values: the values of S, (64, 64), tiled in shared memory.
+    words: the positions of S, int32 (2, 128), in shared memory.
     right: (128, n), or (n, 128) if transposed, tiled in shared memory.
     """
     transforms = (
@@ -268,7 +296,7 @@ def sparse_dot(acc, values, words, right, transposed: bool, swizzle: int = 128):
 
 
 def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: int):
-    """`sparse_dot` in Mosaic GPU's own language."""
+    """Emit `sparse_dot` in Mosaic GPU's dialects: four wgmma.sp and one wait."""
     del ctx
     n = acc.shape[1]
     if transposed:
@@ -280,7 +308,9 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
     index = ir.IndexType.get()
     at = arith.index_cast(index, _thread())
     loaded = [memref.load(words, [arith.constant(index, i), at]) for i in range(word)]
-    # Through the fence, so that nothing is loaded between the instructions.
+    # All words pass through an instruction that cannot be moved, before the fence.
+    # Without this, a word is loaded between two wgmmas, and ptxas puts a
+    # warpgroup.arrive there.
     i32 = ir.IntegerType.get_signless(32)
     loaded = [
         llvm.inline_asm(
@@ -297,7 +327,8 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
     wide = wgmma_fence(wide)
     registers = list(wide.registers.flat)
     for step in range(2 * word):
-        # 16 stored columns of one tile of 64, and 32 rows of two tiles of 64.
+        # An instruction takes 16 of the 64 stored columns, which are one tile, and 32
+        # of the 128 rows of `right`, which are two tiles of 64.
         a_at = _advance(a, step // 4, step % 4)
         b_at = _advance(b, step // 2, 2 * (step % 2))
         registers = _issue(
@@ -315,13 +346,18 @@ def sparse_wgmma(ctx, acc, values, words, right, *, transposed: bool, swizzle: i
 
 
 def _run(text: str) -> None:
-    """An instruction without operands."""
+    """Emit an instruction without operands."""
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, [], text, "", has_side_effects=True)
 
 
 def _descriptor(ref, group, is_right: bool, swizzle: int):
-    """Of shared memory: base, strides of an instruction and of a tile, transposed."""
+    """Return the wgmma descriptor of a buffer, and strides along the contracted axis.
+
+    Returns the descriptor of the start, the bytes from one group of 16 contracted
+    numbers to the next, the bytes from one tile of 64 to the next, and whether wgmma
+    must transpose the buffer.
+    """
     (base, strides), (_, tile), fastest = mma_utils.create_descriptor(
         ref,
         swizzle=swizzle,
@@ -333,6 +369,7 @@ def _descriptor(ref, group, is_right: bool, swizzle: int):
 
 
 def _advance(descriptor, tiles: int, instructions: int):
+    """Return the descriptor so many tiles of 64 and groups of 16 further on."""
     base, step, tile, _ = descriptor
     i64 = ir.IntegerType.get_signless(64)
     offset = mma_utils.encode_addr(tiles * tile + instructions * step)
@@ -341,11 +378,12 @@ def _advance(descriptor, tiles: int, instructions: int):
 
 
 def _issue(registers, a, b, word, selector: int, n: int, kind: str, b_transposed: bool):
-    """One wgmma.sp: sums += 64 x 32 of the sparse matrix by 32 x n."""
+    """Emit one wgmma.sp: sums += 64 x 32 of the sparse matrix times 32 x n."""
     count = len(registers)
     sums = ", ".join(f"${i}" for i in range(count))
     a_at, b_at, word_at = (f"${2 * count + i}" for i in range(3))
-    # Scale of the sums, signs of both operands, and whether either is transposed.
+    # After the selector: scale of the sums, signs of both operands, and whether either
+    # is transposed.
     text = (
         f"wgmma.mma_async.sp.sync.aligned.m64n{n}k{SPARSE_DEPTH}.f32.{kind}.{kind} "
         f"{{{sums}}}, {a_at}, {b_at}, {word_at}, {selector}, 1, 1, 1, 0, "

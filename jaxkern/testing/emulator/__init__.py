@@ -1,1 +1,1 @@
-"""Mosaic GPU kernels on a CPU. Import it from `jaxkern.testing`."""
+"""An emulator of Mosaic GPU kernels on a CPU. Its public names: `jaxkern.testing`."""

@@ -1,10 +1,10 @@
-"""Bulk copies, which the emulator must not take for copies of tensors.
+"""Refuse bulk copies that reach past the end of a row.
 
-Between a contiguous part of GMEM and SMEM that has no swizzle, Mosaic GPU makes a bulk
-copy (`is_simple_contiguous_copy` in jax/experimental/mosaic/gpu/launch_context.py). It
-is cut at the end of the whole array, and not at that of each axis as a tensor copy is:
-what reaches past the end of a row lands in the next one. Loads that fill with zeros,
-which is their default, are tensor copies.
+Between a contiguous part of GMEM and SMEM without a swizzle, Mosaic GPU makes a bulk
+copy (`is_simple_contiguous_copy` in jax/experimental/mosaic/gpu/launch_context.py). A
+tensor copy stops at the end of each axis. A bulk copy only stops at the end of the
+whole array, so what reaches past the end of a row lands in the next one. Loads that
+fill with zeros, which is their default, are tensor copies.
 """
 
 import functools
@@ -20,14 +20,20 @@ from jax.experimental.mosaic.gpu.launch_context import OOBFillMode
 
 cb: Any = gpu_callbacks
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
-# Of addresses and sizes, says PTX of cp.async.bulk.
+# The bytes of which PTX wants addresses and sizes of cp.async.bulk to be multiples.
 BULK_BYTES = 16
 
 
 def check_bulk_copy(shape, itemsize, ranges, is_cut=True):
-    """Raise where a bulk copy would touch more of the array than what is asked for.
+    """Check that a bulk copy touches only the part of the array that is asked for.
 
-    is_cut: whether it stops at the end of the array.
+    Args:
+        ranges: the part, as a slice or an index for each axis.
+        is_cut: whether the copy stops at the end of the array.
+
+    Raises:
+        IndexError: the copy reaches past the end of a row, or does not start and end at
+            a multiple of `BULK_BYTES`.
     """
     sizes = [1 if isinstance(r, int) else r.stop - r.start for r in ranges]
     starts = [r if isinstance(r, int) else r.start for r in ranges]
@@ -71,7 +77,11 @@ def _check(*, token, thread, key, transforms, is_cut):
 
 
 def _call_check(self, eqn, token, invals, gmem, is_cut):
-    """`gmem`: which of the copy's two references that is."""
+    """Check a copy if it is a bulk copy.
+
+    Args:
+        gmem: which of the copy's two references is in GMEM, 0 or 1.
+    """
     count = 2 + eqn.params.get("has_barrier", False)
     names = "src_transforms_treedef", "dst_transforms_treedef"
     trees = [eqn.params[name] for name in names]

@@ -1,8 +1,8 @@
-"""Find the barriers that nobody can arrive at any more.
+"""Find deadlocks: barriers at which nobody can arrive any more.
 
-All threads of a kernel are deadlocked as soon as each of those that have not ended
-waits at a barrier: only a thread arrives at one. So threads are counted, and no time
-is: a process may be stopped and a thread may compute for as long as they like.
+Only threads arrive at barriers. So the threads of a kernel are deadlocked as soon as
+every thread that has not ended waits at one. This counts threads and needs no timeout,
+which a slow thread or a stopped process would run into.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from jax._src import source_info_util
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 
-# How often a thread that waits looks whether anyone is left to wake it.
+# Seconds after which a waiting thread looks again whether all others wait too.
 LOOK_SECONDS = 0.1
 
 
 class _Threads:
-    """How many threads of kernels have not ended, and how many of these wait."""
+    """Count the threads that have not ended, and those of them that wait."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -38,7 +38,7 @@ threads = _Threads()
 
 
 class _Condition(threading.Condition):
-    """One whose waiters are counted until they are woken."""
+    """A condition that counts its waiting threads until they are woken."""
 
     def __init__(self):
         super().__init__()
@@ -84,14 +84,17 @@ def barrier_wait(self, thread, logging_info=None):
 
 
 def thread_map_callback(jaxpr, token, device_id, num_threads, *args, **options):
-    """Count all threads of a block before the first of them starts."""
+    """Count all threads of a block before the first of them starts.
+
+    Without this, a first thread that waits early would seem to be the only one.
+    """
     threads.count(running=int(num_threads))
     return _upstream_callback(jaxpr, token, device_id, num_threads, *args, **options)
 
 
 @contextlib.contextmanager
 def counted():
-    """A thread inside of this ends with it."""
+    """Count the calling thread as ended when this context ends."""
     try:
         yield
     finally:

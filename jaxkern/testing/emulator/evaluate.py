@@ -1,9 +1,9 @@
-"""Evaluate what a thread of an emulated kernel computes, in NumPy.
+"""Evaluate the program of an emulated kernel's thread in NumPy.
 
 JAX's interpret mode turns a thread into a program of callbacks and of the operations
-between them. It runs once or a few times, and compiling it took longer than all the
-rest of an emulated kernel. Here each equation is a call of NumPy; what NumPy lacks is
-computed by JAX, one operation at a time.
+between them. The program runs once or a few times, and compiling it took longer than
+all the rest of an emulated kernel. Here each equation is a call of NumPy. JAX computes
+what NumPy lacks, one operation at a time.
 """
 
 import functools
@@ -16,13 +16,13 @@ import numpy as np
 from jax._src import core
 
 Values = Sequence[Any]
-# From the values of an equation's inputs to those of its outputs.
+# A function from the values of an equation's inputs to the values of its outputs.
 Rule = Callable[..., Values]
 
 
 def evaluate(jaxpr: Any, consts: Values, args: Values) -> Values:
-    """The results of a jaxpr, whose callbacks run in their order."""
-    # Infinities and integers that wrap around are the kernel's business, not NumPy's.
+    """Return the results of a jaxpr, and run its callbacks in their order."""
+    # A kernel may compute infinities and wrap integers around, without a warning.
     with np.errstate(all="ignore"):
         return _run(jaxpr, consts, args)
 
@@ -44,16 +44,17 @@ def _call(jaxpr, *args) -> Values:
 
 
 def forget() -> None:
-    """Let go of the programs that were evaluated."""
+    """Release the programs that were evaluated."""
     _plan.cache_clear()
 
 
-# Threads of a kernel share a program, and so do the turns of a loop.
+# Cached, since the threads of a kernel share a program, and so do a loop's iterations.
 @functools.lru_cache(maxsize=4096)
 def _plan(jaxpr):
-    """Steps (rule, inputs, outputs), the program's inputs and outputs, and all values.
+    """Return (steps, inputs, outputs, values) of a program.
 
-    Inputs and outputs are places among the values, of which literals are known.
+    A step is (rule, inputs, outputs). All inputs and outputs are places in the list of
+    values, in which only literals are known yet.
     """
     places: dict[Any, int] = {}
     values: list[Any] = []
@@ -96,11 +97,11 @@ def _by_jax(eqn, *args) -> Values:
     return [np.asarray(x) for x in results]
 
 
-# Control flow, and what has several results.
+# Rules of control flow, and of operations with several results.
 
 
 def as_given(x: Any) -> Any:
-    """What a callback gets of a value: an array that it cannot write to, or an int."""
+    """Return a value as callbacks get it: a read-only array, or a Python integer."""
     array = np.asarray(x)
     array.setflags(write=False)
     return array.item() if not array.ndim and array.dtype.kind == "i" else array
@@ -108,7 +109,7 @@ def as_given(x: Any) -> Any:
 
 def _callback(*args, callback, result_avals, **_) -> Values:
     found = zip(callback(*map(as_given, args)), result_avals, strict=True)
-    # They are copied since they may be views of memory that changes later.
+    # Results are copied, since they may be views of memory that changes later.
     return [np.array(x, dtype=aval.dtype)[()] for x, aval in found]
 
 
@@ -159,7 +160,7 @@ STRUCTURED: dict[str, Rule] = {
     "optimization_barrier": lambda *args, **_: args,
 }
 
-# One result, of the inputs alone.
+# Rules of operations with one result that have no options.
 
 
 def _divide(x, y):
@@ -203,14 +204,14 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "stop_gradient": lambda x: x,
 }
 
-# One result, of the inputs and of options.
+# Rules of operations with one result and options.
 
 
 def _convert(x, *, new_dtype, **_):
     is_rounded = jnp.issubdtype(x.dtype, np.inexact) and not jnp.issubdtype(
         new_dtype, np.inexact
     )
-    # Of numbers beyond the integers' range NumPy and XLA make different ones.
+    # NumPy and XLA differ in numbers beyond the range of the integers.
     return (
         np.asarray(jnp.asarray(x).astype(new_dtype))
         if is_rounded
@@ -233,7 +234,7 @@ def _iota(*, dtype, shape, dimension, **_):
 
 
 def _dynamic_slice(x, *starts, slice_sizes, **_):
-    # XLA moves a part that would reach past the end back to it.
+    # As in XLA, a part that would reach past the end is moved back to it.
     found = zip(starts, slice_sizes, x.shape, strict=True)
     firsts = [min(max(int(i), 0), size - n) for i, n, size in found]
     return x[tuple(slice(i, i + n) for i, n in zip(firsts, slice_sizes, strict=True))]
@@ -251,7 +252,7 @@ def _reshape(x, *, new_sizes, dimensions, **_):
 
 
 def _reduce_sum(x, *, axes, **_):
-    # Of 16 bits XLA adds in float32.
+    # XLA adds numbers of 16 bits in float32.
     wide = np.float32 if x.dtype.itemsize == 2 else x.dtype
     return np.sum(x, axes, dtype=wide).astype(x.dtype)
 

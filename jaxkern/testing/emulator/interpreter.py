@@ -1,19 +1,22 @@
-"""JAX's interpret mode of Mosaic GPU kernels, and what it lacks.
+"""Extend JAX's interpret mode of Mosaic GPU kernels by what it lacks.
 
-It emulates barriers, TMA and memory spaces and their races. This adds:
+JAX's mode emulates barriers, TMA, memory spaces and their races. This adds:
 
 - accumulators that start from a value (`pl.run_state` on `plgpu.ACC.init`);
-- `plgpu.wgmma` with its left operand in registers;
-- functions for `plgpu.inline_mgpu`, by what they mean in jnp (meanings.py);
-- races of wgmma: its reads of SMEM stay pending until they are awaited, so a slot that
-  is released or refilled too early is found, and so is a missing `commit_smem`;
-- a barrier nobody arrives at any more is an error that names the line (deadlocks.py);
-- so is a copy that does not stop at the end of a row (copies.py).
+- `plgpu.wgmma` with its left factor in registers;
+- functions for `plgpu.inline_mgpu`, by their meaning in jnp (meanings.py);
+- races of wgmma: its reads of SMEM stay pending until they are awaited, so that a slot
+  which is released or refilled too early is found, and a missing `commit_smem` too
+  (tensor_cores.py);
+- an error for a barrier at which nobody can arrive any more, which names the line that
+  waits (deadlocks.py);
+- an error for a bulk copy past the end of a row (copies.py).
 
-It is also faster than JAX's: a thread's program is evaluated and not compiled
-(evaluate.py), and callbacks get NumPy arrays as they come.
+It is also faster than JAX's mode: a thread's program is evaluated and not compiled
+(evaluate.py), and callbacks get NumPy arrays without a detour.
 
-It replaces private functions of JAX while it is on, and says so where they have moved.
+It replaces private functions of JAX while it is on, and raises an error if JAX has no
+function of that name.
 """
 
 import contextlib
@@ -50,14 +53,17 @@ Meanings = Mapping[Any, Callable[..., Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters(mosaic_gpu.InterpretGPUParams):
-    """JAX's, and the meanings of inline functions, in pairs that can be hashed."""
+    """JAX's parameters, and the meanings of inline functions as pairs.
+
+    JAX hashes the parameters, so this is no dictionary.
+    """
 
     meanings: tuple[tuple[Any, Callable[..., Any]], ...] = ()
 
 
-# TMA copies with a vector clock of their own; JAX hands the clocks out in turns. With
-# its five, a copy shares one with the fifth copy before it, and races between those who
-# wait for either are not seen. More take no more time.
+# Vector clocks for TMA copies, which JAX hands out in turns. With JAX's default of
+# five, a copy shares its clock with the fifth copy before it, and a race between
+# threads that wait for either copy is not seen. More clocks take no more time.
 COPIES = 1024
 
 _SPECIAL = {
@@ -69,7 +75,7 @@ _upstream_interpret = Interpreter.interpret
 
 
 def _split(eqns):
-    """Into runs of ordinary equations and single special ones."""
+    """Split equations into runs of ordinary ones and single special ones."""
     groups = []
     for eqn in eqns:
         special = eqn.primitive in _SPECIAL
@@ -87,7 +93,7 @@ def _variables(eqns, field):
 
 
 def _interpret(self, jaxpr, token, *args):
-    """Ordinary equations the way JAX does them, special ones ours."""
+    """Interpret ordinary equations as JAX does, and special ones by `_SPECIAL`."""
     if not any(eqn.primitive in _SPECIAL for eqn in jaxpr.eqns):
         return _upstream_interpret(self, jaxpr, token, *args)
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), args, strict=True))
@@ -117,18 +123,21 @@ def _interpret(self, jaxpr, token, *args):
 
 
 def _run_jaxpr(jaxpr, consts, *args):
-    """A thread's share of a kernel, which JAX's own compiles in each thread."""
+    """Evaluate a thread's program, which JAX compiles again in each thread."""
     with deadlocks.counted():
         evaluate(jaxpr, consts, [np.asarray(x) for x in args])
 
 
 def _io_callback(*args, result_avals, callback, sharding, ordered):
-    """JAX's own makes a device's array of each argument, most of them one number."""
+    """Call back with NumPy arrays.
+
+    JAX would first copy each argument to a device, and most are one number.
+    """
     return [np.asarray(x) for x in callback(*map(as_given, args))]
 
 
 def _replacements():
-    """(object, name, ours) of all that is replaced in JAX."""
+    """Yield (object, name, replacement) for each function of JAX that is replaced."""
     yield Interpreter, "interpret", _interpret
     yield Interpreter, "_interpret_wgmma_ref_p", cores.interpret_wgmma
     yield Interpreter, "_interpret_wgmma_accumulator_deref_p", cores.interpret_deref
@@ -160,7 +169,7 @@ def _replaced():
 
 @contextlib.contextmanager
 def _quiet():
-    """Each failure of a kernel would be logged five times."""
+    """Silence JAX's log, which would repeat each failure of a kernel five times."""
     logger = logging.getLogger("jax._src.callback")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -171,7 +180,10 @@ def _quiet():
 
 
 def _shortened(error: Exception) -> Exception:
-    """The message that matters, out of the callbacks' nested tracebacks."""
+    """Return an error with the one message that matters.
+
+    JAX's message nests the tracebacks of several callbacks.
+    """
     text = str(error)
     if "RACE DETECTED" in text:
         return RaceError(text[text.rindex("RACE DETECTED") :].split("\n\n")[0])
@@ -189,7 +201,7 @@ def _shortened(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def interpret(meanings: Meanings):
-    """Every `plgpu.kernel` traced inside runs here, and its races are errors."""
+    """Emulate every `plgpu.kernel` that is traced inside, with races as errors."""
     pairs = tuple((MEANINGS | dict(meanings)).items())
     parameters = Parameters(
         detect_races=True, num_tma_threads_per_device=COPIES, meanings=pairs

@@ -1,8 +1,8 @@
-"""The inline functions of this library's kernels, as jnp functions of their arrays.
+"""The meanings of this library's inline functions, as jnp functions of their arrays.
 
-A kernel's `plgpu.inline_mgpu` writes instructions, which an emulator cannot read: it
-asks `MEANINGS` for what they compute. Options that a kernel binds to an inline function
-by `functools.partial` are its meaning's too.
+A kernel's `plgpu.inline_mgpu` writes instructions, which the emulator cannot run. It
+calls what `MEANINGS` has for the inline function instead, with the options that the
+kernel bound to it by `functools.partial`.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from ..._sparsity.packed import GROUP, KEPT, Packed24, pack_bits, unpack, unpack
 
 
 def selected(x, *, shrink: bool) -> Any:
-    """`select_two_of_four`: values, words and, where they shrink, sums."""
+    """Compute `select_two_of_four`: values, words and, where values shrink, sums."""
     groups = x.reshape(ROWS, WORD_COLUMNS // GROUP, GROUP)
-    # By their bits, as threads do: a NaN is the largest.
+    # Numbers are compared by their bits, as in the kernel: a NaN is the largest.
     bits = lax.bitcast_convert_type(groups, jnp.uint16).astype(jnp.int32)
     order = jnp.argsort(-bits, axis=-1, stable=True)
     kept = jnp.sort(order[..., :KEPT], axis=-1)
@@ -47,9 +47,10 @@ def selected(x, *, shrink: bool) -> Any:
 
 
 def dense(values, words):
-    """(64, columns) of values (64, columns / 2) and words (columns / 64, 128).
+    """Unpack values (64, columns / 2) and words (columns / 64, 128) to (64, columns).
 
-    NaN where the two positions of a group do not rise: hardware does not define that.
+    A group is NaN if its two positions do not rise, for which hardware defines no
+    result.
     """
     columns, indices = values.shape[1] * GROUP // KEPT, indices_of(words[None])
     positions = unpack_bits(indices, values.shape[1]).reshape(ROWS, -1, KEPT)
@@ -58,7 +59,7 @@ def dense(values, words):
 
 
 def added_sparse_product(acc, values, words, right, *, transposed: bool, swizzle: int):
-    """`sparse_wgmma`."""
+    """Compute `sparse_wgmma`: add the product of a sparse and a dense factor."""
     del swizzle
     right = right.T if transposed else right
     sparse = dense(values, words).astype(jnp.float32)

@@ -1,6 +1,7 @@
-"""Tensor cores in the emulator: wgmma, accumulators and inline functions.
+"""Emulate tensor cores: wgmma, accumulators and inline functions.
 
-What a wgmma reads of shared memory stays pending until it is awaited.
+The reads of shared memory by a wgmma stay pending until the wgmma is awaited. Until
+then, a thread that releases a slot does not order them before the next write to it.
 """
 
 import collections
@@ -19,12 +20,12 @@ cb: Any = gpu_callbacks
 Interpreter: Any = jaxpr_interpret.JaxprInterpreter
 TOKEN = cb.TOKEN_SHAPE_DTYPE
 
-# By thread, the clocks of the wgmmas in flight.
+# The clocks of each thread's wgmmas in flight, oldest first.
 pending = collections.defaultdict(collections.deque)
 
 
 def _await_wgmma(shared, thread, n):
-    """Let all but the last `n` wgmmas of the thread be done."""
+    """Await all but the last `n` wgmmas of the thread."""
     if not shared.detect_races:
         return
     with shared.lock:
@@ -63,7 +64,7 @@ def _wgmma(
                 thread, clock.async_smem_clock, smem_key, smem_access, source_info
             )
         pending[thread].append(clock)
-    # Infinities are the kernel's business, not NumPy's.
+    # A kernel may compute infinities, without a warning.
     with np.errstate(all="ignore"):
         product = np.matmul(left.astype(value.dtype), right.astype(value.dtype))
     shared.store_buffer_content(key, access, value + product, thread, logging_info=log)
@@ -137,7 +138,7 @@ def interpret_run_state(self, eqn, token, invals):
     keys, ours = [], []
     for var, outer, x in zip(jaxpr.invars, eqn.invars, invals, strict=True):
         is_ref = isinstance(var.aval, state_types.AbstractRef)
-        # SMEM and barriers closed over are allocated already.
+        # References that the body closes over, to SMEM and barriers, exist already.
         if is_ref and not isinstance(outer.aval, state_types.AbstractRef):
             token, request = cb.call_make_allocation_request_array(
                 token=token,
@@ -186,7 +187,11 @@ def interpret_run_state(self, eqn, token, invals):
 def _read_for_inline(
     *, token, mesh_location, thread, refs, is_operand, source_info=None
 ):
-    """Operands as a wgmma that is awaited at once reads them, others as loads do."""
+    """Read the references of an inline function.
+
+    Operands of the tensor cores are read as a wgmma reads them that is awaited at once,
+    others as loads of a thread.
+    """
     shared = cb._get_shared_memory()
     log = memory.GPULoggingInfo(mesh_location, thread, source_info)
     found = [_read(shared, ref, thread, log) for ref in refs]
@@ -203,10 +208,10 @@ def _read_for_inline(
 
 
 def _meaning(meanings, fn):
-    """Find the meaning of an inline function, with the options bound to it.
+    """Return the meaning of an inline function, with the options bound to it.
 
     Raises:
-        NotImplementedError: It has none.
+        NotImplementedError: The function has no meaning.
     """
     options = {}
     while isinstance(fn, functools.partial):
@@ -241,7 +246,7 @@ def interpret_inline(self, eqn, token, get_invals):
             )
             aval: Any = state_types.transform_type(steps, variable.aval)
             refs[i] = key, steps
-            # What is tiled is there for the tensor cores.
+            # A reference with a tiled layout is an operand of the tensor cores.
             is_operand.append(bool(params["flat_arg_types"][i].transforms))
             shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
     if refs:

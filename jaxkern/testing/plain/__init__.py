@@ -1,12 +1,18 @@
-"""Our ops as one writes them in jnp: what a kernel is held to, and what it must beat.
+"""The ops of jaxkern as one writes them in jnp, with every intermediate in memory.
 
-They compute in the dtype of their arguments, but for what a careful user computes in
-float32, and hold every intermediate. In float64 (`jax.enable_x64`) they define the ops.
+In float64 (`jax.enable_x64`) they define the ops. In other dtypes they are what a
+kernel is compared with, in error and in time. Results of products have the dtype of the
+arguments. Softmax, norms, activations and rotations are computed in float32, as a
+careful user does.
 
->>> import jax.numpy as jnp
->>> from jaxkern.testing import plain
->>> print(plain.top2(jnp.array([[1.0, -4.0, 3.0, 2.0]])))
-[[ 0. -4.  3.  0.]]
+Examples:
+    ```python
+    import jax.numpy as jnp
+    from jaxkern.testing import plain
+
+    a = jnp.array([[1.0, -4.0, 3.0, 2.0]])
+    assert plain.top2(a).tolist() == [[0.0, -4.0, 3.0, 0.0]]
+    ```
 """
 
 from .attention import attention as attention

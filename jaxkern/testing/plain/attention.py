@@ -1,4 +1,4 @@
-"""Attention with all logits at once, and rotary embedding."""
+"""Attention with all logits in memory, and rotary embedding."""
 
 from typing import Any
 
@@ -8,22 +8,28 @@ import numpy as np
 
 
 def attention(query, key, value, bias: Any = None, *, scale: float | None = None):
-    r"""Attend, and return the result and its log-sum-exp, (batch, heads, seq_q).
+    r"""Compute softmax attention and its log-sum-exp.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j + b_{ij}$$
 
     Logits and softmax are in float32 or wider, weights in the dtype of `value`. A query
-    that meets no key has $o_i = 0$, $L_i = -\infty$ and no gradient. Query heads in a
-    row share a key head where there are fewer of these.
+    that sees no key has $o_i = 0$, $L_i = -\infty$ and no gradient. With fewer key
+    heads than query heads, consecutive query heads share a key head.
 
     Args:
         query: (batch, seq_q, heads, dim).
         key: (batch, seq_kv, kv_heads, dim).
         value: (batch, seq_kv, kv_heads, dim_v).
-        bias: Of a shape that broadcasts to (batch, heads, seq_q, seq_kv): -inf where a
-            query does not see a key.
-        scale: None stands for dim ** -0.5.
+        bias: Numbers added to the logits, -inf where a query does not see a key. Their
+            shape broadcasts to (batch, heads, seq_q, seq_kv).
+        scale: The factor of the logits; None stands for dim ** -0.5.
+
+    Returns:
+        $o$, (batch, seq_q, heads, dim_v), and $L$, (batch, heads, seq_q).
+
+    References:
+        https://arxiv.org/abs/1706.03762, eq. 1.
     """
     wide = np.promote_types(query.dtype, jnp.float32)
     if query.shape[2] > key.shape[2]:
@@ -45,17 +51,25 @@ def attention(query, key, value, bias: Any = None, *, scale: float | None = None
 
 
 def causal_bias(seq: int):
-    """The bias of `attention` with which a query sees no later key: (seq, seq)."""
+    """Return the bias (seq, seq) of `attention` that hides later keys from a query."""
     return jnp.where(jnp.tri(seq, dtype=bool), 0.0, -jnp.inf)
 
 
 def rotary(x, theta: float = 1e4):
-    r"""Turn pairs of neighbours of (batch, seq, heads, dim) by their position.
+    r"""Rotate pairs of neighbouring features by angles in proportion to the position.
 
     $$y_{2i} + \mathrm{i}\, y_{2i+1} = (x_{2i} + \mathrm{i}\, x_{2i+1})\,
     e^{\mathrm{i}\, p\, \omega_i}, \quad \omega_i = \theta^{-2i / \mathrm{dim}}$$
 
-    in float32 or wider, of angles in float64.
+    Here $p$ is the position. Angles are computed in float64, products in float32 or
+    wider.
+
+    Args:
+        x: (batch, seq, heads, dim), with an even dim.
+        theta: The base $\theta$ of the frequencies.
+
+    References:
+        https://arxiv.org/abs/2104.09864, eq. 34.
     """
     seq, dim = x.shape[1], x.shape[-1]
     wide = np.promote_types(x.dtype, jnp.float32)

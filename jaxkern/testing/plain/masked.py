@@ -1,4 +1,4 @@
-"""Products with a mask for each sample."""
+"""Products of weights with a mask for each sample."""
 
 import jax.numpy as jnp
 
@@ -14,15 +14,15 @@ def masked_matmul(x, w, mask):
     return jnp.einsum("bsd,bdm->bsm", x, w[None] * mask)
 
 
-def masked_bilinear(h, weights, masks, biases):
+def masked_bilinear(x, weights, masks, biases):
     r"""A bilinear layer of masked weights and biases.
 
-    $$y = (z_1 \odot z_2)\, W_3 + b_3, \quad z_i = h\, W_i + b_i$$
+    $$y = (z_1 \odot z_2)\, W_3 + b_3, \quad z_i = x\, W_i + b_i$$
 
-    with $W_i = w_i \odot m_i$ as in `masked_matmul`.
+    where $W_i = w_i \odot m_i$ as in `masked_matmul`.
     """
 
-    def affine(x, i):
-        return masked_matmul(x, weights[i], masks[i]) + biases[i][None, None]
+    def affine(features, i):
+        return masked_matmul(features, weights[i], masks[i]) + biases[i][None, None]
 
-    return affine(affine(h, 0) * affine(h, 1), 2)
+    return affine(affine(x, 0) * affine(x, 1), 2)

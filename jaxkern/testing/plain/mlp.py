@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons, every result of a product rounded once."""
+"""Multi-layer perceptrons, in which each matmul's result is rounded once."""
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +13,71 @@ def _silu_gate(gate, up):
 
 
 def swiglu(x, w_gate, w_up, w_down):
-    r"""$(\mathrm{silu}(x W_\mathrm{gate}) \odot x W_\mathrm{up})\, W_\mathrm{down}$."""
+    r"""Compute a SwiGLU.
+
+    $$(\mathrm{silu}(x W_\mathrm{gate}) \odot x W_\mathrm{up})\, W_\mathrm{down}$$
+
+    Args:
+        x: (..., d_in).
+        w_gate: (d_in, hidden).
+        w_up: (d_in, hidden).
+        w_down: (hidden, d_out).
+
+    References:
+        https://arxiv.org/abs/2002.05202, eq. 6.
+    """
     return activate(_silu_gate, x @ w_gate, x @ w_up) @ w_down
 
 
 def low_rank_swiglu(x, gate, up, down):
-    """`swiglu` of kernels that are pairs of factors, from left to right."""
+    r"""Compute `swiglu` with low-rank weights, multiplying from left to right.
+
+    $$(\mathrm{silu}(x G_1 G_2) \odot x U_1 U_2)\, D_1 D_2$$
+
+    Args:
+        x: (..., d_in).
+        gate: The pair $G_1$, $G_2$ of factors.
+        up: The pair $U_1$, $U_2$ of factors.
+        down: The pair $D_1$, $D_2$ of factors.
+    """
     z = (x @ gate[0]) @ gate[1], (x @ up[0]) @ up[1]
     return (activate(_silu_gate, *z) @ down[0]) @ down[1]
 
 
 def relu2(x, up, down, *, select=keep_all):
-    r"""$\mathrm{select}(\mathrm{relu}(x U_1 U_2)^2)\, D_1 D_2$, from left to right.
+    r"""Compute a low-rank MLP with squared ReLU, multiplying from left to right.
+
+    $$\mathrm{select}(\mathrm{relu}(x U_1 U_2)^2)\, D_1 D_2$$
 
     Args:
         x: (tokens, d_in).
-        up: A pair of factors.
-        down: A pair of factors.
-        select: One of `keep_all`, `static`, `top2` and `soft`.
+        up: The pair $U_1$, $U_2$ of factors.
+        down: The pair $D_1$, $D_2$ of factors.
+        select: Which hidden features are kept: `keep_all`, `static`, `top2` or `soft`.
     """
     hidden = activate(lambda z: jax.nn.relu(z) ** 2, (x @ up[0]) @ up[1])
     return (select(hidden) @ down[0]) @ down[1]
 
 
 def pruned(x, up, down):
-    """`relu2` of factors that are packed transposed."""
+    """Compute `relu2` with 2:4-sparse factors, which are packed and transposed.
+
+    Args:
+        x: (tokens, d_in).
+        up: A pair of `Packed24`, each of a transposed factor.
+        down: A pair of `Packed24`, each of a transposed factor.
+    """
     up, down = ([unpack(factor).T for factor in pair] for pair in (up, down))
     return relu2(x, up, down)
 
 
 def flash_mlp(x, w1, w2, w_gate=None, *, activation: str = "silu"):
-    r"""One MLP a head: $\mathrm{act}(x W_1)\, W_2$.
+    r"""Compute one MLP for each head $h$.
 
-    With `w_gate` it is $(\mathrm{act}(x W_\mathrm{gate}) \odot x W_1)\, W_2$.
+    $$\mathrm{act}(x_h W_{1h})\, W_{2h}$$
+
+    With `w_gate` it is $(\mathrm{act}(x_h W_{\mathrm{gate}\,h}) \odot x_h W_{1h})\,
+    W_{2h}$.
 
     Args:
         x: (heads, batch, dim).

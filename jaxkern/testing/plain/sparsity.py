@@ -1,4 +1,4 @@
-"""Two of each four neighbours in a row, by sorting."""
+"""2:4 sparsity by sorting: select two of each four neighbours in a row."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from .rounding import activate
 
 
 def keep_all(a):
-    """Select nothing: `a`."""
+    """Return `a` as it is."""
     return a
 
 
 def static(a):
-    """Keep the first two of each four, whatever they are."""
+    """Keep the first two of each four, whatever their values are."""
     return jnp.where((jnp.arange(a.shape[1]) % 4 < 2)[None], a, 0)
 
 
 def groups(a):
-    """(rows, groups, 4), the last group filled up with zeros."""
+    """Cut rows into (rows, groups, 4), with zeros that fill up the last group."""
     return jnp.pad(a, ((0, 0), (0, -a.shape[1] % 4))).reshape(len(a), -1, 4)
 
 
 def top2(a):
-    """Keep the two largest magnitudes of each four; of equal ones the first."""
+    """Keep the two largest magnitudes of each four; the first ones where equal."""
     order = jnp.argsort(-abs(groups(a)), stable=True)
     rank = jnp.argsort(order, stable=True)
     kept = (rank < 2).reshape(len(a), -1)[:, : a.shape[1]]
@@ -32,9 +32,16 @@ def top2(a):
 
 
 def soft(a):
-    """Shrink each four by its second smallest magnitude, and rescale each row (S-STE).
+    r"""Shrink each four by its second smallest magnitude, and rescale each row (S-STE).
 
-    The derivative is the identity.
+    $$\beta s, \quad s = \mathrm{sign}(a) \max(|a| - t, 0), \quad
+    \beta = \frac{a \cdot s}{s \cdot s}$$
+
+    where $t$ is the second smallest magnitude of the four, and the products are over a
+    row. The derivative is the identity.
+
+    References:
+        https://arxiv.org/abs/2409.09099.
     """
 
     def shrink(a):
@@ -48,7 +55,7 @@ def soft(a):
 
 
 def unpack(packed: Any) -> Any:
-    """The dense matrix of a `Packed24`, by what its docstring says."""
+    """Return the dense matrix of a `Packed24`, as its docstring defines it."""
     values, indices = packed.values, packed.indices
     rows, kept = values.shape
     shifts = 2 * jnp.arange(4, dtype=jnp.uint8)

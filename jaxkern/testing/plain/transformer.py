@@ -1,4 +1,4 @@
-"""The language model as one writes it in jnp, layer by layer."""
+"""The language model `TransformerLM` as one writes it in jnp, layer by layer."""
 
 from collections.abc import Mapping
 from functools import reduce
@@ -16,12 +16,14 @@ EPSILON = 1e-5
 
 
 def rms_norm(x, scale):
+    """RMSNorm over the last axis, computed in float32 or wider."""
     wide = x.astype(np.promote_types(x.dtype, jnp.float32))
     wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + EPSILON)
     return (wide * scale).astype(x.dtype)
 
 
 def attend(x, layer, theta):
+    """Causal self-attention of one layer, with rotary positions."""
     query, key, value = (
         jnp.einsum("btd,dhe->bthe", x, layer[name])
         for name in ("query", "key", "value")
@@ -32,6 +34,7 @@ def attend(x, layer, theta):
 
 
 def logits(weights: Mapping[str, Any], tokens: jax.Array, theta: float = 1e4) -> Any:
+    """Logits of every token, (batch, seq, vocab)."""
     x = weights["embedding"][tokens]
     for layer in weights["layers"]:
         x = x + attend(rms_norm(x, layer["attention_norm"]), layer, theta)
@@ -46,13 +49,14 @@ def loss(
     targets: jax.Array,
     theta: float = 1e4,
 ) -> Any:
-    """Mean cross-entropy, from all logits at once."""
+    """Return the mean cross-entropy, with all logits in memory."""
     found = logits(weights, tokens, theta)
     found = found.astype(np.promote_types(found.dtype, jnp.float32))
     each = jnp.take_along_axis(jax.nn.log_softmax(found), targets[..., None], -1)
     return -each.mean()
 
 
+# Where the state of a layer has each of its weights.
 PLACES = {
     "attention_norm": ("attention_norm", "scale"),
     "query": ("attention", "query", "kernel"),
@@ -67,7 +71,10 @@ PLACES = {
 
 
 def from_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """These weights, from the pure state of a `TransformerLM`, scanned or unrolled."""
+    """Take the weights from the pure state of a `TransformerLM`.
+
+    The layers may be scanned or unrolled.
+    """
     layers = state["layers"]
     if "attention" in layers:
         count = len(layers["mlp"]["w_gate"])

@@ -20,7 +20,7 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.causal(0, 4),
             ValueError,
-            "BlockMask.causal: q_len must be an integer of at least 1, got 0",
+            "BlockMask.causal: seq_q must be an integer of at least 1, got 0",
         ),
         (
             lambda: untyped.BlockMask.causal(4, 4, block_size=1.5),
@@ -78,9 +78,9 @@ def under_jit(fn, *args):
             r"blocks must have shape \(q, kv\), .*, got \(2,\)",
         ),
         (
-            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2), bool), q_len=128),
+            lambda: untyped.BlockMask.from_blocks(np.ones((2, 2), bool), seq_q=128),
             ValueError,
-            "from_blocks: q_len must fill 2 blocks of 128, got 128",
+            "from_blocks: seq_q must fill 2 blocks of 128, got 128",
         ),
         (
             lambda: untyped.BlockMask.from_dense(IDS.reshape(8, 8)),
@@ -95,12 +95,12 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.from_mask_fn(lambda b, h, q, k: q - k, 4, 4),
             TypeError,
-            "BlockMask.from_mask_fn: fn must give booleans, got int32",
+            "BlockMask.from_mask_fn: mask_fn must give booleans, got int32",
         ),
         (
             lambda: untyped.BlockMask.from_mask_fn(lambda q, k: q >= k, 4, 4),
             TypeError,
-            r"from_mask_fn: fn must take four arguments, .* got one of \(q, k\)",
+            r"from_mask_fn: mask_fn must take four arguments, .* got one of \(q, k\)",
         ),
         (
             lambda: untyped.BlockMask.from_blocks(
@@ -112,12 +112,12 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.from_mask_fn(3, 4, 4),
             TypeError,
-            "from_mask_fn: fn must be a function, got int",
+            "from_mask_fn: mask_fn must be a function, got int",
         ),
         (
             lambda: untyped.BlockMask.from_mask_fn(lambda b, h, q, k: (q, k), 4, 4),
             TypeError,
-            "from_mask_fn: fn must give booleans, got tuple",
+            "from_mask_fn: mask_fn must give booleans, got tuple",
         ),
         (
             lambda: untyped.BlockMask.local_window(4, 4, window=True),
@@ -127,7 +127,7 @@ def under_jit(fn, *args):
         (
             lambda: BlockMask.causal(2**31, 4),
             ValueError,
-            r"q_len must be less than 2\*\*31, got 2147483648",
+            r"seq_q must be less than 2\*\*31, got 2147483648",
         ),
         (
             under_jit(
@@ -135,7 +135,7 @@ def under_jit(fn, *args):
                 np.arange(4),
             ),
             TypeError,
-            "from_mask_fn: the result of fn must have values, got an array traced",
+            "from_mask_fn: the result of mask_fn must have values, got an array traced",
         ),
         (
             under_jit(lambda x: CAUSAL.to_string() and x.to_string(), CAUSAL),
@@ -145,7 +145,7 @@ def under_jit(fn, *args):
         (
             lambda: CAUSAL & BlockMask.causal(64, 64, block_size=8),
             ValueError,
-            r"BlockMask &: \(q_len, kv_len, block_size\) of both must be equal, "
+            r"BlockMask &: \(seq_q, seq_kv, block_size\) of both must be equal, "
             r"got \(64, 64, 16\) and \(64, 64, 8\)",
         ),
         (
@@ -190,7 +190,7 @@ MAKERS = {
     ),
     "document": lambda n: BlockMask.document(np.arange(100) // 9, block_size=n(64)),
     "blocks": lambda n: BlockMask.from_blocks(
-        np.tri(2, dtype=bool), q_len=n(100), kv_len=n(90), block_size=n(64)
+        np.tri(2, dtype=bool), seq_q=n(100), seq_kv=n(90), block_size=n(64)
     ),
 }
 
@@ -199,6 +199,6 @@ MAKERS = {
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32])
 @pytest.mark.parametrize("name", MAKERS)
 def test_sizes_of_any_integer(name, dtype):
-    """Some cannot be negated, others not multiplied by the number of blocks."""
+    """Unsigned sizes cannot be negated, and products of narrow ones overflow."""
     got, expected = MAKERS[name](dtype), MAKERS[name](int)
     np.testing.assert_array_equal(got.to_dense(), expected.to_dense())

@@ -16,7 +16,7 @@ from jaxkern._attention.block_mask import patterns
 from jaxkern._attention.block_mask.mask import band_mask
 from jaxkern._attention.block_mask.runs import combine
 
-# (q_len, kv_len, block_size)
+# (seq_q, seq_kv, block_size)
 SIZES = {
     "one": (1, 1, 1),
     "whole": (64, 64, 16),
@@ -30,14 +30,14 @@ sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 
 
 def each_size_and(name, first, *others):
-    """Every size with the first value, and one size with each other one."""
+    """Parametrize all sizes with the first value, and one size with all others."""
     cases = {f"{size}-{first}": (SIZES[size], first) for size in SIZES}
     cases |= {f"ragged-{value}": (SIZES["ragged"], value) for value in others}
     return pytest.mark.parametrize(f"size, {name}", cases.values(), ids=cases)
 
 
 def states_of(dense, block_size):
-    """0, 1, 2 for empty, partial and full blocks; what lies past an end is False."""
+    """Return 0, 1, 2 for empty, partial, full blocks; dense is False past its end."""
     *leading, rows, columns = dense.shape
     past = [(0, 0)] * len(leading) + [(0, -n % block_size) for n in (rows, columns)]
     padded = np.pad(dense, past)
@@ -79,8 +79,8 @@ def test_local_window(size, window):
 
 @pytest.mark.parametrize("lengths", [(8, 8), (9, 7), (12, 9), (7, 12)])
 def test_states_at_every_edge(lengths):
-    """Bands and first tokens with which a block is full, or empty, by one token."""
-    (q_len, kv_len), (q, k) = lengths, positions(lengths)
+    """In bands and first tokens, one token decides if a block is full, or empty."""
+    (seq_q, seq_kv), (q, k) = lengths, positions(lengths)
     for lower, upper in itertools.product((None, *range(-9, 3)), (None, *range(-2, 9))):
         if lower is not None and upper is not None and lower > upper:
             continue
@@ -89,17 +89,17 @@ def test_states_at_every_edge(lengths):
             dense &= k - q >= lower
         if upper is not None:
             dense &= k - q <= upper
-        got = states_listed(band_mask(lower, upper, q_len, kv_len, 4))[0, 0]
+        got = states_listed(band_mask(lower, upper, seq_q, seq_kv, 4))[0, 0]
         np.testing.assert_array_equal(got, states_of(dense, 4))
-    inside = patterns.inside(q_len, kv_len, 4)
+    inside = patterns.inside(seq_q, seq_kv, 4)
     for tokens in range(14):
-        first = patterns.first_tokens(tokens, q_len, kv_len, 4)
+        first = patterns.first_tokens(tokens, seq_q, seq_kv, 4)
         got = combine(np.minimum, first, inside).to_dense()[0, 0]
         expected = states_of((q < tokens) | (k < tokens), 4)
         np.testing.assert_array_equal(got, expected)
 
 
-# 2**31 and more do not fit in 32 bits, and are what users write for "no limit".
+# Users write such numbers for "no limit"; from 2**31 on they do not fit in 32 bits.
 @pytest.mark.parametrize("large", [2**31 - 1, 2**31, 2**63])
 def test_numbers_beyond_32_bits_are_no_limit(large):
     q, k = positions((10, 7))
@@ -154,7 +154,7 @@ def test_global_local(size, both):
         *size[:2], global_tokens=tokens, window=window, block_size=size[2]
     )
     expected = (abs(q - k) <= window) | (q < tokens) | (k < tokens)
-    # A block that needs both parts to be full counts as partial.
+    # A block that is full only by both parts together counts as partial.
     assert_is(mask, expected, exact_lists=False)
     got = states_listed(mask) > 0
     np.testing.assert_array_equal(got[0, 0], states_of(expected, size[2]) > 0)
@@ -205,7 +205,7 @@ def test_document_and_from_blocks_under_jit(ids):
     def causal_documents(ids):
         n = ids.shape[-1]
         mask = BlockMask.document(ids, block_size=16)
-        assert str(mask) == f"BlockMask(q_len={n}, kv_len={n}, block_size=16)"
+        assert str(mask) == f"BlockMask(seq_q={n}, seq_kv={n}, block_size=16)"
         both = BlockMask.causal(n, n, block_size=16) & mask
         return both, both.density
 
@@ -230,9 +230,9 @@ def test_from_blocks(leading, lengths):
     dense = np.kron(blocks, np.ones((16, 16), bool))[..., : lengths[0], : lengths[1]]
 
     def build(blocks, **options):
-        q_len, kv_len = lengths
+        seq_q, seq_kv = lengths
         return BlockMask.from_blocks(
-            blocks, block_size=16, q_len=q_len, kv_len=kv_len, **options
+            blocks, block_size=16, seq_q=seq_q, seq_kv=seq_kv, **options
         )
 
     assert_is(build(blocks), dense)
@@ -293,7 +293,7 @@ def test_from_mask_fn(size):
 
 def test_mask_fn_of_one_batch_is_that_of_the_first():
     mask = BlockMask.from_mask_fn(lambda b, h, q, k: q >= k + b + h, 20, 20)
-    blocks = BlockMask.from_blocks(np.ones((2, 3, 1, 1), bool), q_len=20, kv_len=20)
+    blocks = BlockMask.from_blocks(np.ones((2, 3, 1, 1), bool), seq_q=20, seq_kv=20)
     q, k = positions((20, 20))
     assert_is(mask & blocks, np.broadcast_to(k <= q, (2, 3, 20, 20)))
 
@@ -304,7 +304,7 @@ def test_a_mask_fn_that_ignores_its_arguments():
 
 
 def test_a_mask_fn_is_given_columns_of_queries_and_rows_of_keys():
-    """Wherever it is asked, so that what a user's function broadcasts is the same."""
+    """All calls have these shapes, so that users' functions always broadcast alike."""
     asked = set()
 
     def fn(b, h, q, k):
@@ -382,8 +382,8 @@ PATTERNS = {
     "blocks": lambda n, m: BlockMask.from_blocks(
         np.random.default_rng(0).random((-(-n // 8), -(-m // 8))) < 0.5,
         block_size=8,
-        q_len=n,
-        kv_len=m,
+        seq_q=n,
+        seq_kv=m,
         mask_fn=lambda b, h, q, k: q != k,
     ),
 }
@@ -421,7 +421,7 @@ def test_a_mask_is_a_pytree():
     np.testing.assert_array_equal(
         jax.jit(lambda m: m.to_dense())(mask), mask.to_dense()
     )
-    assert "BlockMask(q_len=64" in repr(jax.tree.map(lambda x: None, mask))
+    assert "BlockMask(seq_q=64" in repr(jax.tree.map(lambda x: None, mask))
 
 
 def test_equal_patterns_share_one_compiled_program():
@@ -457,7 +457,7 @@ def test_equal_patterns_share_one_compiled_program():
 def test_a_million_tokens(build, most_bytes):
     start = time.perf_counter()
     mask = build(2**20)
-    # 0.03 to 0.2 s where nothing else runs.
+    # It takes 0.03 to 0.2 s on an idle machine.
     assert time.perf_counter() - start < 5
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(mask)) <= most_bytes
 

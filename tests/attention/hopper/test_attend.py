@@ -1,7 +1,7 @@
 """The Hopper kernels of attention, in an emulator that detects races.
 
-A run of both passes takes its time to trace and compile, whatever the size: so each run
-here checks several things that have nothing to do with each other.
+Tracing and compiling take most of a run of both passes, whatever the size. So each run
+here checks several independent things.
 """
 
 from functools import partial
@@ -33,7 +33,7 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 
 
 def check(size, mask, dtype=BF16, scale=None):
-    """The op by its kernel."""
+    """Assert that the kernel is as exact as the plain form."""
 
     def op(query, key, value):
         options: Any = {"mask": mask, "scale": scale, "return_lse": True}
@@ -45,7 +45,7 @@ def check(size, mask, dtype=BF16, scale=None):
 
 
 def some_blocks(seed, heads, rows, columns):
-    """Half of the blocks; one row and one column of the first head have none."""
+    """Draw half of the blocks; one row and one column of the first head have none."""
     blocks = np.random.default_rng(seed).random((heads, rows, columns)) < 0.5
     blocks[0, -1] = blocks[0, :, 0] = False
     return blocks
@@ -54,7 +54,7 @@ def some_blocks(seed, heads, rows, columns):
 def in_blocks(seed, n, fn=None):
     count = -(-n // 128)
     blocks = some_blocks(seed, 2, count, count)
-    return BlockMask.from_blocks(blocks, q_len=n, kv_len=n, mask_fn=fn)
+    return BlockMask.from_blocks(blocks, seq_q=n, seq_kv=n, mask_fn=fn)
 
 
 def every_third(b, h, q, k):
@@ -84,7 +84,7 @@ MASKS = {
 }
 
 
-# Every kind of predicate has pairs that it alone decides.
+# Each kind of predicate decides some pairs of a query and a key alone.
 IDS = np.stack([np.arange(200) // 50, np.arange(200) // 90])
 TOGETHER = {
     "bands and diagonals": lambda: (
@@ -97,7 +97,7 @@ TOGETHER = {
         (MASKS["dense"](200) | BlockMask.document(IDS)) & BlockMask.causal(200, 200)
     ),
 }
-# The masks are on both sides of the largest dim that needs two launches, not three.
+# The dims are on both sides of the largest one that needs two launches, and not three.
 DIMS = {
     "bands and diagonals": 32,
     "functions in blocks": 128,
@@ -124,7 +124,7 @@ def causal(size, block_size):
 @pytest.mark.parametrize(
     "size, block_size, mask, dtype, scale",
     [
-        # Rows of keys, and of queries, are longer than the ring.
+        # Rows of keys, and of queries, have more tiles than the ring has slots.
         ((2, 70, 200, 4, 2, 24, 40), 64, whole, F16, None),
         ((1, 290, 150, 1, 1, 48, 48), 256, causal, BF16, None),
         ((1, 100, 300, 2, 1, 80, 40), 192, whole, BF16, None),
@@ -146,9 +146,9 @@ def test_the_kernels_scale_is_positive(scale):
 
 @pytest.mark.usefixtures("hopper")
 def test_known_and_traced_masks_give_the_same_under_vmap():
-    """The batches of a mask repeat; large logits too, by the same program.
+    """`vmap` repeats the batches of a mask; one of its two inputs has large logits.
 
-    Weights are exp(logit - lse) in the backward, no nearer than lse is rounded.
+    The backward's weights are exp(logit - lse), with the error of a rounded lse.
     """
     ids = np.stack([np.arange(140) // 50, np.arange(140) // 90])
     mask = BlockMask.document(ids) & BlockMask.causal(140, 140)
@@ -216,7 +216,7 @@ def test_under_shard_map():
     # The emulator has one device at a time.
     devices = mesh(data=1, model=1)
     blocks = np.stack([some_blocks(seed, 2, 2, 2) for seed in (0, 1)])
-    mask = BlockMask.from_blocks(blocks, q_len=140, kv_len=140)
+    mask = BlockMask.from_blocks(blocks, seq_q=140, seq_kv=140)
     spec, specs = jax.P("data", None, "model"), mask.partition_specs("data", "model")
 
     def kernel(*args):
@@ -243,7 +243,7 @@ SMALL, LARGE = (2, 1, 7, 2, 1, 8, 8), (1, 1001, 333, 6, 2, 72, 72)
     ids=["small", "documents", "dense"],
 )
 def test_any_size_lowers_for_a_gpu(size, mask):
-    """Which asks for more than the emulator."""
+    """Lowering checks more than the emulator does."""
     args, cotangents = attention_args(size, BF16)
     seq_q, seq_kv = size[1:3]
     lists = {
@@ -264,7 +264,7 @@ def test_any_size_lowers_for_a_gpu(size, mask):
 
 
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = attention_args((1, 64, 64, 1, 1, 16, 16), BF16)
     mask = BlockMask.causal(64, 64)
 
@@ -357,14 +357,14 @@ def test_blocks_on_gpu(block_size, dtype):
     n = 1000
     count = -(-n // block_size)
     blocks = some_blocks(5, 4, count, count)
-    mask = BlockMask.from_blocks(blocks, block_size=block_size, q_len=n, kv_len=n)
+    mask = BlockMask.from_blocks(blocks, block_size=block_size, seq_q=n, seq_kv=n)
     check((2, n, n, 4, 2, 64, 64), mask, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seq", [4096, 32768])
 def test_long_sequences_on_gpu(seq):
-    """The first and last rows, and the same twice, bit by bit."""
+    """The first and last rows are right, and a second run gives the same bits."""
     args, cotangents = attention_args((1, seq, seq, 2, 1, 128, 128), BF16)
     mask = BlockMask.causal(seq, seq)
 

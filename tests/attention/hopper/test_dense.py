@@ -17,6 +17,7 @@ from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
     BlockMask,
+    Dilation,
     attention,
     block_sparse_attention,
     dilated_attention,
@@ -41,7 +42,7 @@ def test_attention():
 
 @pytest.mark.usefixtures("hopper")
 def test_mask_of_keys():
-    """As a batch of sequences padded to one length has, for each head."""
+    """The sequences of a batch are padded, with other lengths for each head."""
     lengths = np.array([[130, 70], [0, 129]])[:, :, None, None]
     mask = jnp.asarray(np.arange(130) < lengths)
 
@@ -61,9 +62,9 @@ def test_mask_of_keys():
     ids=["heads of a key differ, padded", "heads of a key are alike"],
 )
 def test_dilated_attention(padded, heads, head_offsets):
-    """As near to float32 as by XLA; with a key mask and a rest of a segment.
+    """Kernels are as exact as XLA, with a key mask and with a part of a segment.
 
-    A rate of 1 is dense attention.
+    Rate 1 is dense attention, which other tests cover.
     """
     seq = 70 if padded else 64
     args, (d_out, d_lse) = attention_args(
@@ -74,11 +75,9 @@ def test_dilated_attention(padded, heads, head_offsets):
     def dilated(implementation, *args):
         return dilated_attention(
             *args,
-            segment_lengths=(64,),
-            dilation_rates=(2,),
+            dilation=Dilation((64,), (2,), head_offsets=head_offsets),
             is_causal=True,
             key_mask=key_mask,
-            head_offsets=head_offsets,
             return_lse=True,
             implementation=implementation,
         )
@@ -100,12 +99,12 @@ def test_dilated_attention(padded, heads, head_offsets):
 
 @pytest.mark.usefixtures("chooses_hopper")
 def test_dilated_attention_copies_no_rows_for_the_kernel():
-    """It keeps the arguments, which kernels read in strides, beside their results."""
+    """It keeps arguments, which kernels read with strides, and the kernels' results."""
     args, _ = attention_args((1, 1024, 1024, 4, 2, 16, 16), BF16)
 
     def dilated(*args):
-        patterns: Any = {"segment_lengths": (256, 1024), "dilation_rates": (2, 4)}
-        return dilated_attention(*args, **patterns, **KERNEL)
+        dilation = Dilation((256, 1024), (2, 4))
+        return dilated_attention(*args, dilation=dilation, **KERNEL)
 
     def shapes(*args):
         kept = jax.tree.leaves(jax.vjp(dilated, *args)[1])
@@ -117,7 +116,7 @@ def test_dilated_attention_copies_no_rows_for_the_kernel():
     assert folded <= set(kept) <= folded | rows
 
 
-# Of whole keys no more is seen than by `attention`.
+# A step with all keys is left out: it is the same as `attention`.
 PARTS = {
     "keys from the diagonal on": ("striped", 2, -0.25),
     "half of the keys": ("zigzag", 1, 0.25),
@@ -128,9 +127,10 @@ PARTS = {
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("layout, which, scale", PARTS.values(), ids=PARTS)
 def test_steps_of_a_ring(layout, which, scale):
-    """The emulator has one device, so one by one: as XLA, and `out` is not rounded.
+    """Each step is as exact as by XLA; the emulator's one device runs them one by one.
 
-    Gradients are: the kernel writes them in 16 bits, and a ring adds them in float32.
+    The kernel does not round `out` to 16 bits. It rounds gradients, which the ring adds
+    in float32.
     """
     part = ring_steps._parts(layout, 140, 140)[which]
     (query, key, value), (d_out, _) = attention_args((1, 140, 140, 2, 1, 16, 16), BF16)
@@ -179,12 +179,12 @@ def test_ring_of_one():
 @pytest.mark.usefixtures("chooses_hopper")
 @pytest.mark.parametrize("layout", ["zigzag", "dilated"])
 def test_ring_of_four_lowers_for_a_gpu(layout):
-    """Inside shard_map each device runs kernels, and None picks them."""
+    """Inside `jax.shard_map` each device runs kernels, which `None` picks."""
     devices, spec = mesh(i=4), jax.P(None, "i")
     args, (d_out, _) = attention_args((1, 4 * 272, 4 * 272, 2, 1, 16, 16), BF16)
-    options = {"layout": layout}
+    options: Any = {"layout": layout}
     if layout == "dilated":
-        options = {"segment_lengths": (272, 4 * 272), "dilation_rates": (1, 1)}
+        options = {"dilation": Dilation((272, 4 * 272), (1, 1))}
 
     def gradients(*args):
         local = partial(ring_attention, axis_name="i", is_causal=True, **options)
@@ -218,7 +218,7 @@ def causal_blocks(query, key, value):
 @pytest.mark.parametrize("op", [attention, causal_blocks])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_none_picks_the_kernel_where_arrays_lie_whole(kind, op):
-    """One device of eight has them; XLA cannot split a kernel over several."""
+    """XLA cannot split a kernel over devices."""
     args, _ = attention_args((2, 264, 264, 2, 1, 16, 16), BF16)
     assert jax.device_count() == 8
     assert kernels_of(op, *jax.device_put(args, jax.devices()[3])) == 1

@@ -56,7 +56,7 @@ def test_host_and_program_agree(name, blocks, heads, lane_rows, monkeypatch):
 
 
 def sorts(fn, *args):
-    """How often the program for a GPU sorts."""
+    """Count the sorts in the program for a GPU; one that schedules has some."""
     lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
     return lowered.as_text().count("stablehlo.sort")
 

@@ -1,4 +1,4 @@
-"""What the backward of masked kernels computes, and what the forward keeps for it."""
+"""The backward of masked kernels: its launches, and what the forward keeps for it."""
 
 from functools import partial
 
@@ -18,12 +18,12 @@ chooses_hopper = pytest.mark.usefixtures("chooses_hopper")
 
 
 def launches(fn, *args):
-    """How many kernels the program for a GPU launches."""
+    """Count the kernels that the program for a GPU launches."""
     return len(lower(fn, args))
 
 
 def in_scan(fn):
-    """Sample by sample."""
+    """Return `fn` as a scan over the samples."""
 
     def by_samples(x, w, logits):
         def step(carry, one):
@@ -44,7 +44,7 @@ ONE, TWO = [(0,), (1,), (2,)], [(1, 2), (0, 1, 2)]
     ids=["plainly", "jit", "scan"],
 )
 def test_only_wanted_gradients_are_computed(wrap, trained):
-    """The forward, and a launch for x and one for the others."""
+    """One launch is the forward, one gives the gradient of x, and one all others."""
     args, _ = kernel_args((2, 20, 64, 64))
 
     def count(argnums):
@@ -73,7 +73,7 @@ def test_masks_alone_do_not_read_masks_for_their_gradient():
 
 @chooses_hopper
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = kernel_args((2, 20, 64, 64))
 
     def count(fn, args):
@@ -82,7 +82,7 @@ def test_under_remat():
 
         return launches(jax.grad(loss, argnums=tuple(range(len(args)))), *args)
 
-    # The mask's bits are made again, with the product.
+    # The forward runs again, which makes the mask's bits with the product.
     assert count(jax.checkpoint(hard), args) == 4
     (h, weights, biases, masks), _ = bilinear_args((2, 16, 64, 64, 64), BF16)
     given = h, weights, biases, masks
@@ -102,7 +102,7 @@ def test_under_remat():
     ],
 )
 def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
-    """x, w and bits; logits only where a slope is one of them."""
+    """x, w and bits are kept, and logits only if the mask's slope depends on them."""
     args, _ = kernel_args((2, 24, 64, 128), logits_dtype=F32)
 
     def pull(*args):
@@ -130,14 +130,16 @@ def test_what_is_saved_for_the_backward(estimator, trained, saves_logits):
 )
 def test_bits_are_of_logits_and_not_transposed(run):
     (x, w, logits), _ = kernel_args((1, 8, 64, 64))
-    with pytest.raises(ValueError, match="no bits of (mask|reinmax), transposed"):
+    with pytest.raises(
+        ValueError, match="must be made of logits .*, got (mask and F|reinmax and T)"
+    ):
         run(x, w[None], logits)
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_forward_packs_the_masks(splits):
-    """Once for several tiles of tokens; where tiles and parts reach past the end."""
+    """There are several tiles of tokens; tiles and parts reach past the end."""
     (x, w, logits), _ = kernel_args((2, 72, 320, 192), logits_dtype=F32)
     logits = logits.at[1, 33, 5].set(jnp.nan)
     run = product_kernel("reinmax", tiles=MaskedTiles(64, splits), pack=True)

@@ -18,6 +18,7 @@ from masked_definitions import (
     bilinear_float64,
     exact_matmul,
     kernel_args,
+    one_plus_sigmoid,
     plain_bilinear,
 )
 
@@ -26,7 +27,6 @@ from jaxkern import (
     masked_matmul,
     pack_mask,
     reinmax,
-    seed_reinmax,
     straight_through,
 )
 from jaxkern._masked.hopper import product
@@ -40,7 +40,7 @@ on_hopper = pytest.mark.usefixtures("hopper")
 
 
 def plain(x, w, logits):
-    """As one writes it, every result rounded once."""
+    """The plain form, in which every result is rounded once."""
     mask = straight_through(logits).astype(w.dtype)
     return definitions.masked_matmul(x, w, mask if mask.ndim == 3 else mask[None])
 
@@ -63,7 +63,7 @@ def check_masks_alone(args, g, estimator=straight_through):
 
 
 def check_packed(args, g):
-    """Gradients of x and w; of bits there is none."""
+    """Check values and the gradients of x and w; bits have no gradient."""
     x, w, logits = args
     packed = pack_mask(logits)
     assert isinstance(packed, PackedMask)
@@ -78,13 +78,13 @@ def sloped(estimator, x, w, logits):
 
 
 def check_sloped(args, g, estimator, called=None):
-    """called: what the kernel is given, if not the estimator itself."""
+    """Check an estimator, which the kernel gets, or `called` in its place."""
     got = value_and_vjp(partial(kernel, estimator=called or estimator), args, g)
     bound = value_and_vjp(partial(sloped, estimator), args, g)
     assert_as_close(got, bound, exact_matmul(args, g, SLOPES[estimator]))
 
 
-# (batch, seq, d_in, d_out): across tiles, short of one, and multiples of none.
+# (batch, seq, d_in, d_out): several tiles, less than a tile, and multiples of none.
 @on_hopper
 @pytest.mark.parametrize(
     "size, dtype, logits_dtype, shared",
@@ -112,14 +112,14 @@ def use_tiles(monkeypatch, *sizes):
 @on_hopper
 @pytest.mark.parametrize("tokens", [256, 64])
 def test_tiles(tokens, monkeypatch):
-    """Whatever the size; with steps that go round the rings."""
+    """There are more steps than the rings have slots."""
     use_tiles(monkeypatch, tokens)
     check(*kernel_args((1, 72, 264, 72), logits_dtype=F32))
 
 
 @on_hopper
 def test_tiles_of_gradients():
-    """Several each, of 64 columns, and of 128 for W's gradient alone."""
+    """Each gradient takes several tiles of 64 columns, or of 128 if w's is alone."""
     args, g = kernel_args((3, 20, 136, 136), logits_dtype=F32)
     check(args, g)
     check_masks_alone(args, g)
@@ -129,7 +129,7 @@ def test_tiles_of_gradients():
 @on_hopper
 @pytest.mark.parametrize("splits", [2, 6])
 def test_parts_of_the_contracted_axis(splits, monkeypatch):
-    """One of two has a step less, and one of six nothing to add."""
+    """One of two parts has a step less than the other, and one of six has no step."""
     use_tiles(monkeypatch, 128, splits)
     check(*kernel_args((1, 72, 264, 72), logits_dtype=F32))
 
@@ -142,7 +142,7 @@ def test_packed_masks_in_large_tiles(monkeypatch):
 
 @on_hopper
 def test_a_block_takes_more_samples_than_it_has_slots():
-    """And computes the same again, bit by bit."""
+    """A second run gives the same bits."""
     args, g = kernel_args((5, 8, 64, 64), logits_dtype=F32)
     pull = with_vjp(hard)
     first, again = (pull(args, g) for _ in range(2))
@@ -153,23 +153,25 @@ def test_a_block_takes_more_samples_than_it_has_slots():
 
 @on_hopper
 def test_masks_alone_are_trained():
-    """Without their sum over samples these are in no order."""
+    """No gradient is summed over the samples, so these may come in any order."""
     check_masks_alone(*kernel_args((5, 8, 64, 200), logits_dtype=F32))
 
 
 @on_hopper
 def test_mask_of_an_estimator():
-    """XLA computes the mask of one that the kernel does not know, and its gradient."""
+    """XLA computes mask and gradient of an estimator that the kernel does not know."""
     args, g = kernel_args((2, 20, 40, 64), logits_dtype=F32)
     check_sloped(args, g, reinmax, lambda logits: reinmax(logits))
 
 
 @on_hopper
 @pytest.mark.parametrize(
-    "estimator, alone", [(seed_reinmax, False), (reinmax, False), (reinmax, True)]
+    "estimator, alone",
+    [(one_plus_sigmoid, False), (reinmax, False), (reinmax, True)],
+    ids=["one_plus_sigmoid", "reinmax", "reinmax alone"],
 )
 def test_slopes_in_the_kernel(estimator, alone):
-    """As precise where little is left of them; with more samples than slots."""
+    """Small slopes are as exact; there are more samples than slots."""
     args, g = kernel_args((3, 20, 40, 64), logits_dtype=F32)
     x, w, logits = args
     args = x, w, logits.at[1].multiply(20)
@@ -202,7 +204,7 @@ def test_bilinear():
 
 @on_hopper
 def test_logits_at_the_threshold_and_beyond():
-    """What is off contributes nothing; what is NaN stays so, in its own sample."""
+    """A weight that is off adds nothing, and a NaN stays in its own sample."""
     (x, w, logits), g = kernel_args((3, 8, 64, 64), logits_dtype=F32)
     values = jnp.array([0.0, -0.0, -jnp.inf, jnp.inf, 1e-45])
     logits = logits.at[0, :5].set(values[:, None]).at[1].set(-1.0)
@@ -244,7 +246,7 @@ def test_under_vmap(own_weights):
 
 
 def in_scan(fn):
-    """Sample by sample."""
+    """Return `fn` as a scan over the samples."""
 
     def by_samples(x, w, logits):
         def step(carry, one):
@@ -279,7 +281,7 @@ def test_under_other_transforms(transform):
     ],
 )
 def test_any_size_lowers_for_a_gpu(size, packed):
-    """Which asks for more than the emulator."""
+    """Lowering checks more than the emulator does."""
     (x, w, logits), g = kernel_args(size, logits_dtype=F32)
     masks = pack_mask(logits) if packed else logits
     fn = partial(kernel, estimator=None if packed else straight_through)
@@ -287,11 +289,13 @@ def test_any_size_lowers_for_a_gpu(size, packed):
     def pull(x, w, g):
         return jax.vjp(lambda x, w: fn(x, w, masks), x, w)[1](g)
 
-    # The forward of logits too, for their bits.
+    # With logits, the forward runs too, because it makes their bits.
     assert len(lower(pull, (x, w, g))) == (2 if packed else 3)
 
 
-ON_GPU = [((16, 256, 512, 2048), kind) for kind in ("packed", reinmax, seed_reinmax)]
+ON_GPU = [
+    ((16, 256, 512, 2048), kind) for kind in ("packed", reinmax, one_plus_sigmoid)
+]
 ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
 
 
@@ -301,7 +305,7 @@ ON_GPU += [((5, 250, 2048, 500), "logits"), ((1, 256, 512, 2048), "logits")]
     [((16, 256, 512, 2048), "logits", F16), *((*case, BF16) for case in ON_GPU)],
 )
 def test_on_gpu(size, kind, dtype):
-    """All kinds of masks at one size, and all sizes with one."""
+    """Cases have all kinds of masks at one size, and all sizes with one kind."""
     args, g = kernel_args(size, dtype, F32)
     match kind:
         case "packed":

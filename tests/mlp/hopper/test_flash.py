@@ -1,4 +1,4 @@
-"""The Hopper kernels, in an emulator that detects races."""
+"""The Hopper kernels of `flash_mlp`, in an emulator that detects races."""
 
 from typing import Any
 
@@ -45,13 +45,13 @@ def check(args: Any, g, activation="silu", fn=None):
 
 @pytest.fixture(params=["largest", "split"])
 def tiles(request, monkeypatch):
-    """Whatever the size, the largest tiles that can be chosen, or the smallest."""
+    """Use the largest tiles that can be chosen, or the smallest, whatever the size."""
     n = {"largest": 0, "split": -1}[request.param]
     monkeypatch.setattr(flash, "configs", lambda *a: (configs(*a)[n],))
 
 
-# Sizes that cross tiles, fall short of one, and leave the second warpgroup nothing;
-# each with both forms and both tiles, as those are with each other.
+# Sizes of several tiles, of less than a tile, and with nothing for the second
+# warpgroup. Each has both forms and both tiles, but not all pairs of these.
 @emulated
 @pytest.mark.parametrize(
     "size, activation, dtype, tiles, gated",
@@ -85,7 +85,7 @@ def test_other_sizes_and_activations(size, activation, dtype):
 
 
 def two_inputs_args(size, dtype):
-    """Inputs of gate and up side by side, the weights, and a cotangent."""
+    """Return inputs of gate and up side by side, the weights, and a cotangent."""
     (x, w1, w2, w_gate), g = flash_mlp_args(size, dtype, gated=True)
     return (jnp.concatenate([x, -x[:, ::-1]], 2), w_gate, w1, w2), g
 
@@ -139,7 +139,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 2047, 40, 1001), (3, 20, 190, 264)])
 def test_any_size_lowers_for_a_gpu(size, gated):
-    """Which asks for more than the emulator."""
+    """Lowering checks more than the emulator does."""
     args, g = flash_mlp_args(size, jnp.bfloat16, gated)
     passes = flash.weight_passes(size[2], 1 + gated)
     modules = lower(lambda args, g: jax.vjp(kernel(), *args)[1](g), (args, g))
@@ -179,7 +179,7 @@ def test_under_vmap():
 
 
 def in_scan(mlp):
-    """Head by head."""
+    """Return `mlp` as a scan over the heads."""
 
     def by_heads(*args):
         def step(carry, one):
@@ -215,7 +215,7 @@ def test_under_other_transforms(transform):
 
 
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     args, _ = flash_mlp_args((2, 20, 32, 40), jnp.bfloat16)
 
     def kernels(fn):
@@ -225,8 +225,8 @@ def test_under_remat():
         return len(lower(jax.grad(loss, argnums=(0, 1, 2)), args))
 
     assert kernels(kernel()) == 3
-    # The forward once more, for the cosine.
     assert kernels(jax.checkpoint(kernel())) == 3
+    # The forward runs again, for the cosine.
     assert kernels(jax.checkpoint(lambda *a: jnp.sin(kernel()(*a)))) == 4
 
 

@@ -39,7 +39,7 @@ lowered = pytest.mark.usefixtures("chooses_hopper")
 
 @pytest.fixture(params=[256, 128, 64])
 def columns(request, monkeypatch):
-    """Tiles of so many columns, or the most that a kernel has."""
+    """Use tiles of so many columns, or of the most below that a kernel allows."""
 
     def choose(work, valid=(256, 128, 64)):
         return max(c for c in valid if c <= max(request.param, min(valid)))
@@ -49,16 +49,16 @@ def columns(request, monkeypatch):
 
 
 def signs(rng, shape, count, dtype):
-    """Halves of either sign, so many in each column, and zeros."""
+    """Return zeros with `count` entries of 0.5 or -0.5 in each column."""
     there = rng.random(shape).argsort(0) < count
     return jnp.asarray(there * rng.choice([-0.5, 0.5], shape), dtype)
 
 
 def make_exact(size, dtype=BF16) -> Any:
-    """As of `make`, with hidden features that are exact, in whatever order one adds.
+    """Return `make`'s arguments, with hidden features that are exact in any order.
 
-    So they are selected alike, ties included, where a matmul before adds otherwise than
-    another. They are squares of at most 16 quarters: 8 bits.
+    So all matmuls give the same features, of which 2:4 selects the same, ties included.
+    The features are squares of at most 16 quarters, which take 8 bits.
     """
     tokens, d_in, hidden, rank, _ = size
     _, gate, _, down, g = make(size, dtype)
@@ -86,7 +86,7 @@ def check_gated(size, dtype=BF16):
 
 
 def check_swiglu(size, dtype=BF16):
-    """(tokens, d_in, hidden, d_out) of full rank."""
+    """Check the full-rank MLP; `size` is (tokens, d_in, hidden, d_out)."""
     tokens, d_in, hidden, d_out = size
     args, g = swiglu_args((tokens, d_in, hidden, 0, d_out), dtype)
     got = value_and_vjp(partial(swiglu, implementation="mosaic_gpu"), args, g)
@@ -94,7 +94,7 @@ def check_swiglu(size, dtype=BF16):
     assert_as_close(got, bound, swiglu_float64(*to_float64((*args, g))))
 
 
-# Ranks that differ, so that the hidden features go to memory; multiples of no tile.
+# Ranks that differ, so that hidden features go to memory, and multiples of no tile.
 SIZE = (150, 160, 203, 70, 40)
 SIZES = [SIZE, (7, 90, 130, 3, 1), (264, 140, 320, 64, 66)]
 LARGE = (2000, 1024, 2730, 320, 300)
@@ -157,7 +157,7 @@ def test_features_that_are_dropped_for_all_tokens():
 
 @emulated
 def test_equal_ranks_need_not_reach_memory(monkeypatch):
-    """Where the kernels of `flash_mlp` are faster."""
+    """The kernels of `flash_mlp` run, where these are faster."""
     monkeypatch.setattr(thresholds, "dense_kernel", lambda ranks: "flash_mlp")
     check_relu2((70, 33, 144, 16, 16), sparsity="2:4-static")
     check_gated((70, 80, 144, 40, 40))
@@ -194,7 +194,7 @@ def test_sparse_with_exact_hidden_features(size, sparsity):
 @emulated
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
 def test_what_is_selected_is_the_references(gradient):
-    """In small integers, with many ties, nothing is rounded before the last result."""
+    """Small integers have many ties, and nothing is rounded before the last result."""
     x, w_up = integers(0, (140, 72)), integers(1, (72, 200))
     up = jnp.eye(72, 8, dtype=BF16), w_up[:8]
     down = integers(2, (200, 16)), jnp.eye(16, 72, dtype=BF16)
@@ -216,13 +216,13 @@ def test_straight_through():
     for sparsity in ("2:4", "2:4-soft"):
         run = partial(relu2, sparsity=sparsity, gradient="straight_through")
         _, (_, d_up, _) = value_and_vjp(run, (x, up, down), g)
-        # It depends on no value that was dropped.
+        # The gradient depends on no value that was dropped.
         np.testing.assert_array_equal(*to_float64((d_up[1], dense[1])))
 
 
 @emulated
 def test_packed_features_are_all_that_is_kept():
-    """Of 2:4 with its exact gradient: 9 bytes in 16, and not the hidden features."""
+    """With 2:4's exact gradient, packed features take 9/16 of dense features' bytes."""
     x, _, up, down, _ = make((128, 160, 512, 70, 40))
 
     def kept(**options):
@@ -289,7 +289,7 @@ def test_more_batch_axes():
 
 @lowered
 def test_under_remat():
-    """Lowered for a GPU: the emulator's callbacks cannot be checkpointed."""
+    """Programs are only lowered: the emulator's callbacks cannot be checkpointed."""
     x, _, up, down, _ = make((20, 60, 70, 8, 9))
 
     def count(fn):
@@ -323,7 +323,7 @@ def test_extreme_values_stay_in_their_token_and_calls_are_equal(sparsity):
 @lowered
 @pytest.mark.parametrize("size", [(1, 40, 40, 1, 2), (2047, 600, 1021, 130, 70)])
 def test_any_size_lowers_for_a_gpu(size):
-    """Which asks for more than the emulator."""
+    """Lowering checks more than the emulator does."""
     x, gate, up, down, g = make(size)
 
     def count(fn, *args):

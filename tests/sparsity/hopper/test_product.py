@@ -23,7 +23,7 @@ lowered = pytest.mark.usefixtures("chooses_hopper")
 
 
 def make(size, dtype) -> Any:
-    """A packed matrix, w and a cotangent: (rows, features, d_out)."""
+    """Return a packed matrix, w and a cotangent; size is (rows, features, d_out)."""
     rows, features, d_out = size
     packed = pack_2_4(normal(0, (rows, features), dtype))
     return packed, normal(1, (features, d_out), dtype), normal(2, (rows, d_out), dtype)
@@ -43,7 +43,7 @@ def check(size, dtype, fn: Any = kernel):
     bound = value_and_vjp(plain, (packed.values, w), g)
     dense, wide, g = to_float64((unpack_2_4(packed), w, g))
     d_dense = (g @ wide.T).reshape(-1)
-    # Those of the values are where the values were.
+    # The gradients of the values are those at the values' positions.
     places = unpack_2_4(dataclasses.replace(packed, values=packed.values * 0 + 1))
     indices = np.flatnonzero(to_float64(places))
     d_values = np.zeros(packed.values.shape)
@@ -51,13 +51,13 @@ def check(size, dtype, fn: Any = kernel):
         d_values = d_dense[indices].reshape(d_values.shape)
         assert_as_close(got, bound, (dense @ wide, (d_values, dense.T @ g)))
     else:
-        # A short group stores what is not there.
+        # A short group stores values past its end, whose gradients are not compared.
         _, (_, d_w) = got
         exact = dense @ wide, dense.T @ g
         assert_as_close((got[0], d_w), (bound[0], bound[1][1]), exact)
 
 
-# (rows, features, d_out): several tiles and steps, short of one, multiples of none.
+# (rows, features, d_out): several tiles and steps, less than one, multiples of none.
 SIZES = [(200, 320, 136), (70, 128, 64), (3, 13, 5)]
 
 
@@ -77,11 +77,11 @@ def test_tiles(columns, monkeypatch):
 
 
 def check_positions(transposed):
-    """All six pairs, in each of a word's eight groups, of each thread: to the bit."""
+    """Check all six pairs of positions in each group of each thread's word."""
     pairs = np.array(list(itertools.combinations(range(4), 2)))
     rng = np.random.default_rng(0)
     drawn = rng.permuted(np.tile(np.arange(6), (64, 64, 1)), axis=2)
-    # Of (six, row, group, either); each feature has a number of its own.
+    # The shape is (six, row, group, either); each feature has a value of its own.
     positions = pairs[np.moveaxis(drawn, 2, 0)]
     kept = (positions[..., None] == np.arange(4)).any(-2)
     x = kept.reshape(6 * 64, 256) * np.arange(1, 257)
@@ -104,7 +104,7 @@ def test_positions(transposed):
 
 
 def test_no_group_has_an_invalid_pair_of_positions(monkeypatch):
-    """Not even one past the end: hardware does not define what it does with it."""
+    """Not even a group past the end has one, for which hardware defines no result."""
 
     def handed(values, words, right):
         return words.reshape(-1, 128)
@@ -116,7 +116,7 @@ def test_no_group_has_an_invalid_pair_of_positions(monkeypatch):
         packed, w = pack_2_4(x), jnp.zeros((x.shape[1], 128), x.dtype)
         return product.product(packed.values, packed.indices, w)
 
-    # Of 1 to 140 features: rows of a short group are packed with zeros at the end.
+    # 1 to 140 features: rows with a short group are packed with zeros at the end.
     for columns in range(4, 141, 4):
         features = columns - np.arange(64)[:, None] % 4
         x = jnp.where(np.arange(columns) < features, normal(0, (64, columns)), 0)
@@ -138,7 +138,7 @@ def test_more_batch_axes_and_vmap():
 
 @emulated
 def test_in_shard_map():
-    """Rows are split, and w is whole on each device, of which the emulator has one."""
+    """Rows are split and w is whole on each device; the emulator has one device."""
     specs = jax.P("i"), jax.P()
     check(
         SIZES[1],
@@ -148,7 +148,7 @@ def test_in_shard_map():
 
 
 def modules(fn, size):
-    """Of `fn` of a packed matrix and w, lowered for a GPU."""
+    """Return the kernels of `fn(packed, w)`, lowered for a GPU."""
     packed, w, _ = make((1, *size[1:]), BF16)
     values, indices = packed.values, packed.indices
     rows = [jnp.resize(a, (size[0], a.shape[1])) for a in (values, indices)]
@@ -167,7 +167,7 @@ def test_none_picks_the_kernel_from_many_rows_on(monkeypatch):
 @lowered
 @pytest.mark.parametrize("size", [(1, 1, 1), (2047, 8191, 130)])
 def test_any_size_lowers_for_a_gpu(size):
-    """Which asks for more than the emulator."""
+    """Lowering checks more than the emulator does."""
     assert len(modules(kernel, size)) == 1
 
 
@@ -183,5 +183,5 @@ def test_on_gpu(size, dtype):
 @pytest.mark.gpu
 @right
 def test_positions_on_gpu(transposed):
-    """Whether the order of positions among threads is what documents say."""
+    """The hardware orders positions among threads as its documents say."""
     check_positions(transposed)

@@ -1,4 +1,4 @@
-"""2:4 in registers: what threads do, in NumPy, and what the emulator takes it for."""
+"""2:4 in registers: the threads' code, run in NumPy, and the emulator's meaning."""
 
 import itertools
 import types
@@ -45,7 +45,7 @@ def pack(pair, dtype):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """The code for a thread's registers runs on NumPy arrays."""
+    """Run the code for a thread's registers on NumPy arrays of all threads."""
     f32 = types.SimpleNamespace(get=lambda: None)
     replaced = {
         "arith": Threads,
@@ -64,8 +64,10 @@ def threads(monkeypatch):
 
 
 def in_registers(x):
-    """By row r and r + 8, and by block of 8 columns: what each thread holds of wgmma's
-    sums, two neighbours in 16 bits to a register."""
+    """Return what each thread holds of wgmma's sums, two neighbours in a register.
+
+    There is a list for row r and one for row r + 8, with a register for each 8 columns.
+    """
     bits = np.asarray(x).view(np.uint16).astype(np.uint32)
     warp, row, column = THREADS // 32, THREADS % 32 // 4, 2 * (THREADS % 4)
     return [
@@ -79,7 +81,7 @@ def in_registers(x):
 
 
 def select_by_threads(x, shrink):
-    """As `select`, put together from what each thread has at the end."""
+    """Return what `select` does, put together from the registers of all threads."""
     warp, row, quad = THREADS // 32, THREADS % 32 // 4, THREADS % 4
     values = np.zeros((64, 32), np.uint16)
     words, sums = np.zeros(128, np.uint32), np.zeros((64, 8), np.float32)
@@ -97,7 +99,7 @@ def select_by_threads(x, shrink):
 
 
 def numbers(seed, dtype, extremes=True):
-    """Not negative, with many ties, zeros among them; some of them not finite."""
+    """Draw numbers from 0 on with many ties and zeros; some are not finite."""
     finite = np.arange(9) / 4
     rare = [np.nan, np.inf, float(jnp.finfo(dtype).max)] if extremes else []
     drawn = np.random.default_rng(seed).choice([*finite, *finite, *rare], (64, 64))
@@ -105,7 +107,7 @@ def numbers(seed, dtype, extremes=True):
 
 
 def assert_equal(got, expected):
-    """To the bit, but that all NaNs are one."""
+    """Assert equality to the bit, where all NaNs are equal."""
     for a, b in zip(to_float64(got), to_float64(expected), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -121,7 +123,7 @@ def test_threads_select_what_the_emulator_takes_them_for(dtype, shrink):
         expected = meanings.selected(jnp.asarray(x), shrink=shrink)
         assert_equal((values, words), expected[:2])
         if shrink:
-            # The largest numbers' are rounded, in another order.
+            # Sums of the largest numbers are rounded, in another order.
             np.testing.assert_allclose(sums, expected[2], rtol=1e-6)
 
 
@@ -147,7 +149,7 @@ def test_soft_sums_are_those_of_s_ste():
 
 
 def test_every_pattern_of_a_group_goes_there_and_back():
-    """All six pairs of positions, in each of a word's eight groups, of each thread."""
+    """Each group of each thread's word has all six pairs of positions."""
     pairs = list(itertools.combinations(range(4), 2))
     x = np.zeros((64, 128), np.float32)
     for row in range(64):
@@ -163,11 +165,11 @@ def test_every_pattern_of_a_group_goes_there_and_back():
 
 
 def test_words_lie_as_the_tensor_cores_take_them():
-    """By the layout of the metadata of a sparse instruction, 64 x 32.
+    """The metadata of a sparse instruction, 64 x 32, has this layout.
 
-    Of thread t in warp w: bit 2 n of its word is position n of row 16 w + t / 4, for n
-    to 7, and of the row 8 below from there on; t % 2 says which 16 of the 32 columns,
-    and t / 2 % 2 which instruction.
+    Bits 2 n and 2 n + 1 of the word of lane t in warp w are position n of row
+    16 w + t / 4 for n < 8, and position n - 8 of the row 8 below for the other n. t % 2
+    selects 16 of the 32 columns, and t / 2 % 2 the instruction.
     """
     indices = np.random.default_rng(0).integers(0, 256, (64, 8), np.uint8)
     words = np.asarray(words_of(jnp.asarray(indices), 128))[0, 0].view(np.uint32)

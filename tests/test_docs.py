@@ -1,0 +1,234 @@
+"""The examples of README, docs/ and docstrings run, and the pages are complete."""
+
+import contextlib
+import doctest
+import inspect
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+
+import jaxkern
+import jaxkern.testing
+from docs import tables
+
+README = Path("README.md")
+GENERATED = Path("docs/benchmarks/generated")
+WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.parents]
+PAGES = [README, *sorted(WRITTEN)]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+MODULES = jaxkern, jaxkern.nn, jaxkern.testing
+MOST_README_LINES = 150
+
+# The meaning of fenced blocks in each language.
+LANGUAGES = {
+    "python": "runs here; the text that follows at once is what it prints",
+    "text": "that, or what a command or another machine printed, or a drawing",
+    "sh": "commands, whose modules, files, targets and options exist",
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page; `before` is the text that precedes it."""
+
+    line: int
+    language: str
+    text: str
+    before: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fenced blocks in order, of which some are indented in lists or tabs."""
+    text, found, end = page.read_text(), [], 0
+    for match in FENCE.finditer(text):
+        indent, language, code = match.groups()
+        code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(line, language, code, text[end : match.start()].strip()))
+        end = match.end()
+    return found
+
+
+class Example(NamedTuple):
+    """Python of a page, and what it prints; None where the page does not say."""
+
+    line: int
+    code: str
+    output: str | None
+
+
+def examples_of(page: Path) -> list[Example]:
+    """Return the blocks of Python, each with the output that follows it."""
+    blocks, found = blocks_of(page), []
+    for block, following in zip_longest(blocks, blocks[1:]):
+        if block.language == "python":
+            prints = following and following.language == "text" and not following.before
+            output = following.text if following and prints else None
+            found.append(Example(block.line, block.text, output))
+    return found
+
+
+@contextlib.contextmanager
+def as_a_reader() -> Iterator[None]:
+    """Give JAX its default options, which conftest.py makes stricter."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if examples_of(page)], ids=lambda page: str(page)
+)
+def test_examples_print_what_the_page_says(page):
+    # A reader runs the blocks of a page in order.
+    session = {"__name__": "__main__"}
+    for line, code, output in examples_of(page):
+        # The empty lines give a traceback the line numbers of the page.
+        program = compile("\n" * line + code, str(page), "exec")
+        with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, session)
+        got = printed.getvalue()
+        assert output is None or doctest.OutputChecker().check_output(
+            output, got, FLAGS
+        ), f"{page}:{line} printed\n{got}and the page says\n{output}"
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    unknown = [
+        f"{page}:{block.line}: {block.language}"
+        for page in PAGES
+        for block in blocks_of(page)
+        if block.language not in LANGUAGES
+    ]
+    assert unknown == []
+
+
+def commands() -> list[tuple[str, str]]:
+    """The commands of `sh` blocks and of inline code, each with its place."""
+    found = []
+    for page in PAGES:
+        for block in blocks_of(page):
+            if block.language == "sh":
+                text = re.sub(r"\\\n\s*", " ", block.text)
+                found += [(f"{page}:{block.line}", line) for line in text.splitlines()]
+        inline = re.findall(r"`((?:python|make|sh) [^`]+)`", page.read_text())
+        found += [(str(page), line) for line in inline]
+    return [(place, command.split("  #")[0]) for place, command in found]
+
+
+def make_targets() -> list[str]:
+    return re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE)
+
+
+def faults_of(command: str) -> Iterator[str]:
+    """Yield the modules, files, targets and options of a command that do not exist."""
+    for module in re.findall(r"python -m (benchmarks\.\w+)", command):
+        if not Path(f"{module.replace('.', '/')}.py").exists():
+            yield f"no module {module}"
+    for file in re.findall(r"(?:python|sh) ((?:\w+/)+\w+\.\w+)", command):
+        if not Path(file).exists():
+            yield f"no file {file}"
+    made = re.match(r"(?:\w+=\S+ )*make (?:\w+=\S+ )*([a-z-]+)", command)
+    if made and made[1] not in make_targets():
+        yield f"make has no target {made[1]}"
+    program = re.search(r"python (?:-m )?(benchmarks|examples|docs|tests)\b", command)
+    if program:
+        files = Path(program[1]).rglob("*.py")
+        source = "\n".join(path.read_text() for path in files) + '"--help"'
+        for option in re.findall(r" (--[a-z-]+)", command[program.end() :]):
+            if f'"{option}"' not in source:
+                yield f"{program[1]} has no option {option}"
+
+
+def test_commands_name_what_is_there():
+    assert len(commands()) >= 10
+    found = [
+        (p, command, fault) for p, command in commands() for fault in faults_of(command)
+    ]
+    assert found == []
+
+
+def public_names() -> list[str]:
+    return [
+        f"{module.__name__}.{name}"
+        for module in MODULES
+        for name, value in vars(module).items()
+        if name[0] != "_"
+        and (
+            value is jaxkern.testing.plain
+            or not inspect.ismodule(value)
+            and name in getattr(module, "__all__", vars(module))
+        )
+    ]
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    assert len(public_names()) >= 60
+    pages = "\n".join(page.read_text() for page in Path("docs/api").glob("*.md"))
+    shown = Counter(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    assert shown == Counter(public_names())
+
+
+def docstring_examples() -> list[doctest.DocTest]:
+    """Return the examples of the public names and of their methods."""
+    found = {}
+    for name in public_names():
+        module, _, last = name.rpartition(".")
+        value = getattr({one.__name__: one for one in MODULES}[module], last)
+        if not getattr(value, "__module__", "jaxkern").startswith("jaxkern"):
+            continue
+        finder = doctest.DocTestFinder(recurse=inspect.isclass(value))
+        for test in finder.find(value, name, module=False, globs={}):
+            if test.examples:
+                found.setdefault(test.name, test)
+    return list(found.values())
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("test", docstring_examples(), ids=lambda test: test.name)
+def test_examples_of_docstrings(test):
+    if test.name == "jaxkern.testing.compile_for":
+        try:
+            jaxkern.testing.compiler.tools()
+        except jaxkern.testing.MissingCompiler as missing:
+            pytest.skip(str(missing))
+    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
+    report = []
+    with as_a_reader():
+        runner.run(test, out=report.append)
+    assert not runner.failures, "".join(report)
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """`make docs` checks the links of the pages."""
+    targets = re.findall(r"\]\(([^)#]+)", README.read_text())
+    files = [target for target in targets if not target.startswith("https://")]
+    assert len(files) >= 5
+    assert [file for file in files if not Path(file).exists()] == []
+
+
+def test_the_readme_measures_what_the_benchmark_pages_do():
+    def cells(line):
+        return tuple(cell.strip() for cell in line.strip("|\n").split("|"))[1:]
+
+    made = "".join(tables.launches().values()).splitlines()
+    shown = re.findall(r"^\| (?:XLA|cuDNN).*$", README.read_text(), re.MULTILINE)
+    assert len(shown) >= 5
+    assert [line for line in shown if cells(line) not in map(cells, made)] == []
+
+
+def test_the_readme_is_one_page():
+    assert len(README.read_text().splitlines()) <= MOST_README_LINES
+
+
+def test_every_make_target_is_explained():
+    help_text = Path("Makefile").read_text().split("\n\n")[0]
+    missing = [name for name in make_targets() if f"make {name}" not in help_text]
+    assert missing == ["help"]

@@ -80,7 +80,6 @@ package: $(READY)
 	$(ALONE)/bin/python -m pip install --quiet --disable-pip-version-check twine
 	$(ALONE)/bin/twine check --strict dist/*
 
-docs: $(READY)
 docs: $(READY) pictures
 	$(BIN)/python docs/build.py
 

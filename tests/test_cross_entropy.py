@@ -8,14 +8,11 @@ import pytest
 from helpers import (
     assert_as_close,
     assert_near,
-    mesh,
     normal,
     to_float64,
     untyped,
     value_and_vjp,
 )
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxkern import cross_entropy
 
@@ -205,39 +202,6 @@ def test_transformations():
         assert losses.dtype == jnp.float64
         exact, _ = float64(hidden, head, targets, g)
         np.testing.assert_allclose(losses, exact, rtol=1e-12)
-
-
-def mean(hidden, head, targets):
-    return cross_entropy(hidden, head, targets, chunk=20).mean()
-
-
-# Jitted, because eager calls compile a program for each step.
-run_mean = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
-
-
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_on_a_mesh(kind):
-    devices = mesh(kind, data=2, tensor=4)
-    hidden, head, targets, _ = make_arguments((4, 6), 8, 64)
-    expected = run_mean(hidden, head, targets)
-
-    def place(x, *spec):
-        return jax.device_put(x, NamedSharding(devices, P(*spec)))
-
-    placed = place(hidden, "data"), place(head, None, "tensor"), place(targets, "data")
-    assert_near(run_mean(*placed), expected)
-
-
-def test_inside_shard_map():
-    args = make_arguments((4, 6), 8, 64)[:3]
-    local = jax.shard_map(
-        lambda *args: jax.lax.pmean(mean(*args), "data"),
-        mesh=mesh(data=4),
-        in_specs=(P("data"), P(), P("data")),
-        out_specs=P(),
-    )
-    got = jax.jit(jax.value_and_grad(local, argnums=(0, 1)))(*args)
-    assert_near(got, run_mean(*args))
 
 
 HIDDEN, HEAD, TARGETS = jnp.ones((2, 5)), jnp.ones((5, 7)), jnp.zeros(2, int)

@@ -16,7 +16,7 @@ import pytest
 
 import jaxkern
 import jaxkern.testing
-from docs import tables
+from docs import check, tables
 
 README = Path("README.md")
 GENERATED = Path("docs/benchmarks/generated")
@@ -143,7 +143,8 @@ def faults_of(command: str) -> Iterator[str]:
         files = Path(program[1]).rglob("*.py")
         source = "\n".join(path.read_text() for path in files) + '"--help"'
         for option in re.findall(r" (--[a-z-]+)", command[program.end() :]):
-            if f'"{option}"' not in source:
+            # argparse makes the negative form of a flag.
+            if f'"{option.replace("--no-", "--")}"' not in source:
                 yield f"{program[1]} has no option {option}"
 
 
@@ -204,6 +205,27 @@ def test_examples_of_docstrings(test):
     with as_a_reader():
         runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)
+
+
+def test_faults_of_a_page_are_found(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<link rel="stylesheet" href="https://fonts.example/x.css">'
+        '<a href="other.html#there"></a><img src="none.png"><p>$x$ <code>$y$</code></p>'
+        '<a href="page.html"></a><span class="arithmatex">\\(x^2\\)</span>'
+    )
+    read = check.Page(page)
+    assert read.formulas == ["\\(x^2\\)"]
+    assert [*check.page_faults(tmp_path, page, read)] == [
+        "page.html: Markdown sees no formula in '$x$'",
+        "page.html: a browser would load https://fonts.example/x.css",
+        "page.html: none.png does not exist",
+        "page.html: other.html#there does not exist",
+    ]
+    assert check.navigation_faults(["a.md", {"B": ["b.md"]}], ["a.md", "c.md"]) == [
+        "mkdocs.yml: no entry for c.md",
+        "mkdocs.yml: no page b.md",
+    ]
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -25,7 +25,7 @@ from jaxkern import (
 )
 
 COMPILING = "/jax/core/compile/backend_compile_duration"
-CALLS = 20
+CALLS = 3
 compiled = []
 
 

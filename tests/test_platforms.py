@@ -28,7 +28,7 @@ PAIR, BACK = (shape(512, 256), shape(256, 2736)), (shape(2736, 256), shape(256, 
 TOKENS = shape(4, 1024, 4, 64)
 LOGITS = shape(8, 256, 256)
 ATTENTION = (TOKENS,) * 3
-DILATED = {"segment_lengths": (512, 1024), "dilation_rates": (1, 2)}
+DILATION = jaxkern.Dilation((512, 1024), (1, 2))
 
 CASES = {
     "swiglu": (jaxkern.swiglu, (X, W, W, DOWN)),
@@ -46,7 +46,10 @@ CASES = {
         partial(jaxkern.block_sparse_attention, mask=BlockMask.causal(1024, 1024)),
         ATTENTION,
     ),
-    "dilated_attention": (partial(jaxkern.dilated_attention, **DILATED), ATTENTION),
+    "dilated_attention": (
+        partial(jaxkern.dilated_attention, dilation=DILATION),
+        ATTENTION,
+    ),
     "masked_matmul": (
         partial(jaxkern.masked_matmul, estimator=jaxkern.reinmax),
         (shape(8, 512, 256), shape(256, 256), LOGITS),

@@ -20,6 +20,8 @@ window = mask & jaxkern.BlockMask.local_window(64, 64, window=8, block_size=16)
 
 # These lines are right, and have neither an error nor a comment.
 out: jax.Array = jaxkern.attention(x, x, x, is_causal=True)
+with_lse: bool = bool(x.shape[0])
+either = jaxkern.attention(x, x, x, return_lse=with_lse)
 out, lse = jaxkern.block_sparse_attention(x, x, x, mask=window, return_lse=True)
 merged: tuple[jax.Array, jax.Array] = jaxkern.merge_attention(out, lse, out, lse)
 product: jax.Array = jaxkern.matmul_2_4(jaxkern.pack_2_4(x), w)

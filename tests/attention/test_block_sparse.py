@@ -352,8 +352,8 @@ def test_shard_map_with_whole_keys():
 
 @pytest.mark.parametrize(
     "leading, kind",
-    [((), "explicit"), ((4,), "auto"), ((2, 1), "auto")],
-    ids=["shared-explicit", "heads", "batch"],
+    [((4,), "auto"), ((2, 1), "auto")],
+    ids=["heads", "batch"],
 )
 def test_sharded_arguments(leading, kind):
     mask = random_mask(*leading)

@@ -364,17 +364,6 @@ def test_needs_no_collective_where_batch_and_heads_are_sharded():
     assert_near(gradients(*placed), gradients(args, g))
 
 
-def test_batch_on_an_explicit_mesh_axis():
-    devices = mesh("explicit", data=2)
-    args, (g, _), patterns = inputs(CASES["two heads a key"])
-    run = partial(dilated_attention, **patterns)
-    expected = value_and_vjp(run, args, g)
-    placed = jax.device_put((args, g), NamedSharding(devices, P("data")))
-    got = value_and_vjp(run, *placed)
-    assert_near(got, expected)
-    assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(got))
-
-
 def test_shard_map_over_batch_and_heads():
     devices = mesh(data=2, heads=2)
     args, (g, _), patterns = inputs((16, 4, 4, [4, 16], [1, 2]))

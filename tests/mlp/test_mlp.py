@@ -47,11 +47,11 @@ def name_of(value):
     return getattr(value, "__name__", None) or "x".join(map(str, value))
 
 
-# Sizes and dtypes do not interact.
+# No size is special without a selection; that of groups is tested at all of them.
 sizes_and_dtypes = pytest.mark.parametrize(
     "size, dtype",
     [
-        *((size, BF16) for size in SIZES),
+        (SIZES[1], BF16),
         (SIZES[1], jnp.float32),
         (SIZES[1], jnp.float16),
     ],

@@ -151,7 +151,7 @@ def test_wrong_options_of_parameters(module, sizes, options, sample):
 @EACH
 def test_no_samples(module, sizes, options, sample):
     graph, state = nnx.split(module(**sizes, **options(), rngs=nnx.Rngs(0)))
-    shape = (0, *sample) if sample else (sizes["num_heads"], 0, sizes["dim"])
+    shape = (0, *sample) if sample else (sizes["num_heads"], 0, sizes["head_dim"])
     x = jnp.zeros(shape, int if sample == IDS else float)
 
     @jax.jit

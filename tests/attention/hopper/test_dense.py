@@ -216,13 +216,12 @@ def causal_blocks(query, key, value):
 
 @pytest.mark.usefixtures("chooses_hopper")
 @pytest.mark.parametrize("op", [attention, causal_blocks])
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_none_picks_the_kernel_where_arrays_lie_whole(kind, op):
+def test_none_picks_the_kernel_where_arrays_lie_whole(op):
     """XLA cannot split a kernel over devices."""
     args, _ = attention_args((2, 264, 264, 2, 1, 16, 16), BF16)
     assert jax.device_count() == 8
     assert kernels_of(op, *jax.device_put(args, jax.devices()[3])) == 1
-    devices, spec = mesh(kind, i=2), jax.P("i")
+    devices, spec = mesh(i=2), jax.P("i")
     spread = jax.device_put(args, jax.NamedSharding(devices, spec))
     assert kernels_of(op, *spread) == 0
     inside = jax.shard_map(op, mesh=devices, in_specs=spec, out_specs=spec)

@@ -1,4 +1,4 @@
-"""The loss of a language model, without all its logits at once."""
+"""The loss of a language model, computed without storing all its logits."""
 
 from functools import partial
 
@@ -28,38 +28,56 @@ def cross_entropy(
     where: Bool[Array, "*batch"] | None = None,
     chunk: int = 4096,
 ) -> Float[Array, "*batch"]:
-    r"""Cross-entropy of each token's target under a softmax over the vocabulary.
+    r"""Return the cross-entropy of each token's target, in chunks of the vocabulary.
 
-    $$\ell = \log \sum_v e^{z_v} - z_{\mathrm{target}}, \quad z = h\,W_{\mathrm{head}}$$
+    $$\ell = \log \sum_v e^{z_v} - z_{\mathrm{target}}, \qquad
+    z = h\,W_{\mathrm{head}}$$
 
-    Computed over at most `chunk` columns of the vocabulary at a time, twice: forward,
-    and again backward. Besides the arguments, their gradients and a copy of `head`,
-    memory holds tokens x `chunk` logits. Saved for the backward are the arguments and
-    one log-sum-exp a token. The gradient is exact; there is no forward-mode derivative.
+    Logits exist for at most `chunk` columns of the vocabulary at a time. The backward
+    pass computes them again, so memory holds tokens x `chunk` logits instead of tokens
+    x vocab; it also holds one copy of `head`. The gradient is exact. There is no
+    forward-mode derivative (`jax.jvp`).
 
-    Logits, sums and the result are float32, float64 if the arguments are. The gradient
-    of the logits is rounded to the dtype of `hidden` if that is bfloat16, and not if it
-    is float16, in which it would underflow: then its products are float32.
-
-    Chunk $i$ of $n$ holds the columns $i, i + n, ...$: where devices share the columns,
-    each has its part of every chunk.
+    Logits and sums are float32, or float64 if the arguments are. For bfloat16 the
+    gradient of the logits is rounded to bfloat16 before it is multiplied. For float16
+    it stays float32, since it would underflow.
 
     Args:
-        where: False for tokens whose loss is 0 and that have no gradient, whatever
-            their target and their `hidden`.
-        chunk: the most columns at a time.
+        hidden: The features of each token, with any leading axes.
+        head: The matrix that maps features to logits.
+        targets: The index in the vocabulary that each token should predict.
+        where: False for tokens whose loss is 0 and which get no gradient, whatever
+            their target and features are. None counts all tokens.
+        chunk: The largest number of columns of `head` to compute at once.
 
     Returns:
-        The loss of each token; NaN for a target that is not in the vocabulary.
+        The loss of each token, in float32 (or float64). It is NaN for a target that is
+        not in the vocabulary.
 
     Raises:
-        TypeError: `hidden` or `head` is no floating-point array, their dtypes differ,
-            `targets` is no integer array, or `where` no boolean one.
-        ValueError: the shapes do not fit, or `chunk` is not a positive integer.
+        TypeError: `hidden` or `head` is not a floating-point array, their dtypes
+            differ, `targets` is not an integer array, or `where` is not boolean.
+        ValueError: The shapes do not fit, or `chunk` is not a positive integer.
+
+    Examples:
+        Logits that are all equal give log(vocab):
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        hidden, head = jnp.ones((2, 3, 4)), jnp.zeros((4, 8))
+        targets = jnp.zeros((2, 3), jnp.int32)
+        loss = jaxkern.cross_entropy(hidden, head, targets, chunk=4)
+        print(loss.shape, loss.mean())
+        ```
+        ```text
+        (2, 3) 2.0794415
+        ```
 
     References:
-        Recomputed logits: Liger Kernel, section 3.2, https://arxiv.org/abs/2410.10989;
-        by columns: Cut Your Losses, https://arxiv.org/abs/2411.09009.
+        Recomputed logits: Liger Kernel, section 3.2, https://arxiv.org/abs/2410.10989.
+        Chunks of columns: Cut Your Losses, https://arxiv.org/abs/2411.09009.
     """
     op = "cross_entropy"
     hidden, head = check_floating(op, hidden=hidden, head=head)
@@ -74,7 +92,8 @@ def cross_entropy(
     chunks = -(-head.shape[1] // check_integer(op, "chunk", chunk))
     targets = as_int32(targets)
     if where is not None:
-        # Whatever they are: 0 times a NaN would be NaN in the gradient of `head`.
+        # Without this, features that are NaN would make the gradient of `head` NaN,
+        # although they are multiplied by 0.
         hidden = jnp.where(where[..., None], hidden, 0)
         targets = jnp.where(where, targets, 0)
     losses = _by_chunks(hidden, head, targets, chunks)
@@ -91,7 +110,7 @@ def _losses(hidden, head, targets, chunks):
     return _forward(hidden, head, targets, chunks)[0]
 
 
-# Compiled once for all calls that are not within jit, as is its gradient.
+# `jit` here, and at the gradient, so that eager calls compile once.
 @partial(jax.jit, static_argnames="chunks")
 def _forward(hidden, head, targets, chunks):
     vocab = head.shape[1]
@@ -146,14 +165,18 @@ _losses.defvjp(_forward, _backward)
 
 
 def _split(head, chunks):
-    """The chunks of columns and their numbers; zeros fill the last ones up."""
+    """Return the chunks of columns and their numbers, filled up with zeros.
+
+    Chunk i of n holds the columns i, i + n, i + 2 n and so on. Devices that share the
+    columns of `head` then all have a part of every chunk.
+    """
     filled = jnp.pad(head, ((0, 0), (0, -head.shape[1] % chunks)))
     parts = filled.reshape(head.shape[0], -1, chunks)
     return jnp.moveaxis(parts, 2, 0), jnp.arange(chunks)
 
 
 def _logits(hidden, numbered, chunks, vocab):
-    """Of one chunk, and which tokens of the vocabulary they belong to."""
+    """Return the logits of one chunk, and the index of each in the vocabulary."""
     part, number = numbered
     wide = widen(hidden[:0]).dtype
     logits = jnp.matmul(hidden, part, preferred_element_type=wide)
@@ -163,5 +186,5 @@ def _logits(hidden, numbered, chunks, vocab):
 
 
 def _below(logits):
-    """Less than any logit, and finite, as `jax.debug_infs` has it."""
+    """Return a finite number below any logit; `jax.debug_infs` forbids infinity."""
     return float(jnp.finfo(logits.dtype).min) / 2

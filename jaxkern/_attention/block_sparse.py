@@ -1,4 +1,4 @@
-"""Attention over the blocks of a BlockMask, in time and memory of those blocks."""
+"""Attention to the blocks of a BlockMask, in the time and memory of these blocks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -85,59 +85,82 @@ def block_sparse_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""Attention under a block mask, of which only non-empty blocks are computed.
-
-    It equals `attention(query, key, value, mask=mask.to_dense())`.
+    r"""Compute softmax attention under a `BlockMask`, and only in its non-empty blocks.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
 
-    The sums run over the keys $j$ that query $i$ sees, in all blocks of its row. A
-    query that sees none has $o_i = 0$, $L_i = -\infty$ and no gradient. Query head $h$
-    reads key head $\lfloor h\,$kv_heads / heads$\rfloor$.
+    The sums run over the keys $j$ that query $i$ sees. The result equals
+    `attention(query, key, value, mask=mask.to_dense())`, with the same precision. A
+    query that sees no key has $o_i = 0$, $L_i = -\infty$ and no gradient. Query head
+    $h$ reads the key head $\lfloor h \cdot \mathrm{kv\_heads} / \mathrm{heads}
+    \rfloor$.
 
-    Time, forward and backward, is that of the mask's blocks, and a row of blocks takes
-    as long as its own list. Saved for the backward are the arguments, $L$ and, in
-    float32, $o$. The heads that share a row of the mask are computed together, others
-    after each other.
-    Products, softmax and sums are as in `attention`; the gradient of $L$ is exact.
-    There is no forward-mode derivative.
+    Time and memory, forward and backward, are proportional to the number of non-empty
+    blocks. The gradient of $L$ is exact. There is no forward-mode derivative
+    (`jax.jvp`).
 
     Implementations:
 
-    - "xla": on every device.
-    - "mosaic_gpu": a fused kernel for bfloat16 and float16 on an H100 or H200, forward
-      and backward, for `dim` and `dim_v` up to 256 and blocks of a multiple of 64. What
-      the mask's `mask_fn` computes in partial blocks becomes a part of it: a user's may
-      only do arithmetic on its arguments. Weights are rounded to 16 bits before they
-      meet the values, logits are not. Arrays whose lengths are no multiples of 8, or
-      whose `dim` is none of 16 or is less than the other one, are padded by a copy.
-      Which multiprocessor computes what is decided once, on the host, if the mask has
-      values when traced; for a mask that is an argument of jit in every call, which
-      takes about 100 us a launch on an H200.
-
-    None picks the kernel where it can run, for at least 64 queries, and "xla"
-    otherwise. On an H200 only the kernel was measured, not XLA's form beside it: that
-    the kernel is the faster one is predicted, and so are the 64 queries.
+    - "xla" runs on every device. Batches and heads between which the mask differs are
+      computed one after the other.
+    - "mosaic_gpu" is a fused kernel, forward and backward, on an H100 or H200, in
+      bfloat16 and float16, for `dim` and `dim_v` up to 256 and a `block_size` that is a
+      multiple of 64. The mask's `mask_fn` is compiled into the kernel, so a function of
+      your own may only do arithmetic on its arguments. Nothing is padded by copies if
+      lengths are multiples of 8, `dim` is a multiple of 16 and `dim_v` equals `dim`.
+      Create the mask outside of `jax.jit`: for a mask that is an argument of the
+      program, each call computes the schedule of the blocks again.
+    - `None` uses the kernel if it supports the inputs, for at least 64 queries, and
+      "xla" otherwise. That the kernel is faster is predicted: on an H200 XLA's form was
+      not timed.
 
     Args:
-        mask: of the lengths of query and key, its batch and heads theirs or 1. May be
-            an argument of jit. Where devices share batches or heads between which it
-            differs, `jax.shard_map` with its `partition_specs` keeps each one's work on
-            it; elsewhere XLA gathers what a row of blocks needs.
-        scale: a number known when traced; None stands for dim ** -0.5.
+        query: The queries.
+        key: The keys. Their number of heads divides the number of query heads.
+        value: The values, with as many heads as the keys.
+        mask: The pairs that attend. Its lengths are the lengths of query and key; its
+            batch and heads equal the query's or are 1. It may be an argument of
+            `jax.jit`. Where devices share batches or heads between which it differs,
+            use `jax.shard_map` with `BlockMask.partition_specs`, so that each device
+            computes its own blocks; elsewhere XLA gathers the keys of a row of blocks.
+        scale: The factor of the logits, a Python number; None stands for dim ** -0.5.
+        return_lse: Also return $L$.
+        implementation: See above.
+
+    Returns:
+        The results $o$ in the dtype of `value`. With `return_lse` a pair $(o, L)$,
+        where $L$ is float32 or float64 and has no axis of features.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
-            no `BlockMask`, or `scale` no number.
-        ValueError: the shapes do not fit, `scale` is not finite, or `implementation` is
+        TypeError: An array is not a floating-point array, the dtypes differ, `mask` is
+            not a `BlockMask`, or `scale` is not a number.
+        ValueError: The shapes do not fit, `scale` is not finite, or `implementation` is
             unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+        mask = jaxkern.BlockMask.local_window(8, 8, window=1, block_size=2)
+        out = jaxkern.block_sparse_attention(query, key, value, mask=mask)
+        dense = jaxkern.attention(query, key, value, mask=mask.to_dense())
+        assert jnp.allclose(out, dense, atol=1e-6)
+        print(f"{mask.density:.0%} of the blocks")
+        ```
+        ```text
+        62% of the blocks
+        ```
 
     References:
         The tiles and their gradients: FlashAttention-2, algorithms 1 and 2,
-        https://arxiv.org/abs/2307.08691. The lists: FlexAttention,
-        https://arxiv.org/abs/2412.05496, section 4.
+            https://arxiv.org/abs/2307.08691.
+        The lists of blocks: FlexAttention, section 4, https://arxiv.org/abs/2412.05496.
     """
     op = "block_sparse_attention"
     check_implementation(op, implementation)
@@ -281,7 +304,7 @@ def _backward(query, key, value, mask, out, lse, d_out, d_lse, scale):
 
 
 def _map_rows(fn: Callable[..., Any], batch: int, heads: int, rows: int) -> Any:
-    """`fn(b, h, i)` for all of them, one after the other."""
+    """Compute `fn(b, h, i)` for all rows of blocks, one after the other."""
 
     def at(n):
         return fn(n // (heads * rows), n // rows % heads, n % rows)
@@ -313,7 +336,7 @@ def _visit(
 
 
 def _visible(mask: BlockMask, b: Any, h: Any, i: Any, j: Any) -> Bool[Array, "..."]:
-    """Of a partial block, which pairs attend."""
+    """Return which pairs of a partial block attend."""
     size = mask.block_size
     q = i * size + jnp.arange(size)[:, None]
     k = j * size + jnp.arange(size)[None]
@@ -333,7 +356,11 @@ def _cut_all(mask, query, key, value):
 def _cut(
     mask: BlockMask, x: Float[Array, "batch seq heads *rest"], kv_heads: int
 ) -> Float[Array, "mask_batch mask_heads blocks batch_2 heads_2 groups size *rest"]:
-    """In front what the mask tells apart, behind it what one tile has together."""
+    """Cut an array into blocks of tokens, for the loop over rows of blocks.
+
+    The first three axes are those that the mask distinguishes: its batch, its heads and
+    the blocks. The others are computed together in one tile.
+    """
     batch, seq, heads, *rest = x.shape
     mask_batch, mask_heads = mask.shape[:2]
     if mask_heads > 1:
@@ -353,7 +380,7 @@ def _join(
     x: Float[Array, "mask_batch mask_heads blocks batch_2 heads_2 groups size *rest"],
     seq: int,
 ) -> Float[Array, "batch seq heads *rest"]:
-    """The inverse of `_cut`."""
+    """Join the blocks that `_cut` made."""
     mask_batch, mask_heads, blocks, batch, kv_heads, groups, size, *rest = x.shape
     x = x.transpose(0, 3, 2, 6, 1, 4, 5, *range(7, x.ndim))
     heads = mask_heads * kv_heads * groups

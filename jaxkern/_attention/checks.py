@@ -1,11 +1,11 @@
-"""Checks of attention's arguments, and what cuDNN cannot do."""
+"""Checks of attention's arguments, and the reasons why cuDNN cannot run some."""
 
 import jax
 
 from .._core.checks import check_array, check_floating, check_number, check_shape
 
-# None picks the kernel for at least so many queries. A tile of it holds 64, and fewer
-# leave most of it empty: one query over 65,537 keys would do 64 times the work.
+# The least number of queries for which None picks the kernel. A tile of the kernel
+# holds 64 queries, so that one query over many keys would cost 64 times its work.
 # Predicted, not measured.
 LEAST_QUERIES = 64
 
@@ -13,10 +13,7 @@ LEAST_QUERIES = 64
 def check_query_key_value(
     op: str, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Shapes and dtypes fit, and the heads of key and value divide the query's.
-
-    Returns them as JAX's arrays.
-    """
+    """Check shapes, dtypes and heads, and return the arrays as JAX's."""
     query, key, value = check_floating(op, query=query, key=key, value=value)
     check_shape(op, "query", query, ("batch", "seq_q", "heads", "dim"))
     batch, _, heads, dim = query.shape
@@ -33,7 +30,7 @@ def check_query_key_value(
 
 
 def check_whole_sequence(op: str, **arrays: jax.Array) -> None:
-    """No mesh axis splits the tokens of an array, as far as its type says."""
+    """Check that no mesh axis splits the tokens, as far as an array's type says."""
     for name, array in arrays.items():
         axis = jax.typeof(array).sharding.spec[1]
         if axis is not None:
@@ -44,13 +41,13 @@ def check_whole_sequence(op: str, **arrays: jax.Array) -> None:
 
 
 def check_one_length(op: str, query: jax.Array, key: jax.Array) -> None:
-    """The same tokens are queries and keys."""
+    """Check that queries and keys are of the same tokens."""
     because = f" for query of shape {query.shape}"
     check_shape(op, "key", key, (*query.shape[:2], *key.shape[2:]), because)
 
 
 def check_scale(op: str, scale: float | None, dim: int) -> float:
-    """The factor of the logits, dim ** -0.5 where None is given."""
+    """Return the factor of the logits, dim ** -0.5 if `scale` is None."""
     if scale is None:
         return dim**-0.5
     check_number(op, "scale", scale)
@@ -58,7 +55,7 @@ def check_scale(op: str, scale: float | None, dim: int) -> float:
 
 
 def check_mask(op: str, mask: jax.Array, query: jax.Array, key: jax.Array) -> None:
-    """A boolean for each pair, True where the query sees the key."""
+    """Check that the mask has a boolean for each pair, or axes of 1."""
     check_array(op, "mask", mask, "boolean")
     full = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
     fits = mask.ndim == 4 and all(
@@ -72,7 +69,7 @@ def check_mask(op: str, mask: jax.Array, query: jax.Array, key: jax.Array) -> No
 
 
 def check_key_mask(op: str, key_mask: jax.Array | None, shape: tuple[int, int]) -> None:
-    """A boolean for each key, False for padding; or None."""
+    """Check that the mask, if there is one, has a boolean for each key."""
     if key_mask is not None:
         check_array(op, "key_mask", key_mask, "boolean")
         check_shape(op, "key_mask", key_mask, shape)
@@ -86,7 +83,7 @@ def unsupported_by_cudnn(
     is_causal: bool,
     return_lse: bool,
 ) -> str | None:
-    """Why `jax.nn`'s cuDNN form is not this function here, or None."""
+    """Return why `jax.nn`'s cuDNN form does not compute `attention` here, or None."""
     if return_lse:
         return "return_lse must be False for cudnn, got True"
     device = jax.devices()[0]

@@ -93,58 +93,90 @@ def attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""Softmax attention, and on request the log-sum-exp of its logits.
+    r"""Compute softmax attention and, on request, the log-sum-exp of its logits.
 
     $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
     s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
 
-    The sums run over the keys that query $i$ sees: those where `mask` is True, and with
-    `is_causal` of them $j \le i$, aligned at the start as in `jax.nn`, also where the
-    lengths differ. A query that sees none has $o_i = 0$, $L_i = -\infty$ and no
-    gradient. Query head $h$ reads key head $\lfloor h\,$kv_heads / heads$\rfloor$.
+    The sums run over the keys $j$ that query $i$ sees. A query that sees no key has
+    $o_i = 0$, $L_i = -\infty$ and no gradient. Query head $h$ reads the key head
+    $\lfloor h \cdot \mathrm{kv\_heads} / \mathrm{heads} \rfloor$.
 
-    Logits, softmax and sums are float32, float64 if the arguments are; 16-bit arguments
-    are multiplied as they are, and so are the weights, rounded to 16 bits, in long
-    sequences; in float16 their gradients are not, since they would underflow: those
-    products are float32. $L$ is not rounded, and its gradient is exact.
+    Logits, softmax and sums are float32, or float64 if the arguments are. 16-bit
+    arguments are multiplied as they are, and beyond 256 x 256 logits a head the weights
+    are rounded to 16 bits before they multiply the values. $L$ is not rounded, and its
+    gradient is exact.
 
     Implementations:
 
-    - "xla": all logits at once up to 256 x 256 a head; beyond that by tiles, in memory
-      linear in the sequence. Then saved for the backward are the arguments, $L$ and, in
-      float32, $o$; tiles above the causal diagonal are skipped, and there is no
-      forward-mode derivative.
-    - "mosaic_gpu": the kernel of `block_sparse_attention`; `mask` must be one of keys,
-      the same for all queries.
-    - "cudnn": the kernel behind `jax.nn.dot_product_attention`, for 16-bit dtypes on
-      NVIDIA GPUs, without `mask` and `return_lse`: it gives masked rows the mean of
-      the values, and rounds $L$ and drops its gradient.
-
-    None picks "mosaic_gpu" where it can run, for at least 64 queries and more logits
-    than 256 x 256, and "xla" otherwise. On an H200 "cudnn" takes as long forward and 3
-    to 20 % less forward and backward; only who names it gets it, since its results are
-    other ones.
+    - "xla" runs on every device. Up to 256 x 256 logits a head it computes all of them
+      at once and supports every derivative. Beyond that it computes tiles, in memory
+      linear in the sequence, skips the tiles above the causal diagonal, and has no
+      forward-mode derivative (`jax.jvp`).
+    - "mosaic_gpu" is the kernel of `block_sparse_attention`, with the same limits. It
+      needs a `mask` that is the same for all queries, (batch, heads, 1, seq_kv).
+    - "cudnn" is the kernel behind `jax.nn.dot_product_attention`, for bfloat16 and
+      float16 on NVIDIA GPUs. It supports neither `mask` nor `return_lse`, because it
+      gives masked rows the mean of the values, rounds $L$ and drops the gradient of
+      $L$.
+    - `None` uses "mosaic_gpu" if it supports the inputs, for at least 64 queries and
+      more than 256 x 256 logits a head, and "xla" otherwise. These sizes are predicted,
+      not measured. `None` never uses "cudnn", which on an H200 took 2 to 20 % less time
+      forward and backward.
 
     Args:
-        scale: a number known when traced; None stands for dim ** -0.5.
+        query: The queries.
+        key: The keys. Their number of heads divides the number of query heads.
+        value: The values, with as many heads as the keys.
+        mask: True where a query sees a key. An axis of 1 stands for all. None lets
+            every query see every key.
+        is_causal: Let query $i$ see only the keys $j \le i$. Both are counted from the
+            start, as in `jax.nn`, also where the lengths differ.
+        scale: The factor of the logits, a Python number; None stands for dim ** -0.5.
+        return_lse: Also return $L$.
+        implementation: See above.
+
+    Returns:
+        The results $o$ in the dtype of `value`. With `return_lse` a pair $(o, L)$,
+        where $L$ is float32 or float64 and has no axis of features.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, `mask` is
-            not boolean, `scale` is no number, or a flag neither True nor False.
-        ValueError: the shapes do not fit, `scale` is not finite, `implementation` is
+        TypeError: An array is not a floating-point array, the dtypes differ, `mask` is
+            not boolean, `scale` is not a number, or a flag is neither True nor False.
+        ValueError: The shapes do not fit, `scale` is not finite, `implementation` is
             unknown, or an explicit mesh axis splits the tokens.
-        NotImplementedError: the named implementation cannot run this; it says why.
+        NotImplementedError: The named implementation cannot run these arguments here;
+            the message says why.
+
+    Examples:
+        Logits that are all 0 give the mean of the values that a query sees, and $e^L$
+        is their number:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        query = key = jnp.zeros((1, 3, 1, 2))
+        value = jnp.arange(3.0).reshape(1, 3, 1, 1)
+        out, lse = jaxkern.attention(query, key, value, is_causal=True, return_lse=True)
+        print(out.ravel())
+        assert jnp.allclose(jnp.exp(lse).ravel(), jnp.array([1, 2, 3]))
+        ```
+        ```text
+        [0.  0.5 1. ]
+        ```
 
     References:
         The tiles and their gradients: FlashAttention-2, algorithms 1 and 2,
-        https://arxiv.org/abs/2307.08691.
+            https://arxiv.org/abs/2307.08691.
     """
     op = "attention"
     check_implementation(op, implementation, ImplementationOrCudnn)
     query, key, value = check_query_key_value(op, query, key, value)
     check_whole_sequence(op, key=key, value=value)
     if query.shape[2] != key.shape[2] or not _is_small(query.shape[1], key.shape[1]):
-        # Else it may be split, since no axis of it is cut or joined.
+        # Otherwise a mesh axis may split the queries, since none of their axes is cut
+        # or joined.
         check_whole_sequence(op, query=query)
     check_flag(op, is_causal=is_causal, return_lse=return_lse)
     scale = check_scale(op, scale, query.shape[-1])
@@ -177,6 +209,7 @@ def attention(
 
 
 def _attend_rounded(query, key, value, *, mask, is_causal, scale):
+    """Return `attend_by_xla` with its result in the dtype of `value`."""
     out, lse = attend_by_xla(query, key, value, mask, is_causal, scale)
     return out.astype(value.dtype), lse
 
@@ -199,12 +232,14 @@ def choose_dense(
     mask: jax.Array | None = None,
     rows: int | None = None,
 ) -> Implementation:
-    """The implementation that runs attention to all keys, or to those of a mask.
+    """Choose the implementation of attention to all keys, or to the keys of a mask.
 
-    rows: how many queries attend to each other, where those are not all of the arrays.
+    Args:
+        rows: The number of queries that attend to each other, where a segment has fewer
+            than the arrays.
 
     Raises:
-        NotImplementedError: the kernel is named and cannot run this.
+        NotImplementedError: The kernel is named and cannot run these arguments.
     """
 
     def unsupported() -> str | None:
@@ -226,7 +261,10 @@ def choose_dense(
 def dense_blocks(
     query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool
 ) -> BlockMask:
-    """The keys that queries see, for the kernel; a mask is (batch, heads, 1, seq)."""
+    """Return the block mask with which the kernel computes dense attention.
+
+    `mask` has the shape (batch or 1, heads or 1, 1, seq_kv).
+    """
     upper = 0 if is_causal else None
     blocks = band_mask(None, upper, query.shape[1], key.shape[1])
     return blocks if mask is None else with_keys(blocks, mask[:, :, 0])
@@ -241,9 +279,10 @@ def attend_by_xla(
     is_causal: bool,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse), in float32: all logits of a head at once if they are few.
+    """Return the result and the log-sum-exp, both in float32 or wider.
 
-    Else by tiles. The log-sum-exp of no key is `nothing`.
+    Few logits are computed all at once, many of them in tiles. The log-sum-exp of a
+    query that sees no key is `nothing`.
     """
     if _is_small(query.shape[1], key.shape[1]):
         return _reference(query, key, value, mask, is_causal, scale)
@@ -252,12 +291,12 @@ def attend_by_xla(
 
 
 def _is_small(queries: int, keys: int) -> bool:
-    """Whether all logits of a head are computed at once.
+    """Say whether all logits of a head are computed at once.
 
-    Up to here that is no slower than tiles, and has all derivatives; for a single query
-    over many keys it is faster: 3.5 ms against 5.4 over 4096, on two cores. There it
-    still is at 512 x 512, 7.5 against 9.4 (causal: slower), but saves that many
-    weights.
+    At most 256 x 256 logits: the plain form is as fast as tiles and supports every
+    derivative. On two CPU cores one query over 4096 keys takes 3.5 ms, and 5.4 ms in
+    tiles. At 512 x 512 the plain form still takes 7.5 ms against 9.4 (but is slower
+    with `is_causal`); there tiles save the memory of the weights.
     """
     return queries * keys <= TILE**2
 
@@ -269,10 +308,11 @@ def _reference(query, key, value, mask, is_causal, scale):
         mask = causal if mask is None else mask & causal
     batch, seq_q, heads, dim = query.shape
     kv_heads = key.shape[2]
-    # All sizes are named, since an empty batch leaves -1 open.
+    # No size is -1, which an empty batch would leave undetermined.
     sharing = heads // kv_heads * seq_q
-    # Query heads that share a key head are more rows of it. Of products with one such
-    # axis XLA's CPU backend fuses the softmax, with two it took up to 3 times as long.
+    # Query heads that share a key head become more rows of one product. XLA's CPU
+    # backend fuses the softmax with products that have one axis of rows; with a second
+    # axis for the heads it took up to 3 times as long.
     rows = query.reshape(batch, seq_q, kv_heads, heads // kv_heads, dim)
     rows = jnp.moveaxis(rows, 1, 3).reshape(batch, kv_heads, sharing, dim)
     logits = jnp.einsum("bkqd,bskd->bkqs", widen(rows), widen(key)) * scale
@@ -301,18 +341,48 @@ def merge_attention(
     out_b: Float[Array, "batch seq heads dim"],
     lse_b: Float[Array, "batch seq heads"],
 ) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq heads"]]:
-    r"""The attention over two disjoint sets of keys, from the attention over each.
+    r"""Merge the attention over two disjoint sets of keys into the attention over both.
 
     $$L = \log(e^{L_a} + e^{L_b}), \quad o = e^{L_a - L} o_a + e^{L_b - L} o_b$$
 
-    Exact in value and gradient. A side with $L = -\infty$ adds nothing, and two of them
-    give $o = 0$. Computed in float32, or float64 if the log-sum-exps are; `out` is
-    rounded once, to the dtype of the parts.
+    It is exact in value and gradient. A side with $L = -\infty$ adds nothing, and two
+    such sides give $o = 0$ and $L = -\infty$. It is computed in float32, or float64 if
+    the log-sum-exps are, and $o$ is rounded once.
+
+    Args:
+        out_a: The result over the first set of keys.
+        lse_a: Its log-sum-exp, float32 or float64, as `return_lse=True` gives it.
+        out_b: The result over the second set.
+        lse_b: Its log-sum-exp.
+
+    Returns:
+        The pair $(o, L)$: the result in the dtype of the parts, and its log-sum-exp.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes of the two sides
+        TypeError: An array is not a floating-point array, the dtypes of the two sides
             differ, or the log-sum-exps are neither float32 nor float64.
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
+        near = jaxkern.attention(query, key[:, :1], value[:, :1], return_lse=True)
+        far = jaxkern.attention(query, key[:, 1:], value[:, 1:], return_lse=True)
+        out, lse = jaxkern.merge_attention(*near, *far)
+        assert jnp.allclose(out, jaxkern.attention(query, key, value), atol=1e-6)
+        print(lse.shape)
+        ```
+        ```text
+        (1, 4, 2)
+        ```
+
+    References:
+        FlashInfer, section 2.2, which calls the pair an attention state:
+            https://arxiv.org/abs/2501.01005.
     """
     op = "merge_attention"
     out_a, out_b = check_floating(op, out_a=out_a, out_b=out_b)
@@ -334,7 +404,7 @@ def merge(
     out_b: Float[Array, "batch seq heads dim"],
     lse_b: Float[Array, "batch seq heads"],
 ) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch seq heads"]]:
-    """`merge_attention`, where the log-sum-exp of no key is `nothing`."""
+    """Merge as `merge_attention` does, where the log-sum-exp of no key is `nothing`."""
     top = finite(lax.stop_gradient(jnp.maximum(lse_a, lse_b)))
     weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
     wide = max(out_a.dtype, lse_a.dtype, key=lambda dtype: dtype.itemsize)

@@ -91,53 +91,73 @@ def dilated_attention(
     Float[Array, "batch seq heads dim_v"]
     | tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]
 ):
-    r"""LongNet's attention: near tokens densely, far ones at growing strides.
+    r"""Compute LongNet's attention: near tokens densely, far ones at larger strides.
 
     Pattern $i$ of the `dilation` cuts the sequence into segments of $w_i$ tokens. In
-    each, head $j$ takes the rows $o, o + r_i, o + 2 r_i, ...$ with offset
-    $o = j \bmod r_i$, and attends among them alone, which gives $O_i$ and the
-    log-sum-exp $L_i$ (0 and $-\infty$ in the rows it did not take). Then per token and
-    head
+    each segment, head $j$ takes the rows $o, o + r_i, o + 2 r_i, \dots$ with the offset
+    $o = j \bmod r_i$, and attends among these rows alone. This gives $O_i$ and the
+    log-sum-exp $L_i$; in the rows that the head does not take they are 0 and $-\infty$.
+    Then, for each token and head,
 
     $$O = \sum_i \alpha_i O_i, \qquad
       \alpha_i = \frac{\exp L_i}{\sum_j \exp L_j}$$
 
-    which is one softmax over all keys, with $\log c$ added to the logit of a key that
-    $c$ patterns share with the query. The gradient is exact, through $\alpha$ too. A
-    pattern costs $4\,\mathrm{batch}\,\mathrm{heads}\,\mathrm{seq}\,w\,\mathrm{dim}/r^2$
-    FLOPs forward. A last segment may be shorter, `w` need not divide by `r`, and
-    where `w` exceeds the sequence, the sequence is the segment.
+    This is one softmax over all keys, where a key that $c$ patterns share with the
+    query counts $c$ times. The gradient is exact, through $\alpha$ too. A pattern costs
+    $4\,\mathrm{batch}\,\mathrm{heads}\,\mathrm{seq}\,w\,\mathrm{dim}/r^2$ FLOPs
+    forward. The last segment may be shorter, $w$ need not be a multiple of $r$, and a
+    segment that is longer than the sequence ends with it.
 
-    With `implementation` "mosaic_gpu" every pattern runs the kernel of `attention`. It
-    loads the rows of a head in strides: they are not copied, unless a length does not
-    divide. None picks it for each pattern as `attention` does.
+    Each pattern is computed as by `attention`, and its docstring says what the
+    implementations support. `None` chooses for each pattern.
 
-    Heads are counted in the array given: to split heads by `shard_map`, give each
-    device a multiple of every rate, and let "paper" choose the offsets.
-
-    ```python
-    >>> import jax.numpy as jnp
-    >>> from jaxkern import Dilation, dilated_attention
-    >>> x = jnp.ones((1, 16, 2, 8))
-    >>> dilation = Dilation([4, 16], [1, 4])
-    >>> out, lse = dilated_attention(x, x, x, dilation=dilation, return_lse=True)
-    >>> print(out.shape, lse.shape)
-    (1, 16, 2, 8) (1, 16, 2)
-
-    ```
+    Inside `jax.shard_map` heads are counted within a device's part. To split heads
+    among devices, give each device a multiple of every rate and keep
+    `head_offsets="paper"`.
 
     Args:
-        dilation: the patterns, and how heads share them; other choices of $o$ too.
-        scale: of the logits; None is $1/\sqrt{\mathrm{dim}}$.
-        key_mask: False for padding, which no query attends to.
-        return_lse: also return $\log \sum_i \exp L_i$, float32.
+        query: The queries.
+        key: The keys of the same tokens. Their number of heads divides the number of
+            query heads.
+        value: The values, with as many heads as the keys.
+        dilation: The patterns, and how heads share them.
+        is_causal: Let a token see only itself and earlier tokens.
+        scale: The factor of the logits, a Python number; None stands for dim ** -0.5.
+        key_mask: False for padding, which no query sees.
+        return_lse: Also return $\log \sum_i \exp L_i$.
+        implementation: As in `attention`.
+
+    Returns:
+        The results $O$ in the dtype of `value`. With `return_lse` a pair of $O$ and the
+        log-sum-exp, which is float32 or float64 and has no axis of features.
 
     Raises:
-        TypeError: an argument has the wrong type, or the dtypes differ.
-        ValueError: the shapes do not fit, heads are fewer than the patterns to split
-            them among, rows are uncovered though that is an "error", or a name is
-            unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: An array is not a floating-point array, the dtypes differ, or another
+            argument has the wrong type.
+        ValueError: The shapes do not fit, there are fewer heads than patterns to split
+            them among, a row is in no pattern though `uncovered` is "error", or
+            `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        Every token sees its segment of 4 densely, and each head a fourth of the
+        sequence:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x = jnp.ones((1, 16, 2, 8))
+        dilation = jaxkern.Dilation([4, 16], [1, 4])
+        out, lse = jaxkern.dilated_attention(
+            x, x, x, dilation=dilation, return_lse=True
+        )
+        print(out.shape, lse.shape)
+        ```
+        ```text
+        (1, 16, 2, 8) (1, 16, 2)
+        ```
 
     References:
         LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
@@ -183,7 +203,7 @@ def mix(
     dtype: jnp.dtype,
     stop_gradient_mix: bool = False,
 ) -> tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]:
-    """The results of all patterns, over the rows each selects, as one softmax."""
+    """Mix the results of all patterns, each over its selected rows, as one softmax."""
     stacked = jnp.stack(
         [
             pattern.spread(lse, seq, fill=nothing(lse.dtype))
@@ -196,7 +216,8 @@ def mix(
     shares = jnp.exp(stacked - total[None])
     if stop_gradient_mix:
         shares = jax.lax.stop_gradient(shares)
-    # Weighted before they are spread, so that no pattern keeps rows that it left out.
+    # Results are weighted before they are spread. Without this, each pattern would keep
+    # all rows for the backward, and not only those that it selects.
     weighted = [
         pattern.spread(pattern.select(share)[..., None] * widen(out), seq, fill=0.0)
         for pattern, share, (out, _) in zip(patterns, shares, parts, strict=True)
@@ -220,10 +241,10 @@ def attend_pattern(
     Float[Array, "batch segments rows heads dim_v"],
     Float[Array, "batch segments rows heads"],
 ]:
-    """Attention within every segment, and its log-sum-exp, of the selected rows."""
+    """Attend within every segment, in the selected rows; return the log-sum-exp too."""
     mask = None
     if key_mask is not None or not pattern.divides(query.shape[1]):
-        # Padded rows select False, like the masked ones.
+        # `select` gives padded rows False, as masked rows have.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
     options = {"pattern": pattern, "is_causal": is_causal, "scale": scale}
@@ -243,7 +264,7 @@ def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
     selected = select_rows(query, key, value, pattern)
     attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
 
-    # Segments are not merged with the batch, which a mesh may split.
+    # Segments have an axis of their own, since a mesh may split the batch.
     @partial(jax.vmap, in_axes=1, out_axes=1)
     def attend_segment(query, key, value, mask):
         return attend(query, key, value, mask)
@@ -252,7 +273,7 @@ def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
 
 
 def _attend_in_strides(query, key, value, mask, *, pattern, is_causal, scale):
-    """The segments as a batch, of which the kernel reads the rows that heads take."""
+    """Run the kernel on segments as a batch; it reads the rows that each head takes."""
     # Mosaic is imported on first use of a kernel.
     from .hopper import attend
 
@@ -271,7 +292,7 @@ def _attend_in_strides(query, key, value, mask, *, pattern, is_causal, scale):
         scale=scale,
         dilation=pattern.dilation,
     )
-    # In float32, as by XLA, for the mix.
+    # The mix takes results in float32, as XLA's form returns them.
     out, lse = (x.reshape(batch, -1, *x.shape[1:]) for x in (widen(out), lse))
     return out, lse
 
@@ -286,7 +307,10 @@ def select_rows(
     Float[Array, "batch segments rows heads_kv dim"],
     Float[Array, "batch segments rows heads_kv dim_v"],
 ]:
-    """The rows that attend to each other; heads of keys are repeated if they must."""
+    """Return the rows that attend to each other.
+
+    Heads of keys are repeated if the query heads that share one take different rows.
+    """
     of_keys = pattern.dilation.of_keys(key.shape[2])
     if of_keys.group > 1:
         key, value = _repeat(key, of_keys.group), _repeat(value, of_keys.group)
@@ -296,7 +320,7 @@ def select_rows(
 
 
 def _key_value_heads(key, value, start, stop, heads):
-    """The key and value heads of query heads from `start` up to `stop`."""
+    """Return the key and value heads of the query heads from `start` up to `stop`."""
     group = heads // key.shape[2]
     if start % group or stop % group:
         key, value, group = _repeat(key, group), _repeat(value, group), 1
@@ -305,7 +329,7 @@ def _key_value_heads(key, value, start, stop, heads):
 
 
 def _repeat(x, group):
-    # On explicit mesh axes it asks for the sharding, elsewhere it takes none.
+    # `jnp.repeat` needs the sharding on explicit mesh axes and refuses it elsewhere.
     sharding = jax.typeof(x).sharding
     kept = sharding if sharding.mesh.explicit_axes else None
     return jnp.repeat(x, group, axis=2, out_sharding=kept)

@@ -1,4 +1,4 @@
-"""Which rows the heads of dilated attention take."""
+"""The patterns of dilated attention, and the rows that each head takes."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -21,41 +21,53 @@ Uncovered = Literal["zero", "error"]
 class Dilation:
     r"""The patterns of dilated attention: segments of the sequence and strides in them.
 
-    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each, head $j$ takes
-    the rows $o, o + r_i, o + 2 r_i, ...$, where the offset $o$ follows from
-    `head_offsets`. `dilated_attention` says what is computed of them. Values of equal
-    arguments are equal and have one hash, so they may be static arguments of `jax.jit`.
+    Pattern $i$ cuts the sequence into segments of $w_i$ tokens. In each segment, head
+    $j$ takes the rows
 
-    ```python
-    >>> from jaxkern import Dilation
-    >>> dilation = Dilation([2048, 8192], [1, 4])
-    >>> dilation.segment_lengths, dilation.dilation_rates
-    ((2048, 8192), (1, 4))
+    $$o, \quad o + r_i, \quad o + 2 r_i, \quad \dots$$
 
-    ```
+    where the offset $o$ follows from `head_offsets`. `dilated_attention`,
+    `ring_attention` and `context_parallel_attention` take this value. Two values with
+    equal arguments are equal and have one hash, so that they may be static arguments of
+    `jax.jit`.
 
     Args:
-        segment_lengths: $w_i$, in tokens.
-        dilation_rates: $r_i$, as many. A rate may exceed its segment, but not all may.
-        head_offsets: "paper" for $o = j \bmod r_i$; "blocks" for $\lfloor j / \lceil
-            H/r_i \rceil \rfloor$ of $H$ heads, consecutive heads alike, as torchscale
-            has it; "pattern" for $i \bmod r_i$, all heads alike.
-        head_groups: instead of running every pattern in every head, split the heads
-            into consecutive groups, one for each pattern, the first ones larger by one
-            head where they do not divide. With "pattern" this is the variant of
+        segment_lengths: The lengths $w_i$, in tokens.
+        dilation_rates: The strides $r_i$, one for each segment length. A rate may
+            exceed its segment, but not all may.
+        head_offsets: "paper" stands for $o = j \bmod r_i$. "blocks" stands for
+            $\lfloor j / \lceil H/r_i \rceil \rfloor$ of $H$ heads, so that consecutive
+            heads have the same offset, as in torchscale. "pattern" stands for
+            $i \bmod r_i$ in all heads.
+        head_groups: Split the heads into consecutive groups, one for each pattern,
+            instead of running every pattern in every head. If the heads do not divide,
+            the first groups have one head more. With "pattern" this is the variant of
             DarcStar's fork of dilated-attention-pytorch, but for its final division by
             the number of patterns. It is not fkodom's original, which also divides by
             the sum of the outputs.
-        stop_gradient_mix: treat the shares of the patterns as constants in the
+        stop_gradient_mix: Treat the shares $\alpha$ of the patterns as constants in the
             backward, as torchscale does.
-        uncovered: what to do about a row that its head takes in no pattern: "zero"
-            gives it output 0 and lse $-\infty$, "error" raises. A rate of 1 covers all.
+        uncovered: What happens to a row that its head takes in no pattern: "zero" gives
+            it the result 0 and the log-sum-exp $-\infty$, "error" raises. A rate of 1
+            covers all rows.
 
     Raises:
-        TypeError: lengths or rates are no sequence of integers, or a switch is neither
-            True nor False.
-        ValueError: lengths and rates are not equally many positive integers, each rate
+        TypeError: Lengths or rates are not a sequence of integers, or a switch is
+            neither True nor False.
+        ValueError: Lengths and rates are not equally many positive integers, each rate
             exceeds its segment, or a name is unknown.
+
+    Examples:
+        ```python
+        import jaxkern
+
+        dilation = jaxkern.Dilation([2048, 8192], [1, 4])
+        print(dilation.segment_lengths, dilation.dilation_rates)
+        assert dilation == jaxkern.Dilation((2048, 8192), (1, 4))
+        ```
+        ```text
+        (2048, 8192) (1, 4)
+        ```
 
     References:
         LongNet, sections 2.2 and 2.3: https://arxiv.org/abs/2307.02486.
@@ -89,12 +101,13 @@ class Dilation:
         check_flag(
             op, head_groups=self.head_groups, stop_gradient_mix=self.stop_gradient_mix
         )
-        # As tuples they can be hashed, whatever sequences were given.
+        # Tuples can be hashed, and the given sequences need not be tuples.
         object.__setattr__(self, "segment_lengths", lengths)
         object.__setattr__(self, "dilation_rates", rates)
 
 
 def check_dilation(op: str, dilation: object) -> None:
+    """Check that the argument is a `Dilation`."""
     if not isinstance(dilation, Dilation):
         raise TypeError(
             f"{op}: dilation must be a Dilation, such as "
@@ -104,9 +117,10 @@ def check_dilation(op: str, dilation: object) -> None:
 
 @dataclass(frozen=True)
 class HeadStride:
-    """Head j takes one of each `rate` rows, at (first + step * j) // run % rate.
+    """The rows of one pattern that each head takes.
 
-    group: heads that take theirs from the same vectors.
+    Head j keeps every `rate`-th row, from the offset (first + step * j) // run % rate
+    on. `group` heads that follow each other read the same vectors.
     """
 
     rate: int
@@ -117,7 +131,7 @@ class HeadStride:
     group: int = 1
 
     def of_heads(self, start: int, stop: int, every: int = 1) -> "HeadStride":
-        """As seen by those heads alone."""
+        """Return the stride of these heads alone."""
         return replace(
             self,
             heads=len(range(start, stop, every)),
@@ -126,7 +140,11 @@ class HeadStride:
         )
 
     def of_keys(self, kv_heads: int) -> "HeadStride":
-        """What those take, or their groups of query heads if they differ in it."""
+        """Return the stride of the key heads.
+
+        Where the query heads of a key head take different rows, the stride stays one of
+        query heads, and its `group` says how many of them read one key head.
+        """
         group = self.heads // kv_heads
         of_first = np.repeat(self.offsets[::group], group)
         if (self.offsets == of_first).all():
@@ -134,25 +152,29 @@ class HeadStride:
         return replace(self, group=group)
 
     def index(self, head: Any) -> Any:
-        """Of a head's vector among all (rate, vectors) of a row, in a kernel."""
+        """Return where a head's vector is among all (rate, vectors) of a row.
+
+        Kernels call it with a traced head.
+        """
         offset = lax.rem(lax.div(self.first + self.step * head, self.run), self.rate)
         return offset * (self.heads // self.group) + lax.div(head, self.group)
 
     @property
     def offsets(self) -> np.ndarray:
+        """The first row that each head takes."""
         return (self.first + self.step * np.arange(self.heads)) // self.run % self.rate
 
     def take(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-        """(..., rate, heads, ...) to (..., heads, ...): the row of each head."""
-        # A sum over one-hot rows, not a gather: it fuses, and heads stay where they
-        # are on a mesh. Its transpose is `spread`.
+        """Select each head's row: (..., rate, heads, ...) becomes (..., heads, ...)."""
+        # A sum over one-hot rows fuses and leaves heads where they are on a mesh, which
+        # a gather does not. Its transpose is `spread`.
         x = jnp.where(self._chosen(x, axis), x, jnp.zeros((), x.dtype))
         return x.any(axis) if x.dtype == bool else x.sum(axis, dtype=x.dtype)
 
     def spread(
         self, x: Float[Array, "..."], axis: int, fill: float
     ) -> Float[Array, "..."]:
-        """The inverse of `take`; the rows that it left out are `fill`."""
+        """Put rows back to where `take` found them, and `fill` into the others."""
         x = jnp.expand_dims(x, axis)
         return jnp.where(self._chosen(x, axis), x, jnp.asarray(fill, x.dtype))
 
@@ -163,26 +185,31 @@ class HeadStride:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Each head attends to the rows that it takes of a segment."""
+    """One pattern: in each segment, each head attends among the rows that it takes."""
 
     segment: int
     dilation: HeadStride
 
     @property
     def rows(self) -> int:
-        """Of a segment, that a head takes, some of them beyond its end."""
+        """The number of rows of a segment that a head takes.
+
+        The last of them may lie past its end.
+        """
         return -(-self.segment // self.dilation.rate)
 
     def of_heads(self, start: int, stop: int, every: int = 1) -> "Pattern":
+        """Return the pattern of these heads alone."""
         return replace(self, dilation=self.dilation.of_heads(start, stop, every))
 
     def divides(self, seq: int) -> bool:
+        """Say whether the sequence, segments and rate divide without a rest."""
         return seq % self.segment == 0 and self.segment % self.dilation.rate == 0
 
     def split(
         self, x: Shaped[Array, "batch seq heads *features"]
     ) -> Shaped[Array, "batch segments rows rate heads *features"]:
-        """The rows of each segment, with zeros for those beyond its end."""
+        """Split tokens into the rows of each segment, with zeros past its end."""
         w, r = self.segment, self.dilation.rate
         batch, seq, *rest = x.shape
         x = pad_axis(x, 1, 0, -seq % w).reshape(batch, -(-seq // w), w, *rest)
@@ -191,7 +218,7 @@ class Pattern:
     def select(
         self, x: Shaped[Array, "batch seq #heads *features"]
     ) -> Shaped[Array, "batch segments rows heads *features"]:
-        """Each head's rows of each segment, zeros for those beyond its end."""
+        """Select each head's rows of each segment, with zeros past its end."""
         return self.dilation.take(self.split(x), axis=3)
 
     def spread(
@@ -200,7 +227,7 @@ class Pattern:
         seq: int,
         fill: float,
     ) -> Float[Array, "batch seq heads *features"]:
-        """The inverse of `select`; the rows that it left out are `fill`."""
+        """Put rows back to where `select` found them, and `fill` into the others."""
         batch, segments, rows, *rest = x.shape
         x = self.dilation.spread(x, axis=3, fill=fill)
         x = x.reshape(batch, segments, rows * self.dilation.rate, *rest)
@@ -209,10 +236,11 @@ class Pattern:
 
 
 def make_patterns(dilation: Dilation, seq: int, heads: int) -> list[Pattern]:
-    """The patterns of all heads, no segment longer than the sequence."""
+    """Return the patterns of all heads; no segment is longer than the sequence."""
     lengths, rates, patterns = dilation.segment_lengths, dilation.dilation_rates, []
     for i, (w, r) in enumerate(zip(lengths, rates, strict=True)):
-        # A head takes at most one row of a segment, the same one as of any longer step.
+        # With rates this large a head takes at most one row of a segment, and a still
+        # larger rate takes the same row.
         r = min(r, max(seq, heads, len(rates)))
         match dilation.head_offsets:
             case "paper":
@@ -234,7 +262,7 @@ def _positive_integers(op: str, name: str, values: Sequence[int]) -> tuple[int, 
 def split_heads(
     op: str, patterns: list[Pattern], heads: int, head_groups: bool
 ) -> list[tuple[tuple[int, int], list[Pattern]]]:
-    """Ranges of heads, each with the patterns that it runs."""
+    """Return ranges of heads, each with the patterns that it runs."""
     if not head_groups:
         return [((0, heads), patterns)]
     count = len(patterns)

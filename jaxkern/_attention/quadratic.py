@@ -1,4 +1,4 @@
-"""Attention whose weights are squared products: no softmax, and no normalization."""
+"""Attention by squared products: it has no softmax and no normalization."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +16,28 @@ def quadratic_attention(
     is_causal: bool = False,
     key_mask: Bool[Array, "batch seq_kv"] | None = None,
 ) -> Float[Array, "batch seq_q heads dim_v"]:
-    r"""Sum the values, each by the square of its key's product with the query.
+    r"""Sum the values, each weighted by the square of its key's product with the query.
 
     $$y_i = \sum_j a_{ij} v_j, \qquad a_{ij} = (q_i \cdot k_j / \mathrm{dim})^2$$
 
-    over the keys that the query sees: with `is_causal` $j \le i$, with a `key_mask`
-    those where it is True. A query that sees none has 0 for its result.
+    The sum runs over the keys that query $i$ sees. A query that sees no key has the
+    result 0. Products and squares are float32, or float64 if the arrays are; the
+    weights are rounded to the dtype of `value` before the last product.
 
-    The products and their squares are float32, float64 if the arrays are.
+    Args:
+        query: The queries.
+        key: The keys, with as many heads as the query.
+        value: The values.
+        is_causal: Let query $i$ see only the keys $j \le i$.
+        key_mask: True for the keys that all queries of a sample may see.
+
+    Returns:
+        The weighted sums, in the dtype of the arguments.
 
     Raises:
-        TypeError: an array is no floating-point one, dtypes differ, or the mask is not
-            boolean.
-        ValueError: the shapes do not fit.
+        TypeError: An array is not a floating-point array, the dtypes differ, or
+            `key_mask` is not boolean.
+        ValueError: The shapes do not fit.
     """
     op = "quadratic_attention"
     query, key, value = check_floating(op, query=query, key=key, value=value)

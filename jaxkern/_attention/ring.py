@@ -1,4 +1,4 @@
-"""Attention over a sequence that is split among devices: keys and values go round."""
+"""Attention over a sequence that is split among devices, around a ring."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,81 +87,99 @@ def ring_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    r"""`attention` over a sequence split among the devices of a mesh axis.
+    r"""Compute `attention` over a sequence whose tokens are split among devices.
 
-    Call it inside `jax.shard_map`, each device with its part of the tokens. In as many
-    steps as there are devices every one attends to the keys and values it holds, while
-    it sends them on to its neighbour. The results are merged by their log-sum-exps, in
-    float32. In the backward the gradients of key and value, in float32, go round with
-    them and end where they belong. A device holds its own tokens, those that it works
-    on and those that arrive, and no more logits than a tile has: its memory is linear
-    in its share of the sequence. Saved for the backward are its arguments, and in
-    float32 its output and log-sum-exp. There is no forward-mode derivative.
+    $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
+    s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
 
-    `layout` says which tokens device $r$ of $p$ holds, in ascending order, and so what
-    a causal query sees; without `is_causal` it makes no difference:
+    The sums run over the keys $j$ of all devices that query $i$ sees. Call it inside
+    `jax.shard_map`, where each device has its part of the tokens. There are as many
+    steps as devices. In each step a device attends to the keys and values that it
+    holds, and sends them on to its neighbour. The results are merged by their
+    log-sum-exps, in float32. In the backward the gradients of keys and values go round
+    with them, in float32. The memory of a device is linear in its part of the sequence.
+    There is no forward-mode derivative (`jax.jvp`).
 
-    - "contiguous": the $r$-th of $p$ equal parts. The first device computes in one step
-      only and the last in all of them, so a causal pass takes about twice as long as
-      with the others.
-    - "striped": the tokens $r, r + p, r + 2p, ...$; balanced but for the diagonal.
-    - "zigzag": the $r$-th and the $r$-th last of $2p$ equal parts. Balanced: of parts
-      of $c$ tokens every device computes $2 c^2$ logits in every step, all of them
-      seen; in the first step they form its triangle.
+    `layout` says which tokens device $r$ of $p$ devices holds, in ascending order. This
+    decides what a causal query sees; without `is_causal` it makes no difference:
 
-    `ring_permutation` gives the order of the tokens, `context_parallel_attention` does
-    it all for arrays that are whole.
+    - "contiguous": the part $r$ of $p$ equal parts. The first device computes in one
+      step and the last one in all steps, so that a causal pass takes about twice as
+      long as with the other layouts.
+    - "striped": the tokens $r, r + p, r + 2p, \dots$ The work is balanced but for the
+      diagonal.
+    - "zigzag": the parts $r$ and $2p - 1 - r$ of $2p$ equal parts. All devices have the
+      same work in every step.
 
-    With a `dilation` it is `dilated_attention` of the whole sequence, in whose tokens
-    the segments' lengths are, in the layout "contiguous". Its `head_groups` and
-    `stop_gradient_mix` must be False and its `uncovered` "zero". A segment
-    within a device needs nothing of the others. The $m$ devices that share one of $w$
-    tokens are a ring of their own, and only tokens that a head takes go round: each
-    device sends $(w - w/m)/r$ keys and values for every head of the query; in the
-    backward these again, and $w/r$ gradients of each. Where all query heads of a key
-    take the same rows, these are sent once.
+    `ring_permutation` returns the order of the tokens. `context_parallel_attention`
+    takes whole arrays and does everything.
 
-    With `implementation` "mosaic_gpu" each step runs the kernel of `attention`, which
-    None picks as it does there.
+    With a `dilation` this is `dilated_attention` of the whole sequence, in the layout
+    "contiguous". Segment lengths are in tokens of the whole sequence. A segment within
+    a device needs no other device. The $m$ devices that share a segment of $w$ tokens
+    are a ring of their own, and only tokens that a head takes go round: each device
+    sends $(w - w/m)/r$ keys and values for each query head, or once for all query heads
+    that take the same rows of a key head.
 
-    ```python
-    >>> from functools import partial
-    >>> import jax, jax.numpy as jnp, jaxkern
-    >>> from jax.sharding import PartitionSpec as P
-    >>> mesh = jaxkern.nn.make_mesh(context=jax.device_count())
-    >>> ring = jax.shard_map(
-    ...     partial(jaxkern.ring_attention, axis_name="context", return_lse=True),
-    ...     mesh=mesh, in_specs=P(None, "context"), out_specs=P(None, "context"),
-    ... )
-    >>> x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
-    >>> out, lse = ring(x, x, x)
-    >>> print(out.shape == x.shape, lse.shape == x.shape[:3])
-    True True
-
-    ```
+    With `implementation="mosaic_gpu"` each step runs the kernel of `attention`. `None`
+    chooses as `attention` does for the sizes of one step.
 
     Args:
-        axis_name: the mesh axis that splits the tokens.
-        scale: a number known when traced; None stands for dim ** -0.5.
-        return_lse: also return the log-sum-exp of each query's logits, (batch, seq_q,
-            heads) in float32, whose gradient is exact; -inf for a query that sees no
-            key.
+        query: This device's part of the queries.
+        key: This device's part of the keys. Their number of heads divides the number of
+            query heads.
+        value: This device's part of the values, with as many heads as the keys.
+        axis_name: The mesh axis that splits the tokens.
+        is_causal: Let a token see only itself and earlier tokens of the whole sequence.
+        layout: The distribution of the tokens, see above.
+        scale: The factor of the logits, a Python number; None stands for dim ** -0.5.
+        dilation: The patterns of dilated attention; None for dense attention. On a ring
+            `head_groups` and `stop_gradient_mix` must be False, and `uncovered` "zero".
+        return_lse: Also return $L$, whose gradient is exact.
+        implementation: As in `attention`.
+
+    Returns:
+        The results $o$ of this device's queries, in the dtype of `value`. With
+        `return_lse` a pair $(o, L)$, where $L$ is float32 or float64 and has no axis of
+        features; it is $-\infty$ for a query that sees no key.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, or
-            `dilation` is no `Dilation`.
+        TypeError: An array is not a floating-point array, the dtypes differ, or
+            `dilation` is not a `Dilation`.
         ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
-            `scale` is not finite, or the `dilation` has a switch that a ring does not
-            support; a segment is neither a divisor of a device's tokens nor all of
-            those of one of several equal groups of devices, or the rate of one across
-            devices does not divide a device's tokens.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+            `scale` is not finite, or a ring does not support a switch of the
+            `dilation`. A segment must divide a device's tokens or be all the tokens of
+            one of several equal groups of devices, and the rate of a segment across
+            devices must divide a device's tokens.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        ```python
+        from functools import partial
+
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+        from jax.sharding import PartitionSpec as P
+
+        mesh = jaxkern.nn.make_mesh(context=jax.device_count())
+        attend = jax.shard_map(
+            partial(jaxkern.ring_attention, axis_name="context", is_causal=True),
+            mesh=mesh,
+            in_specs=P(None, "context"),
+            out_specs=P(None, "context"),
+        )
+        x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
+        assert jnp.allclose(attend(x, x, x), jaxkern.attention(x, x, x, is_causal=True))
+        ```
 
     References:
-        Ring Attention, https://arxiv.org/abs/2310.01889; striped:
-        https://arxiv.org/abs/2311.09431; zigzag: Llama 3, section 3.3.2,
-        https://arxiv.org/abs/2407.21783; dilated: LongNet, section 3, which gathers
-        what here goes round, https://arxiv.org/abs/2307.02486.
+        Ring Attention: https://arxiv.org/abs/2310.01889.
+        Striped: Striped Attention, https://arxiv.org/abs/2311.09431.
+        Zigzag: Llama 3, section 3.3.2, https://arxiv.org/abs/2407.21783.
+        Dilated: LongNet, section 3, which gathers the keys that go round here,
+            https://arxiv.org/abs/2307.02486.
     """
     op = "ring_attention"
     check_implementation(op, implementation)
@@ -220,13 +238,14 @@ def _attend_dilated(
     scale: float,
     implementation: Implementation | None,
 ) -> tuple[Float[Array, "batch seq heads dim_v"], Float[Array, "batch seq heads"]]:
-    """A device's tokens of `dilated_attention`, and their lse, over all devices.
+    """Return a device's part of `dilated_attention` over all, and its log-sum-exp.
 
     Only segments that span devices go round.
     """
     shard = query.shape[1]
     rings = [_ring_of_a_segment(op, x, shard, ring) for x in patterns]
-    # Of a longer segment, a device holds as many tokens, from a multiple of the rate.
+    # A device holds `shard` tokens of a longer segment, and the first of them is at a
+    # multiple of the rate.
     patterns = [replace(x, segment=min(x.segment, shard)) for x in patterns]
     options = {"op": op, "is_causal": is_causal, "scale": scale}
     parts = []
@@ -243,7 +262,7 @@ def _attend_dilated(
 def _attend_across(
     query, key, value, *, op, pattern, ring, is_causal, scale, implementation
 ):
-    """`attend_pattern`, of the one segment that the devices of a ring share."""
+    """Run `attend_pattern` for the one segment that the devices of a ring share."""
     query, key, value = (x[:, 0] for x in select_rows(query, key, value, pattern))
     out, lse = _run_around(
         op,
@@ -259,7 +278,7 @@ def _attend_across(
 
 
 def _run_around(op, implementation, query, key, value, **options):
-    """`attend_around` by the implementation that `attention` would choose here."""
+    """Run `attend_around` by the implementation that `attention` would choose."""
     return run(
         choose_dense(op, implementation, query, key, value),
         query,
@@ -274,7 +293,7 @@ def _run_around(op, implementation, query, key, value, **options):
 def _ring_of_a_segment(
     op: str, pattern: Pattern, shard: int, ring: DeviceRing
 ) -> DeviceRing:
-    """The devices that share a segment, of all in the ring."""
+    """Return the ring of the devices that share one segment."""
     w, r, devices = pattern.segment, pattern.dilation.rate, ring.devices
     if devices == 1 or shard % w == 0:
         return ring._replace(devices=1)
@@ -297,14 +316,44 @@ def _ring_of_a_segment(
 def ring_permutation(
     seq: int, devices: int, layout: Layout
 ) -> tuple[Int[np.ndarray, " seq"], Int[np.ndarray, " seq"]]:
-    """The order of the tokens in a layout, and the way back: (indices, inverse).
+    r"""Return the order of the tokens in a layout of `ring_attention`, and its inverse.
+
+    With indices $\pi$ and the inverse $\sigma$, for all $i$,
+
+    $$\pi_{\sigma_i} = \sigma_{\pi_i} = i$$
 
     `x[:, indices]`, split into `devices` equal parts, gives each device its tokens, and
-    `y[:, inverse]` undoes it. `indices` are also the tokens' positions, as a rotary
-    embedding or a loss mask needs them.
+    `y[:, inverse]` brings the results back into the order of the text. `indices` are
+    also the positions of the tokens, which a rotary embedding or a loss mask needs.
+
+    Args:
+        seq: The number of tokens of the whole sequence.
+        devices: The number of devices that share them.
+        layout: "contiguous", "striped" or "zigzag", as in `ring_attention`.
+
+    Returns:
+        The pair (indices, inverse), on the host.
 
     Raises:
-        ValueError: the layout is unknown, or `seq` cannot be divided so.
+        ValueError: The layout is unknown, or the layout cannot split `seq` into equal
+            parts; the message says how much to pad.
+
+    Examples:
+        Two devices, with the parts 0 and 3 on the first one, and 1 and 2 on the other:
+
+        ```python
+        import jaxkern
+
+        indices, inverse = jaxkern.ring_permutation(8, 2, "zigzag")
+        print(indices, indices[inverse])
+        ```
+        ```text
+        [0 1 6 7 2 3 4 5] [0 1 2 3 4 5 6 7]
+        ```
+
+    References:
+        Striped: Striped Attention, https://arxiv.org/abs/2311.09431.
+        Zigzag: Llama 3, section 3.3.2, https://arxiv.org/abs/2407.21783.
     """
     op = "ring_permutation"
     _check_layout(op, layout)
@@ -389,42 +438,66 @@ def context_parallel_attention(
     Float[Array, "batch seq_q heads dim_v"]
     | tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]
 ):
-    """`attention` of whole arrays, its sequence split over one axis of a mesh.
+    r"""Compute `attention` of whole arrays, with the sequence split over a mesh axis.
 
-    With a `dilation` it is `dilated_attention`, of which it supports what
-    `ring_attention` does.
+    $$o_i = \sum_j e^{s_{ij} - L_i} v_j, \quad L_i = \log \sum_j e^{s_{ij}}, \quad
+    s_{ij} = \mathrm{scale}\; q_i \cdot k_j$$
 
-    Permutes the tokens into `layout`, runs `ring_attention` in `jax.shard_map`, and
-    permutes back. Other mesh axes, automatic or explicit, keep what they split. The
-    permutation moves every token in every call, and may gather the sequence for it: a
-    training loop permutes its tokens and positions once, by `ring_permutation`, when
-    it loads a batch, and then calls `ring_attention`. A `layout` of None is "zigzag",
-    and with dilation "contiguous". Without `is_causal`, nothing is permuted. There is
-    no mask, so tokens that pad the sequence at its end are seen by all without
-    `is_causal`, and with it by each other only.
+    It permutes the tokens into `layout`, runs `ring_attention` in `jax.shard_map`, and
+    permutes back. Other mesh axes, automatic or explicit, keep what they split. With a
+    `dilation` it is `dilated_attention`, as far as `ring_attention` supports it.
 
-    ```python
-    >>> import jax, jax.numpy as jnp, jaxkern
-    >>> mesh = jax.make_mesh((jax.device_count(),), ("seq",))
-    >>> x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
-    >>> out, lse = jaxkern.context_parallel_attention(
-    ...     x, x, x, mesh=mesh, axis_name="seq", is_causal=True, return_lse=True
-    ... )
-    >>> print(out.shape == x.shape, lse.shape == x.shape[:3])
-    True True
+    The permutation moves every token in every call, and may gather the sequence. A
+    training loop therefore orders its tokens and positions once, by `ring_permutation`,
+    when it loads a batch, and calls `ring_attention`. Without `is_causal` nothing is
+    permuted.
 
-    ```
+    There is no mask. Tokens that pad the sequence at its end are seen only by each
+    other with `is_causal`, and by all tokens without it.
 
     Args:
-        axis_name: the axis of `mesh` that splits the tokens.
-        return_lse: also return the log-sum-exp, as `ring_attention` does.
+        query: The queries.
+        key: The keys. Their number of heads divides the number of query heads.
+        value: The values, with as many heads as the keys.
+        mesh: The devices.
+        axis_name: The axis of `mesh` that splits the tokens.
+        is_causal: Let query $i$ see only the keys $j \le i$.
+        layout: As in `ring_attention`; None stands for "zigzag", and with a `dilation`
+            for "contiguous".
+        scale: The factor of the logits, a Python number; None stands for dim ** -0.5.
+        dilation: As in `ring_attention`.
+        return_lse: Also return $L$.
+        implementation: As in `attention`.
+
+    Returns:
+        The results $o$ in the dtype of `value`, split over `axis_name`. With
+        `return_lse` a pair $(o, L)$, as from `ring_attention`.
 
     Raises:
-        TypeError: an argument is no floating-point array, the dtypes differ, or
-            `dilation` is no `Dilation`.
-        ValueError: as `ring_attention`; the mesh has no such axis, or it does not
-            divide the sequence.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: An array is not a floating-point array, the dtypes differ, or
+            `dilation` is not a `Dilation`.
+        ValueError: The mesh has no such axis, the axis does not divide the sequence, or
+            for the reasons of `ring_attention`.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        mesh = jax.make_mesh((jax.device_count(),), ("context",))
+        x = jnp.ones((1, 8 * jax.device_count(), 2, 4))
+        out, lse = jaxkern.context_parallel_attention(
+            x, x, x, mesh=mesh, axis_name="context", is_causal=True, return_lse=True
+        )
+        assert jnp.allclose(out, jaxkern.attention(x, x, x, is_causal=True))
+        assert lse.shape == x.shape[:3]
+        ```
+
+    References:
+        Ring Attention: https://arxiv.org/abs/2310.01889.
     """
     op = "context_parallel_attention"
     check_implementation(op, implementation)
@@ -455,8 +528,8 @@ def context_parallel_attention(
     )
 
 
-# One program for a call that is not within jit: a shard_map would compile each of its
-# operations, and all of them again in the next call.
+# Without this `jit`, an eager call of a shard_map would compile each of its operations,
+# and all of them again in the next call.
 @partial(
     jax.jit,
     static_argnames=(
@@ -490,7 +563,11 @@ def _in_parallel(query, key, value, *, mesh, axis_name, layout, **options):
 
 @jax.custom_vjp
 def _permute(x, order, back):
-    """Tokens in another order; its gradient gathers too, where JAX would scatter."""
+    """Take tokens in another order.
+
+    The gradient takes them in the inverse order, where JAX's gradient of `take` would
+    scatter.
+    """
     del back
     return jnp.take(x, order, axis=1)
 
@@ -502,7 +579,7 @@ _permute.defvjp(
 
 
 def _place(x, mesh, axis_name):
-    """On explicit axes, with the sequence split over `axis_name`."""
+    """Split the sequence over `axis_name`, if the mesh axes are explicit."""
     if AxisType.Explicit not in mesh.axis_types:
         return x
     spec = [*jax.typeof(x).sharding.spec]
@@ -529,7 +606,7 @@ def _check_layout(op: str, layout: object) -> None:
 
 
 def _check_dilation(op: str, dilation: Dilation | None, layout: Layout) -> None:
-    """A ring supports the dilation, if there is one."""
+    """Check that a ring supports the dilation, if there is one."""
     if dilation is None:
         return
     check_dilation(op, dilation)

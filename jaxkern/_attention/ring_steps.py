@@ -1,4 +1,4 @@
-"""The ring that keys and values go round: its steps, forward and backward."""
+"""The ring in which devices send keys and values: its steps, forward and backward."""
 
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -26,16 +26,17 @@ Layout = Literal["contiguous", "striped", "zigzag"]
 
 
 class DeviceRing(NamedTuple):
-    """Neighbours on a mesh axis: each group of so many devices is a ring of its own."""
+    """Rings on a mesh axis: each group of `devices` neighbours forms one."""
 
     axis_name: str
     devices: int
 
     def rank(self) -> jax.Array:
+        """Return the place of this device in its ring."""
         return lax.axis_index(self.axis_name) % self.devices
 
     def send_on(self, tree: Any) -> Any:
-        """Every device's arrays to the next in its ring."""
+        """Send the arrays of every device to the next device in its ring."""
         ranks = range(lax.axis_size(self.axis_name))
         return lax.ppermute(
             tree,
@@ -54,25 +55,30 @@ def attend_around(
     layout: Layout | None,
     implementation: Implementation,
 ) -> tuple[Float[Array, "batch seq_q heads dim_v"], Float[Array, "batch seq_q heads"]]:
-    """Attention to all keys of a ring; a layout makes it causal, None does not.
+    """Attend to all keys of a ring: causally if there is a layout, else fully.
 
-    Both results are in float32.
+    Both results are float32, or float64 if the arguments are.
     """
     arrays = vary_alike(query, key, value, ring.rank())
     return _around(*arrays, ring, scale, layout, implementation)
 
 
 class _Part(NamedTuple):
-    """Queries from `first_query` on see keys before `end_key`, up to a diagonal."""
+    """The pairs that attend in a step.
+
+    Queries from `first_query` on see the keys before `end_key`, up to a diagonal.
+    """
 
     first_query: int
     end_key: int
     diagonal: int | None
 
     def tiling(self, seq_q: int) -> Tiling:
+        """Return the part as XLA's tiles."""
         return make_tiling(seq_q - self.first_query, self.end_key, self.diagonal)
 
     def mask(self, seq_q: int) -> BlockMask:
+        """Return the part as the kernel's mask."""
         rows = seq_q - self.first_query
         return band_mask(None, self.diagonal, rows, self.end_key)
 
@@ -80,7 +86,7 @@ class _Part(NamedTuple):
 def _parts(
     layout: Layout | None, seq_q: int, seq_kv: int
 ) -> tuple[_Part, _Part, _Part | None]:
-    """What is seen of one's own keys, an earlier device's and a later device's."""
+    """Return the parts of a device's own keys, an earlier and a later device's keys."""
     everything = _Part(0, seq_kv, None)
     triangle = _Part(0, seq_kv, 0)
     match layout:
@@ -99,7 +105,11 @@ def _parts(
 
 
 def _pick(parts, step, rank, run):
-    """`run` on what is seen at a step after the first: then nothing is one's own."""
+    """Apply `run` to the part that is seen at a step after the first.
+
+    In these steps the keys come from another device. Until step `rank` it is an earlier
+    one.
+    """
     _, earlier, later = parts
     if earlier == later:
         return run(earlier)
@@ -107,7 +117,7 @@ def _pick(parts, step, rank, run):
 
 
 def _attend(query, keys_values, *, part, scale, implementation: Implementation):
-    """(out, lse) of all queries over what they see of some keys, in float32."""
+    """Return (out, lse) of all queries over the keys that they see, in float32."""
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
     match implementation:
@@ -136,7 +146,7 @@ def _gradients(
     scale,
     implementation: Implementation,
 ):
-    """The share of some keys in d_query, and (d_key, d_value), in float32."""
+    """Return what some keys add to d_query, and (d_key, d_value), in float32."""
     first, end, _ = part
     key, value = (x[:, :end] for x in keys_values)
     rows, d_out, lse, delta = (x[:, first:] for x in (query, d_out, lse, delta))
@@ -182,7 +192,8 @@ def _around_forward(query, key, value, rank, ring, scale, layout, implementation
 
     def turn(carry, step):
         out, lse, held = carry
-        # Before the tiles, which need nothing of it, so that both can go on at once.
+        # The send comes before the tiles, which do not read what arrives, so that both
+        # can run at once.
         arriving = ring.send_on(held)
         return (*add(out, lse, held, step), arriving), None
 
@@ -216,7 +227,7 @@ def _around_backward(ring, scale, layout, implementation, saved, cotangents):
         )
 
     def add(d_query, d_held, held, step):
-        # The sums so far come from the neighbour while this device's share is computed.
+        # The neighbour's sums arrive while this device computes what it adds to them.
         sums = d_query, ring.send_on(d_held)
 
         def run(part):

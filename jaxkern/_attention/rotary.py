@@ -19,8 +19,9 @@ from .._core.checks import (
 from .._core.precision import widen
 
 Pairs = Literal["interleaved", "halves", "mismatched"]
-# 1 / (2 pi), to more digits than the product of two 64-bit integers has.
+# 1 / (2 pi), to more digits than the product of two 64-bit integers has (39).
 TURNS_A_RADIAN = Decimal("0.15915494309189533576888376337251436203445964574046")
+# Decimal digits of the exact arithmetic on it.
 DIGITS = 50
 
 
@@ -31,53 +32,67 @@ def rotary_embedding(
     rope_theta: float = 1e4,
     pairs: Pairs = "interleaved",
 ) -> Float[Array, "batch seq heads dim"]:
-    r"""Rotate pairs of features by angles that grow with the token's position.
+    r"""Rotate pairs of features by angles proportional to the position of the token.
 
-    $$y_a = x_a \cos p\,\omega_i - x_b \sin p\,\omega_i, \quad
-    y_b = x_a \sin p\,\omega_i + x_b \cos p\,\omega_i, \quad
+    $$y_a = x_a \cos p\,\omega_i - x_b \sin p\,\omega_i, \qquad
+    y_b = x_a \sin p\,\omega_i + x_b \cos p\,\omega_i, \qquad
     \omega_i = \theta^{-2i / \mathrm{dim}}$$
 
-    where $p$ is the position and $\theta$ is `rope_theta`. The product of a query and a
-    key so rotated depends on their positions only through the difference. `pairs` says
-    which features $(a, b)$ are pair $i$:
+    Here $p$ is the position of the token and $\theta$ is `rope_theta`. The product of a
+    rotated query and a rotated key depends on their positions only through the
+    difference. `pairs` says which two features $(a, b)$ form pair $i$:
 
-    - "interleaved": $(2i, 2i + 1)$, as in the paper;
-    - "halves": $(i, i + \mathrm{dim}/2)$, as in the weights of GPT-NeoX and LLaMA; the
-      same as "interleaved" up to an order of the features;
-    - "mismatched": the pairs of "interleaved" with the angles of "halves", so that the
-      two members of a pair turn by different angles: $p\,\omega_{a \bmod
-      \mathrm{dim}/2}$ in $y_a$ and $p\,\omega_{b \bmod \mathrm{dim}/2}$ in $y_b$. This
-      is no rotation, and products depend on more than the difference of positions. It
-      is for weights that were trained with it: the checkpoints of three layers with
-      squared attention and bilinear MLPs, trained on SimpleStories, whose architecture
-      is `QuadraticTransformer(4096, 512, num_heads=8, num_layers=3)`. Their code stores
-      sines and cosines for halves and applies them to interleaved pairs.
+    - "interleaved": $(2i, 2i + 1)$, as in the paper.
+    - "halves": $(i, i + \mathrm{dim}/2)$, as in the weights of GPT-NeoX and LLaMA. It
+      equals "interleaved" up to the order of the features.
+    - "mismatched": the pairs of "interleaved" with the angles of "halves". The two
+      members of a pair turn by different angles: $p\,\omega_{a \bmod \mathrm{dim}/2}$
+      in $y_a$ and $p\,\omega_{b \bmod \mathrm{dim}/2}$ in $y_b$. This is not a
+      rotation, and products depend on more than the difference of positions. Use it
+      only for weights that were trained with it: the published checkpoints of a
+      three-layer model of squared attention and bilinear MLPs, trained on
+      SimpleStories, whose architecture is `QuadraticTransformer(4096, 512, num_heads=8,
+      num_layers=3)`. Their code stores sines and cosines for halves and applies them to
+      interleaved pairs.
 
-    Angles, sines and products are float32, float64 if `x` is; the result is rounded
-    once. An angle is reduced modulo $2 \pi$ in exact integer arithmetic before it is
-    rounded, so that it is off by at most 4e-7 at any position, where the float32
-    product $p\,\omega_i$ is off by 0.03 at a million.
-
-    ```python
-    >>> import jax.numpy as jnp, jaxkern, numpy as np
-    >>> x = jnp.ones((1, 3, 1, 2))
-    >>> print(np.asarray(jaxkern.rotary_embedding(x))[0, :, 0].round(3))
-    [[ 1.     1.   ]
-     [-0.301  1.382]
-     [-1.325  0.493]]
-
-    ```
+    Angles, sines and products are float32, or float64 if `x` is, and the result is
+    rounded once to the dtype of `x`. Angles are reduced modulo $2\pi$ in integer
+    arithmetic before they are rounded, so an angle is off by at most 4e-7 at any
+    position. The float32 product $p\,\omega_i$ is off by 0.03 at position 1,000,000.
 
     Args:
-        positions: of the tokens, of any sign and integer dtype; None for 0, 1, ...
-            NumPy's must fit in 32 bits where JAX's 64-bit types are off.
-        rope_theta: a number known when traced.
+        x: Queries or keys.
+        positions: The position of each token, of any sign and integer dtype; None for
+            0, 1, 2 and so on. NumPy arrays of 64 bits must have values that fit in 32
+            bits, unless `jax_enable_x64` is on.
+        rope_theta: The base of the frequencies, a Python number.
+        pairs: The pairing of features, see above.
+
+    Returns:
+        The rotated features, in the shape and dtype of `x`.
 
     Raises:
-        TypeError: `x` is no floating-point array, `positions` no integer array, or
-            `rope_theta` no number.
-        ValueError: the shapes do not fit, dim is odd, `rope_theta` is not positive and
+        TypeError: `x` is not a floating-point array, `positions` is not an integer
+            array, or `rope_theta` is not a number.
+        ValueError: The shapes do not fit, dim is odd, `rope_theta` is not positive and
             finite, `pairs` is unknown, or a position does not fit in 32 bits.
+
+    Examples:
+        Three tokens of one head with two features, rotated by 0, 1 and 2 radians:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+        import numpy as np
+
+        rotated = jaxkern.rotary_embedding(jnp.ones((1, 3, 1, 2)))
+        print(np.asarray(rotated)[0, :, 0].round(3))
+        ```
+        ```text
+        [[ 1.     1.   ]
+         [-0.301  1.382]
+         [-1.325  0.493]]
+        ```
 
     References:
         RoFormer, eq. 34: https://arxiv.org/abs/2104.09864.
@@ -105,7 +120,7 @@ def rotary_embedding(
 
 
 def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
-    """(-b, a) in the places of each pair (a, b)."""
+    """Replace each pair (a, b) by (-b, a)."""
     if pairs == "halves":
         a, b = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([-b, a], axis=-1)
@@ -116,15 +131,16 @@ def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
 def _angles(
     positions: jax.Array, theta: float, order: np.ndarray, dtype: jnp.dtype
 ) -> jax.Array:
-    """Return positions * theta ** (-order / len), modulo a whole turn."""
+    """Return positions * theta ** (-2 order / len(order)), modulo a whole turn."""
     bits = 8 * max(positions.dtype.itemsize, dtype.itemsize, 4)
     half, unsigned = bits // 2, np.dtype(f"uint{bits}")
     whole, rest = (x[None, None, order] for x in _turns(theta, len(order) // 2, bits))
     p = positions[..., None]
-    # Without the sign; that of the least integer is right as an unsigned one.
+    # The least integer has no positive counterpart, but its bits, read as an unsigned
+    # integer, are its size.
     size = abs(p).astype(unsigned)
-    # A turn is 2**bits: the lower bits of a product are its place in the turn. Of what
-    # is less than a unit only the upper bits of the product count.
+    # A turn is 2**bits units, so that integer overflow drops whole turns. Of the
+    # product with the rest, which is less than a unit, only the upper bits count.
     high, low = size >> half, size & (2**half - 1)
     rest_high, rest_low = rest >> half, rest & (2**half - 1)
     turned = size * whole + high * rest_high
@@ -139,7 +155,7 @@ def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]
     with localcontext(prec=DIGITS) as exact:
         base, scale = Decimal(theta), TURNS_A_RADIAN * 4**bits
         turns = [exact.power(base, -Decimal(i) / count) * scale for i in range(count)]
-    # The turns beyond the first one are none.
+    # Whole turns are dropped, since they do not change the angle.
     parts = [divmod(int(x) % 4**bits, 2**bits) for x in turns]
     whole, rest = np.array(parts, f"uint{bits}").T
     return whole, rest
@@ -148,7 +164,10 @@ def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]
 def _check_positions(
     op: str, positions: jax.Array | np.ndarray, batch: int, seq: int
 ) -> jax.Array:
-    """In at least 32 bits; NumPy's in 32 unless 64-bit types are on."""
+    """Return the positions as a JAX array of at least 32 bits.
+
+    NumPy arrays of 64 bits become 32 bits wide unless 64-bit types are on.
+    """
     check_array(op, "positions", positions, "integer")
     if positions.shape not in ((seq,), (batch, seq)):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Hard masks with gradients: estimators for what a threshold or a draw has none of.
+"""Estimators: hard masks with a gradient, for thresholds and draws that have none.
 
-Each returns entries of 0 and 1 in the dtype of the logits, and computes in float32, or
-float64 if the logits have it. A NaN stays one.
+Each estimator returns entries of 0 and 1 in the dtype of the logits, and computes in
+float32, or float64 if the logits are. A NaN stays a NaN.
 """
 
 import inspect
@@ -38,37 +38,41 @@ EstimatorName = Literal[
     "reinmax_categorical",
 ]
 Estimator = Callable[..., jax.Array] | EstimatorName
-# The rules by which a kernel can make a mask of logits, and their gradient.
+# The rules by which a kernel can make masks of logits, and gradients of the logits.
 Rule = Literal["straight_through", "one_plus_sigmoid", "reinmax"]
 
 
 def _attach(mask: Array, soft: Array, logits: Array) -> Array:
-    """`mask` with the derivative of `soft`, in the dtype of `logits`."""
+    """Return `mask` with the derivative of `soft`, both in the dtype of `logits`."""
     return with_derivative_of(mask.astype(logits.dtype), soft.astype(logits.dtype))
 
 
 def _threshold(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # No `where` of two numbers: each is an array in the jaxpr, which differentiation
-    # takes out of a loop over samples, so that every step reads it from memory.
+    # A comparison, not a `where` of two numbers: each number would be an array in the
+    # jaxpr, which differentiation moves out of a loop over samples, and every step
+    # would read it from memory.
+    """Return 1 for positive entries and 0 for others; it has no gradient."""
     return lax.stop_gradient(jnp.where(jnp.isnan(x), x, (x > 0).astype(x.dtype)))
 
 
 def _logistic(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Noise with P(x + noise > 0) = sigmoid(x)."""
+    """Draw noise with P(x + noise > 0) = sigmoid(x)."""
     bits = jax.random.bits(key, x.shape, jnp.uint32)
-    # A bit for the side and 31 for how far out: both tails reach to 23, where those of
-    # one uniform number end at 16 and hold 2^-23 too much.
+    # One bit is the sign and 31 are the distance, so both tails reach to 23. The tails
+    # of one uniform float32 number would end at 16 and hold 2^-23 too much.
     tail = ((bits >> 1).astype(x.dtype) + 0.5) * 2.0**-31
     distance = jnp.log((2 - tail) / tail)
     return jnp.where(bits % 2 == 0, distance, -distance)
 
 
 def _draw(x: Float[Array, "*shape"], key: PRNGKeyArray | None) -> Array:
+    """Draw a mask with probability sigmoid(x), or threshold at 0 without a key."""
     return _threshold(x if key is None else x + _logistic(key, x))
 
 
 def _sigmoid_slope(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # Not 1 - sigmoid(x), which is 0 from 17 on.
+    # sigmoid(-x) and not 1 - sigmoid(x), which is 0 in float32 from x = 17 on.
+    """Return sigmoid'(x)."""
     return jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
 
 
@@ -85,41 +89,54 @@ def straight_through(
 
     The name of the `derivative` says what $s$ is:
 
-    - "identity": $s = 1$;
-    - "sigmoid": $s = \sigma(\ell)(1 - \sigma(\ell))$;
-    - "one_plus_sigmoid": $s = 1 + \sigma(\ell)(1 - \sigma(\ell))$, between 1 and
-      1.25. Code that was published with bilinear masks calls this rule ReinMax. It is
-      not `reinmax`: it does not vanish where $|\ell|$ is large.
+    - "identity": $s = 1$.
+    - "sigmoid": $s = \sigma(\ell)(1 - \sigma(\ell))$.
+    - "one_plus_sigmoid": $s = 1 + \sigma(\ell)(1 - \sigma(\ell))$, between 1 and 1.25.
+      The code published with bilinear masks calls this rule ReinMax. It differs from
+      `reinmax`: it does not vanish where $|\ell|$ is large.
 
-    With `clip` the gradient is 0 where $|\ell|$ is above it. With a `key`, $b$ is drawn
-    instead: it is 1 with probability $\sigma(\ell)$. Entries are computed in float32,
-    or float64 if the logits have it, and returned in the dtype of the logits.
-
-    Bias: with a key and "sigmoid", unclipped, the gradient's mean is exactly
+    Bias: with a key and "sigmoid", unclipped, the mean of the gradient is exactly
     $d\,E[L]/d\ell$ if $L$ is linear in each entry of $b$ with the others fixed. For any
     other $L$, and in every other form, the gradient is biased. Without a key no
     gradient is exact, since the derivative of the threshold itself is 0.
 
-    ```python
-    >>> import jax, jax.numpy as jnp, jaxkern
-    >>> logits = jnp.array([-2.0, 0.0, 1.0])
-    >>> print(jaxkern.straight_through(logits))
-    [0. 0. 1.]
-    >>> def loss(logits):
-    ...     masks = jaxkern.straight_through(logits, derivative="one_plus_sigmoid")
-    ...     return masks.sum()
-    >>> print(jax.grad(loss)(logits).round(3))
-    [1.105 1.25  1.197]
+    Args:
+        logits: The logits of the mask, of any shape.
+        derivative: The function $s$ of the backward pass, see above.
+        clip: The gradient is 0 where $|\ell|$ is above it. None does not clip.
+        key: With a random key, $b$ is drawn instead: it is 1 with probability
+            $\sigma(\ell)$.
 
-    ```
+    Returns:
+        The mask, in the shape and dtype of the logits.
 
     Raises:
-        TypeError: `logits` is no floating-point array, `clip` no number, `key` no key.
+        TypeError: `logits` is not a floating-point array, `clip` is not a number, or
+            `key` is not a random key.
         ValueError: `derivative` is unknown, or `clip` is not positive.
 
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        def loss(logits):
+            masks = jaxkern.straight_through(logits, derivative="one_plus_sigmoid")
+            return masks.sum()
+
+        logits = jnp.array([-2.0, 0.0, 1.0])
+        print(jaxkern.straight_through(logits))
+        print(jax.grad(loss)(logits).round(3))
+        ```
+        ```text
+        [0. 0. 1.]
+        [1.105 1.25  1.197]
+        ```
+
     References:
-        https://arxiv.org/abs/1308.3432; `clip`: BinaryNet, eq. 4,
-        https://arxiv.org/abs/1602.02830.
+        The estimator: https://arxiv.org/abs/1308.3432.
+        `clip`: BinaryNet, eq. 4, https://arxiv.org/abs/1602.02830.
     """
     op = "straight_through"
     (logits,) = check_floating(op, logits=logits)
@@ -156,28 +173,52 @@ def reinmax(
     key: PRNGKeyArray | None = None,
     temperature: Number = 1.0,
 ) -> Float[Array, "*shape"]:
-    r"""Bernoulli masks with ReinMax's second-order gradient.
+    r"""Draw Bernoulli masks with the second-order gradient of ReinMax.
 
-    $b$ is 1 with probability $p = \sigma(\ell)$; with $q = (b + \sigma(\ell/\tau))/2$
+    $$\frac{dL}{d\ell} = \frac{dL}{db} \left(2 q (1 - q) - \tfrac12 p (1 - p)\right),
+    \qquad q = \frac{b + \sigma(\ell/\tau)}{2}$$
 
-    $$\frac{dL}{d\ell} = \frac{dL}{db} (2 q (1 - q) - \tfrac12 p (1 - p)),$$
+    The mask $b$ is 1 with probability $p = \sigma(\ell)$, and $\tau$ is the
+    temperature. For $\tau = 1$ the factor is $(1 - p)/2$ where $b = 1$ and $p/2$ where
+    $b = 0$.
 
-    which for $\tau = 1$ is $(1 - p)/2$ where $b = 1$ and $p/2$ where $b = 0$.
-
-    Bias: at $\tau = 1$ the gradient's mean is exactly $d\,E[L]/d\ell$ if $L$ is at most
-    quadratic in each entry of $b$ with the others fixed; the mean is the trapezoidal
+    Bias: at $\tau = 1$ the mean of the gradient is exactly $d\,E[L]/d\ell$ if $L$ is at
+    most quadratic in each entry of $b$ with the others fixed; it is the trapezoidal
     rule for $L(1) - L(0)$. At other temperatures, or for other $L$, it is biased.
-    Without a key $b = 1[\ell > 0]$, and the factor $\sigma(-|\ell|)/2$ at $\tau = 1$
-    is a choice, with no mean that it would be exact for.
+    Without a key $b = 1[\ell > 0]$. The factor, $\sigma(-|\ell|)/2$ at $\tau = 1$, is
+    then a choice: there is no mean for which it would be exact.
+
+    Args:
+        logits: The logits of the mask, of any shape.
+        key: The random key of the draw. None thresholds at 0 instead.
+        temperature: $\tau$, at least 1.
+
+    Returns:
+        The mask, in the shape and dtype of the logits.
 
     Raises:
-        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
-            number.
+        TypeError: `logits` is not a floating-point array, `key` is not a random key, or
+            `temperature` is not a number.
         ValueError: `temperature` is below 1, where the factor can change its sign.
 
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        logits = jnp.array([-2.0, 0.0, 1.0])
+        print(jaxkern.reinmax(logits))
+        print(jax.grad(lambda x: jaxkern.reinmax(x).sum())(logits).round(3))
+        ```
+        ```text
+        [0. 0. 1.]
+        [0.06  0.25  0.134]
+        ```
+
     References:
-        ReinMax, algorithm 2, for two classes with the logits 0 and l:
-        https://arxiv.org/abs/2304.08612.
+        ReinMax, algorithm 2, for two classes with the logits 0 and $\ell$:
+            https://arxiv.org/abs/2304.08612.
     """
     op = "reinmax"
     (logits,) = check_floating(op, logits=logits)
@@ -205,22 +246,47 @@ def binary_concrete(
     temperature: Number = 1.0,
     hard: bool = True,
 ) -> Float[Array, "*shape"]:
-    r"""Bernoulli masks with the gradient of their relaxation.
+    r"""Draw Bernoulli masks with the gradient of their relaxation.
 
-    With $u$ uniform and $y = \sigma((\ell + \ln\frac{u}{1 - u})/\tau)$ the result is
-    $b = 1[y > 1/2]$, 1 with probability $\sigma(\ell)$, or $y$ if not `hard`, and
+    $$y = \sigma\!\left(\frac{\ell + \ln\frac{u}{1 - u}}{\tau}\right), \qquad
+    b = 1[y > \tfrac12], \qquad
+    \frac{dL}{d\ell} = \frac{dL}{db}\,\frac{y (1 - y)}{\tau}$$
 
-    $$\frac{dL}{d\ell} = \frac{dL}{db}\,\frac{y (1 - y)}{\tau}.$$
+    $u$ is uniform in (0, 1), so $b$ is 1 with probability $\sigma(\ell)$, and $\tau$ is
+    the temperature.
 
-    Bias: if not `hard`, none, for the mean of $L(y)$, which is not that of $L(b)$. If
-    `hard`, biased at every $\tau > 0$, for linear $L$ too: its gradient's mean is that
-    of the mean of $y$, a third short at $\ell = 0$, $\tau = 1$. For linear $L$ the bias
-    vanishes as $\tau \to 0$, while the variance grows.
+    Bias: if `hard` is False, the gradient is exact for the mean of $L(y)$, which
+    differs from the mean of $L(b)$. If `hard` is True, it is biased at every
+    $\tau > 0$, also for linear $L$: its mean is the gradient of the mean of $y$, a
+    third too small at $\ell = 0$ and $\tau = 1$. For linear $L$ the bias vanishes as
+    $\tau \to 0$, while the variance grows.
+
+    Args:
+        logits: The logits of the mask, of any shape.
+        key: The random key of the draw.
+        temperature: $\tau$, above 0.
+        hard: Return $b$; if False, return $y$.
+
+    Returns:
+        The mask, in the shape and dtype of the logits.
 
     Raises:
-        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
-            number.
+        TypeError: `logits` is not a floating-point array, `key` is not a random key,
+            `temperature` is not a number, or `hard` is not a bool.
         ValueError: `temperature` is not positive.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        mask = jaxkern.binary_concrete(jnp.array([-30.0, 30.0]), key=jax.random.key(0))
+        print(mask)
+        ```
+        ```text
+        [0. 1.]
+        ```
 
     References:
         The Concrete Distribution, appendix B: https://arxiv.org/abs/1611.00712.
@@ -247,6 +313,7 @@ def _binary_concrete(
 
 
 def _check_categorical(op: str, logits: Any, axis: Any) -> jax.Array:
+    """Return the logits as a JAX array, checked to have classes on the axis."""
     (logits,) = check_floating(op, logits=logits)
     check_batched(op, "logits", logits)
     if not -logits.ndim <= axis < logits.ndim:
@@ -261,14 +328,17 @@ def _check_categorical(op: str, logits: Any, axis: Any) -> jax.Array:
 
 
 def _gumbel(key: PRNGKeyArray, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # The mode is for classes whose chance lies in the noise's far tail.
+    # Without mode="high" the noise would end too early for classes whose chance lies in
+    # its far tail.
+    """Draw Gumbel noise in the shape and dtype of `x`."""
     return jax.random.gumbel(key, x.shape, x.dtype, mode="high")
 
 
 def _one_hot_of_largest(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*shape"]:
+    """Return the one-hot vector of the largest entry on the axis; NaN if one is NaN."""
     index = jnp.argmax(x, axis)
     one_hot = jax.nn.one_hot(index, x.shape[axis], axis=axis, dtype=x.dtype)
-    # argmax would take a NaN for a class.
+    # Without this, argmax would take a NaN for the largest class.
     return jnp.where(jnp.isnan(x).any(axis, keepdims=True), jnp.nan, one_hot)
 
 
@@ -280,22 +350,48 @@ def gumbel_softmax(
     axis: int = -1,
     hard: bool = True,
 ) -> Float[Array, "*shape"]:
-    r"""Draw a class on `axis`, one-hot, with the gradient of its relaxation.
+    r"""Draw a class on an axis, one-hot, with the gradient of its relaxation.
 
-    With $G$ Gumbel noise and $y = \mathrm{softmax}((\theta + G)/\tau)$ the result is
-    the one-hot $D$ of the largest $\theta + G$, so drawn from
-    $\mathrm{softmax}(\theta)$, or $y$ if not `hard`, and with $g = dL/dD$
+    $$y = \mathrm{softmax}\!\left(\frac{\theta + G}{\tau}\right), \qquad
+    \frac{dL}{d\theta} = \frac{y \odot g - y \langle y, g\rangle}{\tau}, \qquad
+    g = \frac{dL}{dD}$$
 
-    $$\frac{dL}{d\theta} = (y \odot g - y \langle y, g\rangle)/\tau.$$
+    $G$ is Gumbel noise, $\tau$ the temperature, and $D$ the one-hot vector of the
+    largest $\theta + G$, so it is drawn from $\mathrm{softmax}(\theta)$.
 
-    Bias: if not `hard`, none, for the mean of $L(y)$, which is not that of $L(D)$. If
-    `hard`, biased at every $\tau > 0$, for linear $L$ too, where the bias vanishes as
-    $\tau \to 0$, while the variance grows.
+    Bias: if `hard` is False, the gradient is exact for the mean of $L(y)$, which
+    differs from the mean of $L(D)$. If `hard` is True, it is biased at every
+    $\tau > 0$. For linear $L$ the bias vanishes as $\tau \to 0$, while the variance
+    grows.
+
+    Args:
+        logits: The logits $\theta$ of the classes.
+        key: The random key of the draw.
+        temperature: $\tau$, above 0.
+        axis: The axis of the classes.
+        hard: Return $D$; if False, return $y$.
+
+    Returns:
+        The one-hot draw, in the shape and dtype of the logits.
 
     Raises:
-        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
-            number.
-        ValueError: `temperature` is not positive, or `logits` have no such axis.
+        TypeError: `logits` is not a floating-point array, `key` is not a random key,
+            `temperature` is not a number, or `hard` is not a bool.
+        ValueError: `temperature` is not positive, or the logits have no such axis or no
+            class on it.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        logits = jnp.array([0.0, 50.0, 0.0])
+        print(jaxkern.gumbel_softmax(logits, key=jax.random.key(0)))
+        ```
+        ```text
+        [0. 1. 0.]
+        ```
 
     References:
         Gumbel-Softmax, eq. 2 and section 2.2: https://arxiv.org/abs/1611.01144.
@@ -328,21 +424,45 @@ def reinmax_categorical(
     temperature: Number = 1.0,
     axis: int = -1,
 ) -> Float[Array, "*shape"]:
-    r"""Draw a class on `axis`, one-hot, with ReinMax's second-order gradient.
+    r"""Draw a class on an axis, one-hot, with the second-order gradient of ReinMax.
 
-    $D$ is drawn from $\pi = \mathrm{softmax}(\theta)$. With $g = dL/dD$,
-    $J(p) g = p \odot g - p \langle p, g\rangle$ and
-    $q = (D + \mathrm{softmax}(\theta/\tau))/2$
+    $$\frac{dL}{d\theta} = 2 J(q) g - \tfrac12 J(\pi) g, \qquad
+    J(p) g = p \odot g - p \langle p, g\rangle, \qquad
+    q = \frac{D + \mathrm{softmax}(\theta/\tau)}{2}$$
 
-    $$\frac{dL}{d\theta} = 2 J(q) g - \tfrac12 J(\pi) g.$$
+    $D$ is drawn from $\pi = \mathrm{softmax}(\theta)$, $g = dL/dD$, and $\tau$ is the
+    temperature.
 
-    Bias: at $\tau = 1$ the gradient's mean is exactly $d\,E[L]/d\theta$ if $L$ is at
-    most quadratic in each $D$ with the others fixed; else it is biased.
+    Bias: at $\tau = 1$ the mean of the gradient is exactly $d\,E[L]/d\theta$ if $L$ is
+    at most quadratic in each $D$ with the others fixed; otherwise it is biased.
+
+    Args:
+        logits: The logits $\theta$ of the classes.
+        key: The random key of the draw.
+        temperature: $\tau$, at least 1.
+        axis: The axis of the classes.
+
+    Returns:
+        The one-hot draw, in the shape and dtype of the logits.
 
     Raises:
-        TypeError: `logits` is no floating-point array, `key` no key, `temperature` no
-            number.
-        ValueError: `temperature` is below 1, or `logits` have no such axis.
+        TypeError: `logits` is not a floating-point array, `key` is not a random key, or
+            `temperature` is not a number.
+        ValueError: `temperature` is below 1, or the logits have no such axis or no
+            class on it.
+
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        logits = jnp.array([0.0, 50.0, 0.0])
+        print(jaxkern.reinmax_categorical(logits, key=jax.random.key(0)))
+        ```
+        ```text
+        [0. 1. 0.]
+        ```
 
     References:
         ReinMax, algorithm 2: https://arxiv.org/abs/2304.08612.
@@ -372,11 +492,11 @@ def _reinmax_categorical(
 
 
 def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
-    """The function that makes a mask of logits, which may be given by its name.
+    """Return the function that makes a mask of logits, which may be given by its name.
 
     Raises:
-        TypeError: `estimator` is neither a function nor a string.
-        ValueError: there is no estimator of that name.
+        TypeError: `estimator` is neither callable nor a string.
+        ValueError: No estimator has that name.
     """
     match estimator:
         case "straight_through":
@@ -401,10 +521,11 @@ def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
 
 
 def rule_of(estimator: Callable[..., jax.Array]) -> Rule | None:
-    """The rule of `estimator` without a key, or None if the kernels do not know it.
+    """Return the kernels' rule for `estimator` without a key; None if they have none.
 
-    A `functools.partial` has its function's rule if each option that it binds is that
-    function's default, but for the `derivative` of `straight_through`.
+    A `functools.partial` has the rule of its function if each option that it binds is a
+    default of that function; `derivative="one_plus_sigmoid"` of `straight_through` is
+    the one exception.
     """
     if isinstance(estimator, partial):
         options = {**estimator.keywords}
@@ -429,9 +550,10 @@ def rule_of(estimator: Callable[..., jax.Array]) -> Rule | None:
 
 
 def is_fixed(estimator: Callable[..., jax.Array]) -> bool:
-    """Whether `estimator` is known to do the same in every call.
+    """Tell whether `estimator` is known to compute the same in every call.
 
-    As those here do, and a `functools.partial` of one that binds values.
+    The estimators of this file are, and so is a `functools.partial` of one that binds
+    values.
     """
     if isinstance(estimator, partial):
         bound = jax.tree.leaves((estimator.args, estimator.keywords))
@@ -441,6 +563,7 @@ def is_fixed(estimator: Callable[..., jax.Array]) -> bool:
 
 
 def _are_defaults(fn: Callable[..., Any], options: dict[str, Any]) -> bool:
+    """Tell whether each option has the default value of that parameter of `fn`."""
     parameters = inspect.signature(fn).parameters if options else {}
     return all(
         name in parameters

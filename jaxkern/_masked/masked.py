@@ -30,35 +30,42 @@ Arrays = tuple[jax.Array, ...]
 Logits = tuple[jax.Array | PackedMask, ...]
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Sum = Callable[[jax.Array, jax.Array], jax.Array]
-# The weights, and a bias for each or None.
+# The weights, and their biases or None.
 Parameters = tuple[Arrays, Arrays | None]
-# From an input, parameters and masks, and how to multiply and add, to the output.
+# Maps an input, parameters, masks, a product and a sum to the output.
 Layer = Callable[[jax.Array, Parameters, Arrays, Product, Sum], jax.Array]
 Biases = tuple[Float[Array, "hidden"], Float[Array, "hidden"], Float[Array, "d_out"]]
 
-# "fused" keeps what has this name for the backward, beside its arguments.
+# The form "fused" saves the values of this name for its backward pass, and its
+# arguments.
 KEPT_NAME = "jaxkern.masked"
 
-# None picks the kernels for at least so many samples with masks of their own. Of the
-# layer of 512 x 2048 with 256 tokens a sample, all gradients took on an H200 by the
-# kernels 381 us of 16 samples and 77.4 us of one, by "bmm" 580 and 74.7, the forward
-# 102 and 23.7 to 164 and 20.9 (`nvidia_h200/launches.json`, device time). Between one
-# sample and 16: predicted, not measured.
+# The least number of samples with masks of their own for which None picks the kernels.
+# Device time on an H200 (`nvidia_h200/launches.json`) for the layer of 512 x 2048 with
+# 256 tokens a sample, kernels against "bmm":
+#   16 samples: forward 102 us and 164 us, all gradients 381 us and 580 us;
+#   1 sample: forward 23.7 us and 20.9 us, all gradients 77.4 us and 74.7 us.
+# Between 1 and 16 samples: predicted, not measured.
 KERNEL_LEAST_SAMPLES = 2
-# And for so many tokens a sample: predicted, not measured. With fewer, launches take
-# longer than the products; with more, the products longer than what masks save.
+# The least number of tokens a sample for the kernels: with fewer, launches take longer
+# than products. Predicted, not measured.
 KERNEL_LEAST_TOKENS = 8
+# The largest number: with more, products take so long that masks do not matter.
+# Predicted, not measured.
 KERNEL_MOST_TOKENS = 2048
 
-# On a GPU without our kernels None picks "bmm" as long as the masked weights of the
-# batch take no more than this share of the device's memory: not measured. It keeps
-# about 1.1 times their bytes at once, "fused" those of one sample.
+# The share of the device's memory that the masked weights of a batch may take if None
+# is to pick "bmm" on a GPU without our kernels: not measured. "bmm" keeps about 1.1
+# times the bytes of these weights at once, and "fused" the weights of one sample.
 BATCHED_MEMORY_SHARE = 0.125
 
 
-# In the precision of w, which callers widen: the gradient of w is a sum over samples,
-# and is rounded once.
 def _masked(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the masked weight in the dtype of `x`.
+
+    `w` comes in float32 or wider, so that its gradient, a sum over samples, is rounded
+    once.
+    """
     wide = jnp.expand_dims(w, range(mask.ndim - w.ndim))
     return (wide * mask.astype(w.dtype)).astype(x.dtype)
 
@@ -72,7 +79,7 @@ def _by_einsum(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _by_bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-    # Without this barrier XLA computes the operand inside of the product.
+    # Without this barrier XLA fuses the masking into the product.
     return jnp.matmul(x, lax.optimization_barrier(_masked(x, w, mask)))
 
 
@@ -81,11 +88,13 @@ def _by_bmm(x: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
 class _Masks:
     """The masks of a call, before they are made.
 
-    logits: one for each weight, with an axis of samples or without.
-    make: the estimator, from the logits of a sample to its mask; `unpack_mask` for
-        packed masks.
-    rule: that of the estimator, if the kernels know it and nothing is drawn.
-    key: for an estimator that draws.
+    Attributes:
+        logits: One array for each weight, with an axis of samples or without.
+        make: The estimator, from the logits of a sample to its mask; `unpack_mask` for
+            packed masks.
+        rule: The kernels' rule for the estimator; None if they have none or if the
+            estimator draws.
+        key: The random key of an estimator that draws.
     """
 
     logits: Logits
@@ -95,6 +104,7 @@ class _Masks:
 
     @property
     def arrays(self) -> Arrays:
+        """The arrays that the masks are made of."""
         return tuple(jax.tree.leaves(self.logits))
 
     @property
@@ -104,11 +114,12 @@ class _Masks:
 
     @property
     def samples(self) -> int:
-        """How many have masks of their own."""
+        """The number of samples that have masks of their own."""
         return 1 if self.shared else len(self.arrays[0])
 
     @property
     def packed(self) -> bool:
+        """Whether the masks are packed."""
         return isinstance(self.logits[0], PackedMask)
 
     @cached_property
@@ -120,19 +131,19 @@ class _Masks:
         return keys[0] if self.shared else keys
 
     def draw(self, logits: Logits, keys: jax.Array | None) -> Arrays:
-        """The masks of one sample."""
+        """Make the masks of one sample."""
         if keys is None:
             return tuple(map(self.make, logits))
         pairs = zip(logits, keys, strict=True)
         return tuple(self.make(one, key=key) for one, key in pairs)
 
     def draw_all(self) -> Arrays:
-        """The masks of all samples."""
+        """Make the masks of all samples."""
         draw = self.draw if self.shared else jax.vmap(self.draw)
         return draw(self.logits, self.keys)
 
     def for_kernels(self) -> tuple[Rule | Literal["mask", "bits"], Arrays]:
-        """What the kernels make the masks of, and these arrays."""
+        """Return the kernels' rule for making masks, and the arrays to make them of."""
         if self.packed:
             return "bits", self.arrays
         if self.rule is None:
@@ -149,6 +160,7 @@ def _run(
     method: Method | None,
     implementation: Implementation | None,
 ) -> jax.Array:
+    """Run the layer in the kernels or by one of XLA's forms."""
     form = method or _fastest_method(x, parameters[0], masks)
     return run(
         _choose(op, x, parameters[0], masks, method, implementation),
@@ -164,6 +176,7 @@ def _in_kernels(
     layer: Layer, x: jax.Array, parameters: Parameters, masks: _Masks
 ) -> jax.Array:
     # Mosaic is imported on first use of a kernel.
+    """Run the layer with the kernels' product."""
     from .hopper.multiply import add_bias, multiply
 
     kind, made = masks.for_kernels()
@@ -178,9 +191,9 @@ def _by_xla(
     masks: _Masks,
     method: Method,
 ) -> Float[Array, "batch seq d_out"]:
-    """`layer` of each sample and its masks.
+    """Run the layer for each sample and its masks.
 
-    An estimator of the user's is called by every call: it may draw anew each time.
+    A call with the user's own estimator runs it each time, since it may draw anew.
     """
     fixed = masks.packed or is_fixed(masks.make)
     compute: Any = _compiled_sample_by_sample if fixed else _sample_by_sample
@@ -206,8 +219,8 @@ def _sample_by_sample(layer, x, parameters, masks, method):
             # A loop over no samples has nothing to stack.
             return jax.vmap(sample)(*each)
         case "fused":
-            # The backward makes masked weights again: what one sample needs of them is
-            # as large as a weight, and cheaper to make than to keep for all.
+            # The backward pass computes masked weights again: that is cheaper than to
+            # keep an array of the weight's size for every sample.
             policy = jax.checkpoint_policies.save_only_these_names(KEPT_NAME)
             one = jax.checkpoint(sample, prevent_cse=False, policy=policy)
             return lax.map(lambda part: one(*part), each)
@@ -226,7 +239,7 @@ def _choose(
     method: Method | None,
     implementation: Implementation | None,
 ) -> Implementation:
-    """What multiplies: a pure function of shapes, dtypes, method and of the devices."""
+    """Choose the implementation, from shapes, dtypes, method and devices alone."""
     arrays = x, *weights, *masks.arrays
 
     def unsupported() -> str | None:
@@ -246,12 +259,13 @@ def _choose(
 def _fastest_method(
     x: jax.Array, weights: Sequence[jax.Array], masks: _Masks
 ) -> Method:
-    """XLA's form for the default device.
+    """Return XLA's fastest form on the default device.
 
     On an H200, all gradients of the layer of 512 x 2048, 16 samples and 256 tokens
-    each took 579 us of device time by "bmm" and 1850 by "fused"; a call took 927 and
-    2285 us by the wall (`nvidia_h200/estimators_quick.json`). On two CPU cores "fused"
-    took 895 ms and "bmm" 918 (float32), with a quarter of the temporary memory.
+    each, took 579 us of device time by "bmm" and 1850 us by "fused"; a call took 927
+    and 2285 us of wall time (`nvidia_h200/estimators_quick.json`). On two CPU cores
+    "fused" took 895 ms and "bmm" 918 ms in float32, and "fused" a quarter of the
+    temporary memory.
     """
     if device.platform() != "gpu":
         return "fused"
@@ -272,6 +286,7 @@ def _check_options(op: str, method: object, implementation: Any, key: Any) -> No
 def _check_logits(
     op: str, name: str, logits: Any, w: Any, of: str, x: Any, shared: bool
 ) -> jax.Array | PackedMask:
+    """Return the logits or the packed mask of one weight, checked."""
     rows, columns = w.shape
     because = f" for the {x.shape[0]} samples of {of}"
     if isinstance(logits, PackedMask):
@@ -305,6 +320,7 @@ def _check_masks(
 def _check_result(
     op: str, make: Callable[..., Any], logits: Any, key: PRNGKeyArray | None
 ) -> None:
+    """Check that the estimator makes masks in the shape and dtype of the logits."""
     options = {} if key is None else {"key": key}
     for one in logits:
         given = jax.ShapeDtypeStruct(one.shape[-2:], one.dtype)
@@ -332,69 +348,91 @@ def masked_matmul(
 
     $$y_b = x_b (W \odot m_b), \qquad m_b = \mathrm{estimator}(\ell_b)$$
 
-    The methods compute the same, values and gradients. None takes "fused" where the
-    kernels run, and of XLA's forms "bmm" on a GPU and "fused" on other devices, and
-    also where the masked weights of the batch would take more than an eighth of the
-    GPU's memory:
+    With logits (d_in, d_out) all samples share one mask, and every method is the same
+    single product. Masks that no longer learn can be packed: a `PackedMask` in the
+    place of the logits takes no estimator and has no gradient. Masks and masked weights
+    are computed in float32 and rounded once to the dtype of `x`; the logits may have
+    another dtype.
 
-    - "loop": one product a sample, unrolled;
-    - "einsum": one contraction over all masked weights;
-    - "bmm": a batched product of masked weights that are written to memory;
-    - "vmap": the product of one sample under `jax.vmap`;
-    - "fused": masks are applied within the product, and masked weights are not stored
-      for the batch, in the backward neither.
+    `method` names a form of XLA. All compute the same values and gradients:
 
-    With logits (d_in, d_out) all samples share one mask; every method is then the same
-    single product. To use the first samples of more logits, pass `mask_logits[:batch]`.
-    Masks that no longer learn can be packed: with a `PackedMask` for logits there is no
-    estimator, and no gradient for it.
-
-    Masks and products with them are made in float32 and rounded once to the dtype of
-    `x`. The logits may have another dtype.
+    - "loop": one product per sample, unrolled.
+    - "einsum": one contraction over all masked weights.
+    - "bmm": a batched product of masked weights that are written to memory.
+    - "vmap": the product of one sample under `jax.vmap`.
+    - "fused": one sample after the other in a compiled loop, so that masked weights
+      exist for one sample at a time, also in the backward pass, and take no more memory
+      for a larger batch. Samples that are sharded on an automatic mesh are gathered;
+      inside `jax.shard_map` each device loops over its own.
+    - `None` takes "bmm" on a GPU, unless the masked weights of the batch would take
+      more than an eighth of its memory, and "fused" otherwise.
 
     Implementations:
 
-    - "xla": "fused" takes one sample after the other in a compiled loop. Masks and
-      masked weights exist for one sample at a time, in the backward too, which makes
-      them again from the logits, so they take no more memory for a larger batch. The
-      samples of a batch that is sharded on an automatic mesh are gathered by it; inside
-      `jax.shard_map` each device walks along its own.
-    - "mosaic_gpu": "fused" on an H100 or H200, in bfloat16 and float16. Weights are
-      multiplied by their mask in registers, on the way to the tensor cores, for all
-      samples at once. The kernel reads packed masks as bits, and logits themselves if
-      the estimator is `reinmax` or `straight_through`: by itself, by its name, or in a
-      `functools.partial` that binds no more than defaults and
-      `derivative="one_plus_sigmoid"`; and without a key. A backward of `x` or `w` reads
-      the bits of such a mask, which its forward writes, and in which NaN is off; where
-      the derivative depends on the logits, those that are trained are kept too. For any
-      other estimator XLA computes the masks of all samples and keeps them, as it does
-      their gradient, to which the estimator's is applied. Sizes that are no multiples
-      of 8 tokens and 64 features are padded by copies. Gradients are deterministic, and
-      of reverse mode only: `jax.jvp` needs "xla". Gradients that are not asked for are
-      not computed. Under `vmap` the new axis joins the samples; an argument that lacks
-      it is copied.
-
-    None picks the kernel where it can run, for two and more samples with masks of their
-    own and 8 to 2048 tokens each, on one device or inside `jax.shard_map`, and "xla"
-    elsewhere: XLA cannot split a kernel over devices. On an H200 the kernel was
-    measured to be faster with 16 samples and slower with one; the rest is predicted.
+    - "xla": one of the forms above, on any device, with all of JAX's derivatives.
+    - "mosaic_gpu": the form "fused" for all samples at once, on an H100 or H200, in
+      bfloat16 and float16. It masks weights in registers on their way to the tensor
+      cores. It reads packed masks as bits. It reads logits directly if the estimator is
+      `reinmax` or `straight_through` without a key, given by itself, by its name, or in
+      a `functools.partial` that binds only defaults and
+      `derivative="one_plus_sigmoid"`. For any other estimator XLA makes and keeps the
+      masks of all samples. In masks that the kernel makes itself, the backward pass
+      treats a NaN as off. Gradients are deterministic and in reverse mode only:
+      `jax.jvp` needs "xla". Sizes that are not multiples of 8 tokens and 64 features
+      are padded by copies.
+    - `None` uses the kernel if it supports the inputs, for two or more samples with
+      masks of their own and 8 to 2048 tokens each, on one device or inside
+      `jax.shard_map`; XLA cannot split a kernel over devices. On an H200 the kernel was
+      measured to be faster with 16 samples and slower with one; the other thresholds
+      are predicted.
 
     Args:
-        estimator: from logits (d_in, d_out) to a mask of their shape and dtype, such as
-            `straight_through`, or the name of one of this library's estimators, such as
-            "straight_through". It sees one sample, so it need not be elementwise.
-        method: one of XLA's forms by its name, or None. The kernels are "fused".
-        key: for estimators that draw, such as `reinmax`: each sample's call gets a
-            `key` of its own, the same by every method. An estimator that holds a key
-            itself draws the same noise for every sample.
+        x: The samples.
+        w: The weight that all samples share.
+        mask_logits: The logits of each sample's mask, or of one for all samples, or a
+            `PackedMask`. To use the first masks only, pass `mask_logits[:batch]`.
+        estimator: A function from logits (d_in, d_out) to a mask of their shape and
+            dtype, such as `straight_through`, or the name of an estimator of this
+            library. It sees one sample at a time, so it need not be elementwise.
+        method: The form of XLA, see above. The kernels allow None and "fused".
+        key: A random key for estimators that draw, such as `reinmax`. Each sample's
+            call gets a `key` of its own, the same by every method. An estimator that
+            holds a key itself draws the same noise for every sample.
+        implementation: See above.
+
+    Returns:
+        The products, in the dtype of `x`.
 
     Raises:
-        TypeError: an array is none or not floating-point, the dtypes of `x` and `w`
-            differ, `estimator` is neither callable nor a name, or `key` is no key.
-        ValueError: the shapes do not fit, the estimator returns something other than a
+        TypeError: An array is not a floating-point array, the dtypes of `x` and `w`
+            differ, `estimator` is neither callable nor a name, or `key` is not a random
+            key.
+        ValueError: The shapes do not fit, the estimator returns something other than a
             mask like its logits, packed masks come with an estimator or a key, or the
             name of an estimator, `method` or `implementation` is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        Two samples use different rows of one weight:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x, w = jnp.ones((2, 1, 2)), jnp.array([[1.0, 2.0], [10.0, 20.0]])
+        logits = jnp.array([[[1.0, 1.0], [-1.0, -1.0]], [[-1.0, -1.0], [1.0, 1.0]]])
+        y = jaxkern.masked_matmul(x, w, logits, estimator="straight_through")
+        print(y[:, 0])
+        ```
+        ```text
+        [[ 1.  2.]
+         [10. 20.]]
+        ```
+
+    References:
+        Learned weight masks: Supermasks in Superposition,
+            https://arxiv.org/abs/2006.14769.
     """
     op = "masked_matmul"
     _check_options(op, method, implementation, key)
@@ -414,6 +452,7 @@ def _linear(
 
 
 def _check_three(op: str, **tuples: Any) -> None:
+    """Check that each is a tuple of three."""
     for name, arrays in tuples.items():
         if not isinstance(arrays, tuple | list) or len(arrays) != 3:
             size = f" of {len(arrays)}" if isinstance(arrays, tuple | list) else ""
@@ -471,32 +510,48 @@ def masked_bilinear(
     $$y_b = ((x_b (W_1 \odot m_{1b}) + b_1) \odot (x_b (W_2 \odot m_{2b}) + b_2))
       (W_3 \odot m_{3b}) + b_3$$
 
-    Masks, `method`, `key` and `implementation` are as in `masked_matmul`; the biases
-    are not masked. For the backward "fused" keeps the two products with `x`, both
-    (batch, seq, hidden), and by the kernels what these are multiplied to as well:
-    memory of activations, not of weights. Under `jax.checkpoint` it computes the two
-    again, 11 products instead of 9; the kernels all three, for their masks' bits.
+    Masks, `method`, `key` and `implementation` are as in `masked_matmul`. For the
+    backward pass "fused" keeps the products with `x`, (batch, seq, hidden), but no
+    masked weights. Under `jax.checkpoint` it computes them again.
 
-    A mask of zeros is safe but can be for ever: where all of $m_3$ is 0, $m_1$ and
-    $m_2$ get no gradient, and $m_3$ gets one only if $b_1 \odot b_2$ or $m_1$ and
-    $m_2$ are not 0.
+    Masks of zeros can stay zero for ever: where all of $m_3$ is 0, $m_1$ and $m_2$ get
+    no gradient, and $m_3$ gets one only if $b_1 \odot b_2$, or $m_1$ and $m_2$, are not
+    0.
 
-    ```python
-    >>> import jax.numpy as jnp, jaxkern
-    >>> x = jnp.ones((2, 5, 4))
-    >>> weights = jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((8, 3))
-    >>> logits = tuple(jnp.ones((2, *w.shape)) for w in weights)
-    >>> y = jaxkern.masked_bilinear(x, weights, logits, estimator="straight_through")
-    >>> print(y.shape, y[0, 0])
-    (2, 5, 3) [128. 128. 128.]
+    Args:
+        x: The samples.
+        weights: $W_1$, $W_2$ and $W_3$.
+        mask_logits: The logits of the masks of the three weights, all with an axis of
+            samples or all without, or three `PackedMask`.
+        estimator: As in `masked_matmul`.
+        biases: $b_1$, $b_2$ and $b_3$, which are not masked; None for no biases.
+        method: As in `masked_matmul`.
+        key: As in `masked_matmul`.
+        implementation: As in `masked_matmul`.
 
-    ```
+    Returns:
+        The outputs of the MLP, in the dtype of `x`.
 
     Raises:
-        TypeError: as `masked_matmul`, weights, logits or biases are not three, or only
-            some of the masks are packed.
-        ValueError: as `masked_matmul`.
-        NotImplementedError: as `masked_matmul`.
+        TypeError: As in `masked_matmul`; or weights, logits or biases are not three, or
+            only some of the masks are packed.
+        ValueError: As in `masked_matmul`.
+        NotImplementedError: As in `masked_matmul`.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x = jnp.ones((2, 5, 4))
+        weights = jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.ones((8, 3))
+        logits = tuple(jnp.ones((2, *w.shape)) for w in weights)
+        y = jaxkern.masked_bilinear(x, weights, logits, estimator="straight_through")
+        print(y.shape, y[0, 0])
+        ```
+        ```text
+        (2, 5, 3) [128. 128. 128.]
+        ```
 
     References:
         Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.

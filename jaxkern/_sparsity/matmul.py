@@ -12,9 +12,10 @@ from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import matmul
 from .packed import Packed24, check_packed_24, unpack
 
-# None picks the kernel from so many rows on. On an H200, 16384 rows of 16512 features
-# by 1024 took 512 us, and XLA's product of the same sizes 708 in the same run, without
-# the unpacking that it needs before. Below 16384 rows: predicted, not measured.
+# The least number of rows for which None picks the kernel. On an H200, 16384 rows of
+# 16512 features by 1024 took 512 us, and XLA's product of the same sizes 708 us in the
+# same run, without the unpacking that it needs before. Fewer rows: predicted, not
+# measured.
 LEAST_ROWS = 4096
 
 
@@ -24,33 +25,59 @@ def matmul_2_4(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """`unpack_2_4(packed) @ w`, differentiable in `packed.values` and in `w`.
+    r"""Multiply a packed 2:4-sparse array by a dense matrix.
 
-    - "xla" emulates the sparse matmul: it unpacks and multiplies densely, so it saves
-      memory, not time.
+    $$y = \mathrm{unpack}(\mathrm{packed})\, W$$
+
+    It is differentiable in `packed.values` and in `w`. To multiply by a sparse weight
+    from the right, as in `x @ w`, pack its transpose:
+    `matmul_2_4(pack_2_4(w.T), x.T).T`.
+
+    Implementations:
+
+    - "xla" unpacks and multiplies densely, so it saves memory but no time.
     - "mosaic_gpu" multiplies on the sparse tensor cores of an H100 or H200, in bfloat16
-      and float16: half the multiply-adds, and `packed` is never unpacked. Where rows
-      are no multiple of 8, features of 128 and `d_out` of 64, arrays are copied to pad
-      them. Gradients are XLA's dense matmuls, of reverse mode and first order only.
-      Under `vmap` samples run one by one, and gradients of a `w` that they share are
-      made for each and then added: put samples in leading axes of the values instead.
-      The order of positions in the sparse operand is verified on an H200.
+      and float16, with half the multiply-adds and without unpacking. It copies arrays
+      whose rows are not a multiple of 8, features of 128 or `d_out` of 64. Gradients
+      are dense products of XLA, in reverse mode and of first order only: `jax.jvp` and
+      `grad` of `grad` need "xla". Under `vmap` samples run one by one; put them in
+      leading axes of the values instead.
+    - `None` uses the kernel from 4096 rows on if it supports the inputs, and "xla"
+      otherwise. On an H200, 16384 rows of 16512 features took 512 us by the kernel and
+      708 us by XLA's dense product of the same sizes. Smaller numbers of rows were not
+      measured.
 
-    None picks the kernel from 4096 rows on, where it can run. It is measured at 16384
-    rows, against XLA's dense product without the unpacking (512 and 708 us on an H200),
-    and predicted below.
+    Args:
+        packed: The sparse array, its last axis packed.
+        w: The dense matrix, with `packed.features` rows.
+        implementation: See above.
 
-    To multiply by a 2:4-sparse weight from the right, as in `x @ w`, pack its
-    transpose: `matmul_2_4(pack_2_4(w.T), x.T).T`.
+    Returns:
+        The product, in the dtype of the arguments.
 
     Raises:
-        TypeError: as `unpack_2_4`, or the dtypes of values and `w` differ.
-        ValueError: as `unpack_2_4`, or `w` does not have `packed.features` rows.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: `packed` is not a `Packed24`, an array is not what `pack_2_4` gives,
+            or the dtypes of values and `w` differ.
+        ValueError: The shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        packed = jaxkern.pack_2_4(jnp.array([[0.0, 5.0, 0.0, 7.0]]))
+        print(jaxkern.matmul_2_4(packed, jnp.ones((4, 2))))
+        ```
+        ```text
+        [[12. 12.]]
+        ```
 
     References:
-        https://arxiv.org/abs/2104.08378, section 3; of the instruction, PTX ISA,
-        "wgmma.mma_async.sp".
+        Accelerating Sparse Deep Neural Networks, section 3:
+            https://arxiv.org/abs/2104.08378.
+        The instruction: PTX ISA, "wgmma.mma_async.sp".
     """
     op = "matmul_2_4"
     check_implementation(op, implementation)
@@ -72,6 +99,7 @@ def matmul_2_4(
 
 def _multiply_packed(packed: Packed24, w: jax.Array) -> jax.Array:
     # Mosaic is imported on first use of a kernel.
+    """Multiply in the kernel, whose rows are all leading axes in one."""
     from .hopper import product
 
     *batch, kept = packed.values.shape
@@ -84,4 +112,5 @@ def _multiply_packed(packed: Packed24, w: jax.Array) -> jax.Array:
 def _multiply_unpacked(
     packed: Packed24, w: Float[Array, "features d_out"]
 ) -> Float[Array, "*batch d_out"]:
+    """Unpack and multiply densely."""
     return matmul(unpack(packed), w)

@@ -1,7 +1,7 @@
-"""2:4 sparsity: of each group of 4 neighbours on the last axis, at most 2 are kept.
+"""2:4 selection: at most two of each group of four neighbours on the last axis stay.
 
-A last axis that is not a multiple of 4 ends in a shorter group; what it lacks counts as
-zeros that are never kept before an entry that is there.
+A last axis whose size is not a multiple of 4 ends in a shorter group. What this group
+lacks counts as zeros, which are never kept before an entry that is there.
 """
 
 from functools import partial
@@ -23,12 +23,15 @@ from .._core.gradients import with_derivative_of
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 
-# Entries of a group, and how many of them are kept.
+# Entries of a group.
 GROUP = 4
+# Entries of a group that are kept at most.
 KEPT = 2
-# The original's, so that a group of zeros has a probability at all.
+# 2 ** -23, as in the code of the MVUE paper. Without this, a group of zeros would have
+# no probabilities.
 MVUE_EPSILON = 1.1920929e-7
-# For what a short group lacks: too light to be drawn before an entry that is there.
+# The weight of what a short group lacks: too small to be drawn before an entry that is
+# there.
 MVUE_ABSENT = 1e-30
 
 Method = Literal["top2", "soft", "mvue", "static"]
@@ -36,29 +39,31 @@ SelectionGradient = Literal["exact", "straight_through"]
 
 
 def group(x: Shaped[Array, "*batch features"]) -> Shaped[Array, "*batch groups 4"]:
+    """Split the last axis into groups of 4, filled up with zeros."""
     *batch, features = x.shape
     missing = -features % GROUP
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)])
-    # Not -1 for the groups: there may be no rows to tell it from.
+    # The number of groups is not -1, which JAX cannot infer for an array without rows.
     return x.reshape(*batch, (features + missing) // GROUP, GROUP)
 
 
 def ungroup(
     groups: Shaped[Array, "*batch groups size"], features: int
 ) -> Shaped[Array, "*batch features"]:
+    """Join the groups again, without what filled up the last one."""
     *batch, count, size = groups.shape
     return groups.reshape(*batch, count * size)[..., :features]
 
 
 def last_index(shape: tuple[int, ...]) -> UInt8[Array, "..."]:
-    """The index along the last axis, which is short."""
+    """Return the index along the last axis, which must be short enough for uint8."""
     return lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 1)
 
 
 def two_largest(
     scores: Shaped[Array, "*batch groups 4"],
 ) -> Bool[Array, "*batch groups 4"]:
-    """Exactly two of each group; of equal scores those at the lower positions."""
+    """Select exactly two entries of each group; of equal scores, the first ones."""
     position = last_index(scores.shape)
     ahead = jnp.zeros(scores.shape, jnp.int32)
     for i in range(GROUP):
@@ -71,14 +76,16 @@ def two_largest(
 def magnitude(
     groups: Float[Array, "*batch groups 4"],
 ) -> UInt[Array, "*batch groups 4"]:
-    """The bits of |x|: ordered as |x|, with NaN above all, so that it is not hidden."""
+    """Return the bits of |x|, which are ordered as |x| is, with NaN above all."""
     bits = jnp.dtype(f"uint{8 * groups.dtype.itemsize}")
     return lax.bitcast_convert_type(jnp.abs(groups), bits)
 
 
 def _shrink(groups: Float[Array, "*batch groups 4"]) -> Float[Array, "*batch groups 4"]:
+    """Soft-threshold each group by its second smallest magnitude."""
     a, b, c, d = (jnp.abs(groups[..., i : i + 1]) for i in range(GROUP))
-    # Of two sorted pairs the second smallest is the higher low or the lower high.
+    # Of two sorted pairs, the second smallest of all four is the smaller of the higher
+    # minimum and the lower maximum.
     higher_low = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
     lower_high = jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d))
     second_smallest = jnp.minimum(higher_low, lower_high)
@@ -91,7 +98,7 @@ def _soft(
     wide, features = widen(x), x.shape[-1]
     if scale is not None:
         return ungroup(scale * _shrink(group(wide)), features).astype(x.dtype)
-    # Over the row's largest, so that no square overflows or vanishes.
+    # Without this division by the row's largest, squares would overflow or vanish.
     largest = jnp.abs(wide).max(-1, keepdims=True)
     unit = group(wide / jnp.where(largest > 0, largest, 1))
     shrunk = _shrink(unit)
@@ -104,21 +111,24 @@ def _soft(
 def _draw(
     groups: Float[Array, "*batch groups 4"], features: int, key: PRNGKeyArray
 ) -> Float[Array, "*batch groups 4"]:
+    """Draw two entries of each group and divide them by their probabilities."""
     wide = widen(groups)
     index = group(jnp.arange(1, features + 1))
     present = jnp.broadcast_to(index > 0, wide.shape)
     weight = jnp.where(present, jnp.abs(wide) + MVUE_EPSILON, MVUE_ABSENT)
 
     def sum_of_others(x):
-        # Summed, not subtracted from the total: one may outweigh the rest by 1e7.
+        # A sum, not the total minus one: one may outweigh the others by 1e7, and their
+        # sum would be lost in the difference.
         return jnp.stack(
             [sum(x[..., j] for j in range(GROUP) if j != i) for i in range(GROUP)], -1
         )
 
     first = weight / weight.sum(-1, keepdims=True)
     second = weight * sum_of_others(first / sum_of_others(weight))
-    # The two first in this race are drawn by weight, without replacement. The mode is
-    # for the light ones, whose chance lies in the noise's far tail.
+    # The two largest of log(weight) + Gumbel noise are a draw by weight without
+    # replacement. Without mode="high" the noise would end too early for light entries,
+    # whose chance lies in its far tail.
     noise = jax.random.gumbel(key, weight.shape, weight.dtype, mode="high")
     drawn = two_largest(jnp.log(weight) + noise)
     return jnp.where(drawn, wide / (first + second), 0).astype(groups.dtype)
@@ -134,50 +144,80 @@ def sparsify_2_4(
 ) -> Float[Array, "*batch features"]:
     r"""Keep at most two entries of each group of four on the last axis.
 
-    For the entries $a_0 ... a_3$ of a group:
+    $$y = M \odot \tilde x, \qquad \sum_{i \in \mathrm{group}} M_i \le 2$$
 
-    - "top2" keeps the two of largest $|a_i|$, of equal ones those that come first.
-      SelectionGradient: exact.
-    - "soft" keeps $\beta\,\mathrm{sign}(a_i)(|a_i| - t)$ with $t$ the group's second
-      smallest $|a_i|$, continuous in $a$. $\beta$ is `scale`; where that is None it is
-      $\langle a, S\rangle / \langle S, S\rangle$ of each row (1 where $S = 0$), which
-      makes $\|a - \beta S\|$ least. Rows of leading axes stay independent; for the
-      original's one $\beta$ of a whole weight, compute it once and pass it.
-      SelectionGradient: straight through, as in the original.
+    The method decides which entries stay (the mask $M$) and with which values
+    $\tilde x$. For the entries $a_0 ... a_3$ of a group:
+
+    - "top2" keeps the two of largest $|a_i|$, and of equal ones the first. Default
+      gradient: exact.
+    - "soft" keeps $\beta\,\mathrm{sign}(a_i)\max(|a_i| - t, 0)$, which is continuous in
+      $a$; $t$ is the second smallest $|a_i|$ of the group. $\beta$ is `scale`. If that
+      is None, each row has the $\beta$ that minimizes $\|a - \beta S\|$, namely
+      $\langle a, S\rangle / \langle S, S\rangle$, where $S$ is the result for
+      $\beta = 1$ (and $\beta = 1$ where $S = 0$). The paper has one $\beta$ for a whole
+      weight: compute it once and pass it. Default gradient: straight-through, as in the
+      paper.
     - "mvue" draws $i$ with probability $b_i/B$, then $j \ne i$ with $b_j/(B - b_i)$,
-      where $b_i = |a_i| + 2^{-23}$ and $B = \sum b_i$, and keeps $a_i/p_i$, with $p_i$
-      the chance that $i$ is among the two: the result's mean is `x`.
-      SelectionGradient: straight through, which is the derivative of that mean.
-    - "static" keeps the entries at positions 0 and 1, whatever they are.
-      SelectionGradient: exact.
+      where $b_i = |a_i| + 2^{-23}$ and $B = \sum b_i$. It keeps $a_i/p_i$, where $p_i$
+      is the probability that $i$ is one of the two, so the mean of the result is `x`.
+      Default gradient: straight-through, which is the derivative of that mean.
+    - "static" keeps the entries at positions 0 and 1, whatever they are. Default
+      gradient: exact.
 
-    `gradient` names another, for the incoming $d'$ and the mask $M$ of what is kept:
+    `gradient` overrides the default. With $d$ the gradient of $y$:
 
-    - "exact" is the derivative, $M \odot d'$; of "soft" that of its whole formula,
-      $t$, $\beta$ and a given `scale` included. "mvue" has none, since it draws.
-    - "straight_through" is $d'$, as if all had been kept, and nothing for `scale`. It
-      tells an entry that was dropped what it would have done, so that it may come
-      back, and is biased by $(1 - M) \odot d'$ for "top2" and "static".
+    - "exact" gives $M \odot d$, the derivative. For "soft" it is the derivative of the
+      whole formula, with $t$, $\beta$ and a given `scale`. "mvue" has no derivative.
+    - "straight_through" gives $d$, as if all entries had been kept, and no gradient for
+      `scale`. Entries that were dropped learn what they would have done and may come
+      back. For "top2" and "static" it is biased by $(1 - M) \odot d$.
 
     "soft" and "mvue" compute in float32, or float64 if `x` is; $a_i/p_i$ can overflow
-    float16. A NaN counts as the largest, so it stays. On a shard of the last axis the
-    groups start anew: give each device a multiple of four features, and for "soft"
-    without `scale` the whole row.
+    float16. A NaN counts as the largest entry, so it stays. Where devices share the
+    last axis inside `jax.shard_map`, groups start anew on each: give each device a
+    multiple of four features, and for "soft" without `scale` the whole row.
 
     Args:
-        key: for "mvue", which needs one; the other methods take none.
-        scale: for "soft" only.
+        x: The array to select from.
+        method: The rule of selection, see above.
+        key: The random key of "mvue", which needs one. The other methods take none.
+        scale: The factor $\beta$ of "soft". The other methods take none.
+        gradient: The rule of the backward pass, see above. None is the method's
+            default.
+
+    Returns:
+        An array like `x` whose dropped entries are 0.
 
     Raises:
-        TypeError: `x` is no floating-point array, "mvue" has no key, or `scale` is not
-            one number.
-        ValueError: the method is unknown, or `key`, `scale` or `gradient` does not go
+        TypeError: `x` is not a floating-point array, "mvue" has no key, or `scale` is
+            not one number.
+        ValueError: The method is unknown, or `key`, `scale` or `gradient` does not go
             with it.
 
+    Examples:
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jaxkern
+
+        x = jnp.array([3.0, -1.0, 2.0, -4.0])
+        print(jaxkern.sparsify_2_4(x))
+        print(jaxkern.sparsify_2_4(x, method="soft", scale=1.0))
+        print(jax.grad(lambda x: jaxkern.sparsify_2_4(x).sum())(x))
+        ```
+        ```text
+        [ 3.  0.  0. -4.]
+        [ 1.  0.  0. -2.]
+        [1. 0. 0. 1.]
+        ```
+
     References:
-        top2: https://arxiv.org/abs/2104.08378; straight-through:
-        https://arxiv.org/abs/1308.3432; soft (S-STE, eq. 8-10):
-        https://arxiv.org/abs/2409.09099; mvue: https://arxiv.org/abs/2203.10991.
+        top2: Accelerating Sparse Deep Neural Networks,
+            https://arxiv.org/abs/2104.08378.
+        straight_through: https://arxiv.org/abs/1308.3432.
+        soft: S-STE, eq. 8-10, https://arxiv.org/abs/2409.09099.
+        mvue: https://arxiv.org/abs/2203.10991.
     """
     op = "sparsify_2_4"
     (x,) = check_floating(op, x=x)

@@ -1,4 +1,4 @@
-"""Flax NNX modules: they own parameters and call jaxkern's ops."""
+"""Flax NNX modules, which own parameters and call the ops of jaxkern."""
 
 from ._attention import MultiHeadAttention as MultiHeadAttention
 from ._linear import LowRankLinear as LowRankLinear

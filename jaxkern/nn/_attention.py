@@ -1,4 +1,4 @@
-"""Multi-head attention around any of the attention functions."""
+"""Multi-head attention around any attention function."""
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -33,54 +33,71 @@ QKNorm = Literal["head", "embed"]
 
 
 class MultiHeadAttention(nnx.Module):
-    r"""Projections to heads, an attention function, and the projection back.
+    r"""Multi-head attention whose attention function is an argument.
 
     $$y = \mathrm{concat}_h(\mathrm{attention}(x W_Q^h, z W_K^h, z W_V^h)) W_O$$
 
-    with biases unless `use_bias` is False; $z = x$ in self-attention. The function is
-    called as `attention_fn(query, key, value, **options)` on arrays (batch, seq, heads,
-    head_dim), key and value with `num_kv_heads`, and returns one of the query's shape.
-    Options that stay are bound by `functools.partial`, those that change are given to
-    the call of the module, which hands them on:
+    with biases unless `use_bias` is False; self-attention has $z = x$. The call maps x
+    (batch, seq_q, embed_dim) and z (batch, seq_kv, embed_dim) to the shape of x.
+
+    `attention_fn(query, key, value, **options)` gets arrays (batch, seq, heads,
+    head_dim), where key and value have `num_kv_heads`, and returns one of the query's
+    shape. Options that stay the same are bound by `functools.partial`. Options that
+    change are passed to the call of the module:
 
     - `MultiHeadAttention(512, 8, is_causal=True, rngs=rngs)` runs `attention`, and
-      `module(x, mask=mask)` gives it a mask;
+      `module(x, mask=mask)` passes it a mask.
     - `attention_fn=partial(dilated_attention, dilation=Dilation((2048, 8192), (1, 4)))`
-      and, for padding, `module(x, key_mask=mask)`;
-    - `attention_fn=partial(block_sparse_attention, mask=block_mask)`, or
-      `module(x, mask=block_mask)`;
-    - `attention_fn=partial(ring_attention, axis_name="seq")`, where the module is
-      called inside `jax.shard_map`.
+      runs dilated attention, and `module(x, key_mask=mask)` masks the padding.
+    - `attention_fn=partial(block_sparse_attention, mask=block_mask)` runs block-sparse
+      attention; the mask may also be passed to the call, `module(x, mask=block_mask)`.
+    - `attention_fn=partial(ring_attention, axis_name="seq")` runs ring attention, if
+      the module is called inside `jax.shard_map`.
 
-    Kernels are annotated with the logical axes "embed", "heads" and "kv_heads" for
-    `nnx.get_partition_spec`.
+    Logical axes for `nnx.get_partition_spec` are "embed", "heads" and "kv_heads".
 
     Args:
-        embed_dim: size of the last axis of the inputs and of the output.
-        num_heads: of the query.
-        num_kv_heads: of key and value, a divisor of `num_heads`; None for as many.
-        head_dim: None for embed_dim / num_heads.
-        attention_fn: see above.
-        is_causal: give `is_causal=True` to `attention_fn`; if False it gets no such
-            option, so one without it fits, and one with it bound keeps it.
-        use_bias: for all four projections.
-        qk_norm: normalize query and key before the attention, each by its own norm:
-            "head" over the features of each head (one norm for all), "embed" over those
-            of all heads together; None does not.
-        sub_layer_norm: normalize the heads' outputs together, before the projection
-            back, by a norm of its own.
-        norm: makes them, called as `norm(features, dtype=, param_dtype=, rngs=)`.
-        gain: factor of the initial value and output kernels; those of query and key
-            keep 1. Magneto's is sqrt(log(2 layers)).
-        dtype: of the computation; None promotes from inputs and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for each kernel, as a matrix of all its heads.
+        embed_dim: The size of the last axis of the inputs and the output.
+        num_heads: The number of heads of the query.
+        num_kv_heads: The number of heads of key and value, a divisor of `num_heads`;
+            None for as many.
+        head_dim: The size of a head; None for embed_dim / num_heads.
+        attention_fn: The attention function, see above.
+        is_causal: Pass `is_causal=True` to `attention_fn`. False passes no such option,
+            so a function without it fits.
+        use_bias: Add biases in all four projections.
+        qk_norm: Normalize query and key before the attention, each by its own norm:
+            "head" over the features of each head, "embed" over the features of all
+            heads together. None does not normalize.
+        sub_layer_norm: Normalize the outputs of the heads together, before the
+            projection back.
+        norm: Makes the norms, called as `norm(features, dtype=, param_dtype=, rngs=)`.
+        gain: The factor of the initial kernels of value and output. Magneto's is
+            sqrt(log(2 layers)).
+        dtype: The dtype of the computation; None promotes the dtypes of inputs and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each kernel, as a matrix of all its heads.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: `attention_fn` or `norm` cannot be called, `gain` is no number, a
-            dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or does not divide; `gain` is not
-            positive and finite; `qk_norm` is unknown.
+        TypeError: `attention_fn` or `norm` cannot be called, `gain` is not a number, a
+            dtype is not a floating-point dtype, or `rngs` is not an `nnx.Rngs`.
+        ValueError: A size is not a positive integer or does not divide, `gain` is not
+            positive and finite, or `qk_norm` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        layer = nn.MultiHeadAttention(8, 2, is_causal=True, rngs=nnx.Rngs(0))
+        print(layer(jnp.ones((2, 3, 8))).shape)
+        ```
+        ```text
+        (2, 3, 8)
+        ```
 
     References:
         Attention Is All You Need, section 3.2.2: https://arxiv.org/abs/1706.03762.
@@ -163,15 +180,21 @@ class MultiHeadAttention(nnx.Module):
         value: Float[Array, "batch seq_kv embed"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq_q embed"]:
-        """Self-attention, or attention to `key`, whose values are its own or `value`.
+        """Attend from `query` to `key`, and return the sums of `value`.
 
         Args:
-            options: for `attention_fn`.
+            query: The features that attend.
+            key: The features to attend to; None for `query`.
+            value: The features to sum; None for `key`.
+            options: The options of this call to `attention_fn`.
+
+        Returns:
+            The features of the query's tokens.
 
         Raises:
-            TypeError: an input is no floating-point array, `attention_fn` does not
-                take an option, or returns more than an array.
-            ValueError: a shape does not fit, or there is a value without a key.
+            TypeError: An input is not a floating-point array, or `attention_fn` does
+                not take an option or does not return an array.
+            ValueError: A shape does not fit, or there is a value without a key.
         """
         if key is None and value is not None:
             raise ValueError(
@@ -181,7 +204,7 @@ class MultiHeadAttention(nnx.Module):
         value = key if value is None else value
         given = {"query": query, "key": key, "value": value}
         for name, x in given.items():
-            # One by one: their dtypes may differ, and are promoted by the projections.
+            # Checked one by one, since their dtypes may differ: projections promote.
             (given[name],) = check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)
@@ -193,7 +216,16 @@ class MultiHeadAttention(nnx.Module):
     def to_heads(
         self, query: jax.Array, key: jax.Array, value: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the call gives to `attention_fn`."""
+        """Return the query, key and value that the call passes to `attention_fn`.
+
+        Args:
+            query: The features that attend.
+            key: The features to attend to.
+            value: The features to sum.
+
+        Returns:
+            The heads of each, normalized if `qk_norm` says so.
+        """
         q, k, v = self.query(query), self.key(key), self.value(value)
         if self.qk_norm is not None:
             across = self.qk_norm == "embed"
@@ -204,14 +236,21 @@ class MultiHeadAttention(nnx.Module):
     def from_heads(
         self, heads: Float[Array, "batch seq_q heads dim"]
     ) -> Float[Array, "batch seq_q embed"]:
-        """What the call makes of the result of `attention_fn`."""
+        """Return the output for a result of `attention_fn`.
+
+        Args:
+            heads: The result of `attention_fn`.
+
+        Returns:
+            The features of the query's tokens.
+        """
         if self.sub_norm is not None:
             heads = _normalize(self.sub_norm, heads, across_heads=True)
         return self.out(heads)
 
 
 def _normalize(norm, x, across_heads):
-    """By each head's features, or by those of all heads together."""
+    """Normalize over the features of each head, or of all heads together."""
     if not across_heads:
         return norm(x)
     *tokens, heads, dim = x.shape
@@ -219,7 +258,7 @@ def _normalize(norm, x, across_heads):
 
 
 def _check_heads(embed_dim, num_heads, kv_heads, head_dim) -> tuple[int, ...]:
-    """The same as Python's integers, `head_dim` too where it is None."""
+    """Return the sizes as Python integers, and `head_dim` also where it was None."""
     op = "MultiHeadAttention"
     embed_dim, num_heads, kv_heads = check_arguments(
         op, None, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads

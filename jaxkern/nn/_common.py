@@ -1,4 +1,4 @@
-"""How our modules check their arguments and start their parameters."""
+"""How the modules check their arguments and initialize their parameters."""
 
 from functools import partial
 from typing import Any
@@ -23,8 +23,8 @@ from .._core.checks import (
 from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
 
-# Of each factor's fan-in: the product of two factors then has the variance of a
-# full-rank kernel with the same initializer.
+# The variance of each factor is 1 / its fan-in. The product of two factors then has the
+# variance of a full-rank kernel with the same initializer.
 default_kernel_init = nnx.initializers.lecun_normal()
 default_attention_kernel_init = nnx.initializers.xavier_normal()
 
@@ -32,10 +32,11 @@ default_attention_kernel_init = nnx.initializers.xavier_normal()
 def check_arguments(
     module: str, implementation: Implementation | None, **sizes: int
 ) -> tuple[int, ...]:
-    """The implementation is one there is, and every size a positive integer.
+    """Check the implementation's name, and that every size is a positive integer.
 
     Returns:
-        The sizes as Python's integers: a product of NumPy's narrow ones may not fit.
+        The sizes as Python integers, since products of NumPy's narrow integers may not
+        fit in their dtype.
     """
     check_implementation(module, implementation)
     return tuple(check_integer(module, name, size) for name, size in sizes.items())
@@ -44,7 +45,7 @@ def check_arguments(
 def check_dtypes(
     module: str, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs
 ) -> dict[str, Any]:
-    """The options of every module that has parameters, as its own modules take them."""
+    """Return the dtypes and `rngs` as submodules take them, checked."""
     if dtype is not None:
         check_dtype(module, "dtype", dtype)
     check_dtype(module, "param_dtype", param_dtype)
@@ -55,6 +56,7 @@ def check_dtypes(
 
 
 def check_callable(module: str, name: str, function: object) -> None:
+    """Check that `function` can be called."""
     if not callable(function):
         kind = kind_of(function)
         raise TypeError(f"{module}: {name} must be callable, got {kind}")
@@ -63,8 +65,9 @@ def check_callable(module: str, name: str, function: object) -> None:
 class Bound(partial[Any]):
     """A `functools.partial` that equals another of the same function and arguments.
 
-    Without this, models that are built alike would differ, and programs of one would be
-    compiled anew for the other. Arrays are the same only if they are one object.
+    Without this, two models that are built alike would differ, and programs of one
+    would be compiled anew for the other. Arrays are equal only if they are the same
+    object.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -75,7 +78,7 @@ class Bound(partial[Any]):
 
 
 def bind(function: Any, **options: Any) -> Any:
-    """`function` with these options, for a module to keep."""
+    """Bind options to a function, for a module to keep."""
     if type(function) is partial:
         given = function.keywords | options
         return Bound(bind(function.func), *function.args, **given)
@@ -83,7 +86,7 @@ def bind(function: Any, **options: Any) -> Any:
 
 
 def _identity(value: Any) -> Any:
-    """What can be hashed and compared in place of `value`."""
+    """Return a value to hash and compare in place of `value`."""
     match value:
         case partial():
             options = _identity(value.keywords)
@@ -100,6 +103,7 @@ def _identity(value: Any) -> Any:
 
 
 def check_tokens(op: str, name: str, tokens: Any) -> None:
+    """Check that `tokens` is an integer array of shape (batch, seq)."""
     check_array(op, name, tokens, "integer")
     check_shape(op, name, tokens, ("batch", "seq"))
 
@@ -107,7 +111,10 @@ def check_tokens(op: str, name: str, tokens: Any) -> None:
 def read_tokens(
     op: str, name: str, tokens: Any, vocab_size: int, lengths: Any = None
 ) -> jax.Array:
-    """In int32; those before the `lengths` are in the vocabulary, as far as known."""
+    """Return the tokens in int32, after a check that they are in the vocabulary.
+
+    Only tokens before the `lengths` are checked, and only if their values are known.
+    """
     values = known(tokens)
     if values is not None and lengths is not None:
         ends, places = known(lengths), np.arange(tokens.shape[1])
@@ -117,7 +124,7 @@ def read_tokens(
 
 
 def known(array: Any) -> np.ndarray | None:
-    """Values; a program is traced without any, and other processes' are unknown."""
+    """Return an array's values; None if it is traced or partly on another process."""
     if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
         return None
     return np.asarray(array)
@@ -126,6 +133,7 @@ def known(array: Any) -> np.ndarray | None:
 def check_range(
     op: str, name: str, values: np.ndarray | None, least: int, most: int
 ) -> None:
+    """Check that known values are between `least` and `most`."""
     if values is None or values.size == 0:
         return
     for extreme in (values.min(), values.max()):
@@ -136,6 +144,7 @@ def check_range(
 
 
 def check_input(module: str, x: jax.Array, features: int) -> jax.Array:
+    """Return `x` as a JAX array of shape (..., features)."""
     (x,) = check_floating(module, x=x)
     if x.ndim < 1 or x.shape[-1] != features:
         raise ValueError(
@@ -147,10 +156,10 @@ def check_input(module: str, x: jax.Array, features: int) -> jax.Array:
 def check_means(
     op: str, module: object, kind: type[nnx.Module], wanted: str, name: str = "module"
 ) -> None:
-    """`module` is a `kind`, and its call is that of one.
+    """Check that `module` is a `kind` whose call is that of `kind`.
 
-    Subclasses may mean something else, as `nnx.LoRALinear` is an `nnx.Linear` that adds
-    a product to that of its kernel.
+    A subclass may mean something else: `nnx.LoRALinear` is an `nnx.Linear` that adds a
+    product to that of its kernel.
     """
     call: Any = kind.__call__
     if not isinstance(module, kind) or type(module).__call__ is not call:
@@ -162,7 +171,7 @@ def check_means(
 def relative_loss(
     w: Float[Array, "*shape"], approximation: Float[Array, "*shape"]
 ) -> float:
-    r"""$\|W - A\|_F / \|W\|_F$, 0 where $W$ is; no square over- or underflows."""
+    r"""Return $\|W - A\|_F / \|W\|_F$, or 0 for $W = 0$, without over- or underflow."""
     w, approximation = widen(w), widen(approximation)
     largest = jnp.abs(w).max()
     largest = jnp.where(largest > 0, largest, 1)
@@ -178,7 +187,11 @@ def make_kernel(
     dtype: Dtype,
     axis_names: tuple[str | None, ...],
 ) -> nnx.Param[jax.Array]:
-    # The names are for the user's own mesh and rules, so building a module needs none.
+    """Initialize a parameter that is annotated with its logical axes.
+
+    The names of the axes are for the user's own mesh and rules, so building a module
+    needs neither.
+    """
     return nnx.Param(
         init(rngs.params(), shape, dtype),
         out_sharding=axis_names,
@@ -187,10 +200,10 @@ def make_kernel(
 
 
 def axis_metadata(*axis_names: str | None) -> dict[str, Any]:
-    """The annotation that `make_kernel` makes, for parameters of flax's own layers."""
+    """Return the annotation of `make_kernel`, for parameters of flax's own layers."""
     return {"out_sharding": axis_names, "eager_sharding": False}
 
 
 def scale_init(init: Initializer, gain: float) -> Initializer:
-    """`init` times `gain`."""
+    """Return the initializer `init` times `gain`."""
     return lambda *args, **kwargs: gain * init(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Tokens from a language model, one after another."""
+"""Generation of tokens with a language model, one after another."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ class Sampling(NamedTuple):
 
 
 def check_sampling(op: str, temperature: Any, top_p: Any, key: Any) -> Sampling:
+    """Return the checked options of sampling."""
     check_number(op, "temperature", temperature, least=0.0)
     check_number(op, "top_p", top_p)
     if not 0 < top_p <= 1:
@@ -42,6 +43,7 @@ def generate(
     count: int,
     cache: bool,
 ) -> Integer[Array, "batch total"]:
+    """Continue each prompt by `count` tokens, in one compiled program."""
     graph, state = nnx.split(model)
     return _generate(graph, count, cache, state, prompt, lengths, sampling)
 
@@ -58,7 +60,7 @@ def _go_on(model, prompt, lengths, sampling, count, cache):
     if lengths is None:
         new = run(model, prompt, prompt.shape[1], sampling, count)
         return jnp.concatenate([prompt, new], axis=1)
-    # What follows a prompt is no token: whatever it is, zeros stand for it.
+    # Zeros replace whatever follows a shorter prompt: it need not be tokens.
     places = jnp.arange(prompt.shape[1], dtype=lengths.dtype)[None]
     is_read = places < lengths[:, None]
     prompt = jnp.where(is_read, prompt, 0)
@@ -67,6 +69,8 @@ def _go_on(model, prompt, lengths, sampling, count, cache):
 
 
 def _with_cache(model, prompt, lengths, sampling, count):
+    """Return the new tokens, from a cache of keys and values."""
+
     def next_token(features, i):
         return _sample(model.logits(features), sampling, i)
 
@@ -77,10 +81,11 @@ def _with_cache(model, prompt, lengths, sampling, count):
         return (token, cache), token
 
     batch, seq = prompt.shape
-    # The last token is never one of the keys.
+    # The last new token needs no place in the cache: no token attends to it.
     cache = model.make_cache(batch, seq + count - 1)
     features, cache = model.extend(prompt, cache)
-    # What pads a prompt is written over before any token sees it.
+    # The keys of what follows a shorter prompt are overwritten before any token sees
+    # them.
     first = next_token(_take(features, lengths - 1), 0)
     carry = first, cache._replace(length=jnp.asarray(lengths, cache.length.dtype))
     _, others = lax.scan(step, carry, jnp.arange(1, count))
@@ -88,8 +93,10 @@ def _with_cache(model, prompt, lengths, sampling, count):
 
 
 def _without_cache(model, prompt, lengths, sampling, count):
+    """Return the new tokens, from a run over the whole sequence for each."""
+
     def step(tokens, i):
-        # Later places hold nothing yet, and no earlier one sees them.
+        # The model is causal, so later places, which hold no tokens yet, do not matter.
         last = _take(model.features(tokens), lengths - 1 + i)
         token = _sample(model.logits(last), sampling, i)
         return _put(tokens, lengths + i, token[:, None]), token
@@ -100,12 +107,12 @@ def _without_cache(model, prompt, lengths, sampling, count):
 
 
 def _take(x, places):
-    """Of each row what is at its place, or all rows' one."""
+    """Return `x[i, places[i]]` of each row i; `places` may be one number."""
     return x[jnp.arange(len(x)), places]
 
 
 def _put(tokens, places, new):
-    """Into each row from its place on, or all rows' one."""
+    """Write `new` into each row, from its place on; `places` may be one number."""
     rows = jnp.arange(len(tokens))[:, None]
     first = jnp.reshape(jnp.asarray(places, jnp.int32), (-1, 1))
     columns = first + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
@@ -115,11 +122,12 @@ def _put(tokens, places, new):
 def _sample(
     logits: Float[Array, "batch vocab"], sampling: Sampling, i: Integer[Array, ""] | int
 ) -> Integer[Array, " batch"]:
+    """Choose token number `i` of each sequence."""
     key, temperature, top_p = sampling
     if key is None:
         return lax.argmax(logits, logits.ndim - 1, jnp.int32)
-    # A temperature below the least normal number is none: without this, the largest
-    # logit would be 0 / 0.
+    # Without this, a temperature below the least normal number would count as 0, and
+    # the largest logit would be 0 / 0.
     temperature = jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     kept = lax.cond(top_p < 1, _keep_top, lambda logits, _: logits, logits, top_p)
@@ -130,14 +138,15 @@ def _sample(
 def _keep_top(
     logits: Float[Array, "batch vocab"], top_p: Float[Array, ""] | float
 ) -> Float[Array, "batch vocab"]:
-    """-inf for tokens where likelier ones have `top_p` of the probability already."""
+    """Replace logits by -inf where likelier tokens have `top_p` of the probability."""
     falling = -jnp.sort(-logits)
     p = jax.nn.softmax(falling)
-    # Likelier ones have top_p where it and less likely ones have at most the rest. The
-    # shorter sum is the exact one: many unlikely tokens would be lost in a sum near 1.
+    # Likelier tokens have `top_p` where this one and less likely ones have at most
+    # 1 - top_p. Of these two sums the smaller is precise: many unlikely tokens would be
+    # lost in a sum near 1.
     before, after = jnp.cumsum(p, -1) - p, lax.cumsum(p, p.ndim - 1, reverse=True)
     kept = jnp.where(top_p < 0.5, before < top_p, after > 1 - top_p)
-    # The likeliest is needed for any top_p, one that is rounded to 0 as well.
+    # The likeliest token stays for any `top_p`, also for one that is rounded to 0.
     kept = kept.at[..., 0].set(True)
     least = jnp.where(kept, falling, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -23,14 +23,15 @@ from ._common import (
     scale_init,
 )
 
+# The five patterns of the paper's experiments, in tokens.
 PAPER_DILATION = Dilation((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 
 
 class LongNetBlock(nnx.Module):
     """Dilated attention and a GELU feed-forward, each with Magneto's two norms.
 
-    The arguments are those of `LongNet`, with `gain` for the initial kernels of all but
-    query and key.
+    The arguments are those of `LongNet`. `gain` is the factor of the initial kernels
+    except those of query and key.
     """
 
     def __init__(
@@ -91,29 +92,57 @@ class LongNetBlock(nnx.Module):
 
 
 class LongNet(nnx.Module):
-    """The encoder of LongNet on embeddings, whose shape it keeps.
+    r"""The encoder of LongNet: blocks of dilated attention over embeddings.
 
-    Pre-norm blocks of `dilated_attention` and a GELU feed-forward, with Magneto's norms
-    and initial gain sqrt(log(2 num_layers)), and a norm at the end. Embeddings and
-    positions (the paper's are XPOS, inside the attention) are the caller's.
+    $$h \leftarrow h + \mathrm{attention}(\mathrm{norm}(h)), \qquad
+    h \leftarrow h + W_2\, \mathrm{norm}(\mathrm{gelu}(W_1\, \mathrm{norm}(h)))$$
+
+    A last norm follows the blocks. The attention is `jaxkern.dilated_attention`. Norms
+    and the gain of the first kernels, sqrt(log(2 num_layers)), are those of Magneto.
+    The call maps x (batch, seq, embed_dim) to the same shape. It adds no embeddings and
+    no positions (the paper has XPOS inside the attention). Logical axes for
+    `nnx.get_partition_spec` are "embed", "heads", "kv_heads" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        num_heads: of the attention; a divisor of `embed_dim`.
-        num_layers: how many blocks.
-        hidden_dim: of the feed-forward; None for 4 embed_dim.
-        dilation: as in `dilated_attention`; the paper's five patterns by default.
-        is_causal: as in `dilated_attention`.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
+        embed_dim: The size of the last axis of the input and the output.
+        num_heads: The number of attention heads, a divisor of `embed_dim`.
+        num_layers: The number of blocks.
+        hidden_dim: The hidden size of the feed-forward; None for 4 embed_dim.
+        dilation: As in `jaxkern.dilated_attention`. The default is the paper's, five
+            patterns of segments from 2048 to 32768 tokens.
+        is_causal: As in `jaxkern.dilated_attention`.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or does not divide.
+        TypeError: `dilation` is not a `jaxkern.Dilation`, a dtype is not a
+            floating-point dtype, or `rngs` is not an `nnx.Rngs`.
+        ValueError: A size is not a positive integer or does not divide.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import Dilation, nn
+
+        dilation = Dilation((4, 8), (1, 2))
+        model = nn.LongNet(8, 2, num_layers=1, dilation=dilation, rngs=nnx.Rngs(0))
+
+        @nnx.jit
+        def encode(model, x):
+            return model(x)
+
+        print(encode(model, jnp.ones((2, 8, 8))).shape)
+        ```
+        ```text
+        (2, 8, 8)
+        ```
 
     References:
-        LongNet: https://arxiv.org/abs/2307.02486; Magneto, section 3:
-        https://arxiv.org/abs/2210.06423.
+        LongNet: https://arxiv.org/abs/2307.02486.
+        Norms and gain: Magneto, section 3, https://arxiv.org/abs/2210.06423.
     """
 
     def __init__(
@@ -158,7 +187,15 @@ class LongNet(nnx.Module):
         x: Float[Array, "batch seq embed"],
         key_mask: Bool[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """The encoded sequence; `key_mask` is False for padding."""
+        """Return the encoded sequence.
+
+        Args:
+            x: The embeddings.
+            key_mask: False for padding.
+
+        Returns:
+            The features of each token.
+        """
         x = check_input("LongNet", x, self.embed_dim)
         for block in self.blocks:
             x = block(x, key_mask)

@@ -1,4 +1,4 @@
-"""Layers whose weights stay while each sample learns a mask over them."""
+"""Layers whose weights stay fixed while each sample learns a mask over them."""
 
 from functools import reduce
 from operator import mul
@@ -29,25 +29,63 @@ from ._common import (
 
 
 class MaskLogits(nnx.Variable[jax.Array]):
-    """What a mask is made of: the weight is off where its logit is at most 0.
+    r"""The logits of a mask: a weight is off where its logit is at most 0.
 
-    No `nnx.Param`, so that a filter tells masks from weights. Only the masks learn with
+    $$m = 1[\ell > 0]$$
 
-        gradients = nnx.grad(loss, argnums=nnx.DiffState(0, MaskLogits))(model)
-        optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=MaskLogits)
+    It is not an `nnx.Param`, so filters tell masks from weights. The default filter of
+    flax, `nnx.Param`, selects only the weights; `MaskLogits` selects only the masks.
 
-    and only the weights with flax's default, `nnx.Param`.
+    Examples:
+        A step of an optimizer that trains only the masks:
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        from flax import nnx
+        from jaxkern import nn
+
+        model = nn.MaskedLinear(8, 16, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nn.MaskLogits)
+        masks = nnx.DiffState(0, nn.MaskLogits)
+        gradients = nnx.grad(lambda m: m(jnp.ones((2, 8))).sum(), argnums=masks)(model)
+        before = model.kernel[...]
+        optimizer.update(model, gradients)
+        assert (model.kernel[...] == before).all()
+        assert (model.mask_logits[...] != 1).any()
+        ```
     """
 
 
 def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
-    """The fraction of weights that are off, by the path of their logits, and in total.
+    r"""Return the fraction of weights that are off, for each mask and in total.
 
-    Off are those whose logit is at most 0, whatever the estimator. Each fraction has
-    the shape (num_masks,), or () where all samples share a mask. The total is over all
-    masked weights of a sample, those under shared masks included; where numbers of
-    masks differ, it is of the samples that all have one for. Empty for a module without
-    masks.
+    $$\mathrm{sparsity} = \frac{|\{i : \ell_i \le 0\}|}{|\{i\}|}$$
+
+    This holds whatever the estimator is. The total counts all masked weights of a
+    sample, shared masks included. If numbers of masks differ, it is given for the
+    samples that have a mask of each kind.
+
+    Args:
+        module: A module with `MaskLogits` at any depth.
+
+    Returns:
+        The fractions by the path of their logits, and "total". Each has the shape
+        (num_masks,), or () where all samples share a mask. A module without masks has
+        an empty dictionary.
+
+    Examples:
+        ```python
+        from flax import nnx
+        from jaxkern import nn
+
+        layer = nn.MaskedLinear(8, 16, rngs=nnx.Rngs(0))
+        layer.mask_logits[...] = layer.mask_logits[...].at[:2].set(-1.0)
+        print(nn.mask_sparsity(layer)["mask_logits"])
+        ```
+        ```text
+        0.25
+        ```
     """
     logits = {
         ".".join(map(str, path)): variable[...]
@@ -60,7 +98,8 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
 
 @on_automatic_axes(lambda: P())
 def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    # One axis at a time: float32 counts no further than 2^24.
+    # Means of one axis at a time: a count in float32 would end at 2^24.
+    """Return the fraction of logits that are at most 0, for each and in total."""
     fractions = {name: (x <= 0).mean(-1).mean(-1) for name, x in logits.items()}
     least = min((len(x) for x in fractions.values() if x.ndim), default=None)
     parts = [x[:least] if x.ndim else x for x in fractions.values()]
@@ -73,7 +112,7 @@ def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _make_logits(
     kernel: nnx.Param, num_masks: int | None, initial: float
 ) -> MaskLogits:
-    """Like the kernel, with its logical axes behind that of the samples."""
+    """Make logits like the kernel, with its logical axes behind the axis of samples."""
     names = kernel.get_metadata("out_sharding")
     shape = kernel.shape
     if num_masks is not None:
@@ -86,6 +125,7 @@ def _make_logits(
 def _check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
 ) -> jax.Array:
+    """Check the shape of `x`, and that there is a mask for each sample."""
     (x,) = check_floating(module, x=x)
     if x.ndim < 2 or x.shape[-1] != features:
         raise ValueError(
@@ -100,6 +140,7 @@ def _check_samples(
 
 
 def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array:
+    """Return the logits of the first samples, or the logits that all share."""
     return logits[...] if num_masks is None else logits[:samples]
 
 
@@ -109,39 +150,62 @@ def _flatten(x: jax.Array) -> jax.Array:
 
 
 def _arrays(name: str, linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
+    """Return the kernel and the bias of a linear layer."""
     check_means("MaskedBilinear", linear, nnx.Linear, "an nnx.Linear", name)
     assert linear.bias is not None
     return linear.kernel[...], linear.bias[...]
 
 
 class MaskedLinear(nnx.Module):
-    """A linear layer under a mask for each sample: `jaxkern.masked_matmul` and a bias.
+    r"""A linear layer whose weight each sample masks in its own way.
 
-    The weights are named as in `nnx.Linear`, so a trained one becomes masked by
-    `nnx.update(masked, nnx.state(linear, nnx.Param))`; the logits are the `MaskLogits`
-    `mask_logits`, (num_masks, in_features, out_features). A batch of fewer samples uses
-    the first masks. The bias is not masked.
+    $$y_b = x_b (W \odot m_b) + c, \qquad m_b = \mathrm{estimator}(\ell_b)$$
 
-    Logical axes for `nnx.get_partition_spec`: `axis_names`, and "batch" for the masks.
+    It calls `jaxkern.masked_matmul`. The bias $c$ is not masked. The call maps x
+    (batch, ..., in_features) to (batch, ..., out_features); a batch with fewer samples
+    than masks uses the first masks. Weights are named as in `nnx.Linear`, so a trained
+    layer becomes masked by `nnx.update(masked, nnx.state(linear, nnx.Param))`. The
+    logits are the `MaskLogits` `mask_logits`, (num_masks, in_features, out_features).
+
+    Logical axes for `nnx.get_partition_spec` are `axis_names`, and "batch" for the
+    masks.
 
     Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-        num_masks: how many samples have a mask of their own; None for one mask that
-            all samples of a batch share.
-        estimator: as in `jaxkern.masked_matmul`.
-        method: as in `jaxkern.masked_matmul`.
-        initial_logit: of all weights.
-        use_bias: add a bias.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters and logits.
-        kernel_init: for the kernel.
-        axis_names: logical axes of the kernel.
-        implementation: as in `jaxkern.masked_matmul`.
+        in_features: The size of the last axis of the input.
+        out_features: The size of the last axis of the output.
+        num_masks: The number of samples that have a mask of their own; None for one
+            mask that all samples of a batch share.
+        estimator: As in `jaxkern.masked_matmul`.
+        method: As in `jaxkern.masked_matmul`.
+        initial_logit: The first logit of every weight.
+        use_bias: Add a bias.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters and the logits.
+        kernel_init: The initializer of the kernel.
+        axis_names: The logical axes of the kernel.
+        implementation: As in `jaxkern.masked_matmul`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or `implementation` is unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, or `implementation` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        layer = nn.MaskedLinear(8, 16, num_masks=2, use_bias=False, rngs=nnx.Rngs(0))
+        layer.mask_logits[...] = layer.mask_logits[...].at[1].set(-1.0)
+        y = layer(jnp.ones((2, 8)))
+        assert (y[0] != 0).all() and (y[1] == 0).all()
+        ```
+
+    References:
+        The estimators of masks: https://arxiv.org/abs/1308.3432.
     """
 
     def __init__(
@@ -192,11 +256,18 @@ class MaskedLinear(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch *seq d_out"]:
-        """The masked product; `key` is for estimators that draw.
+        """Apply the masked layer.
+
+        Args:
+            x: The samples.
+            key: A random key for estimators that draw.
+
+        Returns:
+            The features of each sample.
 
         Raises:
-            TypeError: `x` is no floating-point array.
-            ValueError: its shape does not fit, or it has more samples than masks.
+            TypeError: `x` is not a floating-point array.
+            ValueError: Its shape does not fit, or it has more samples than masks.
         """
         x = _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
         x, kernel = promote_dtype((x, self.kernel[...]), dtype=self.dtype)
@@ -214,29 +285,49 @@ class MaskedLinear(nnx.Module):
         return y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
     def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
-        """As `mask_sparsity`."""
+        """Return the `mask_sparsity` of this module."""
         return mask_sparsity(self)
 
 
 def _check_masks(module: str, num_masks: int | None) -> int | None:
+    """Return the number of masks as a Python integer, or None."""
     return None if num_masks is None else check_integer(module, "num_masks", num_masks)
 
 
 class Bilinear(nnx.Module):
-    r"""The bilinear MLP $(x W_1 + b_1) \odot (x W_2 + b_2)$, times $W_3$, plus $b_3$.
+    r"""The bilinear MLP: a product of two linear layers in place of an activation.
 
-    Logical axes for `nnx.get_partition_spec`: "embed" and "mlp".
+    $$y = ((x W_1 + b_1) \odot (x W_2 + b_2)) W_3 + b_3$$
+
+    The call maps x (..., embed_dim) to the same shape. Logical axes for
+    `nnx.get_partition_spec` are "embed" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size between.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for each kernel.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the product.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each kernel.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.Bilinear(8, 16, rngs=nnx.Rngs(0))
+        print(mlp(jnp.ones((2, 3, 8))).shape)
+        ```
+        ```text
+        (2, 3, 8)
+        ```
 
     References:
         Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.
@@ -281,29 +372,52 @@ class Bilinear(nnx.Module):
 
 
 class MaskedBilinear(Bilinear):
-    """`Bilinear` under masks for each sample: `jaxkern.masked_bilinear`.
+    r"""The bilinear MLP whose three weights each sample masks in its own way.
 
-    The weights are those of `Bilinear`, so a trained one becomes masked by
-    `nnx.update(masked, nnx.state(bilinear, nnx.Param))`; the logits are the
-    `MaskLogits` `left_logits`, `right_logits` and `down_logits`. A batch of fewer
-    samples uses the first masks. The biases are not masked.
+    $$y_b = ((x_b (W_1 \odot m_{1b}) + b_1) \odot (x_b (W_2 \odot m_{2b}) + b_2))
+      (W_3 \odot m_{3b}) + b_3$$
 
-    Logical axes for `nnx.get_partition_spec`: "embed", "mlp", and "batch" for masks.
+    It calls `jaxkern.masked_bilinear`. The biases are not masked. The call maps x
+    (batch, ..., embed_dim) to the same shape; a batch with fewer samples than masks
+    uses the first masks. The weights are those of `Bilinear`, so a trained MLP becomes
+    masked by `nnx.update(masked, nnx.state(bilinear, nnx.Param))`. The logits are the
+    `MaskLogits` `left_logits`, `right_logits` and `down_logits`.
+
+    Logical axes for `nnx.get_partition_spec` are "embed", "mlp", and "batch" for masks.
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size between.
-        num_masks: how many samples have masks of their own; None for masks that all
-            samples of a batch share.
-        estimator: as in `jaxkern.masked_bilinear`.
-        method: as in `jaxkern.masked_bilinear`.
-        initial_logit: of all weights.
-        implementation: as in `jaxkern.masked_bilinear`.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the product.
+        num_masks: The number of samples that have masks of their own; None for masks
+            that all samples of a batch share.
+        estimator: As in `jaxkern.masked_bilinear`.
+        method: As in `jaxkern.masked_bilinear`.
+        initial_logit: The first logit of every weight.
+        implementation: As in `jaxkern.masked_bilinear`.
         options: `dtype`, `param_dtype`, `kernel_init` and `rngs`, as in `Bilinear`.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or `implementation` is unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, or `implementation` is unknown.
+
+    Examples:
+        With all logits above 0, as they start, nothing is masked:
+
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.Bilinear(8, 16, rngs=nnx.Rngs(0))
+        masked = nn.MaskedBilinear(8, 16, num_masks=2, rngs=nnx.Rngs(1))
+        nnx.update(masked, nnx.state(mlp, nnx.Param))
+        x = jnp.ones((2, 3, 8))
+        assert jnp.allclose(masked(x), mlp(x), atol=1e-5)
+        ```
+
+    References:
+        Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.
     """
 
     def __init__(
@@ -337,12 +451,20 @@ class MaskedBilinear(Bilinear):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch *seq embed"]:
-        """The masked MLP; `key` is for estimators that draw.
+        """Apply the masked MLP.
+
+        Args:
+            x: The samples.
+            key: A random key for estimators that draw.
+
+        Returns:
+            The features of each sample.
 
         Raises:
-            TypeError: `x` is no floating-point array, or a layer was replaced by one
+            TypeError: `x` is not a floating-point array, or a layer was replaced by one
                 with another call, such as an `nnx.LoRALinear`.
-            ValueError: its shape does not fit, or it has more samples than masks.
+            ValueError: The shape of `x` does not fit, or it has more samples than
+                masks.
         """
         x = _check_samples("MaskedBilinear", x, self.embed_dim, self.num_masks)
         layers = {"left": self.left, "right": self.right, "down": self.down}
@@ -369,5 +491,5 @@ class MaskedBilinear(Bilinear):
         return y.reshape(x.shape)
 
     def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
-        """As `mask_sparsity`."""
+        """Return the `mask_sparsity` of this module."""
         return mask_sparsity(self)

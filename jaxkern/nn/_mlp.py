@@ -33,27 +33,48 @@ from ._common import (
 from ._linear import LowRankLinear
 from ._packed_mlp import FACTORS, Packed24ReLU2
 
-# The heads are no part of the fan-in.
+# Without the batch axis, the number of heads would be part of the fan-in.
 per_head_kernel_init = nnx.initializers.lecun_normal(batch_axis=0)
 
 
 class SwiGLU(nnx.Module):
-    """`jaxkern.swiglu` with its three kernels.
+    r"""The gated MLP of LLaMA, without biases.
 
-    Kernels are annotated with the logical axes "embed" and "mlp" for
-    `nnx.get_partition_spec`.
+    $$y = (\mathrm{silu}(x W_{gate}) \odot (x W_{up})) W_{down}$$
+
+    It calls `jaxkern.swiglu`. The call maps x (..., embed_dim) to the same shape.
+    Logical axes for `nnx.get_partition_spec` are "embed" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size of the gated layer.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for each kernel.
-        implementation: as in `jaxkern.swiglu`.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the gated layer.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each kernel.
+        implementation: As in `jaxkern.swiglu`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or `implementation` is unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, or `implementation` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.SwiGLU(8, 16, rngs=nnx.Rngs(0))
+        print(mlp(jnp.ones((2, 3, 8))).shape)
+        ```
+        ```text
+        (2, 3, 8)
+        ```
+
+    References:
+        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
     """
 
     def __init__(
@@ -96,20 +117,46 @@ class SwiGLU(nnx.Module):
 
 
 class LowRankSwiGLU(nnx.Module):
-    """`jaxkern.low_rank_swiglu` with three pairs of factors.
+    r"""`SwiGLU` whose three weights are products of two thin factors.
+
+    $$y = (\mathrm{silu}(x G_{in} G_{out}) \odot (x U_{in} U_{out})) D_{in} D_{out}$$
+
+    It calls `jaxkern.low_rank_swiglu`. The call maps x (..., embed_dim) to the same
+    shape. Logical axes for `nnx.get_partition_spec` are "embed", "rank" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size of the gated layer.
-        rank: of all three weights.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for each factor.
-        implementation: as in `jaxkern.low_rank_swiglu`.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the gated layer.
+        rank: The rank of all three weights.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each factor.
+        implementation: As in `jaxkern.low_rank_swiglu`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or `implementation` is unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, or `implementation` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        trained = nn.SwiGLU(8, 16, rngs=nnx.Rngs(0))
+        mlp, errors = nn.LowRankSwiGLU.from_full_rank(trained, rank=4)
+        print(mlp(jnp.ones((2, 3, 8))).shape, list(errors))
+        ```
+        ```text
+        (2, 3, 8) ['gate', 'up', 'down']
+        ```
+
+    References:
+        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
+        Low rank: LoRA, section 4.1, https://arxiv.org/abs/2106.09685.
     """
 
     def __init__(
@@ -159,15 +206,19 @@ class LowRankSwiGLU(nnx.Module):
     def from_full_rank(
         cls, module: SwiGLU, rank: int
     ) -> tuple["LowRankSwiGLU", dict[str, float]]:
-        """The closest module of this rank to a full-rank one.
+        """Return the closest module of this rank to a full-rank one.
+
+        Args:
+            module: The full-rank module.
+            rank: The rank of the new module.
 
         Returns:
             The module, and for "gate", "up" and "down" the relative error (Frobenius)
-            of the weight: see `LowRankLinear.approximate`.
+            of the weight, see `LowRankLinear.approximate`.
 
         Raises:
-            TypeError: `module` is no `SwiGLU`, or a subclass with another call.
-            ValueError: the rank is below 1 or above a kernel's smaller side.
+            TypeError: `module` is not a `SwiGLU`, or a subclass with another call.
+            ValueError: The rank is below 1 or above a kernel's smaller side.
         """
         check_means("LowRankSwiGLU.from_full_rank", module, SwiGLU, "a SwiGLU")
         low_rank = cls(
@@ -189,24 +240,50 @@ class LowRankSwiGLU(nnx.Module):
 
 
 class LowRankReLU2(nnx.Module):
-    """`jaxkern.low_rank_relu2` with two pairs of factors.
+    r"""An MLP of squared ReLU whose two weights are products of two thin factors.
+
+    $$y = s(\max(x U_{in} U_{out}, 0)^2)\, D_{in} D_{out}$$
+
+    where $s$ keeps two of each four features if there is a `sparsity`. It calls
+    `jaxkern.low_rank_relu2`. The call maps x (..., embed_dim) to the same shape.
+    Logical axes for `nnx.get_partition_spec` are "embed", "rank" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size of the activated layer; 1.5 times that of a SwiGLU is
-            usual, since there is no gate.
-        rank: of both weights.
-        sparsity: of the activations, as in `jaxkern.low_rank_relu2`.
-        gradient: of the sparsity, as there.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for each factor.
-        implementation: as in `jaxkern.low_rank_relu2`.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the activated layer. It is usually 1.5 times that of a
+            SwiGLU, since there is no gate.
+        rank: The rank of both weights.
+        sparsity: The sparsity of the activations, as in `jaxkern.low_rank_relu2`.
+        gradient: The gradient of the sparsity, as in `jaxkern.low_rank_relu2`.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each factor.
+        implementation: As in `jaxkern.low_rank_relu2`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, `sparsity`, `gradient` or
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, `sparsity`, `gradient` or
             `implementation` is unknown, or `gradient` does not go with `sparsity`.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.LowRankReLU2(8, 16, rank=4, sparsity="2:4", rngs=nnx.Rngs(0))
+        print(mlp(jnp.ones((2, 3, 8))).shape)
+        ```
+        ```text
+        (2, 3, 8)
+        ```
+
+    References:
+        Squared ReLU: Primer, https://arxiv.org/abs/2109.08668.
+        2:4 activations: https://arxiv.org/abs/2503.16672.
     """
 
     def __init__(
@@ -264,18 +341,20 @@ class LowRankReLU2(nnx.Module):
         )
 
     def prune_2_4(self) -> tuple[Packed24ReLU2, dict[str, float]]:
-        r"""This MLP with two of each four weights, packed once, for inference.
+        r"""Return this MLP with 2:4-sparse weights, packed once, for inference.
 
         Of each four weights of a factor that are summed, the two of largest magnitude
-        stay, in `dtype`, or `param_dtype` if that is None. Not under `jit`.
+        stay. They are stored in `dtype`, or in `param_dtype` if that is None. Do not
+        call this under `jit`.
 
         Returns:
-            The pruned module, and $\|W - \hat W\|_F / \|W\|_F$ of each factor, 0
-            where that is zero.
+            The pruned module, and $\|W - \hat W\|_F / \|W\|_F$ of each factor $W$, 0
+                where $W = 0$.
 
         Raises:
-            TypeError: this is a subclass with another call.
-            ValueError: the activations are 2:4-sparse too, which no tensor core takes.
+            TypeError: This is a subclass with another call.
+            ValueError: The activations are 2:4-sparse too, which no tensor core
+                supports.
         """
         check_means("prune_2_4", self, LowRankReLU2, "a LowRankReLU2", "self")
         if self.sparsity is not None:
@@ -294,27 +373,51 @@ class LowRankReLU2(nnx.Module):
 
 
 class FlashMLP(nnx.Module):
-    """`jaxkern.flash_mlp` with the kernels of each head.
+    r"""One small MLP for each head.
 
-    Kernels are annotated with the logical axes "heads", "embed" and "mlp" for
-    `nnx.get_partition_spec`.
+    $$y_h = \mathrm{act}(x_h W_{1h})\, W_{2h}, \qquad \text{or gated:} \quad
+    y_h = (\mathrm{act}(x_h W_{gh}) \odot (x_h W_{1h}))\, W_{2h}$$
+
+    It calls `jaxkern.flash_mlp`. The call maps x (num_heads, batch, head_dim) to the
+    same shape. Logical axes for `nnx.get_partition_spec` are "heads", "embed" and
+    "mlp".
 
     Args:
-        num_heads: how many MLPs.
-        head_dim: size of the last axis of the input and of the output.
-        hidden_dim: size of the activated layer.
-        gated: whether there is a `w_gate`; with "silu", each head is a SwiGLU.
-        activation: as in `jaxkern.flash_mlp`.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for every kernel, head by head. The original study's, N(0, 1 /
-            hidden) for the first and N(0, 1 / dim) for the second, is
-            `nnx.initializers.variance_scaling(1.0, "fan_out", "normal", batch_axis=0)`.
-        implementation: as in `jaxkern.flash_mlp`.
+        num_heads: The number of MLPs.
+        head_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the activated layer.
+        gated: Add the kernel `w_gate`. With "silu", each head is then a SwiGLU.
+        activation: As in `jaxkern.flash_mlp`.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of each kernel, head by head. The original code of
+            flashMLP draws N(0, 1 / hidden) for the first and N(0, 1 / dim) for the
+            second kernel: `nnx.initializers.variance_scaling(1.0, "fan_out", "normal",
+            batch_axis=0)`.
+        implementation: As in `jaxkern.flash_mlp`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or a name is unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, or a name is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.FlashMLP(2, 4, hidden_dim=16, rngs=nnx.Rngs(0))
+        print(mlp(jnp.ones((2, 3, 4))).shape)
+        ```
+        ```text
+        (2, 3, 4)
+        ```
+
+    References:
+        MH-MoE, section 2, without its experts: https://arxiv.org/abs/2404.15045.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The multi-head MLP as a layer: features to heads, an MLP for each, and back."""
+"""The multi-head MLP as a layer: features to heads, an MLP for each head, and back."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,28 +19,47 @@ from ._mlp import FlashMLP, per_head_kernel_init
 
 
 class MultiHeadMLP(nnx.Module):
-    r"""`FlashMLP` between a projection to heads and one back, on (..., embed).
+    r"""A small MLP for each head, between a projection to heads and a projection back.
 
     $$y = \mathrm{concat}_h(\mathrm{mlp}_h(x W_{\mathrm{in}}^h)) W_{\mathrm{out}}$$
 
-    Its heads have together as many parameters, and cost as much, as one MLP with
-    `hidden_dim` over all features.
+    The MLPs are a `FlashMLP`, which calls `jaxkern.flash_mlp`. All heads together have
+    as many parameters, and cost as much, as one MLP with `hidden_dim` over all
+    features. The call maps x (..., embed_dim) to the same shape. Logical axes for
+    `nnx.get_partition_spec` are "embed", "heads" and "mlp".
 
     Args:
-        embed_dim: size of the last axis of the input and of the output.
-        hidden_dim: size of the activated layer of each head.
-        num_heads: how many heads; a divisor of `embed_dim`.
-        gated: as in `FlashMLP`.
-        activation: as in `jaxkern.flash_mlp`.
-        dtype: of the computation; None promotes from input and parameters.
-        param_dtype: of the parameters.
-        kernel_init: for the two projections; those of the heads start as `FlashMLP`'s.
-        implementation: as in `jaxkern.flash_mlp`.
+        embed_dim: The size of the last axis of the input and the output.
+        hidden_dim: The size of the activated layer of each head.
+        num_heads: The number of heads, a divisor of `embed_dim`.
+        gated: As in `FlashMLP`.
+        activation: As in `jaxkern.flash_mlp`.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            parameters.
+        param_dtype: The dtype of the parameters.
+        kernel_init: The initializer of the two projections. The heads have the default
+            of `FlashMLP`.
+        implementation: As in `jaxkern.flash_mlp`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer or does not divide, or a name is
-            unknown.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer, `num_heads` does not divide
+            `embed_dim`, or a name is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        mlp = nn.MultiHeadMLP(8, 16, num_heads=2, rngs=nnx.Rngs(0))
+        print(mlp(jnp.ones((2, 3, 8))).shape)
+        ```
+        ```text
+        (2, 3, 8)
+        ```
 
     References:
         MH-MoE, section 2, without its experts: https://arxiv.org/abs/2404.15045.

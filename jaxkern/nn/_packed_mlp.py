@@ -15,40 +15,64 @@ from .._mlp.mlp import low_rank_relu2
 from .._sparsity.packed import Packed24
 from ._common import check_input
 
+# The names of the factors, in the order in which they are multiplied.
 FACTORS = "up_in", "up_out", "down_in", "down_out"
 
 
 class PackedWeight(nnx.Variable[jax.Array]):
-    """A part of a packed weight; no `nnx.Param`, since it does not learn."""
+    """A part of a packed weight, which does not learn.
+
+    It is not an `nnx.Param`, so optimizers and gradients with the default filter of
+    flax leave it out. Its value is the `values` or `indices` of a `jaxkern.Packed24`.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        weight = nn.PackedWeight(jnp.ones(4))
+        assert not isinstance(weight, nnx.Param)
+        ```
+    """
 
 
 class Packed24ReLU2(nnx.Module):
-    r"""`LowRankReLU2` of 2:4-sparse weights, as `LowRankReLU2.prune_2_4` makes it.
+    r"""`LowRankReLU2` with 2:4-sparse weights, for inference.
 
     $$y = \max(x U_{in} U_{out}, 0)^2 D_{in} D_{out}$$
 
-    on (..., embed), for inference: no weight of it is an `nnx.Param`.
-
-    ```python
-    >>> import jax.numpy as jnp
-    >>> from flax import nnx
-    >>> from jaxkern import nn
-    >>> trained = nn.LowRankReLU2(16, 32, rank=8, rngs=nnx.Rngs(0))
-    >>> pruned, lost = trained.prune_2_4()
-    >>> print(pruned(jnp.ones((3, 16))).shape, sorted(lost))
-    (3, 16) ['down_in', 'down_out', 'up_in', 'up_out']
-
-    ```
+    `LowRankReLU2.prune_2_4` makes it, and it calls `jaxkern.low_rank_relu2`. The call
+    maps x (..., embed_dim) to the same shape. Its weights are `PackedWeight`, not
+    `nnx.Param`.
 
     Args:
-        factors: "up_in", "up_out", "down_in" and "down_out", each `pack_2_4` of the
-            factor's transpose. They are kept in the dtype that they come in.
-        dtype: of the computation; None promotes from input and factors.
-        implementation: as in `jaxkern.low_rank_relu2`.
+        factors: "up_in", "up_out", "down_in" and "down_out", each `jaxkern.pack_2_4` of
+            the factor's transpose. They keep their dtype.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            factors.
+        implementation: As in `jaxkern.low_rank_relu2`.
 
     Raises:
-        TypeError: `dtype` is none of ours.
-        ValueError: a factor is missing, or `implementation` is unknown.
+        TypeError: `dtype` is not a floating-point dtype.
+        ValueError: A factor is missing or unknown, or `implementation` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        trained = nn.LowRankReLU2(8, 16, rank=4, rngs=nnx.Rngs(0))
+        pruned, errors = trained.prune_2_4()
+        print(pruned(jnp.ones((2, 3, 8))).shape, list(errors))
+        ```
+        ```text
+        (2, 3, 8) ['up_in', 'up_out', 'down_in', 'down_out']
+        ```
+
+    References:
+        Accelerating Sparse Deep Neural Networks: https://arxiv.org/abs/2104.08378.
     """
 
     def __init__(
@@ -78,6 +102,7 @@ class Packed24ReLU2(nnx.Module):
 
     @property
     def factors(self) -> tuple[Packed24, ...]:
+        """The packed factors "up_in", "up_out", "down_in" and "down_out"."""
         return tuple(
             Packed24(self.values[name][...], self.indices[name][...], features)
             for name, features in zip(FACTORS, self.features, strict=True)

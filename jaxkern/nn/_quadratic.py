@@ -26,11 +26,12 @@ from ._common import (
 from ._masked import Bilinear, MaskedBilinear, mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)
+# Added to the mean square in RMSNorm: the spacing of float32 at 1.
 EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
 class QuadraticAttention(nnx.Module):
-    """Causal `quadratic_attention` of rotated heads, between its projections.
+    """Causal `quadratic_attention` of rotated heads, between projections.
 
     Query and key share one RMSNorm over the features of a head, before the rotation.
     The projection back has no bias. The arguments are those of `QuadraticTransformer`.
@@ -89,9 +90,9 @@ class QuadraticAttention(nnx.Module):
 
 
 class QuadraticBlock(nnx.Module):
-    """Attention and a bilinear MLP, each added to its input; there are no other norms.
+    """Attention and a bilinear MLP, each added to its input, without other norms.
 
-    masks: the options of a `MaskedBilinear`, or None for a `Bilinear`.
+    `masks` has the options of a `MaskedBilinear`; None makes a `Bilinear`.
     """
 
     def __init__(
@@ -130,48 +131,76 @@ class QuadraticTransformer(nnx.Module):
     $$h \leftarrow h + \mathrm{attn}(h), \qquad h \leftarrow h + \mathrm{mlp}(h), \qquad
       \mathrm{logits} = h E^T$$
 
-    with the embedding $E$ of the tokens. Attention is causal, sums the values by
-    $(q \cdot k / \mathrm{dim})^2$ and normalizes nothing but query and key, by one
-    RMSNorm, before their rotary embedding. The MLP of a masked layer is a
-    `MaskedBilinear`, of the others a `Bilinear`. The model of the reference's code has
-    14,698,688 parameters and is `QuadraticTransformer(4096, 512, num_heads=8,
-    num_layers=3, masked_layers=[0], rngs=rngs)`.
+    with the embedding $E$ of the tokens. Attention is causal and sums the values by
+    $(q \cdot k / \mathrm{dim})^2$, without softmax. Query and key share an RMSNorm
+    before their rotary embedding; there are no other norms. The MLP of a masked layer
+    is a `MaskedBilinear`, of the others a `Bilinear`. The call maps tokens (batch, seq)
+    to logits (batch, seq, vocab_size).
 
-    The weights are the same with masks and without, so a trained model gets them by
-    `nnx.update(masked, nnx.state(trained, nnx.Param))`; see `MaskLogits` for training
-    only the masks. With all logits above 0, as they start, `straight_through` masks
-    nothing.
+    The published checkpoints have 14,698,688 parameters, those of
+    `QuadraticTransformer(4096, 512, num_heads=8, num_layers=3, masked_layers=[0],
+    rngs=rngs)`.
 
-    Logical axes for `nnx.get_partition_spec`: "vocab", "embed", "heads", "mlp", and
+    The weights are the same with masks and without, so a trained model becomes masked
+    by `nnx.update(masked, nnx.state(trained, nnx.Param))`. See `MaskLogits` for
+    training only the masks. With all logits above 0, as they start, `straight_through`
+    masks nothing.
+
+    Logical axes for `nnx.get_partition_spec` are "vocab", "embed", "heads", "mlp", and
     "batch" for masks.
 
     Args:
-        vocab_size: how many tokens there are.
-        embed_dim: features of a token.
-        num_heads: of the attention; a divisor of `embed_dim`, so that each has an even
-            number of features.
-        num_layers: how many blocks.
-        hidden_dim: of the MLPs; None for 4 embed_dim.
-        masked_layers: the blocks whose MLP has masks, from 0.
-        num_masks: how many samples have masks of their own; None for masks that all
-            samples of a batch share.
-        estimator: as in `jaxkern.masked_bilinear`.
-        method: as in `jaxkern.masked_bilinear`.
-        initial_logit: of all masked weights.
-        rotary_pairs: as `pairs` of `jaxkern.rotary_embedding`, which says which
+        vocab_size: The number of different tokens.
+        embed_dim: The number of features of a token.
+        num_heads: The number of attention heads; each must have an even number of
+            features, so `embed_dim` must be a multiple of twice this.
+        num_layers: The number of blocks.
+        hidden_dim: The hidden size of the MLPs; None for 4 embed_dim.
+        masked_layers: The indices, from 0, of the blocks whose MLP has masks.
+        num_masks: The number of samples that have masks of their own; None for masks
+            that all samples of a batch share.
+        estimator: As in `jaxkern.masked_bilinear`.
+        method: As in `jaxkern.masked_bilinear`.
+        initial_logit: The first logit of every masked weight.
+        rotary_pairs: The `pairs` of `jaxkern.rotary_embedding`, which says which
             trained weights need "mismatched".
-        dtype: of the computation; None promotes from parameters.
-        param_dtype: of the parameters and logits.
-        kernel_init: for kernels and embedding.
-        implementation: of the masked MLPs, as in `jaxkern.masked_bilinear`.
+        dtype: The dtype of the computation; None is the dtype of the parameters.
+        param_dtype: The dtype of the parameters and the logits.
+        kernel_init: The initializer of kernels and embedding.
+        implementation: That of the masked MLPs, as in `jaxkern.masked_bilinear`.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, or does not divide;
-            `masked_layers` are no layers, or none and there is a number of masks.
+        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer or does not divide, an index in
+            `masked_layers` is not a layer, or there is `num_masks` without masked
+            layers.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        model = nn.QuadraticTransformer(
+            16, 8, num_heads=2, num_layers=1, masked_layers=[0], rngs=nnx.Rngs(0)
+        )
+
+        @nnx.jit
+        def predict(model, tokens):
+            return model(tokens)
+
+        print(predict(model, jnp.zeros((2, 3), jnp.int32)).shape)
+        print(model.sparsity()["total"])
+        ```
+        ```text
+        (2, 3, 16)
+        0.0
+        ```
 
     References:
-        Bilinear MLPs: https://arxiv.org/abs/2410.08417.
+        The MLPs: Bilinear MLPs, https://arxiv.org/abs/2410.08417.
     """
 
     def __init__(
@@ -244,17 +273,20 @@ class QuadraticTransformer(nnx.Module):
         key_mask: Bool[Array, "batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq vocab"]:
-        """The logits of the next token, at every token.
+        """Return the logits of the next token, at every token.
 
         Args:
-            ids: from 0 to vocab_size - 1, which is checked outside of `jit`.
+            ids: The tokens, from 0 to vocab_size - 1. Outside of `jit` this is checked.
             key_mask: False for padding.
-            key: for estimators that draw.
+            key: A random key for estimators that draw.
+
+        Returns:
+            The logits.
 
         Raises:
-            TypeError: `ids` is no integer array.
-            ValueError: a shape does not fit, an id is out of range, there are more
-                samples than masks, or there is a key, but no masked layer.
+            TypeError: `ids` is not an integer array.
+            ValueError: A shape does not fit, an id is out of range, there are more
+                samples than masks, or there is a key but no masked layer.
         """
         op = "QuadraticTransformer"
         check_tokens(op, "ids", ids)
@@ -272,7 +304,7 @@ class QuadraticTransformer(nnx.Module):
         return self.embed.attend(x)
 
     def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
-        """As `mask_sparsity`."""
+        """Return the `mask_sparsity` of this module."""
         return mask_sparsity(self)
 
 

@@ -1,4 +1,4 @@
-"""Where a model's parameters and its work lie on a mesh of devices."""
+"""Where a model's parameters and computations lie on a mesh of devices."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,10 @@ from .._attention.dense import attention
 from .._attention.ring import ring_attention
 from .._core.checks import check_integer
 
-# From what needs a link least to what needs it most: neighbours are the last axis.
+# Neighbouring devices are along the last axis, so the axes are in the order of how much
+# they communicate, the least first.
 AXES = ("data", "fsdp", "context", "tensor")
+# The axes that split the batch.
 BATCH = ("data", "fsdp")
 
 SHARDING_RULES: tuple[tuple[str, str | None], ...] = (
@@ -27,6 +29,11 @@ SHARDING_RULES: tuple[tuple[str, str | None], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
 )
+"""The mesh axis of each logical axis of a parameter, for `get_sharding`.
+
+None splits nothing. A later rule for the same axis replaces an earlier one:
+`(*SHARDING_RULES, ("vocab", None))` keeps the vocabulary whole.
+"""
 
 
 def make_mesh(
@@ -37,31 +44,46 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """The devices as a mesh of the axes "data", "fsdp", "context" and "tensor".
+    r"""Make a mesh with the axes "data", "fsdp", "context" and "tensor".
+
+    $$\mathrm{data} \cdot \mathrm{fsdp} \cdot \mathrm{context} \cdot \mathrm{tensor} =
+    \text{number of devices}$$
 
     The batch is split over "data" and "fsdp", parameters over "fsdp" and "tensor" (see
-    `SHARDING_RULES`), the tokens of a sequence over "context". The axes are automatic.
-
-    ```python
-    >>> import jax
-    >>> from jaxkern import nn
-    >>> mesh = nn.make_mesh(fsdp=jax.device_count())
-    >>> print(mesh.axis_names)
-    ('data', 'fsdp', 'context', 'tensor')
-
-    ```
+    `SHARDING_RULES`), and the tokens of a sequence over "context". The axes are
+    automatic (`jax.sharding.AxisType.Auto`).
 
     Args:
-        data: the size of the axis "data", as are the next three of theirs.
-        devices: None for all, those of other processes too.
+        data: The size of the axis "data", which splits the batch only.
+        fsdp: The size of the axis "fsdp", which splits the batch and the parameters.
+        context: The size of the axis "context", which splits sequences.
+        tensor: The size of the axis "tensor", which splits heads, hidden features and
+            the vocabulary.
+        devices: The devices; None for all, also those of other processes.
+
+    Returns:
+        The mesh.
 
     Raises:
-        ValueError: a size is not a positive integer, or their product is not the number
-            of devices.
+        ValueError: A size is not a positive integer, or the product of the sizes is not
+            the number of devices.
+
+    Examples:
+        ```python
+        import jax
+        from jaxkern import nn
+
+        mesh = nn.make_mesh(fsdp=jax.device_count())
+        print(mesh.axis_names)
+        ```
+        ```text
+        ('data', 'fsdp', 'context', 'tensor')
+        ```
 
     References:
-        fsdp: ZeRO, stage 3, https://arxiv.org/abs/1910.02054; tensor: Megatron-LM,
-        https://arxiv.org/abs/1909.08053.
+        fsdp: ZeRO, stage 3, https://arxiv.org/abs/1910.02054.
+        tensor: Megatron-LM, https://arxiv.org/abs/1909.08053.
+        context: Ring Attention, https://arxiv.org/abs/2310.01889.
     """
     op = "make_mesh"
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
@@ -88,21 +110,30 @@ class MeshSizes(TypedDict, total=False):
 
 
 def parse_mesh_sizes(text: str) -> MeshSizes:
-    """The sizes for `make_mesh` from a command line, such as "fsdp=4,tensor=2".
+    """Read the sizes for `make_mesh` from a text such as "fsdp=4,tensor=2".
 
-    The axes may be in any order. Spaces around a name or a size do not count, and no
-    text at all gives no sizes.
+    It is for the options of command lines. The axes may be in any order. Spaces around
+    a name or a size do not count, and an empty text gives no sizes.
 
-    ```python
-    >>> from jaxkern import nn
-    >>> print(nn.parse_mesh_sizes("fsdp=4,tensor=2"))
-    {'fsdp': 4, 'tensor': 2}
+    Args:
+        text: Comma-separated pairs `axis=size`.
 
-    ```
+    Returns:
+        The sizes, for `make_mesh(**sizes)`.
 
     Raises:
-        ValueError: a part is no `axis=size`, an axis is unknown or repeated, or a size
+        ValueError: A part is not `axis=size`, an axis is unknown or repeated, or a size
             is not a positive integer.
+
+    Examples:
+        ```python
+        from jaxkern import nn
+
+        print(nn.parse_mesh_sizes("fsdp=4,tensor=2"))
+        ```
+        ```text
+        {'fsdp': 4, 'tensor': 2}
+        ```
     """
     op = "parse_mesh_sizes"
     sizes: MeshSizes = {}
@@ -125,24 +156,47 @@ def parse_mesh_sizes(text: str) -> MeshSizes:
 def get_sharding(
     tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str | None]] = SHARDING_RULES
 ) -> Any:
-    """For each array of a module's state where it lies, by its logical axes.
+    """Return the sharding of each array of a tree, by its logical axes.
 
-    As `nnx.get_named_sharding` with `nnx.logical_axis_rules`, but checked. Of two axes
-    of an array with one place the first has it, and a place that the mesh has no axis
-    for splits nothing. Arrays without logical axes are whole on every device. An
-    optimizer's state is made of states like the parameters', so it goes with them:
-
-        graph, state = nnx.split(nnx.eval_shape(make_model))
-        moments = jax.eval_shape(optimizer.init, state)
-        places = nn.get_sharding((state, moments), mesh)
+    It does what `nnx.get_named_sharding` does with `nnx.logical_axis_rules`, but checks
+    the sizes. If two axes of an array have the same mesh axis, only the first is split.
+    A rule with an axis that the mesh lacks splits nothing, and arrays without logical
+    axes are whole on every device. An optimizer's state consists of states like the
+    parameters', so `get_sharding((state, moments), mesh)` places both, where `moments =
+    jax.eval_shape(optimizer.init, state)`.
 
     Args:
-        tree: of arrays or their `jax.ShapeDtypeStruct`s; nothing is computed.
-        rules: the mesh axis, or None, of each logical axis.
+        tree: A tree of arrays or `jax.ShapeDtypeStruct`, such as the state of a module.
+            Nothing is computed.
+        mesh: The mesh, as from `make_mesh`.
+        rules: Pairs of a logical axis and its mesh axis, or None for no split.
+
+    Returns:
+        A tree of the same structure with a `jax.sharding.NamedSharding` for each array.
 
     Raises:
-        ValueError: a logical axis has no rule, or the size of an array's axis is not a
-            multiple of that of its mesh axis.
+        ValueError: A logical axis has no rule, or the size of an array's axis is not a
+            multiple of the size of its mesh axis.
+
+    Examples:
+        ```python
+        import jax
+        from flax import nnx
+        from jaxkern import nn
+
+        mesh = nn.make_mesh(fsdp=jax.device_count())
+        graph, state = nnx.split(nn.SwiGLU(8, 16, rngs=nnx.Rngs(0)))
+        state = jax.device_put(state, nn.get_sharding(state, mesh))
+        model = nnx.merge(graph, state)
+        print(tuple(model.w_up[...].sharding.spec))
+        ```
+        ```text
+        ('fsdp', 'tensor')
+        ```
+
+    References:
+        The shardings of parameters: ZeRO, stage 3, https://arxiv.org/abs/1910.02054,
+            and Megatron-LM, https://arxiv.org/abs/1909.08053.
     """
     with nnx.logical_axis_rules(()):
         named = nnx.get_partition_spec(tree)
@@ -151,6 +205,7 @@ def get_sharding(
 
 
 def _place(path, array, names: P, *, mesh: Mesh, rules) -> NamedSharding:
+    """Return the sharding of one array."""
     op, axes = "get_sharding", []
     for size, name in zip(array.shape, (*names, *[None] * array.ndim), strict=False):
         if name is not None and name not in rules:
@@ -172,7 +227,7 @@ def _place(path, array, names: P, *, mesh: Mesh, rules) -> NamedSharding:
 def check_mesh(
     op: str, mesh: Mesh, num_heads: int, num_kv_heads: int, attention_fn: object
 ) -> None:
-    """It is as `make_mesh` makes it, and its devices can share heads and tokens."""
+    """Check that the mesh is one of `make_mesh`, and that it splits heads evenly."""
     if mesh.axis_names != AXES or {*mesh.axis_types} != {AxisType.Auto}:
         raise ValueError(
             f"{op}: mesh must have the automatic axes {', '.join(AXES)}, as "
@@ -192,7 +247,7 @@ def check_mesh(
 
 
 def check_batch(op: str, mesh: Mesh, batch: int, seq: int) -> None:
-    """The devices can share the tokens."""
+    """Check that the devices can share the tokens evenly."""
     groups, rings = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if batch % groups:
         raise ValueError(
@@ -213,9 +268,10 @@ def attend_on_mesh(
     mask: jax.Array | None = None,
     is_causal: bool = False,
 ) -> jax.Array:
-    """`attention` of each device's part; a kernel can run in it.
+    """Attend on each device to its part, so that a kernel can run in it.
 
-    With a "context" axis the tokens are in zigzag order, and keys and values go round.
+    With a "context" axis the tokens are in zigzag order, and keys and values go round
+    the devices in `ring_attention`.
     """
     spec = P(BATCH, "context", "tensor")
     attend: Any = partial(attention, is_causal=is_causal)

@@ -50,13 +50,37 @@ from ._transformer_block import (
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, layer by layer; how many they are."""
+    """The keys and values of the tokens so far, of all layers, and their number.
+
+    `TransformerLM.make_cache` makes an empty one, and `TransformerLM.extend` returns
+    one with more tokens. It is a named tuple, a pytree, and `jax.export` serializes it.
+    Two are equal if their arrays are.
+
+    Attributes:
+        keys: The rotated keys.
+        values: The values.
+        length: The number of tokens, one for all sequences or one for each.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from jaxkern import nn
+
+        empty = jnp.zeros((1, 2, 8, 2, 4))  # (layers, batch, capacity, kv_heads, dim)
+        cache = nn.KVCache(empty, empty, jnp.int32(0))
+        print(cache.keys.shape, cache.length)
+        ```
+        ```text
+        (1, 2, 8, 2, 4) 0
+        ```
+    """
 
     keys: Float[Array, "layers batch capacity kv_heads dim"]
     values: Float[Array, "layers batch capacity kv_heads dim"]
     length: Integer[Array, ""] | Integer[Array, " batch"]
 
-    # Those of tuples would ask arrays for their truth.
+    # Without these methods a comparison of named tuples would ask arrays for their
+    # truth value, which they do not have.
     def __eq__(self, other: object) -> bool:
         """Whether all arrays are equal; not under `jit`."""
         return isinstance(other, KVCache) and all(map(np.array_equal, self, other))
@@ -84,48 +108,80 @@ class TransformerLM(nnx.Module):
     h_{l+1} = a_l + \mathrm{mlp}(\mathrm{norm}(a_l)), \quad
     \mathrm{logits} = \mathrm{norm}(h_L) W_{\mathrm{head}}$$
 
-    Norms are RMSNorm, $\varepsilon = 10^{-5}$, in float32. Query and key are rotated by
-    `rotary_embedding`, "interleaved". Kernels start as normal with variance
-    2 / (d_in + d_out), embeddings with 1, both cut at three standard deviations.
+    The call maps tokens (batch, seq) to logits (batch, seq, vocab_size). Norms are
+    RMSNorm with $\varepsilon = 10^{-5}$, in float32. Query and key are rotated by
+    `jaxkern.rotary_embedding` with "interleaved" pairs. Kernels are drawn from normal
+    distributions of variance 2 / (d_in + d_out), and embeddings of variance 1, both cut
+    at three standard deviations.
 
-    With `scan_layers` the layers' parameters are stacked along a first axis, called
-    "layers" for `nnx.get_partition_spec`, and run by one `lax.scan`: compiling takes as
-    long as for one layer. The parameters and results do not depend on it.
+    With `scan_layers` the parameters of the layers are stacked along a first axis and
+    run by one `lax.scan`, so compiling takes as long as for one layer. Parameters and
+    results do not depend on it.
 
-    Kernels are annotated with the logical axes "vocab", "embed", "heads", "kv_heads",
-    "mlp" and "layers".
+    Logical axes for `nnx.get_partition_spec` are "vocab", "embed", "heads", "kv_heads",
+    "mlp", and "layers" for the axis of stacked layers.
 
     Args:
-        vocab_size: how many tokens there are.
-        context_length: the longest sequence.
-        embed_dim: size of the features.
-        num_layers: how many blocks.
-        num_heads: of the query.
-        hidden_dim: size of the gated layer.
-        rope_theta: base of the rotary frequencies.
-        num_kv_heads: of key and value, a divisor of `num_heads`; None for as many.
-        tie_embeddings: use the embeddings, started as the head would be, as the head.
-        attention_fn: as in `MultiHeadAttention`; None for `attention`. One with an
-            option `is_causal` gets True for it; of another, causal is what it is.
-        mlp: makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
-            param_dtype=, rngs=)`; None for `SwiGLU`. It is called with features
-            (batch, seq, embed_dim) and keeps no state but parameters.
-        dtype: of the computation; None for that of the parameters.
-        param_dtype: of the parameters.
-        remat: compute each layer again in the backward, and keep its input only.
-        scan_layers: see above.
-        mesh: of `make_mesh`, whose devices share the batch, the heads and, along
-            "context", the tokens, which then go through `ring_attention` in zigzag
-            order; with 1 device or None, nothing is shared. The arguments and results
-            do not depend on it. `get_sharding` says where the parameters lie on it.
+        vocab_size: The number of different tokens.
+        context_length: The length of the longest sequence.
+        embed_dim: The number of features of a token.
+        num_layers: The number of blocks.
+        num_heads: The number of heads of the query.
+        hidden_dim: The hidden size of the MLP.
+        rope_theta: The base of the rotary frequencies.
+        num_kv_heads: The number of heads of key and value, a divisor of `num_heads`;
+            None for as many.
+        tie_embeddings: Use the embeddings as the head, too. They then start as the head
+            would.
+        attention_fn: As in `MultiHeadAttention`; None for `jaxkern.attention`. A
+            function with an option `is_causal` gets True for it; any other must be
+            causal itself.
+        mlp: Makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
+            param_dtype=, rngs=)`; None for `SwiGLU`. The MLP is called with features
+            (batch, seq, embed_dim) and has no state but parameters.
+        dtype: The dtype of the computation; None for `param_dtype`.
+        param_dtype: The dtype of the parameters.
+        remat: Keep only the input of each layer for the backward pass, and compute the
+            rest again.
+        scan_layers: Stack the layers, see above.
+        mesh: A mesh of `make_mesh`. Its devices share the batch, the heads and, along
+            "context", the tokens, which then go through `jaxkern.ring_attention` in
+            zigzag order. Arguments and results do not depend on it. `get_sharding` says
+            where the parameters lie. None, or one device, shares nothing.
+        rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: `attention_fn` or `mlp` cannot be called, `rope_theta` is no number,
-            a dtype is none of ours, or `rngs` no `nnx.Rngs`.
-        ValueError: a size is not a positive integer, `num_heads` does not divide
-            `embed_dim` into parts of even size, `num_kv_heads` does not divide
-            `num_heads`, `rope_theta` is not a positive finite number, the devices
-            cannot share the heads evenly, or an `attention_fn` the tokens.
+        TypeError: `attention_fn` or `mlp` cannot be called, `rope_theta` is not a
+            number, a dtype is not a floating-point dtype, or `rngs` is not an
+            `nnx.Rngs`.
+        ValueError: A size is not a positive integer; `num_heads` does not divide
+            `embed_dim` into parts of even size; `num_kv_heads` does not divide
+            `num_heads`; `rope_theta` is not positive and finite; or the mesh cannot
+            share the heads evenly, or the tokens with an `attention_fn`.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        from flax import nnx
+        from jaxkern import nn
+
+        model = nn.TransformerLM(
+            16,
+            8,
+            embed_dim=8,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=16,
+            rngs=nnx.Rngs(0),
+        )
+        tokens = jnp.array([[1, 2, 3]])
+        print(model(tokens).shape)
+        print(model.generate(tokens, max_new_tokens=2).shape)
+        ```
+        ```text
+        (1, 3, 16)
+        (1, 5)
+        ```
 
     References:
         LLaMA, section 2.2: https://arxiv.org/abs/2302.13971.
@@ -210,17 +266,21 @@ class TransformerLM(nnx.Module):
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq vocab"]:
-        """The logits of each next token, in float32.
+        """Return the logits of each next token, in float32.
 
         Args:
-            tokens: from 0 to vocab_size - 1. Outside of `jit` that is checked; inside,
-                others give NaN.
-            positions: of the tokens; None for 0, 1, ...
-            options: for `attention_fn`.
+            tokens: The tokens, from 0 to vocab_size - 1. Outside of `jit` that is
+                checked; inside, other tokens give NaN.
+            positions: The positions of the tokens; None for 0, 1, 2 and so on.
+            options: The options of this call to `attention_fn`.
+
+        Returns:
+            The logits.
 
         Raises:
-            TypeError: `tokens` is no integer array.
-            ValueError: it has another shape, or a token or length is out of range.
+            TypeError: `tokens` is not an integer array.
+            ValueError: `tokens` has another shape, a token is out of range, or the
+                sequence is too long.
         """
         return self.logits(self.features(tokens, positions, **options))
 
@@ -235,15 +295,23 @@ class TransformerLM(nnx.Module):
         chunk: int = 4096,
         **options: Any,
     ) -> Float[Array, ""]:
-        """Mean of `cross_entropy` over the tokens, or over those where `where` is True.
+        """Return the mean of `jaxkern.cross_entropy` over the tokens.
 
         Args:
-            targets: for each token the one to predict, usually the next.
-            chunk: as in `cross_entropy`.
+            tokens: As in the call.
+            targets: The token to predict at each token, usually the next.
+            where: The mean is over the tokens where this is True; None for all tokens.
+            positions: As in the call.
+            chunk: As in `jaxkern.cross_entropy`.
+            options: As in the call.
+
+        Returns:
+            The mean loss, a scalar; it is 0 if `where` is False everywhere.
 
         Raises:
-            TypeError: an array has another dtype.
-            ValueError: a shape does not fit, or a token or length is out of range.
+            TypeError: An array has another dtype.
+            ValueError: A shape does not fit, a token is out of range, or the sequence
+                is too long.
         """
         tokens, order, _ = self._order(tokens)
         features = self._features(tokens, positions, order, options)
@@ -262,12 +330,25 @@ class TransformerLM(nnx.Module):
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq embed_dim"]:
-        """What the head is applied to; arguments and errors are those of the call."""
+        """Return the features that the head is applied to.
+
+        Args:
+            tokens: As in the call.
+            positions: As in the call.
+            options: As in the call.
+
+        Returns:
+            The features of each token.
+
+        Raises:
+            TypeError: As in the call.
+            ValueError: As in the call.
+        """
         tokens, order, inverse = self._order(tokens)
         return _take(self._features(tokens, positions, order, options), inverse)
 
     def _features(self, tokens, positions, order, options):
-        """Of the tokens in this order."""
+        """Return the features of tokens in the order in which devices share them."""
         if order is not None:
             positions = order if positions is None else positions[..., order]
 
@@ -286,16 +367,30 @@ class TransformerLM(nnx.Module):
     def logits(
         self, features: Float[Array, "*batch embed_dim"]
     ) -> Float[Array, "*batch vocab"]:
-        """The head, in float32."""
+        """Apply the head to features, in float32.
+
+        Args:
+            features: Features as `features` returns them.
+
+        Returns:
+            The logits.
+        """
         wide = widen(features[:0]).dtype
         return jnp.matmul(features, self._head(), preferred_element_type=wide)
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty one, for up to `capacity` tokens of so many sequences.
+        """Make an empty cache.
+
+        Args:
+            batch: The number of sequences.
+            capacity: The largest number of tokens of a sequence.
+
+        Returns:
+            The cache.
 
         Raises:
-            ValueError: the model has an `attention_fn` of its own, a size is no integer
-                or negative, or `capacity` is 0 or above `context_length`.
+            ValueError: The model has an `attention_fn` of its own, a size is negative
+                or not an integer, or `capacity` is 0 or above `context_length`.
         """
         op = "TransformerLM.make_cache"
         if not self.can_cache:
@@ -308,7 +403,7 @@ class TransformerLM(nnx.Module):
         _check_length(op, "capacity", capacity, self.context_length)
         layers, kv_heads, dim = self.cache_shape
         shape = layers, batch, capacity, kv_heads, dim
-        # One array for both could not be donated.
+        # Two arrays: one array in both fields could not be donated.
         keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
         return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
@@ -316,12 +411,19 @@ class TransformerLM(nnx.Module):
     def extend(
         self, tokens: Integer[Array, "batch seq"], cache: KVCache
     ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
-        """The features of tokens that follow those in the cache, and it with theirs.
+        """Return the features of new tokens behind a cache, and the longer cache.
+
+        Args:
+            tokens: The new tokens.
+            cache: The keys and values of the tokens before them.
+
+        Returns:
+            The features of the new tokens, and the cache with their keys and values.
 
         Raises:
-            TypeError: `tokens` is no integer array.
-            ValueError: a token is out of range, or more than the capacity; both are
-                checked outside of `jit` only.
+            TypeError: `tokens` is not an integer array.
+            ValueError: A token is out of range, or there are more tokens than the
+                capacity; both are checked outside of `jit` only.
         """
         op = "TransformerLM.extend"
         self._check_tokens(op, "tokens", tokens)
@@ -353,27 +455,36 @@ class TransformerLM(nnx.Module):
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
         cache: bool = True,
     ) -> Integer[Array, "batch seq+{max_new_tokens}"]:
-        """The prompt and the tokens that the model continues it with, in int32.
+        """Continue each prompt, and return the prompts with the new tokens in int32.
 
-        Compiled, once for each shape of `prompt` and number of new tokens.
+        It compiles once for each shape of `prompt` and number of new tokens.
 
         Args:
-            prompt_lengths: of each prompt; None where all fill `prompt`. What follows
-                the shorter ones there is not read, and may be any integers: their new
-                tokens come right behind them, as if each was alone, and behind those
-                zeros.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_p: sample from the fewest tokens whose probabilities sum to at least it,
-                and from those as likely as the last of them; 1 from all.
-            key: for `jax.random`; needed at a temperature above 0, and only there.
-            cache: keep keys and values, instead of running the whole sequence for each
-                token. The result is the same but for rounding.
+            prompt: The tokens to continue.
+            max_new_tokens: The number of new tokens for each prompt.
+            prompt_lengths: The length of each prompt; None if all have the length of
+                the array. What follows a shorter prompt in its row is not read and may
+                be any integers: the new tokens come right behind the prompt, as if it
+                were alone, and zeros fill the row.
+            temperature: The number that divides the logits. 0 takes the likeliest
+                token.
+            top_p: Sample from the fewest tokens whose probabilities sum to at least
+                this, and from any that are as likely as the last of them. 1 samples
+                from all tokens.
+            key: A random key; needed at a temperature above 0, and only there.
+            cache: Keep keys and values instead of running the whole sequence for each
+                token. The result is the same except for rounding.
+
+        Returns:
+            The prompts and the new tokens.
 
         Raises:
-            TypeError: `prompt` or `prompt_lengths` is no integer array, `temperature`
-                or `top_p` no number, or a key is missing or too much.
-            ValueError: a shape does not fit, a token, a length, `temperature` or
-                `top_p` is out of range, or there is no cache for `attention_fn`.
+            TypeError: `prompt` or `prompt_lengths` is not an integer array,
+                `temperature` or `top_p` is not a number, a key is missing, or there is
+                a key at temperature 0.
+            ValueError: A shape does not fit; a token, a length, `temperature` or
+                `top_p` is out of range; or `cache` is True and the model has an
+                `attention_fn`.
 
         References:
             top_p: https://arxiv.org/abs/1904.09751, section 3.1.
@@ -391,7 +502,7 @@ class TransformerLM(nnx.Module):
         return generate(self, prompt, lengths, sampling, count, cache)
 
     def _run_layers(self, step, x, inputs):
-        """`lax.scan` of `step` over the layers, each with its part of the inputs."""
+        """Scan `step` over the layers, each with its part of the inputs."""
         if self.scan_layers:
             return lax.scan(step, x, (self.layers, inputs))
         outputs = []
@@ -401,7 +512,10 @@ class TransformerLM(nnx.Module):
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def _order(self, tokens):
-        """The tokens, in which order devices share them, and back; None for none."""
+        """Return the tokens, the order in which devices share them, and its inverse.
+
+        Both orders are None where the tokens stay in order.
+        """
         op = "TransformerLM"
         self._check_tokens(op, "tokens", tokens)
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
@@ -428,7 +542,8 @@ class TransformerLM(nnx.Module):
         return head.astype(self.dtype)
 
     def _embed(self, tokens) -> jax.Array:
-        # Whole rows: XLA would gather the gradients of all tokens to split these.
+        # Without this constraint to whole rows, XLA would gather the gradients of all
+        # tokens to split the rows.
         table = self._share(self.embedding[...], P.UNCONSTRAINED, None)
         rows = table.at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
@@ -436,7 +551,7 @@ class TransformerLM(nnx.Module):
 
 
 def _take(x: Any, order: jax.Array | None) -> Any:
-    """Tokens (axis 1) in this order; None changes nothing."""
+    """Take tokens (axis 1) in this order; None changes nothing."""
     return x if x is None or order is None else jnp.take(x, order, axis=1)
 
 

@@ -1,4 +1,4 @@
-"""One layer of the language model, and how its parameters start."""
+"""One layer of the language model, and the initial values of its parameters."""
 
 import inspect
 import math
@@ -21,25 +21,28 @@ from ._attention import MultiHeadAttention
 from ._common import axis_metadata, bind, check_callable
 from ._sharding import attend_on_mesh
 
+# Added to the mean square in RMSNorm.
 EPSILON = 1e-5
+# Standard deviations at which the initial normal distributions are cut.
 CUT = 3.0
 embedding_init = nnx.initializers.truncated_normal(1.0, lower=-CUT, upper=CUT)
 
 
 def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal with variance 2 / (d_in + d_out), cut at three standard deviations."""
+    """Draw from a normal of variance 2 / (d_in + d_out), cut at three deviations."""
     std = math.sqrt(2 / (shape[-2] + shape[-1]))
     init = nnx.initializers.truncated_normal(std, lower=-CUT, upper=CUT)
     return init(key, shape, dtype)
 
 
 def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
+    """Make an RMSNorm whose scale has the logical axis "embed"."""
     metadata = axis_metadata("embed")
     return nnx.RMSNorm(features, epsilon=EPSILON, scale_metadata=metadata, **dtypes)
 
 
 def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]:
-    """That of a causal model: the one given, or `attention`, on the mesh."""
+    """Return the given function or `attention`, causal, and on the mesh if any."""
     if attention_fn is not None:
         return _causal(attention_fn)
     if mesh is not None:
@@ -48,13 +51,14 @@ def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]
 
 
 def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`attention_fn` with `is_causal=True`, where it has such an option."""
+    """Bind `is_causal=True` to a function that has such an option."""
     check_callable("TransformerLM", "attention_fn", attention_fn)
     has_option = "is_causal" in inspect.signature(attention_fn).parameters
     return bind(attention_fn, **({"is_causal": True} if has_option else {}))
 
 
 def _attend(query, key, value, *, positions, rope_theta, attention_fn, **options):
+    """Rotate query and key, and attend."""
     rotate = partial(rotary_embedding, positions=positions, rope_theta=rope_theta)
     query, key = rotate(query), rotate(key)
     return attention_fn(query, key, value, **options)
@@ -118,13 +122,20 @@ class TransformerBlock(nnx.Module):
         Float[Array, "batch capacity kv_heads dim"],
         Float[Array, "batch capacity kv_heads dim"],
     ]:
-        """As the call, on the tokens that follow those whose keys and values are given.
+        """Attend from new tokens to the cached keys and values and to themselves.
+
+        Args:
+            x: The features of the new tokens.
+            keys: The keys of the tokens before them, in the first `length` places.
+            values: Their values.
+            length: Their number, one for all sequences or one for each.
 
         Returns:
-            The result, and keys and values with those of the new tokens.
+            The output of the block, and keys and values with those of the new tokens.
 
         Raises:
-            ValueError: the attention was given another `attention_fn` than the model's.
+            ValueError: The attention was given an `attention_fn` other than the
+                model's.
         """
         of = self.attention
         if of.attention_fn != self.attention_fn:
@@ -154,7 +165,10 @@ class TransformerBlock(nnx.Module):
 
 
 def _put(kept, new, length):
-    """`new` behind the `length` tokens that are `kept`, of all sequences or each."""
+    """Put `new` behind the first `length` tokens of `kept`.
+
+    `length` is one for all sequences, or one for each.
+    """
 
     def put(kept, new, length):
         return lax.dynamic_update_slice_in_dim(kept, new, length, axis=kept.ndim - 3)
@@ -164,7 +178,10 @@ def _put(kept, new, length):
 
 
 def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
-    """Stacked or one by one, each from a key of its own, which is the same for both."""
+    """Make the layers, stacked or in a list.
+
+    Each has a key of its own, which is the same in both forms.
+    """
 
     def make(key):
         return make_block(rngs=nnx.Rngs(key))

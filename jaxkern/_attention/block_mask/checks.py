@@ -1,4 +1,4 @@
-"""What the makers of block masks ask of their arguments."""
+"""Checks of the arguments from which block masks are made."""
 
 import inspect
 from typing import Any
@@ -12,20 +12,21 @@ from .patterns import blocks_of
 
 
 def has_values(leaf: object) -> bool:
+    """Say whether the leaf is an array that no transformation traces."""
     is_array = isinstance(leaf, jax.Array | np.ndarray)
     return is_array and not isinstance(leaf, Tracer)
 
 
 def on_host(array: Any) -> Any:
-    """In NumPy where there are values: jit would trace what jnp makes of them."""
+    """Return the array in NumPy if it has values; `jit` would trace jnp's results."""
     return np.asarray(array) if has_values(array) else array
 
 
 def check_sizes(op: str, least: int, **sizes: object) -> tuple[int, ...]:
-    """Each is an integer of at least `least`, and lengths fit in 32 bits.
+    """Check that all are integers of at least `least`, and that lengths fit in 32 bits.
 
     Returns:
-        Python's integers: those of NumPy may be too narrow to be negated or multiplied.
+        Python's integers, since NumPy's may be too narrow to be negated or multiplied.
     """
     values = [check_integer(op, name, size, least) for name, size in sizes.items()]
     for name, value in zip(sizes, values, strict=True):
@@ -35,13 +36,13 @@ def check_sizes(op: str, least: int, **sizes: object) -> tuple[int, ...]:
 
 
 def check_mask_fn(op: str, name: str, fn: object) -> None:
-    """A function that takes (b, h, q, k), as far as it can be told."""
+    """Check that it is a function of (b, h, q, k), as far as its signature tells."""
     if not callable(fn):
         raise TypeError(f"{op}: {name} must be a function, got {kind_of(fn)}")
     try:
         signature = inspect.signature(fn)
     except ValueError:
-        # Some functions that are written in C do not say what they take.
+        # Some functions that are written in C have no signature.
         return
     try:
         signature.bind(0, 0, 0, 0)
@@ -63,6 +64,7 @@ def check_concrete(op: str, **arrays: object) -> None:
 
 
 def four_axes(op: str, name: str, mask: Any) -> Any:
+    """Check the kind and shape of a mask, and return it with all four axes."""
     check_array(op, name, mask, "boolean")
     if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
         raise ValueError(
@@ -84,6 +86,7 @@ def check_segment_ids(op: str, ids: Any) -> None:
 def fitting_length(
     op: str, name: str, length: int | None, blocks: int, block_size: int
 ) -> int:
+    """Return the length, by default of whole blocks, and check that it fills them."""
     (length,) = check_sizes(
         op, 1, **{name: blocks * block_size if length is None else length}
     )

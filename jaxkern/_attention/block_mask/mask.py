@@ -42,37 +42,67 @@ from .runs import (
     runs_of_lists,
 )
 
+# The default number of tokens in a block, along both axes. The kernels' two warpgroups
+# hold 64 queries each, so that both walk the same list if blocks have 128.
 BLOCK_SIZE = 128
 
 
 @register
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask(FlexAttentionNames, ArrayTree):
-    """A mask of attention, True = attend, as lists of the blocks that are not empty.
+    r"""A mask of attention, True = attend, as lists of its non-empty blocks.
 
-    Made by `causal`, `local_window`, `dilated`, `strided`, `global_local`, `document`,
-    `from_blocks`, `from_dense` and `from_mask_fn`, and from two masks by `&` and `|`.
-    Block (i, j) is of the `block_size` queries from `i * block_size` and as many keys
-    from `j * block_size`. It is full if all its pairs attend, partial if some do; one
-    that reaches past an end counts as partial.
+    $$m_{bhqk} = \mathrm{mask\_fn}(b, h, q, k)$$
 
-    Attributes:
-        kv, full_kv: the partial and the full blocks of each row, that is of queries.
-        q, full_q: the same blocks of each column, for the backward.
-        mask_fn: `mask_fn(b, h, q, k)` says of any pair of tokens whether it attends;
-            only in partial blocks does one need to ask. It is a pytree: token data,
-            such as the segment ids of `document` and the bits of `from_dense`, are its
-            leaves, hence arguments of a compiled program and not constants in it.
-        block_size, seq_q, seq_kv: static.
+    Block $(i, j)$ holds the `block_size` queries from `i * block_size` on and as many
+    keys from `j * block_size` on. It is full if all its pairs attend, partial if some
+    do, and empty otherwise; a block that reaches past an end counts as partial.
+    `mask_fn` needs to be asked only in partial blocks.
 
-    The lists are `BlockLists`; `FlexAttentionNames` has them as the padded arrays that
-    FlexAttention's `BlockMask` has, under its names. Every leaf begins with (batch or
-    1, heads or 1), where 1 means: the same for all. `&` and `|` may call a block
-    partial that turns out empty or full.
+    `causal`, `local_window`, `dilated`, `strided`, `global_local`, `document`,
+    `from_blocks`, `from_dense` and `from_mask_fn` make masks. `a & b` has the pairs
+    that are in both masks, `a | b` the pairs that are in at least one; they may call a
+    block partial that turns out empty or full. Under names that begin with `kv_`, `q_`
+    and `full_` the lists are FlexAttention's padded arrays, see `FlexAttentionNames`.
 
     The named patterns, `&` and `|` work on the host, in time and memory of the number
-    of runs of neighbouring blocks. Where jit traces the arrays a mask is made from
-    (`from_blocks`, `document`), its lists have room for every block.
+    of runs of neighbouring blocks. If `jax.jit` traces the arrays from which a mask is
+    made (`from_blocks`, `document`), its lists have room for every block. A mask is a
+    pytree. Each leaf begins with the axes (batch or 1, heads or 1), where 1 means the
+    same for all. Data of tokens, such as the ids of `document`, are leaves, so that
+    they are arguments of a compiled program and not constants in it.
+
+    Attributes:
+        kv: The partial blocks of each row of blocks, as `BlockLists`.
+        full_kv: The full blocks of each row.
+        q: The partial blocks of each column, for the backward.
+        full_q: The full blocks of each column.
+        mask_fn: A function from (b, h, q, k) to whether a pair of tokens attends,
+            correct for every pair.
+        block_size: The number of tokens in a block, along both axes.
+        seq_q: The number of queries.
+        seq_kv: The number of keys.
+
+    Examples:
+        The causal part of a window, whose blocks are full (#), partial (+) or empty
+        (.):
+
+        ```python
+        from jaxkern import BlockMask
+
+        window = BlockMask.local_window(16, 16, window=6, block_size=4)
+        print(window & BlockMask.causal(16, 16, block_size=4))
+        ```
+        ```text
+        BlockMask(1, 1, 16, 16): block_size=4, 0 full and 9 partial blocks, density 0.56
+        +...
+        ++..
+        +++.
+        .+++
+        ```
+
+    References:
+        FlexAttention, section 4: https://arxiv.org/abs/2412.05496.
     """
 
     kv: BlockLists
@@ -86,7 +116,34 @@ class BlockMask(FlexAttentionNames, ArrayTree):
 
     @staticmethod
     def causal(seq_q: int, seq_kv: int, *, block_size: int = BLOCK_SIZE) -> "BlockMask":
-        """`k <= q`."""
+        r"""Let each query see the keys up to its own position.
+
+        $$m_{qk} = [k \le q]$$
+
+        Args:
+            seq_q: The number of queries.
+            seq_kv: The number of keys. Both are counted from the start.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all batches and heads.
+
+        Raises:
+            TypeError: A size is not an integer.
+            ValueError: A size is less than 1, or does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.causal(12, 12, block_size=4).to_string())
+            ```
+            ```text
+            +..
+            #+.
+            ##+
+            ```
+        """
         op = "BlockMask.causal"
         seq_q, seq_kv, block_size = check_sizes(
             op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
@@ -97,7 +154,40 @@ class BlockMask(FlexAttentionNames, ArrayTree):
     def local_window(
         seq_q: int, seq_kv: int, *, window: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """`|q - k| <= window`, in tokens; one of at least the sequence is no limit."""
+        r"""Let each query see the keys at most `window` tokens away, on both sides.
+
+        $$m_{qk} = [\,|q - k| \le \mathrm{window}\,]$$
+
+        Args:
+            seq_q: The number of queries.
+            seq_kv: The number of keys.
+            window: The largest distance, in tokens.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all batches and heads.
+
+        Raises:
+            TypeError: A size is not an integer.
+            ValueError: `window` is negative, another size is less than 1, or a size
+                does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.local_window(16, 16, window=2, block_size=4).to_string())
+            ```
+            ```text
+            ++..
+            +++.
+            .+++
+            ..++
+            ```
+
+        References:
+            Longformer, section 3.1: https://arxiv.org/abs/2004.05150.
+        """
         op = "BlockMask.local_window"
         seq_q, seq_kv, block_size = check_sizes(
             op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
@@ -109,14 +199,48 @@ class BlockMask(FlexAttentionNames, ArrayTree):
     def dilated(
         seq_q: int, seq_kv: int, *, rates: Sequence[int], block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """Block i sees block i and, of each rate r, the blocks i - r and i + r."""
+        r"""Let block i see itself and, for each rate r, the blocks i - r and i + r.
+
+        $$m_{qk} = [\,|i - j| \in \{0\} \cup \mathrm{rates}\,], \quad
+        i = \lfloor q / \mathrm{block\_size} \rfloor,\
+        j = \lfloor k / \mathrm{block\_size} \rfloor$$
+
+        This is a sparse pattern of blocks. `dilated_attention` is another function: it
+        dilates tokens.
+
+        Args:
+            seq_q: The number of queries.
+            seq_kv: The number of keys.
+            rates: The distances, in blocks.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all batches and heads.
+
+        Raises:
+            TypeError: A size or a rate is not an integer.
+            ValueError: One of them is less than 1, or a size does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.dilated(16, 16, rates=(1, 3), block_size=4).to_string())
+            ```
+            ```text
+            ##.#
+            ###.
+            .###
+            #.##
+            ```
+        """
         op = "BlockMask.dilated"
         seq_q, seq_kv, block_size = check_sizes(
             op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
         )
         rates = check_sizes(op, 1, **{f"rates[{i}]": r for i, r in enumerate(rates)})
         grid = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
-        # Others see nothing, and would not fit in 32 bits.
+        # Larger rates reach no block, and might not fit into 32 bits.
         near = sorted({rate for rate in rates if rate < max(grid)})
         fn = predicates.Diagonals((0, *near), block_size)
         runs = patterns.diagonals(fn.distances, *grid)
@@ -126,7 +250,42 @@ class BlockMask(FlexAttentionNames, ArrayTree):
     def strided(
         seq_q: int, seq_kv: int, *, stride: int, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """Block i sees block j where i - j is a multiple of the stride."""
+        r"""Let block i see the blocks at multiples of the stride from it.
+
+        $$m_{qk} = [\,i \equiv j \pmod{\mathrm{stride}}\,], \quad
+        i = \lfloor q / \mathrm{block\_size} \rfloor,\
+        j = \lfloor k / \mathrm{block\_size} \rfloor$$
+
+        Args:
+            seq_q: The number of queries.
+            seq_kv: The number of keys.
+            stride: The distance, in blocks.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all batches and heads.
+
+        Raises:
+            TypeError: A size is not an integer.
+            ValueError: A size is less than 1, or does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.strided(16, 16, stride=2, block_size=4).to_string())
+            ```
+            ```text
+            #.#.
+            .#.#
+            #.#.
+            .#.#
+            ```
+
+        References:
+            Sparse Transformers, section 4.2, whose strides are in tokens:
+                https://arxiv.org/abs/1904.10509.
+        """
         op = "BlockMask.strided"
         seq_q, seq_kv, block_size = check_sizes(
             op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
@@ -146,7 +305,44 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         window: int,
         block_size: int = BLOCK_SIZE,
     ) -> "BlockMask":
-        """`|q - k| <= window`, and the first tokens see all and are seen by all."""
+        r"""Let the first tokens see all and be seen by all, the others a window.
+
+        $$m_{qk} = [\,|q - k| \le \mathrm{window}\,] \lor [q < g] \lor [k < g], \quad
+        g = \mathrm{global\_tokens}$$
+
+        Args:
+            seq_q: The number of queries.
+            seq_kv: The number of keys.
+            global_tokens: The number of first tokens that see all and are seen by all.
+            window: The largest distance for the others, in tokens.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all batches and heads.
+
+        Raises:
+            TypeError: A size is not an integer.
+            ValueError: `global_tokens` or `window` is negative, another size is less
+                than 1, or a size does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            sizes = {"seq_q": 16, "seq_kv": 16, "block_size": 4}
+            mask = BlockMask.global_local(**sizes, global_tokens=4, window=1)
+            print(mask.to_string())
+            ```
+            ```text
+            ####
+            #++.
+            #+++
+            #.++
+            ```
+
+        References:
+            Longformer, section 3.1: https://arxiv.org/abs/2004.05150.
+        """
         op = "BlockMask.global_local"
         seq_q, seq_kv, block_size = check_sizes(
             op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
@@ -171,14 +367,38 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         *,
         block_size: int = BLOCK_SIZE,
     ) -> "BlockMask":
-        """`segment_ids[q] == segment_ids[k]`: tokens attend inside their segment.
+        r"""Let tokens attend inside their own segment, such as a packed document.
 
-        The ids may come in any order, and may be traced by jit: then blocks whose
-        ranges of ids overlap are listed, which is exact where ids ascend.
+        $$m_{bqk} = [\mathrm{ids}_{bq} = \mathrm{ids}_{bk}]$$
+
+        Args:
+            segment_ids: An integer for each token, in any order. `jax.jit` may trace
+                the ids: then the mask lists the blocks whose ranges of ids overlap,
+                which is exact if ids ascend, and else lists some empty blocks as
+                partial.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask, the same for all heads.
 
         Raises:
-            TypeError: the ids are no integers.
-            ValueError: they do not have shape (seq,) or (batch, seq).
+            TypeError: The ids are not integers.
+            ValueError: The ids do not have the shape (seq,) or (batch, seq).
+
+        Examples:
+            ```python
+            import jax.numpy as jnp
+            from jaxkern import BlockMask
+
+            ids = jnp.array([0, 0, 0, 0, 0, 0, 1, 1])
+            print(BlockMask.document(ids, block_size=2).to_string())
+            ```
+            ```text
+            ###.
+            ###.
+            ###.
+            ...#
+            ```
         """
         op = "BlockMask.document"
         (block_size,) = check_sizes(op, 1, block_size=block_size)
@@ -189,7 +409,7 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         if isinstance(ids, Tracer):
             states = patterns.segment_states(ids, block_size)
             return _build(states, predicates.Segments(ids[:, None]), *sizes)
-        # Their numbers in ascending order, since JAX may keep 32 bits of an id.
+        # Ids are numbered from 0 on, since JAX may keep only 32 bits of an id.
         numbers = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
         fn = predicates.Segments(numbers[:, None].astype(np.int32))
         return _build(patterns.segments(numbers, block_size), fn, *sizes)
@@ -203,17 +423,44 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         seq_kv: int | None = None,
         mask_fn: MaskFn | None = None,
     ) -> "BlockMask":
-        """The blocks that are True and, in them, the pairs for which `mask_fn` is.
+        r"""Keep the blocks that are True and, in them, the pairs that `mask_fn` keeps.
 
-        blocks: (q_blocks, kv_blocks), (heads, ...) or (batch, heads, ...); jit may
-            trace them.
-        seq_q, seq_kv: where the last block is not whole.
-        mask_fn: as in `from_mask_fn`.
+        $$m_{bhqk} = \mathrm{blocks}_{bhij} \land \mathrm{mask\_fn}(b, h, q, k), \quad
+        i = \lfloor q / \mathrm{block\_size} \rfloor,\
+        j = \lfloor k / \mathrm{block\_size} \rfloor$$
+
+        Args:
+            blocks: True for the blocks that attend, of shape (q_blocks, kv_blocks),
+                (heads, ...) or (batch, heads, ...). `jax.jit` may trace them.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+            seq_q: The number of queries, if the last block of queries is not whole.
+            seq_kv: The number of keys, if the last block of keys is not whole.
+            mask_fn: As in `from_mask_fn`, but it is asked nothing here. None keeps
+                whole blocks.
+
+        Returns:
+            The mask.
 
         Raises:
-            TypeError: the blocks are not boolean, or `mask_fn` is no function of four
-                arguments.
-            ValueError: they have another shape, or the lengths do not fit their number.
+            TypeError: The blocks are not boolean, or `mask_fn` is not a function of
+                four arguments.
+            ValueError: The blocks have another shape, or the lengths do not fit their
+                number.
+
+        Examples:
+            ```python
+            import jax.numpy as jnp
+            from jaxkern import BlockMask
+
+            mask = BlockMask.from_blocks(jnp.eye(4, dtype=bool), block_size=4, seq_q=14)
+            print(mask.to_string())
+            ```
+            ```text
+            #...
+            .#..
+            ..#.
+            ...+
+            ```
         """
         op = "BlockMask.from_blocks"
         (block_size,) = check_sizes(op, 1, block_size=block_size)
@@ -237,13 +484,40 @@ class BlockMask(FlexAttentionNames, ArrayTree):
     def from_dense(
         mask: Bool[AnyArray, "*leading seq_q seq_kv"], *, block_size: int = BLOCK_SIZE
     ) -> "BlockMask":
-        """The mask itself: (seq_q, seq_kv), (heads, ...) or (batch, heads, ...).
+        r"""Make the block mask of a dense mask.
 
-        A bit is kept for each pair of tokens, once for all blocks that are equal.
+        $$m_{bhqk} = \mathrm{mask}_{bhqk}$$
+
+        It keeps one bit for each pair of tokens, and blocks that are equal share their
+        bits.
+
+        Args:
+            mask: True for the pairs that attend, of shape (seq_q, seq_kv), (heads, ...)
+                or (batch, heads, ...). `jax.jit` may not trace it.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
+
+        Returns:
+            The mask.
 
         Raises:
-            TypeError: the mask is not boolean, or traced by jit.
-            ValueError: it has another shape.
+            TypeError: The mask is not boolean, or `jax.jit` traces it.
+            ValueError: The mask has another shape.
+
+        Examples:
+            ```python
+            import jax.numpy as jnp
+            from jaxkern import BlockMask
+
+            dense = jnp.tri(6, dtype=bool)
+            mask = BlockMask.from_dense(dense, block_size=2)
+            print(mask.to_string())
+            assert (mask.to_dense() == dense).all()
+            ```
+            ```text
+            +..
+            #+.
+            ##+
+            ```
         """
         op = "BlockMask.from_dense"
         (block_size,) = check_sizes(op, 1, block_size=block_size)
@@ -263,32 +537,55 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         heads: int = 1,
         block_size: int = BLOCK_SIZE,
     ) -> "BlockMask":
-        """The pairs for which `mask_fn(b, h, q, k)` is True.
+        r"""Keep the pairs for which `mask_fn(b, h, q, k)` is True.
 
-        `mask_fn` gets two integers and two arrays of positions, `q` of shape (rows, 1)
-        and `k` of shape (1, columns), in a kernel both of (rows, columns), and computes
-        in jnp. It is asked about every pair, a row of blocks at a time, in time
+        $$m_{bhqk} = \mathrm{mask\_fn}(b, h, q, k)$$
+
+        This asks `mask_fn` about every pair, a row of blocks at a time, in time
         quadratic in the length. If you know the blocks, give them to `from_blocks` with
-        the same `mask_fn`, which is then asked nothing here. `mask_fn` is a static part
-        of the mask: it must not hold traced arrays, and jit compiles again for each new
-        function, so define it once. Segment ids that jit traces are for `document`.
+        the same `mask_fn`, which asks nothing when the mask is made.
 
-        ```python
-        >>> from jaxkern import BlockMask
-        >>> def mask_fn(b, h, q, k):
-        ...     return (k <= q) & (q - k < 4)
-        >>> mask = BlockMask.from_mask_fn(mask_fn, 16, 16, block_size=4)
-        >>> print(mask.to_string())
-        +...
-        ++..
-        .++.
-        ..++
+        Args:
+            mask_fn: A function of two integers, the batch and the head, and of two
+                arrays of positions, `q` of shape (rows, 1) and `k` of shape (1,
+                columns), or both of shape (rows, columns) in the kernel. It returns a
+                boolean for every pair, by `jax.numpy`. It is a static part of the mask,
+                so it must not hold traced arrays; `document` takes segment ids that
+                `jax.jit` traces. Define it once: `jax.jit` compiles again for every new
+                function.
+            seq_q: The number of queries.
+            seq_kv: The number of keys.
+            batch: The number of batches to ask about; 1 if the mask is the same for
+                all.
+            heads: The number of heads to ask about; 1 if the mask is the same for all.
+            block_size: The size of a block in tokens; kernels need multiples of 64.
 
-        ```
+        Returns:
+            The mask.
 
         Raises:
-            TypeError: `mask_fn` is no function of four arguments, does not give
-                booleans, or holds traced arrays.
+            TypeError: A size is not an integer; or `mask_fn` is not a function of four
+                arguments, does not return booleans, or holds traced arrays.
+            ValueError: A size is less than 1, or does not fit into 32 bits.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+
+            def causal_window(b, h, q, k):
+                return (k <= q) & (q - k < 4)
+
+
+            mask = BlockMask.from_mask_fn(causal_window, 16, 16, block_size=4)
+            print(mask.to_string())
+            ```
+            ```text
+            +...
+            ++..
+            .++.
+            ..++
+            ```
         """
         op = "BlockMask.from_mask_fn"
         seq_q, seq_kv, block_size = check_sizes(
@@ -321,7 +618,21 @@ class BlockMask(FlexAttentionNames, ArrayTree):
 
     @property
     def density(self) -> float | Array:
-        """The fraction of blocks that are not empty: what attention has to visit."""
+        """The fraction of blocks that are not empty, which attention has to visit.
+
+        It is a Python number, or a traced array if `jax.jit` traces the mask.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            mask = BlockMask.causal(8, 8, block_size=2)
+            print(mask.shape, mask.grid, mask.density)
+            ```
+            ```text
+            (1, 1, 8, 8) (4, 4) 0.625
+            ```
+        """
         full, part = self.full_kv.num_blocks, self.kv.num_blocks
         total = float(part.size * self.grid[1])
         if self._is_concrete():
@@ -329,23 +640,58 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         return (full.sum() + part.sum()).astype(float) / total
 
     def to_dense(self) -> Bool[Array, "batch heads seq_q seq_kv"]:
-        """Every pair of tokens; (batch or 1, heads or 1, seq_q, seq_kv)."""
+        """Return a boolean for every pair of tokens.
+
+        Returns:
+            The dense mask, of the mask's `shape`.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.causal(3, 4, block_size=2).to_dense()[0, 0].astype(int))
+            ```
+            ```text
+            [[1 0 0 0]
+             [1 1 0 0]
+             [1 1 1 0]]
+            ```
+        """
         return predicates.dense(self.mask_fn, self.shape)
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
-        """The pairs that are in both."""
+        """Return the pairs that are in both masks."""
         return _combine("&", self, other)
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
-        """The pairs that are in one or in both."""
+        """Return the pairs that are in at least one of the masks."""
         return _combine("|", self, other)
 
     def partition_specs(
         self, batch: str | None = None, heads: str | None = None
     ) -> "BlockMask":
-        """For `in_specs` of `jax.shard_map`: the mesh axes that split batch and heads.
+        """Return the mask's partition specs, for `in_specs` of `jax.shard_map`.
 
-        An axis of 1 stays whole. Inside, `mask_fn` counts from the shard's first one.
+        An axis of 1 stays whole. Inside of the `shard_map`, `mask_fn` counts batches
+        and heads from the first ones of the device.
+
+        Args:
+            batch: The mesh axis that splits the batch, or None.
+            heads: The mesh axis that splits the heads, or None.
+
+        Returns:
+            A mask with a `PartitionSpec` in the place of each array.
+
+        Examples:
+            ```python
+            import jax.numpy as jnp
+            from jax.sharding import PartitionSpec
+            from jaxkern import BlockMask
+
+            mask = BlockMask.from_blocks(jnp.ones((8, 1, 2, 2), bool), block_size=4)
+            specs = mask.partition_specs(batch="data", heads="tensor")
+            assert specs.kv.num_blocks == PartitionSpec("data", None)
+            ```
         """
 
         def spec(leaf):
@@ -366,18 +712,62 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         return f"{self!r}\n{self.to_string()}" if self._is_concrete() else repr(self)
 
     def to_string(self, *, batch: int = 0, head: int = 0, width: int = 64) -> str:
-        """A picture of one head: `#` full, `+` partial, `.` empty.
+        """Return a picture of one head: `#` full, `+` partial, `.` empty.
 
-        Where there are more blocks than `width`, a character stands for several.
+        `print(mask)` shows the first head below a summary.
+
+        Args:
+            batch: The index of the batch.
+            head: The index of the head.
+            width: The largest number of characters in a line. If there are more blocks,
+                a character stands for several.
+
+        Returns:
+            The lines of the picture, one for each row of blocks.
+
+        Raises:
+            IndexError: `batch` or `head` is not below its number in the mask.
+            TypeError: `jax.jit` traces the mask.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            print(BlockMask.causal(512, 512, block_size=2).to_string(width=4))
+            ```
+            ```text
+            +...
+            #+..
+            ##+.
+            ###+
+            ```
         """
         states = self._picture("BlockMask.to_string", batch, head)
         return picture.to_string(states, width)
 
     def plot(self, *, batch: int = 0, head: int = 0, ax: Any = None) -> Any:
-        """Draw the blocks of one head with matplotlib; returns the axes.
+        """Draw the blocks of one head with matplotlib.
+
+        Args:
+            batch: The index of the batch.
+            head: The index of the head.
+            ax: The axes to draw into; None creates a figure.
+
+        Returns:
+            The axes.
 
         Raises:
             ImportError: matplotlib is not installed.
+            IndexError: `batch` or `head` is not below its number in the mask.
+            TypeError: `jax.jit` traces the mask.
+
+        Examples:
+            ```python
+            from jaxkern import BlockMask
+
+            axes = BlockMask.causal(512, 512).plot()
+            assert axes.get_xlabel() == "key block"
+            ```
         """
         states = self._picture("BlockMask.plot", batch, head)
         return picture.plot(states, repr(self), ax)
@@ -414,7 +804,7 @@ def band_mask(
     seq_kv: int,
     block_size: int = BLOCK_SIZE,
 ) -> BlockMask:
-    """`lower <= k - q <= upper`, where None is no bound."""
+    """Return the mask of `lower <= k - q <= upper`, where None is no bound."""
     fn = _band(lower, upper, seq_q, seq_kv)
     runs = patterns.band(fn, seq_q, seq_kv, block_size)
     return _build(runs, fn, seq_q, seq_kv, block_size)
@@ -423,7 +813,10 @@ def band_mask(
 def _band(
     lower: int | None, upper: int | None, seq_q: int, seq_kv: int
 ) -> predicates.Band:
-    """Without the bounds that hold for every pair, which may be beyond 32 bits."""
+    """Return the predicate of a band, without the bounds that hold for every pair.
+
+    Such bounds may not fit into 32 bits.
+    """
     if lower is not None and lower <= 1 - seq_q:
         lower = None
     if upper is not None and upper >= seq_kv - 1:
@@ -432,7 +825,10 @@ def _band(
 
 
 def with_keys(mask: BlockMask, seen: AnyArray) -> BlockMask:
-    """Where the key is seen too, (batch or 1, heads or 1, seq_kv); no block is full."""
+    """Return the pairs of the mask whose key is seen too; no block is full.
+
+    `seen` has the shape (batch or 1, heads or 1, seq_kv).
+    """
     runs = mask._runs()
     part = Runs(runs.shape, runs.at, np.minimum(runs.state, PARTIAL))
     fn = predicates.Both(mask.mask_fn, predicates.Keys(seen))
@@ -442,7 +838,7 @@ def with_keys(mask: BlockMask, seen: AnyArray) -> BlockMask:
 def _build(
     on: Runs | jax.Array, mask_fn: MaskFn, seq_q: int, seq_kv: int, block_size: int
 ) -> BlockMask:
-    """From the states of the blocks, as runs or, where they are traced, as an array."""
+    """Make a mask from the states of its blocks: runs or, if traced, an array."""
     inside = patterns.inside(seq_q, seq_kv, block_size)
     if isinstance(on, Runs):
         on = combine(np.minimum, on, inside)

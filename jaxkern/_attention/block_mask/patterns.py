@@ -1,4 +1,4 @@
-"""Of the masks that have a name: which blocks are on."""
+"""Block states of the named masks: which blocks are empty, partial or full."""
 
 from typing import Any
 
@@ -23,12 +23,12 @@ from .runs import (
 
 
 def blocks_of(length: Any, block_size: int) -> Any:
-    """How many blocks a length fills, rounded up."""
+    """Return the number of blocks that a length fills, rounded up."""
     return -(-length // block_size)
 
 
 def inside(seq_q: int, seq_kv: int, block_size: int) -> Runs:
-    """All blocks; full are those that do not reach past an end."""
+    """Return all blocks, full except where they reach past an end."""
     rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
     whole = np.arange(seq_q // block_size)
     full = np.full(len(whole), seq_kv // block_size)
@@ -40,23 +40,25 @@ def inside(seq_q: int, seq_kv: int, block_size: int) -> Runs:
 
 
 def band(band: Band, seq_q: int, seq_kv: int, block_size: int) -> Runs:
+    """Return the blocks of a band of diagonals."""
     rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
     lower = -seq_q if band.lower is None else band.lower
     upper = seq_kv if band.upper is None else band.upper
     row = np.arange(rows)
     first = row * block_size
     last = np.minimum(first + block_size, seq_q) - 1
-    # From the first token that some query of the row sees to after the last one.
+    # The keys from `start` up to `stop` are seen by some query of the row.
     start, stop = np.maximum(first + lower, 0), np.minimum(last + upper + 1, seq_kv)
     seen = start < stop
     part = row[seen], start[seen] // block_size, blocks_of(stop[seen], block_size)
-    # The same of tokens that all queries see.
+    # Here they are seen by all queries of the row.
     start, stop = np.maximum(last + lower, 0), np.minimum(first + upper + 1, seq_kv)
     full = row, blocks_of(start, block_size), stop // block_size
     return _part_and_full((1, 1, rows, columns), part, full)
 
 
 def first_tokens(tokens: int, seq_q: int, seq_kv: int, block_size: int) -> Runs:
+    """Return the blocks of the first tokens, which see all and are seen by all."""
     rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
 
     def cross(blocks):
@@ -68,10 +70,12 @@ def first_tokens(tokens: int, seq_q: int, seq_kv: int, block_size: int) -> Runs:
 
 
 def cells(rows: int, columns: int, row: np.ndarray, column: np.ndarray) -> Runs:
+    """Return the given blocks, all of them full."""
     return runs_of_slices((1, 1, rows, columns), row, column, column + 1, FULL)
 
 
 def diagonals(distances: tuple[int, ...], rows: int, columns: int) -> Runs:
+    """Return the blocks at these distances from the diagonal, on both sides."""
     offsets = distinct(np.array([s * d for d in distances for s in (-1, 1)]))
     row = np.tile(np.arange(rows), len(offsets))
     column = row + np.repeat(offsets, rows)
@@ -80,6 +84,7 @@ def diagonals(distances: tuple[int, ...], rows: int, columns: int) -> Runs:
 
 
 def strided(stride: int, rows: int, columns: int) -> Runs:
+    """Return the blocks at multiples of the stride from the diagonal."""
     first = np.arange(rows) % stride
     count = np.maximum(blocks_of(columns - first, stride), 0)
     row = np.repeat(np.arange(rows), count)
@@ -87,6 +92,7 @@ def strided(stride: int, rows: int, columns: int) -> Runs:
 
 
 def segments(ids: Int[np.ndarray, "batch seq"], block_size: int) -> Runs:
+    """Return the blocks in which some tokens, or all, have the same id."""
     batch, seq = ids.shape
     rows = blocks_of(seq, block_size)
     token_block = np.arange(seq) // block_size
@@ -106,7 +112,10 @@ def segments(ids: Int[np.ndarray, "batch seq"], block_size: int) -> Runs:
 def segment_states(
     ids: Int[jax.Array, "batch seq"], block_size: int
 ) -> Int8[jax.Array, "batch 1 blocks blocks"]:
-    """Of traced ids: exact if they ascend, else some partial blocks may be empty."""
+    """Return the states of the blocks for ids that `jax.jit` traces.
+
+    They are exact if ids ascend. Otherwise some empty blocks are called partial.
+    """
     past_the_end = -ids.shape[1] % block_size
     padded = jnp.pad(ids, ((0, 0), (0, past_the_end)), mode="edge")
     blocks = padded.reshape(ids.shape[0], 1, -1, block_size)
@@ -121,7 +130,7 @@ def segment_states(
 def _see_each_other(
     segment: np.ndarray, block: np.ndarray, blocks: int, segments_of_batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slices of columns: each block of a segment with each run of its blocks."""
+    """Return slices of columns: for each block of a segment, the runs of its blocks."""
     neighbours = (np.diff(block, prepend=-2) == 1) & (np.diff(segment, prepend=-1) == 0)
     begins = np.flatnonzero(~neighbours)
     ends = np.append(begins[1:], len(block))[: len(begins)] - 1
@@ -134,7 +143,7 @@ def _see_each_other(
 
 
 def _part_and_full(shape: Shape, part: Any, full: Any) -> Runs:
-    """From slices of columns, as (row, start, stop): the full ones are part of all."""
+    """Combine slices (row, start, stop) of all blocks with slices of the full ones."""
     runs = (
         runs_of_slices(shape, row, start, stop, state)
         for (row, start, stop), state in ((part, PARTIAL), (full, FULL))
@@ -145,6 +154,7 @@ def _part_and_full(shape: Shape, part: Any, full: Any) -> Runs:
 def tiles(
     mask: Bool[np.ndarray, "batch heads seq_q seq_kv"], block_size: int
 ) -> tuple[Int8[np.ndarray, "batch heads q_blocks kv_blocks"], Tiles]:
+    """Return the states of a dense mask's blocks, and its predicate."""
     batch, heads, *lengths = mask.shape
     past = [(0, -n % block_size) for n in lengths]
     rows, columns = (blocks_of(n, block_size) for n in lengths)
@@ -154,7 +164,8 @@ def tiles(
     bits = np.ascontiguousarray(bits)
     full = np.packbits(np.ones(block_size, bool), bitorder="little")
     states = bits.any((-2, -1)).astype(np.int8) + (bits == full).all((-2, -1))
-    # A tile is one item: of rows, np.unique compares byte by byte, 30 times as long.
+    # Each tile becomes one item. If tiles were rows of bytes, np.unique would compare
+    # byte by byte and take 30 times as long.
     items = bits.reshape(states.size, -1)
     items = items.view(np.dtype((np.void, items.shape[1])))[:, 0]
     distinct, tile_of = np.unique(items, return_inverse=True)
@@ -169,6 +180,7 @@ def tiles(
 def states_of_function(
     fn: Function, seq_q: int, seq_kv: int, block_size: int
 ) -> Int8[jax.Array, "batch heads q_blocks kv_blocks"]:
+    """Ask a function about every pair, one row of blocks at a time."""
     rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
 
     def row(n):
@@ -180,7 +192,7 @@ def states_of_function(
         tiles = attends.reshape(block_size, columns, block_size)
         return tiles.any((0, 2)).astype(jnp.int8) + tiles.all((0, 2)).astype(jnp.int8)
 
-    # Under jit too: a mask is made of numbers, not of what is traced.
+    # Without this, `jax.jit` would trace the states, and a mask needs their values.
     with jax.ensure_compile_time_eval():
         states = lax.map(row, jnp.arange(fn.batch * fn.heads * rows))
         return states.reshape(fn.batch, fn.heads, rows, columns)

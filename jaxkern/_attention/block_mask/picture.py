@@ -1,4 +1,4 @@
-"""Block masks to look at."""
+"""Pictures of block masks."""
 
 from typing import Any
 

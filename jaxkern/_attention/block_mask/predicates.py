@@ -1,10 +1,11 @@
-"""Which pair of tokens attends.
+"""Predicates: functions that say which pairs of tokens attend.
 
 A predicate `mask_fn(b, h, q, k)` takes the integers b and h and arrays of positions, q
-(rows, 1) and k (1, columns), or in a kernel both (rows, columns), and tells for every
-pair of tokens whether q attends to k. It is a pytree: its leaves are data, such as
-segment ids, and begin with (batch or 1, heads or 1). It is right for every pair, not
-only in partial blocks, so that `&` and `|` of two predicates are those of the masks.
+of shape (rows, 1) and k of shape (1, columns), or in a kernel both of shape (rows,
+columns). It says for every pair of tokens whether q attends to k. It is a pytree: its
+leaves are data, such as segment ids, and begin with (batch or 1, heads or 1). It is
+correct for every pair and not only in partial blocks, so that `&` and `|` of two masks
+can combine their predicates.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def _static() -> Any:
 
 
 def _of_head(leaf: AnyArray, b: Any, h: Any) -> jax.Array:
+    """Return the data of one batch and head."""
     batch, heads = leaf.shape[:2]
     return jnp.asarray(leaf)[b if batch > 1 else 0, h if heads > 1 else 0]
 
@@ -36,7 +38,7 @@ def _of_head(leaf: AnyArray, b: Any, h: Any) -> jax.Array:
 @register
 @dataclass(frozen=True)
 class Band:
-    """`lower <= k - q <= upper`, where None is no bound."""
+    """Pairs with `lower <= k - q <= upper`, where None is no bound."""
 
     lower: int | None = _static()
     upper: int | None = _static()
@@ -53,7 +55,7 @@ class Band:
 @register
 @dataclass(frozen=True)
 class Global:
-    """The first tokens see all and are seen by all."""
+    """Pairs with one of the first tokens, which see all and are seen by all."""
 
     tokens: int = _static()
 
@@ -64,7 +66,7 @@ class Global:
 @register
 @dataclass(frozen=True)
 class Diagonals:
-    """`|q_block - k_block|` is one of the distances."""
+    """Pairs whose `|q_block - k_block|` is one of the distances."""
 
     distances: tuple[int, ...] = _static()
     block_size: int = _static()
@@ -77,7 +79,7 @@ class Diagonals:
 @register
 @dataclass(frozen=True)
 class Strided:
-    """`q_block - k_block` is a multiple of the stride."""
+    """Pairs whose `q_block - k_block` is a multiple of the stride."""
 
     stride: int = _static()
     block_size: int = _static()
@@ -89,7 +91,7 @@ class Strided:
 @register
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Both tokens have the same id; ids (batch or 1, 1, seq)."""
+    """Pairs of tokens with the same id; `ids` has the shape (batch or 1, 1, seq)."""
 
     ids: Leaf
 
@@ -101,7 +103,7 @@ class Segments:
 @register
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """The key is one of those; `seen` (batch or 1, heads or 1, seq_kv), boolean."""
+    """Pairs whose key is seen; `seen` is boolean, (batch or 1, heads or 1, seq_kv)."""
 
     seen: Leaf
 
@@ -112,9 +114,9 @@ class Keys:
 @register
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What `states` (batch or 1, heads or 1, q_blocks, kv_blocks) says of each block.
+    """Pairs of full blocks, and those of partial blocks for which `mask_fn` is True.
 
-    In its partial blocks `mask_fn` decides.
+    `states` has the shape (batch or 1, heads or 1, q_blocks, kv_blocks).
     """
 
     states: Leaf
@@ -132,10 +134,13 @@ class Blocks:
 @register
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """A stored bit for each pair of tokens; equal blocks share one tile of bits.
+    """A stored bit for each pair of tokens, where equal blocks share one tile of bits.
 
-    tile_of: the tile of each block, (batch or 1, heads or 1, q_blocks, kv_blocks).
-    bits: (1, 1, tiles, block_size, ceil(block_size / 8)), the lowest bits first.
+    Attributes:
+        tile_of: The tile of each block, (batch or 1, heads or 1, q_blocks, kv_blocks).
+        bits: The tiles, (1, 1, tiles, block_size, ceil(block_size / 8)), with the
+            lowest bits first.
+        block_size: The number of tokens in a block.
     """
 
     tile_of: Leaf
@@ -152,7 +157,7 @@ class Tiles:
 @register
 @dataclass(frozen=True)
 class Function:
-    """A user's function, for as many batches and heads as it was asked about."""
+    """A user's function, for the batches and heads that it was asked about."""
 
     fn: MaskFn = _static()
     batch: int = _static()
@@ -166,6 +171,8 @@ class Function:
 @register
 @dataclass(frozen=True)
 class Both:
+    """Pairs for which both predicates are True."""
+
     first: Any
     second: Any
 
@@ -176,6 +183,8 @@ class Both:
 @register
 @dataclass(frozen=True)
 class Either:
+    """Pairs for which at least one of the predicates is True."""
+
     first: Any
     second: Any
 
@@ -184,7 +193,7 @@ class Either:
 
 
 def asks_for_batch(fn: Any) -> bool:
-    """Whether some part of the predicate must know the batch that it was made for."""
+    """Say whether some part of the predicate is made for certain batches."""
     match fn:
         case Both(first, second) | Either(first, second):
             return asks_for_batch(first) or asks_for_batch(second)
@@ -193,7 +202,7 @@ def asks_for_batch(fn: Any) -> bool:
         case Function(_, batch, _):
             return batch > 1
         case Tiles():
-            # Its bits have no batch to which another one could be added.
+            # Its bits have no axis of batches to which `vmap` could add one.
             return True
     return False
 
@@ -202,6 +211,7 @@ def asks_for_batch(fn: Any) -> bool:
 def dense(
     mask_fn: MaskFn, shape: tuple[int, int, int, int]
 ) -> Bool[Array, "batch heads seq_q seq_kv"]:
+    """Ask the predicate about every pair of tokens."""
     batch, heads, *pairs = shape
     q, k = (jnp.arange(length) for length in pairs)
 

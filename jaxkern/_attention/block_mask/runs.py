@@ -1,4 +1,4 @@
-"""Where a block mask is on: as runs to compute with, as index lists to attend with."""
+"""The states of blocks: as runs to compute with, as index lists to attend with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +11,26 @@ from jaxtyping import Array, Bool, Int8, Int32
 
 from ..._core.trees import register
 
-# What a block is. In this order `&` of two masks is the minimum and `|` the maximum.
+# The states of a block, ordered so that `&` of two masks is the minimum and `|` the
+# maximum.
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 Shape = tuple[int, int, int, int]
 AnyArray = jax.Array | np.ndarray
-# An array, or what jax.tree.map makes of it, such as a PartitionSpec.
+# An array, or what `jax.tree.map` puts in its place, such as a PartitionSpec.
 Leaf = Any
 
 
 @register
 @dataclass(frozen=True, eq=False)
 class BlockLists:
-    """For each row of blocks the ascending indices of some of its columns.
+    """For each row of blocks, the ascending indices of some of its columns.
 
-    Row i of batch b and head h lists
-    `indices[b, h, starts[b, h, i] : starts[b, h, i] + num_blocks[b, h, i]]`. Slices may
-    overlap: `indices` begins with 0, 1, 2, ..., of which every run of neighbouring
-    columns is a slice, so that a causal mask takes O(rows). All are int32: num_blocks
-    and starts (batch, heads, rows), indices (batch, heads, entries).
+    Row i of batch b and head h lists `indices[b, h, starts[b, h, i] : starts[b, h, i] +
+    num_blocks[b, h, i]]`. Slices may overlap: `indices` begins with 0, 1, 2, ..., and
+    every run of neighbouring columns is a slice of that, so that a causal mask takes
+    O(rows) memory. All arrays are int32: `num_blocks` and `starts` have the shape
+    (batch, heads, rows), `indices` has the shape (batch, heads, entries).
     """
 
     num_blocks: Leaf
@@ -41,7 +42,7 @@ class BlockLists:
         return self.num_blocks, self.starts, self.indices
 
     def padded(self, width: int) -> Int32[AnyArray, "batch heads rows {width}"]:
-        """One list a row, zeros after its end."""
+        """Return one list for each row, with zeros after its end."""
         xp = module_of(self.indices)
         slot = xp.arange(width, dtype=np.int32)[None, None, None]
         entry = xp.minimum(self.starts[..., None] + slot, self.indices.shape[-1] - 1)
@@ -49,6 +50,7 @@ class BlockLists:
         return xp.where(slot < self.num_blocks[..., None], listed, np.int32(0))
 
     def to_dense(self, columns: int) -> Bool[Array, "batch heads rows {columns}"]:
+        """Return a boolean for each block, True if it is listed."""
         listed = (
             jnp.arange(columns)[None, None, None]
             < jnp.asarray(self.num_blocks)[..., None]
@@ -64,13 +66,17 @@ class BlockLists:
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class KnownLists(BlockLists):
-    """Lists in NumPy, a pytree without leaves: no transformation traces them."""
+    """Lists in NumPy as a pytree without leaves, which no transformation traces.
+
+    They are static, so JAX compares and hashes them to find a compiled program. Masks
+    with equal lists share one program.
+    """
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KnownLists):
             return NotImplemented
         pairs = zip(self.arrays, other.arrays, strict=True)
-        # Most that are equal are one array, which need not be read.
+        # Equal lists are mostly the same array, whose values need not be compared.
         return all(x is y or np.array_equal(x, y) for x, y in pairs)
 
     def __hash__(self) -> int:
@@ -83,7 +89,10 @@ def module_of(*arrays: Leaf) -> Any:
 
 
 def lists_of_dense(blocks: Bool[Array, "batch heads rows columns"]) -> BlockLists:
-    """Under jit, where the widths cannot depend on the values: room for every block."""
+    """List the blocks with room for every one.
+
+    Under `jax.jit` the lengths of lists cannot depend on values.
+    """
     batch, heads, rows, columns = blocks.shape
     order = jnp.argsort(~blocks, axis=-1, stable=True).astype(jnp.int32)
     starts = columns * jnp.arange(rows, dtype=jnp.int32)
@@ -98,9 +107,9 @@ def lists_of_dense(blocks: Bool[Array, "batch heads rows columns"]) -> BlockList
 class Runs:
     """The state of every block as a step function, on the host.
 
-    Blocks are counted along the rows, one row of blocks after the other, heads and
-    batches after that. From block `at[i]` up to `at[i + 1]` the state is `state[i]`.
-    Every operation takes time and memory in the number of steps, not of blocks.
+    Blocks are counted along the rows of blocks, then over heads and batches. From block
+    `at[i]` up to `at[i + 1]` the state is `state[i]`. Every operation takes time and
+    memory in the number of steps, not of blocks.
     """
 
     shape: Shape
@@ -109,19 +118,24 @@ class Runs:
 
     @property
     def blocks(self) -> int:
+        """The number of blocks."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
     def lengths(self) -> np.ndarray:
+        """The number of blocks in each run."""
         return np.diff(self.at, append=self.blocks)
 
     def lookup(self, at: np.ndarray) -> np.ndarray:
+        """Return the states of the blocks at these numbers."""
         return self.state[np.searchsorted(self.at, at, side="right") - 1]
 
     def to_dense(self) -> np.ndarray:
+        """Return the state of every block."""
         return np.repeat(self.state, self.lengths).reshape(self.shape)
 
     def broadcast(self, batch: int, heads: int) -> "Runs":
+        """Repeat a batch or a head of 1."""
         shape = batch, heads, *self.shape[2:]
         if shape == self.shape:
             return self
@@ -137,7 +151,7 @@ class Runs:
         return _merged(shape, split.at[taken] + moved, split.state[taken])
 
     def transpose(self) -> "Runs":
-        """Rows become columns; steps lie where a block differs from the one above."""
+        """Turn rows into columns; steps lie where a block differs from that above."""
         batch, heads, rows, columns = self.shape
         size = rows * columns
         split = _split(self, columns * np.arange(batch * heads * rows))
@@ -155,7 +169,7 @@ class Runs:
         return _merged((batch, heads, columns, rows), moved[order], state[order])
 
     def lists(self, state: int) -> BlockLists:
-        """The blocks in that state."""
+        """Return the lists of the blocks in this state."""
         batch, heads, rows, columns = self.shape
         split = _split(self, columns * np.arange(batch * heads * rows))
         chosen = split.state == state
@@ -187,7 +201,7 @@ class Runs:
 def combine(
     op: Callable[[np.ndarray, np.ndarray], np.ndarray], a: Runs, b: Runs
 ) -> Runs:
-    """`op` of the two states, block by block; a batch or heads of 1 is every one."""
+    """Apply `op` to both states of each block; a batch or heads of 1 stands for all."""
     batch, heads = np.broadcast_shapes(a.shape[:2], b.shape[:2])
     a, b = a.broadcast(batch, heads), b.broadcast(batch, heads)
     at = distinct(np.concatenate([a.at, b.at]))
@@ -195,6 +209,7 @@ def combine(
 
 
 def runs_of_dense(states: Int8[np.ndarray, "batch heads rows columns"]) -> Runs:
+    """Return the runs of an array of states."""
     flat = states.ravel()
     at = np.concatenate([[0], 1 + np.flatnonzero(flat[1:] != flat[:-1])])
     return Runs(states.shape, at, flat[at])
@@ -203,7 +218,10 @@ def runs_of_dense(states: Int8[np.ndarray, "batch heads rows columns"]) -> Runs:
 def runs_of_slices(
     shape: Shape, row: np.ndarray, start: np.ndarray, stop: np.ndarray, state: int
 ) -> Runs:
-    """`state` from column `start` up to `stop` of each row, which may overlap."""
+    """Return runs with `state` in slices of rows, from `start` up to `stop`.
+
+    Slices may overlap.
+    """
     start, stop = np.clip(start, 0, shape[3]), np.clip(stop, 0, shape[3])
     used = start < stop
     at = np.concatenate([row[used] * shape[3] + x[used] for x in (start, stop)])
@@ -214,7 +232,10 @@ def runs_of_slices(
 
 
 def runs_of_lists(lists: BlockLists, columns: int, state: int) -> Runs:
-    """The inverse of `Runs.lists`, which reads each run of neighbours once."""
+    """Return the runs of the listed blocks; this inverts `Runs.lists`.
+
+    It reads each run of neighbours once.
+    """
     num_blocks, starts, indices = (
         np.asarray(x, np.int64) for x in (lists.num_blocks, lists.starts, lists.indices)
     )
@@ -240,26 +261,30 @@ def runs_of_lists(lists: BlockLists, columns: int, state: int) -> Runs:
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`starts[i], starts[i] + 1, ...`, `counts[i]` of them, for each i in turn."""
+    """Return `counts[i]` numbers from `starts[i]` on, for each i in turn."""
     before = np.cumsum(counts) - counts
     return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def distinct(x: np.ndarray) -> np.ndarray:
-    """In ascending order, each once."""
-    # Not np.unique, whose hash table is 30 times slower; this sort merges sorted parts.
+    """Return each value once, in ascending order."""
+    # np.unique builds a hash table, which takes 30 times as long. This sort merges parts
+    # that are sorted already, so it is fast.
     x = np.sort(x, axis=None, kind="stable")
     return x[np.diff(x, prepend=x[0] - 1) > 0]
 
 
 def _split(runs: Runs, at: np.ndarray) -> Runs:
-    """The same states, with a step at each of `at`."""
+    """Return the same states with a step at each of `at`."""
     at = distinct(np.concatenate([runs.at, at]))
     return Runs(runs.shape, at, runs.lookup(at))
 
 
 def _merged(shape: Shape, at: np.ndarray, state: np.ndarray) -> Runs:
-    """As few steps as can be, from ascending ones, the last of equal ones holding."""
+    """Return the runs with as few steps as possible.
+
+    Steps come in ascending order; among equal ones the last holds.
+    """
     last = np.diff(at, append=np.prod(shape, dtype=np.int64)) > 0
     at, state = at[last], state[last].astype(np.int8)
     changes = np.diff(state, prepend=-1) != 0

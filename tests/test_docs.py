@@ -23,6 +23,7 @@ GENERATED = Path("docs/benchmarks/generated")
 WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.parents]
 PAGES = [README, *sorted(WRITTEN)]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+PROMPT = ">>>"
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
 MOST_README_LINES = 150
@@ -44,9 +45,9 @@ class Block(NamedTuple):
     before: str
 
 
-def blocks_of(page: Path) -> list[Block]:
+def blocks_of(text: str) -> list[Block]:
     """The fenced blocks in order, of which some are indented in lists or tabs."""
-    text, found, end = page.read_text(), [], 0
+    found, end = [], 0
     for match in FENCE.finditer(text):
         indent, language, code = match.groups()
         code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
@@ -64,11 +65,14 @@ class Example(NamedTuple):
     output: str | None
 
 
-def examples_of(page: Path) -> list[Example]:
-    """Return the blocks of Python, each with the output that follows it."""
-    blocks, found = blocks_of(page), []
+def examples_of(text: str) -> list[Example]:
+    """Return the blocks of Python, each with the output that follows it.
+
+    The sessions of docstrings are not among them: they are doctest's.
+    """
+    blocks, found = blocks_of(text), []
     for block, following in zip_longest(blocks, blocks[1:]):
-        if block.language == "python":
+        if block.language == "python" and not block.text.startswith(PROMPT):
             prints = following and following.language == "text" and not following.before
             output = following.text if following and prints else None
             found.append(Example(block.line, block.text, output))
@@ -82,30 +86,34 @@ def as_a_reader() -> Iterator[None]:
         yield
 
 
-@pytest.mark.newest
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if examples_of(page)], ids=lambda page: str(page)
-)
-def test_examples_print_what_the_page_says(page):
-    # A reader runs the blocks of a page in order.
+def run_examples(name: str, text: str) -> None:
+    """Run the blocks of a page or docstring in order, as a reader would."""
     session = {"__name__": "__main__"}
-    for line, code, output in examples_of(page):
+    for line, code, output in examples_of(text):
         # The empty lines give a traceback the line numbers of the page.
-        program = compile("\n" * line + code, str(page), "exec")
+        program = compile("\n" * line + code, name, "exec")
         with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, session)
         got = printed.getvalue()
         assert output is None or doctest.OutputChecker().check_output(
             output, got, FLAGS
-        ), f"{page}:{line} printed\n{got}and the page says\n{output}"
+        ), f"{name}:{line} printed\n{got}and the page says\n{output}"
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if examples_of(page.read_text())], ids=str
+)
+def test_examples_print_what_the_page_says(page):
+    run_examples(str(page), page.read_text())
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
     unknown = [
         f"{page}:{block.line}: {block.language}"
         for page in PAGES
-        for block in blocks_of(page)
-        if block.language not in LANGUAGES
+        for block in blocks_of(page.read_text())
+        if block.language not in LANGUAGES or block.text.startswith(PROMPT)
     ]
     assert unknown == []
 
@@ -114,7 +122,7 @@ def commands() -> list[tuple[str, str]]:
     """The commands of `sh` blocks and of inline code, each with its place."""
     found = []
     for page in PAGES:
-        for block in blocks_of(page):
+        for block in blocks_of(page.read_text()):
             if block.language == "sh":
                 text = re.sub(r"\\\n\s*", " ", block.text)
                 found += [(f"{page}:{block.line}", line) for line in text.splitlines()]
@@ -178,16 +186,17 @@ def test_every_public_name_has_its_place_in_the_api():
 
 
 def docstring_examples() -> list[doctest.DocTest]:
-    """Return the examples of the public names and of their methods."""
+    """Return the public docstrings with examples: sessions and blocks of Python."""
     found = {}
     for name in public_names():
         module, _, last = name.rpartition(".")
         value = getattr({one.__name__: one for one in MODULES}[module], last)
         if not getattr(value, "__module__", "jaxkern").startswith("jaxkern"):
             continue
-        finder = doctest.DocTestFinder(recurse=inspect.isclass(value))
+        is_class = inspect.isclass(value)
+        finder = doctest.DocTestFinder(recurse=is_class, exclude_empty=False)
         for test in finder.find(value, name, module=False, globs={}):
-            if test.examples:
+            if test.examples or examples_of(inspect.cleandoc(test.docstring or "")):
                 found.setdefault(test.name, test)
     return list(found.values())
 
@@ -205,6 +214,7 @@ def test_examples_of_docstrings(test):
     with as_a_reader():
         runner.run(test, out=report.append)
     assert not runner.failures, "".join(report)
+    run_examples(test.name, inspect.cleandoc(test.docstring or ""))
 
 
 def test_faults_of_a_page_are_found(tmp_path):

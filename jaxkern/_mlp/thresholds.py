@@ -2,7 +2,7 @@
 
 A kernel is picked where it took less time than XLA forward and backward, in what was
 measured: on one H200 at 700 W on 2026-11-26, `benchmarks/results/nvidia_h200`. Other
-sizes of `THRESHOLDS` are predicted by the models of `benchmarks/_mlp_cost.py`: a kernel
+sizes of `THRESHOLDS` are predicted by the models of `tests/mlp_cost.py`: a kernel
 is picked where these say that it takes less time forward and backward, and no more
 forward. Most rows keep a distance to that of a twentieth, or of a tenth with 2:4 chosen
 by token, since single launches are predicted within a tenth; `swiglu` does not, which

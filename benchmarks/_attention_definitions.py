@@ -1,4 +1,4 @@
-"""The plain forms of `benchmarks.attention`, and what its rows are checked against."""
+"""Plain forms of `benchmarks.attention`, and the check of its rows."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -148,7 +148,7 @@ def rows_of(shape: Shape) -> np.ndarray:
 
 @partial(jax.jit, static_argnames="backward")
 def define(rows, counts, *args, backward: bool):
-    """What some queries give: one softmax over all keys, each met so many times."""
+    """Attend from some queries: one softmax over all keys, each met so many times."""
 
     def result(query, key, value, *state):
         wide = np.promote_types(query.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.attention` compute: shapes, patterns, and their work."""
+"""Shapes and patterns of `benchmarks.attention`, and the work that they take."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,9 +7,9 @@ import numpy as np
 
 import jaxkern
 
+from ._harness import FORWARD
 from ._report import published
 
-PASSES = ("forward", "forward+backward")
 BLOCK = 128
 # Resident in every published peak: weights of three modules, and six inputs.
 PUBLISHED_WEIGHTS_MIB, PUBLISHED_INPUTS = 12.04, 6
@@ -17,25 +17,28 @@ PUBLISHED_WEIGHTS_MIB, PUBLISHED_INPUTS = 12.04, 6
 
 @dataclass(frozen=True)
 class Shape:
+    """group: query heads that read one key head."""
+
     batch: int
     seq: int
     heads: int
     dim: int = 64
-    # Query heads that read one key head.
     group: int = 1
 
     def __str__(self) -> str:
-        return f"({self.batch}, {self.seq}, {self.heads})"
+        """With the key heads, where they are fewer."""
+        heads = f"{self.heads}/{self.kv_heads}" if self.group > 1 else self.heads
+        return f"({self.batch}, {self.seq}, {heads}, {self.dim})"
 
     @property
     def kv_heads(self) -> int:
         return self.heads // self.group
 
     @property
-    def sizes(self) -> str:
-        """With the key heads, where they are fewer, and the dim."""
-        heads = f"{self.heads}/{self.kv_heads}" if self.group > 1 else self.heads
-        return f"({self.batch}, {self.seq}, {heads}, {self.dim})"
+    def sizes(self) -> dict[str, int]:
+        """The columns of a row."""
+        heads = {"num_heads": self.heads, "num_kv_heads": self.kv_heads}
+        return {"batch": self.batch, "seq": self.seq} | heads | {"head_dim": self.dim}
 
     @property
     def embed(self) -> int:
@@ -43,7 +46,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of a query, key, value or output in float32."""
+        """Bytes of a query, key, value or output in float32."""
         return 4 * self.batch * self.seq * self.embed
 
 
@@ -52,6 +55,9 @@ class Dense:
     """Every query sees every key, or none after it."""
 
     is_causal: bool = False
+
+    def __str__(self) -> str:
+        return "causal" if self.is_causal else "dense"
 
     def pairs(self, seq: int, heads: int) -> float:
         """Queries times keys that a head computes."""
@@ -71,6 +77,10 @@ class Dilated:
     segment_lengths: tuple[int, ...]
     dilation_rates: tuple[int, ...]
     is_causal: bool = False
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} causal" if self.is_causal else self.name
 
     def _patterns(self, seq: int) -> list[tuple[int, int]]:
         lengths = (min(w, seq) for w in self.segment_lengths)
@@ -94,56 +104,17 @@ class Dilated:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of 128 queries and keys: "near", "causal", or a percentage of all."""
+    """A mask of blocks of 128 queries and keys.
 
-    which: str | int
-
-    def grid(self, seq: int) -> np.ndarray:
-        """Which blocks there are; a percentage is spread evenly over the rows."""
-        n = seq // BLOCK
-        i, j = np.indices((n, n))
-        match self.which:
-            case "near":
-                return abs(i - j) <= 1
-            case "causal":
-                return j <= i
-        wanted = max(1, round(n * n * int(self.which) / 100))
-        # In every row the same number of columns, more or less one, drawn at random.
-        ranks = np.random.default_rng(0).permuted(j, axis=1)
-        return ranks < (wanted * (i + 1)) // n - (wanted * i) // n
-
-    def mask(self, seq: int) -> jaxkern.BlockMask:
-        match self.which:
-            case "near":
-                return jaxkern.BlockMask.dilated(seq, seq, rates=[1], block_size=BLOCK)
-            case "causal":
-                return jaxkern.BlockMask.causal(seq, seq, block_size=BLOCK)
-        return jaxkern.BlockMask.from_blocks(self.grid(seq), block_size=BLOCK)
-
-    def pairs(self, seq: int, heads: int) -> float:
-        """Of whole blocks, which are what is computed."""
-        return self.grid(seq).sum() * BLOCK**2
-
-    def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
-        keys = np.arange(shape.seq)
-        seen = self.grid(shape.seq)[rows[:, None] // BLOCK, keys // BLOCK]
-        if self.which == "causal":
-            seen = seen & (keys <= rows[:, None])
-        return seen[None].astype(np.int8)
-
-
-@dataclass(frozen=True)
-class Masked:
-    """What the kernel is for: blocks of 128 by a rule, or at random for each head.
-
-    which: "window" of 1/16 of the sequence to both sides; "global+local", the first
-        1/128 and a window of 1/32; "documents" of 1/8, causal; or a percentage of all
-        blocks, of which rows have more or less.
-    heads: of the mask; 1 stands for any number.
+    which: "near", a block and its two neighbours; "causal"; "window" of 1/16 of the
+        sequence to both sides; "global+local", the first 1/128 and a window of 1/32;
+        "documents" of 1/8, causal; or a percentage of all blocks.
+    heads: of a percentage. None spreads it evenly over the rows of one mask for all
+        heads; else blocks are drawn for each head, of which rows have more or less.
     """
 
     which: str | int
-    heads: int = 1
+    heads: int | None = None
 
     def __str__(self) -> str:
         return self.which if isinstance(self.which, str) else f"{self.which}%"
@@ -152,13 +123,22 @@ class Masked:
         """(heads, q_blocks, kv_blocks) of a percentage."""
         n = seq // BLOCK
         wanted = max(1, round(n * n * int(self.which) / 100))
+        random = np.random.default_rng(0)
+        if self.heads is None:
+            i, j = np.indices((n, n))
+            # In every row the same number of columns, more or less one.
+            ranks = random.permuted(j, axis=1)
+            return (ranks < (wanted * (i + 1)) // n - (wanted * i) // n)[None]
         ranks = np.tile(np.arange(n * n), (self.heads, 1))
-        drawn = np.random.default_rng(0).permuted(ranks, axis=1) < wanted
-        return drawn.reshape(self.heads, n, n)
+        return (random.permuted(ranks, axis=1) < wanted).reshape(self.heads, n, n)
 
     def visible(self, seq: int, q, k):
-        """Of positions, in NumPy or in PyTorch, which pairs attend."""
+        """Which pairs of positions attend by a rule, in NumPy or in PyTorch."""
         match self.which:
+            case "near":
+                return abs(q // BLOCK - k // BLOCK) <= 1
+            case "causal":
+                return k <= q
             case "window":
                 return abs(q - k) <= seq // 16
             case "global+local":
@@ -169,23 +149,26 @@ class Masked:
     def mask(self, seq: int) -> jaxkern.BlockMask:
         if isinstance(self.which, int):
             return self.mask_of_grid(self.grid(seq))
-        make = jaxkern.BlockMask
+        make, size = jaxkern.BlockMask, {"block_size": BLOCK}
         match self.which:
+            case "near":
+                return make.dilated(seq, seq, rates=[1], **size)
+            case "causal":
+                return make.causal(seq, seq, **size)
             case "window":
-                return make.local_window(seq, seq, window=seq // 16, block_size=BLOCK)
+                return make.local_window(seq, seq, window=seq // 16, **size)
             case "global+local":
                 sizes = {"global_tokens": seq // 128, "window": seq // 32}
-                return make.global_local(seq, seq, **sizes, block_size=BLOCK)
+                return make.global_local(seq, seq, **sizes, **size)
         ids = np.arange(seq) // (seq // 8)
-        causal = make.causal(seq, seq, block_size=BLOCK)
-        return make.document(ids, block_size=BLOCK) & causal
+        return make.document(ids, **size) & make.causal(seq, seq, **size)
 
     @staticmethod
     def mask_of_grid(grid: np.ndarray) -> jaxkern.BlockMask:
         return jaxkern.BlockMask.from_blocks(grid, block_size=BLOCK)
 
     def pairs(self, seq: int, heads: int) -> float:
-        """Of whole blocks, which are what is computed."""
+        """Whole blocks are computed."""
         return float(known_mask(self, seq).density) * float(seq) ** 2
 
     def counts(self, shape: Shape, rows: np.ndarray) -> np.ndarray:
@@ -196,12 +179,12 @@ class Masked:
 
 
 @lru_cache
-def known_mask(pattern: Masked, seq: int) -> jaxkern.BlockMask:
+def known_mask(pattern: Blocks, seq: int) -> jaxkern.BlockMask:
     """Made once for all that only reads it."""
     return pattern.mask(seq)
 
 
-Pattern = Dense | Dilated | Blocks | Masked
+Pattern = Dense | Dilated | Blocks
 
 
 def _pairs(seq: float, is_causal: bool) -> float:
@@ -210,7 +193,7 @@ def _pairs(seq: float, is_causal: bool) -> float:
 
 @dataclass(frozen=True)
 class Task:
-    """What a row computes, whoever computes it.
+    """The computation of a row, whoever does it.
 
     module: None for attention alone; "plain" with the four projections of a multi-head
         module around it; "norms" also with norms of query, of key and of the result.
@@ -223,12 +206,12 @@ class Task:
     scale: float = 1.0
 
     def flops(self, which: str) -> float:
-        """Of the matmuls; attention's backward computes the logits again: 5 for 2."""
+        """FLOPs of the matmuls; the backward computes the logits again: 5 for 2."""
         s = self.shape
         pairs = self.pattern.pairs(s.seq, s.heads)
         attention = 4.0 * s.batch * s.heads * s.dim * pairs
         projections = 8.0 * s.batch * s.seq * s.embed**2 if self.module else 0.0
-        if which == "forward":
+        if which == FORWARD:
             return attention + projections
         return 3.5 * attention + 3 * projections
 

@@ -1,4 +1,4 @@
-"""Who computes the rows of `benchmarks.attention`, and how."""
+"""Programs of `benchmarks.attention`, ours and those of others."""
 
 import importlib
 import importlib.util
@@ -19,34 +19,44 @@ import jaxkern
 
 from . import _attention_definitions as definitions
 from . import _torch
-from ._attention_model import Blocks, Dense, Dilated, Masked, Task
-from ._harness import Check, Program, Row, Skip, with_gradients
-
-OURS = (
-    "attention",
-    "dilated_attention",
-    "block_sparse_attention",
-    "ring_attention",
+from ._attention_model import Blocks, Dense, Dilated, Task
+from ._harness import (
+    KERNEL,
+    PICKED,
+    PLAIN,
+    XLA,
+    Check,
+    Program,
+    Row,
+    Skip,
+    with_gradients,
 )
-PEERS = ("plain jnp", "jax.nn xla", "jax.nn cudnn", "tokamax", "torch sdpa")
+
+CUDNN = "cudnn"
+PEERS = (PLAIN, "jax.nn xla", CUDNN, "tokamax", "torch sdpa")
 FLEX = "torch flex"
-# Of our operations, in rows that name one.
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
-# Of a mask, which takes milliseconds at most.
+# By whom a row of ours is computed, and what the op is told.
+IMPLEMENTATIONS = {KERNEL: "mosaic_gpu", XLA: "xla", PICKED: None}
+# How often a mask is built, which takes milliseconds at most.
 MASK_BUILDS = 5
 # They hold all logits of a segment at once.
-WHOLE = ("plain jnp", "jax.nn xla")
+WHOLE = (PLAIN, "jax.nn xla")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: its name, what it computes, who does, and on how many devices."""
+    """A row to be: the op, its arguments, by whom, and on how many devices."""
 
     grid: str
-    name: str
+    op: str
     task: Task
     by: str
     devices: int = 1
+
+    @property
+    def variant(self) -> str:
+        modules = {"norms": ", multi-head with norms", "plain": ", multi-head"}
+        return f"{self.task.pattern}{modules.get(self.task.module or '', '')}"
 
     def needed_bytes(self, backward: bool) -> float:
         """Of the program, and of the float64 check."""
@@ -64,9 +74,9 @@ def why_left_out(peer: str, args: Any) -> str | None:
     if not args.peers:
         return "--no-peers"
     match peer:
-        case "jax.nn cudnn" if jax.default_backend() != "gpu":
+        case "cudnn" if jax.default_backend() != "gpu":
             return "it needs an NVIDIA GPU"
-        case "jax.nn cudnn" if args.dtype.itemsize != 2:
+        case "cudnn" if args.dtype.itemsize != 2:
             return f"dtype must be bfloat16 or float16, got {args.dtype}"
         case "torch sdpa" | "torch flex":
             return _torch.why_left_out(True)
@@ -82,11 +92,11 @@ def peers(args: Any) -> list[str]:
 def build(entry: Entry, args: Any) -> Program:
     task, backward = entry.task, args.backward
     key = task, args.dtype, args.seed, backward
-    if entry.by == "ring_attention":
+    if entry.op == "ring_attention":
         return _ring(entry, key)
     if entry.by.startswith("torch"):
         return _torch_program(entry, key)
-    fn, inputs = core(task, entry.by), definitions.make_arguments(*key)
+    fn, inputs = core(entry), definitions.make_arguments(*key)
     if task.module:
         sizes = task.shape, task.module
         make = partial(definitions.make_module, *sizes, fn, args.dtype, args.seed)
@@ -97,12 +107,12 @@ def build(entry: Entry, args: Any) -> Program:
         fn = with_gradients(fn)
     if entry.by in IMPLEMENTATIONS:
         _refuse(fn, inputs)
-    figures = partial(_mask_figures, task) if isinstance(task.pattern, Masked) else dict
+    figures = partial(_mask_figures, task) if isinstance(task.pattern, Blocks) else dict
     return Program(fn, inputs, partial(definitions.check, key), figures=figures)
 
 
 def _refuse(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
-    """What an operation says that it cannot do here is no failure of it."""
+    """Skip a row that the op says it cannot compute here: that is no failure."""
     try:
         jax.eval_shape(fn, *inputs)
     except NotImplementedError as error:
@@ -112,7 +122,7 @@ def _refuse(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
 def _mask_figures(task: Task) -> Row:
     """How long the host takes to make the mask from what it is given."""
     pattern, seq = task.pattern, task.shape.seq
-    assert isinstance(pattern, Masked)
+    assert isinstance(pattern, Blocks)
     build = partial(pattern.mask, seq)
     if isinstance(pattern.which, int):
         build = partial(pattern.mask_of_grid, pattern.grid(seq))
@@ -128,45 +138,30 @@ def _call_module(graph, query, key, value, state):
     return nnx.merge(graph, state)(query, key, value)
 
 
-def core(task: Task, by: str) -> Callable[..., Any]:
+def core(entry: Entry) -> Callable[..., Any]:
     """The attention function of (query, key, value)."""
-    pattern, seq = task.pattern, task.shape.seq
-    masked = isinstance(pattern, Blocks | Masked)
-    causal = {} if masked else {"is_causal": pattern.is_causal}
-    match by:
-        case "mosaic_gpu" | "xla" if isinstance(pattern, Masked):
-            return partial(
-                jaxkern.block_sparse_attention,
-                mask=pattern.mask(seq),
-                implementation=by,
-            )
-        case "mosaic_gpu" | "xla":
-            return partial(jaxkern.attention, **causal, implementation=by)
-        case "attention":
-            return partial(jaxkern.attention, **causal)
-        case "dilated_attention":
+    pattern, seq, by = entry.task.pattern, entry.task.shape.seq, entry.by
+    masked = isinstance(pattern, Blocks)
+    options: dict[str, Any] = {} if masked else {"is_causal": pattern.is_causal}
+    if by in IMPLEMENTATIONS:
+        options["implementation"] = IMPLEMENTATIONS[by]
+        if masked:
+            options["mask"] = pattern.mask(seq)
+        elif entry.op == "dilated_attention":
             lengths, rates = (seq,), (1,)
             if isinstance(pattern, Dilated):
                 lengths, rates = pattern.segment_lengths, pattern.dilation_rates
-            return partial(
-                jaxkern.dilated_attention,
-                dilation=jaxkern.Dilation(lengths, rates),
-                **causal,
-            )
-        case "block_sparse_attention" if isinstance(pattern, Blocks):
-            mask = pattern.mask(seq)
-            return partial(jaxkern.block_sparse_attention, mask=mask)
-        case "plain jnp" if isinstance(pattern, Dilated):
+            options["dilation"] = jaxkern.Dilation(lengths, rates)
+        return partial(getattr(jaxkern, entry.op), **options)
+    if by == PLAIN:
+        if isinstance(pattern, Dilated):
             return partial(definitions.attend_dilated, pattern=pattern)
-        case "plain jnp":
-            return partial(definitions.attend, **causal)
-        case "tokamax":
-            tokamax = importlib.import_module("tokamax")
-            return partial(tokamax.dot_product_attention, **causal)
-    implementation = by.removeprefix("jax.nn ")
-    return partial(
-        jax.nn.dot_product_attention, implementation=implementation, **causal
-    )
+        return partial(definitions.attend, **options)
+    if by == "tokamax":
+        tokamax = importlib.import_module("tokamax")
+        return partial(tokamax.dot_product_attention, **options)
+    options["implementation"] = by.removeprefix("jax.nn ")
+    return partial(jax.nn.dot_product_attention, **options)
 
 
 def _ring(entry: Entry, key: tuple[Any, ...]) -> Program:
@@ -231,7 +226,7 @@ def _sdpa(is_causal, F, *inputs):
 def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
     """FlexAttention over the same lists of blocks, whose names ours share."""
     pattern, seq = task.pattern, task.shape.seq
-    assert isinstance(pattern, Blocks | Masked)
+    assert isinstance(pattern, Blocks)
     torch = importlib.import_module("torch")
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     mask = pattern.mask(seq)
@@ -245,9 +240,8 @@ def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
         )
     )
     mask_mod = {}
-    if pattern.which == "causal":
-        mask_mod = {"mask_mod": lambda b, h, q, k: q >= k}
-    elif isinstance(pattern, Masked) and isinstance(pattern.which, str):
+    # Blocks of a percentage and near ones are whole.
+    if isinstance(pattern.which, str) and pattern.which != "near":
         mask_mod = {"mask_mod": lambda b, h, q, k: pattern.visible(seq, q, k)}
     block_mask = flex.BlockMask.from_kv_blocks(
         *lists,

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,62 +112,45 @@ def pattern(text: str) -> str:
     return text
 
 
-def add_only(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def make_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; one that adds its own of a name wins."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
+    add = parser.add_argument
+    add("--full", action="store_true", help="the whole published grid")
+    add("--list", action="store_true", help="print the rows there would be, and stop")
+    add(
         "--only",
         type=pattern,
         default="",
         metavar="REGEX",
         help="the rows, as --list prints them, in which it is found",
     )
-
-
-def make_parser(
-    module: str,
-    description: str,
-    *,
-    full: bool = True,
-    plot: bool = True,
-    warmup: int | None = 5,
-    own: Collection[str] = (),
-) -> argparse.ArgumentParser:
-    """With `--full` and `--plot` where the benchmark has them.
-
-    warmup: the default; None for one that depends on the device.
-    own: of --warmup, --timing and --dtype, those that the benchmark adds itself.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    if full:
-        add("--full", action="store_true", help="the whole published grid")
-    add("--list", action="store_true", help="print the rows there would be, and stop")
     add("--json", type=writable, metavar="FILE", help="save the rows as they come")
-    if plot:
-        help_plot = "draw them (.png, .svg, .pdf)"
-        add("--plot", type=plot_file, metavar="FILE", help=help_plot)
-    if "--warmup" not in own:
-        add(
-            "--warmup",
-            type=natural,
-            default=warmup,
-            metavar="N",
-            help="calls before the clock starts; with 0 the first one compiles "
-            f"(default {'5, on a CPU 1' if warmup is None else warmup})",
-        )
+    help_plot = "draw them (.png, .svg, .pdf)"
+    add("--plot", type=plot_file, metavar="FILE", help=help_plot)
+    add(
+        "--warmup",
+        type=natural,
+        metavar="N",
+        help="calls before the clock starts; with 0 the first one compiles "
+        "(default: the timing line of the report says it)",
+    )
     add("--iterations", type=positive, metavar="N", help="calls to time, for every row")
-    if "--timing" not in own:
-        add(
-            "--timing",
-            choices=("amortised", "per-call"),
-            default="amortised",
-            help="wait for the device once a stretch of calls (default), or each call",
-        )
-    if "--dtype" not in own:
-        add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
+    add(
+        "--timing",
+        choices=("amortised", "per-call"),
+        default="amortised",
+        help="wait for the device once a stretch of calls (default), or each call",
+    )
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     add("--seed", type=natural, default=0, metavar="N", help="of inputs and weights")
+    help_peers = "plain jnp, and others' libraries where they are installed"
+    peers = argparse.BooleanOptionalAction
+    add("--peers", action=peers, default=True, help=help_peers)
     return parser

@@ -1,4 +1,4 @@
-"""Inputs of `benchmarks.estimators`, and what its rows are checked against."""
+"""Inputs of `benchmarks.estimators`, and the results that its rows must have."""
 
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -20,15 +20,16 @@ from ._harness import Check
 VOCAB, EMBED, HEADS, LAYERS, HIDDEN, SEQ = 4096, 512, 8, 3, 2048, 256
 KERNELS = ("left", "right", "down")
 Sizes = tuple[int, int, int]  # (seq, d_in, hidden)
-Form = Method | Literal["current", "mosaic_gpu"]
+# A method by XLA, one mask for all samples, or the kernels.
+Form = Method | Literal["current", "kernel"]
 # Not the published 0.02, with which masks would hardly move the loss and no check of it
 # could find them wrong.
 INIT = nnx.initializers.normal(0.05)
 
 
 def options_of(form: Form) -> dict[str, Any]:
-    """Of `masked_bilinear`: a method by XLA, or "fused" by the kernels."""
-    if form == "mosaic_gpu":
+    """Options of `masked_bilinear` for this form."""
+    if form == "kernel":
         return {"method": "fused", "implementation": "mosaic_gpu"}
     return {"method": "fused" if form == "current" else form, "implementation": "xla"}
 
@@ -37,15 +38,17 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
-# Our names, and by hand what each multiplies the gradient of the mask by.
+# Our names, and by hand the factor by which each multiplies the gradient of the mask.
 ESTIMATORS: dict[str, Any] = {
     "straight_through": jaxkern.straight_through,
-    "seed_reinmax": partial(jaxkern.straight_through, derivative="one_plus_sigmoid"),
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
 }
 SLOPES: dict[str, Any] = {
     "straight_through": lambda x: 1.0,
-    "seed_reinmax": lambda x: 1 + sigmoid(x) * sigmoid(-x),
+    "one_plus_sigmoid": lambda x: 1 + sigmoid(x) * sigmoid(-x),
     "reinmax": lambda x: sigmoid(-abs(x)) / 2,
 }
 

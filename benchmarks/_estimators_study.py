@@ -4,58 +4,51 @@ L is a polynomial of six Bernoulli entries, so that the gradient of its mean for
 logits is a sum over 64 outcomes.
 """
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import jaxkern
 
-from ._report import (
-    Results,
-    make_console,
-    metadata,
-    number,
-    print_header,
-    print_table,
-    save_figure,
-    table,
-)
+from ._figures import Figure, Panel, Point
+from ._harness import BACKWARD, PLAIN, XLA, Case, Row, labels
+from ._report import Table, grouped, number
 
 ENTRIES, DRAWS = 6, 2**16
 SCALES = (0.5, 1.0, 2.0, 4.0)
 TEMPERATURES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-# Further than that from 0 is no accident of the draws.
+# Further than that many standard errors from 0 is no accident of the draws.
 ERRORS = 4
+LOSSES = ("linear", "quadratic", "quartic")
+# The place of an unbiased estimator on a logarithmic axis of percent.
+ZERO = 0.3
 Loss = Callable[[jax.Array], jax.Array]
 Gradient = Callable[[Loss, jax.Array, jax.Array], jax.Array]
-Row = dict[str, Any]
 
 
 def losses(seed: int) -> dict[str, Loss]:
-    """By the degree in each entry."""
+    """Losses by their degree in each entry."""
     keys = jax.random.split(jax.random.key(seed), 3)
     c, w = (jax.random.normal(key, (ENTRIES,)) for key in keys[:2])
     a = jax.random.normal(keys[2], (ENTRIES, ENTRIES))
-    return {
-        "linear": lambda b: c @ b,
-        "quadratic": lambda b: c @ b + b @ a @ b,
-        "quartic": lambda b: (w @ b - 1) ** 4,
-    }
+    of_degree: tuple[Loss, ...] = (
+        lambda b: c @ b,
+        lambda b: c @ b + b @ a @ b,
+        lambda b: (w @ b - 1) ** 4,
+    )
+    return dict(zip(LOSSES, of_degree, strict=True))
 
 
 def logits_at(scale: float) -> jax.Array:
-    """Of both signs, the largest of that size."""
+    """Logits of both signs, the largest of that size."""
     return scale * jnp.linspace(-1, 1, ENTRIES)
 
 
 def exact(loss: Loss, logits: jax.Array) -> np.ndarray:
-    """Over all outcomes, in float64."""
+    """The gradient of the mean over all outcomes, in float64."""
     with jax.enable_x64(True):
         outcomes = np.indices((2,) * ENTRIES).reshape(ENTRIES, -1).T.astype(float)
 
@@ -88,18 +81,19 @@ def rloo(loss: Loss, logits: jax.Array, key: jax.Array, samples: int = 4) -> jax
     return ((values - others) @ (b - p)) / samples
 
 
-GRADIENTS: dict[str, Gradient] = {
-    "seed_reinmax": by(
+# By op and variant.
+GRADIENTS: dict[tuple[str, str], Gradient] = {
+    ("straight_through", "one_plus_sigmoid"): by(
         partial(jaxkern.straight_through, derivative="one_plus_sigmoid"), drawn=False
     ),
-    "straight_through": by(jaxkern.straight_through, drawn=False),
-    "straight_through, drawn": by(jaxkern.straight_through),
-    "straight_through, drawn, sigmoid": by(
+    ("straight_through", ""): by(jaxkern.straight_through, drawn=False),
+    ("straight_through", "drawn"): by(jaxkern.straight_through),
+    ("straight_through", "drawn, sigmoid"): by(
         partial(jaxkern.straight_through, derivative="sigmoid")
     ),
-    "reinmax": by(jaxkern.reinmax),
-    "binary_concrete": by(jaxkern.binary_concrete),
-    "rloo, 4 draws": rloo,
+    ("reinmax", ""): by(jaxkern.reinmax),
+    ("binary_concrete", ""): by(jaxkern.binary_concrete),
+    ("rloo", "4 draws"): rloo,
 }
 TEMPERED: dict[str, Callable[..., jax.Array]] = {
     "reinmax": jaxkern.reinmax,
@@ -107,8 +101,9 @@ TEMPERED: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def measure(gradient: Gradient, loss: Loss, logits: jax.Array, seed: int) -> Row:
+def measure(gradient: Gradient, degree: str, scale: float, seed: int) -> Row:
     """Bias and standard deviation over the size of the exact gradient; direction."""
+    loss, logits = losses(seed)[degree], logits_at(scale)
     keys = jax.random.split(jax.random.key(seed + 1), DRAWS)
     run = jax.jit(jax.vmap(lambda key: gradient(loss, logits, key)))
     values = np.asarray(run(keys), np.float64)
@@ -128,168 +123,100 @@ def measure(gradient: Gradient, loss: Loss, logits: jax.Array, seed: int) -> Row
     }
 
 
-def study(seed: int) -> list[Row]:
-    rows = []
-    for degree, loss in losses(seed).items():
+def cases(seed: int) -> list[Case]:
+    """A row for each loss, size of the logits, estimator and temperature."""
+    found = []
+
+    def add(degree, scale, temperature, name, gradient):
+        op, variant = name
+        who = PLAIN if op == "rloo" else XLA
+        sizes = {"loss": degree, "logits": scale, "temperature": temperature}
+        what = labels(op, variant, who, BACKWARD, "float32", **sizes)
+        found.append(Case(what, partial(measure, gradient, degree, scale, seed)))
+
+    for degree in LOSSES:
         for scale in SCALES:
             for name, gradient in GRADIENTS.items():
-                labels = {"loss": degree, "logits": scale, "temperature": 1.0}
-                row = measure(gradient, loss, logits_at(scale), seed)
-                rows.append(labels | {"estimator": name} | row)
-        for name, estimator in TEMPERED.items():
+                add(degree, scale, 1.0, name, gradient)
+        for op, estimator in TEMPERED.items():
             for temperature in TEMPERATURES:
-                if temperature == 1 or (name == "reinmax" and temperature < 1):
+                if temperature == 1 or (op == "reinmax" and temperature < 1):
                     continue
                 tempered = by(partial(estimator, temperature=temperature))
-                row = measure(tempered, loss, logits_at(1.0), seed)
-                labels = {"loss": degree, "logits": 1.0, "temperature": temperature}
-                rows.append(labels | {"estimator": name} | row)
-    return rows
+                add(degree, 1.0, temperature, (op, ""), tempered)
+    return found
 
 
-def _percent(value: float, unbiased: bool = False) -> str:
-    return "0" if unbiased or not value else number(100 * value, 2)
+def name_of(row: Row) -> str:
+    return ", ".join(x for x in (row["op"], row["variant"]) if x)
 
 
-def print_study(console: Console, rows: list[Row]) -> None:
-    names = list(losses(0))
+def tables(rows: Sequence[Row]) -> Iterator[Table | str]:
+    at_one = [row for row in rows if row["temperature"] == 1]
+    tempered = [r for r in rows if r["op"] in TEMPERED and r["logits"] == 1]
+    title = "Bias ± std in % of the exact gradient's size, and cosine with it"
+    yield _table(title, at_one, lambda r: f"logits to ±{r['logits']:g}", name_of)
+    yield _table(
+        "The same by temperature, logits to ±1",
+        sorted(tempered, key=lambda r: (r["op"], r["temperature"])),
+        name_of,
+        lambda r: f"{r['temperature']:g}",
+    )
+    yield "Without a bias that the draws can show, for any logits at temperature 1:"
+    for loss in LOSSES:
+        them = "; ".join(unbiased(rows, loss)) or "none"
+        yield f"  L {loss} in each entry:\n    {them}."
+
+
+def _table(title: str, rows: Sequence[Row], head, line) -> Table:
+    """A line an estimator or temperature, three cells a loss."""
+    lines: list[list[str]] = []
+    keyed = [row | {"head": head(row), "line": line(row)} for row in rows]
+    for (heading,), group in grouped(keyed, "head").items():
+        lines.append([heading])
+        for (name,), of_line in grouped(group, "line").items():
+            found = {row["loss"]: row for row in of_line if row["status"] == "ok"}
+            shown = name.replace("straight_through, ", "  ")
+            cells = [cell for loss in LOSSES for cell in _cells(found.get(loss))]
+            lines.append([f" {shown}", *cells])
     short = ("linear", "quadr.", "quart.")
     columns = [c for name in short for c in (name, "±", "cos")]
-    found = {
-        (r["estimator"], r["loss"], r["logits"], r["temperature"]): r for r in rows
-    }
-
-    def cells(estimator: str, scale: float, temperature: float) -> list[str]:
-        texts = []
-        for name in names:
-            row = found[estimator, name, scale, temperature]
-            texts += [_percent(row["bias"], row["unbiased"]), _percent(row["std"])]
-            texts.append(f"{row['cosine']:.2f}")
-        return texts
-
-    title = "Bias ± std in % of the exact gradient's size, and cosine with it"
-    result = table(title, ["", *columns])
-    for scale in SCALES:
-        result.add_row(f"[bold]logits to ±{scale:g}[/bold]")
-        for name in GRADIENTS:
-            shown = name.replace("straight_through, ", "  ")
-            result.add_row(f" {shown}", *cells(name, scale, 1.0))
-    print_table(console, result)
-    result = table("The same by temperature, logits to ±1", ["", *columns])
-    for name in TEMPERED:
-        result.add_row(f"[bold]{name}[/bold]")
-        for temperature in TEMPERATURES:
-            if (name, names[0], 1.0, temperature) in found:
-                result.add_row(f" {temperature:g}", *cells(name, 1.0, temperature))
-    print_table(console, result)
-    console.print("Bias 0: within what the draws can show. At temperature 1 that is,")
-    for name in names:
-        them = "; ".join(unbiased(rows, name))
-        console.print(f"for L {name} in each entry:\n  {them}.")
+    return Table(title, ["", *columns], lines)
 
 
-def unbiased(rows: list[Row], loss: str) -> list[str]:
-    """Those without a bias for any logits, at temperature 1."""
+def _cells(row: Row | None) -> list[str]:
+    if row is None:
+        return ["-"] * 3
+    bias = 0 if row["unbiased"] else row["bias"]
+    shown = ["0" if not x else number(100 * x, 2) for x in (bias, row["std"])]
+    return [*shown, f"{row['cosine']:.2f}"]
+
+
+def unbiased(rows: Sequence[Row], loss: str) -> list[str]:
+    """The estimators without a bias for any logits, at temperature 1."""
     chosen = [r for r in rows if r["loss"] == loss and r["temperature"] == 1]
-    names = dict.fromkeys(r["estimator"] for r in chosen)
-    return [
-        name
-        for name in names
-        if all(r["unbiased"] for r in chosen if r["estimator"] == name)
-    ]
+    chosen = [r | {"name": name_of(r)} for r in chosen if r["status"] == "ok"]
+    groups = grouped(chosen, "name").items()
+    return [name for (name,), group in groups if all(r["unbiased"] for r in group)]
 
 
-COLOURS = dict(
-    zip(
-        GRADIENTS,
-        ["#606060", "#8cc4e6", "#0072b2", "#2e8b57", "#c1272d", "#e69f00", "#7a3e9d"],
-        strict=True,
-    )
-)
-# Where the plot has 0, in percent.
-ZERO = 0.3
-
-
-def plot(rows: list[Row], path: Any, meta: Mapping[str, Any]) -> None:
+def figure(rows: Sequence[Row]) -> Figure | None:
     """Bias above and deviation below, over the logits' size; a column a loss."""
-    # Only here: it is an optional package, and the tables do not need it.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(losses(0))
-    figure, axes = plt.subplots(
-        2, len(names), figsize=(11, 6.8), sharex=True, sharey=True
-    )
-    for loss, column in zip(names, axes.T, strict=True):
-        for estimator in GRADIENTS:
-            group = [
-                r
-                for r in rows
-                if (r["loss"], r["estimator"]) == (loss, estimator)
-                and r["temperature"] == 1
-            ]
-            _draw(column, group, estimator)
-        column[0].set_title(f"L {loss} in each entry", fontsize=10)
-        column[1].set_xlabel("logits up to ± (log scale)")
-    for axis, what in zip(axes[:, 0], ("bias", "standard deviation"), strict=True):
-        axis.set_ylabel(f"{what}, % (log scale)")
-    for axis in axes.flat:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(SCALES, [f"{s:g}" for s in SCALES])
-        axis.set_yscale("log")
-        # 0 has no place on a log scale.
-        ticks = [1, 10, 100, 1000]
-        axis.set_yticks([ZERO, *ticks], ["0", *(f"{t:g}" for t in ticks)])
-        axis.minorticks_off()
-        axis.grid(lw=0.4)
-    handles = [
-        axes[0, 0].plot([], [], "o-", **_style(name), label=name)[0]
-        for name in GRADIENTS
-    ]
-    figure.legend(
-        handles=handles, loc="upper center", ncols=4, frameon=False, fontsize=9
-    )
-    text = f"{DRAWS} draws, seed {meta['seed']}, jaxkern {meta['revision']}"
-    figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
-    figure.tight_layout(rect=(0, 0.015, 1, 0.93))
-    save_figure(figure, path)
-    plt.close(figure)
-
-
-def _style(estimator: str) -> dict[str, Any]:
-    # Rings in rings, where several have none.
-    size = 4 + 1.6 * (len(COLOURS) - 1 - list(COLOURS).index(estimator))
-    return {"color": COLOURS[estimator], "ms": size, "mfc": "none", "lw": 1.4}
-
-
-def _draw(column: Any, group: list[Row], estimator: str) -> None:
-    for axis, what in zip(column, ("bias", "std"), strict=True):
-        values = [
-            ZERO if what == "bias" and row["unbiased"] else max(100 * row[what], ZERO)
-            for row in group
-        ]
-        axis.plot([r["logits"] for r in group], values, "o-", **_style(estimator))
-
-
-def main(args: argparse.Namespace) -> int:
-    meta = metadata(
-        "estimators",
-        dtype="float32",
-        matmul_precision="highest",
-        seed=args.seed,
-        timing_text="none",
-        notes={"draws": f"{DRAWS} a row, of {ENTRIES} Bernoulli entries"},
-    )
-    console = make_console()
-    print_header(console, "How far are the estimators' gradients from the exact?", meta)
-    with jax.default_matmul_precision("highest"):
-        rows = study(args.seed)
-    print_study(console, rows)
-    results = Results(args.json, meta)
-    results.rows = rows
-    saved = results.end(complete=True)
-    if args.plot:
-        plot(rows, args.plot, meta)
-    return int(not saved)
+    rows = [r for r in rows if r["status"] == "ok" and r["temperature"] == 1]
+    if not rows:
+        return None
+    grid = []
+    for what, words in (("bias", "bias"), ("std", "standard deviation")):
+        line = []
+        for (loss,), group in grouped(rows, "loss").items():
+            series: dict[str, list[Point]] = {}
+            for row in group:
+                value = 0 if what == "bias" and row["unbiased"] else row[what]
+                point = Point(row["logits"], max(100 * value, ZERO))
+                series.setdefault(name_of(row), []).append(point)
+            title = f"L {loss} in each entry"
+            x, y = "logits up to ± (log scale)", f"{words}, % (log scale)"
+            line.append(Panel(title, x, y, series, log_x=True, log_y=True))
+        grid.append(line)
+    text = f"{DRAWS} draws; {ZERO} % stands for 0 and below"
+    return Figure(grid, text)

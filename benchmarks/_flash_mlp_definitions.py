@@ -1,4 +1,4 @@
-"""The plain forms of `benchmarks.flash_mlp`, and what its rows are checked against."""
+"""Plain forms of `benchmarks.flash_mlp`, and the check of its rows."""
 
 import weakref
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def recorded(fn: Call, inputs: tuple[Any, ...]) -> Row:
 
 def make_inputs(shape: Shape, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
     """As published: x ~ N(0, 1/dim), w1 ~ N(0, 1/hidden), w2 ~ N(0, 1/dim); then dy."""
-    h, b, d, e = shape.heads, shape.batch, shape.dim, shape.hidden
+    h, b, d, e = vars(shape).values()
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes, scales = [(h, b, d), (h, d, e), (h, e, d), (h, b, d)], [d, e, d, 1]
     return tuple(

@@ -69,8 +69,8 @@ class Program:
 class Case:
     """One row to be.
 
-    labels: the columns that tell it from other rows.
-    build: makes the program; may raise `Skip`.
+    labels: the columns that tell it from other rows, as `labels` makes them.
+    build: makes the program, or figures that need no clock; may raise `Skip`.
     flops: of one call, 0 where a rate says nothing.
     iterations: how many calls to time, unless the user says.
     needed_bytes: of arguments, outputs and intermediates, at most.
@@ -78,8 +78,8 @@ class Case:
     warmup: calls before the clock starts, where rows differ in it.
     """
 
-    labels: Mapping[str, str | int]
-    build: Callable[[], Program]
+    labels: Mapping[str, Any]
+    build: Callable[[], Program | Row]
     flops: float = 0.0
     iterations: int = 20
     needed_bytes: float = 0.0
@@ -94,6 +94,31 @@ class Options:
     warmup: int = 5
     iterations: int | None = None
     timing: Timing = "amortised"
+
+
+# Every row begins with these columns, so that rows of all files join.
+COLUMNS = ("op", "variant", "by", "pass", "dtype")
+
+
+def labels(
+    op: str, variant: str, by: str, which: str, dtype: Any, **sizes: Any
+) -> dict[str, Any]:
+    """The columns that tell one row from all others, in every benchmark.
+
+    op: the public name of what is computed.
+    variant: which form of it, as a mask or an estimator; "" where there is one.
+    by: who computes it: "jaxkern mosaic_gpu", "jaxkern xla", "cudnn", "torch sdpa".
+    which: the pass: "forward", "backward", "forward+backward", "optimizer step".
+    sizes: of the arguments, by the names that the library's own arguments have.
+    """
+    values = op, variant, by, which, str(dtype)
+    return dict(zip(COLUMNS, values, strict=True)) | sizes
+
+
+# By whom a row of ours is computed: by a kernel, by XLA, and by whichever None picks.
+KERNEL, XLA, PICKED = "jaxkern mosaic_gpu", "jaxkern xla", "jaxkern"
+PLAIN = "plain jnp"
+FORWARD, BACKWARD, BOTH = PASSES = "forward", "backward", "forward+backward"
 
 
 class Skip(Exception):
@@ -282,6 +307,9 @@ def _run_case(
     if case.warmup is not None:
         options = replace(options, warmup=case.warmup)
     program = case.build()
+    if isinstance(program, dict):
+        row |= program
+        return
     try:
         measure(program, options, options.iterations or case.iterations, row)
     finally:
@@ -310,13 +338,9 @@ def run(
     gc.freeze()
     for case in cases:
         on_start(case)
-        row: Row = {
-            **case.labels,
-            "flops": case.flops,
-            "published_ms": case.published_ms,
-        }
+        row: Row = {**case.labels, "status": "ok", "reason": None}
+        row |= {"flops": case.flops, "published_ms": case.published_ms}
         try:
-            row |= {"status": "ok", "reason": None}
             _run_case(case, options, peak_tflops, row)
         except Skip as skip:
             row |= {"status": "skipped", "reason": str(skip)}

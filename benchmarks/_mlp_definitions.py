@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.mlp` must compute, and how they are held to it."""
+"""The check of the rows of `benchmarks.mlp`: every token, against float64."""
 
 from collections.abc import Callable
 from typing import Any

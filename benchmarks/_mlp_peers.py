@@ -1,4 +1,4 @@
-"""What others have of `benchmarks.mlp`: PyTorch, its sparse matmul, tokamax."""
+"""Rows of `benchmarks.mlp` by others: PyTorch, its sparse matmul, tokamax."""
 
 import argparse
 import importlib
@@ -13,9 +13,9 @@ import jax
 import jaxkern
 
 from . import _torch
-from ._harness import Program
+from ._harness import PLAIN, Program
 
-PLAIN, TOKAMAX, TORCH_SPARSE = "plain jnp", "tokamax", "torch 2:4"
+TOKAMAX, TORCH_SPARSE = "tokamax", "torch 2:4"
 
 
 def _swiglu(F, x, w_gate, w_up, w_down):
@@ -66,7 +66,7 @@ def _of_static(x, up, down):
     return (x, *(w.T for w in weights)), (2,)
 
 
-SPARSE = {"packed_relu2": _of_pruned, "low_rank_relu2 2:4-static": _of_static}
+SPARSE = {"low_rank_relu2 pruned": _of_pruned, "low_rank_relu2 2:4-static": _of_static}
 
 
 def prepare_sparse(
@@ -94,15 +94,15 @@ def tokamax_swiglu() -> Callable[..., Any]:
 
 
 def torch_program(
-    name: str, framework: str, inputs: tuple[Any, ...], check: Any, backward: bool
+    name: str, by: str, inputs: tuple[Any, ...], check: Any, backward: bool
 ) -> Program:
-    if framework == TORCH_SPARSE:
+    if by == TORCH_SPARSE:
         prepare = partial(prepare_sparse, SPARSE[name])
         shared = "torch eager", inputs, check, backward
         program = _torch.program(_linear_relu2, *shared, prepare)
         # Its weights cannot be recorded as those of a forward that is trained.
         return replace(program, figures=dict)
-    return _torch.program(MODULES[name], framework, inputs, check, backward)
+    return _torch.program(MODULES[name], by, inputs, check, backward)
 
 
 def why_left_out(peer: str, args: argparse.Namespace) -> str | None:
@@ -112,10 +112,10 @@ def why_left_out(peer: str, args: argparse.Namespace) -> str | None:
     match peer:
         case "tokamax" if importlib.util.find_spec("tokamax") is None:
             return "it is not installed (pip install tokamax)"
-        case "torch eager" | "torch compile":
-            return _torch.why_left_out(True)
         case "torch 2:4":
             return _why_no_sparse(args)
+        case "torch eager" | "torch compile":
+            return _torch.why_left_out(True)
     return None
 
 
@@ -130,11 +130,11 @@ def _why_no_sparse(args: argparse.Namespace) -> str | None:
     return reason
 
 
-def frameworks(name: str, args: argparse.Namespace) -> list[str]:
+def computers(name: str, args: argparse.Namespace) -> list[str]:
     """The peers that have such a row, as far as they are there."""
     torch = _torch.FRAMEWORKS if name in MODULES else ()
     candidates = [
-        *([PLAIN] if name != "packed_relu2" else []),
+        *([PLAIN] if name != "low_rank_relu2 pruned" else []),
         *([TOKAMAX] if name == "swiglu" else []),
         *torch,
         *([TORCH_SPARSE] if name in SPARSE else []),

@@ -1,4 +1,4 @@
-"""Inputs of `benchmarks.mlp`, and what each row runs."""
+"""Inputs of `benchmarks.mlp`, and the program of each row."""
 
 import argparse
 from collections.abc import Callable
@@ -15,13 +15,21 @@ from jaxkern.testing import plain
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
 from . import _mlp_peers as peers
-from ._harness import Program, Row, Skip, with_gradients
-from ._mlp_model import Model
-from ._mlp_peers import PLAIN, TOKAMAX
+from ._harness import (
+    BOTH,
+    FORWARD,
+    KERNEL,
+    PLAIN,
+    XLA,
+    Program,
+    Row,
+    Skip,
+    with_gradients,
+)
+from ._mlp_model import SELECTION, Model
+from ._mlp_peers import TOKAMAX
 
 WEIGHT_SCALE = 0.02
-# By XLA, and by our kernels.
-OURS, KERNEL = "jaxkern", "mosaic_gpu"
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,9 @@ IMPLEMENTATIONS = {
     shapes.TOP2: _relu2("2:4", plain.top2),
     shapes.SOFT: _relu2("2:4-soft", plain.soft),
     shapes.PRUNED: Implementation(jaxkern.low_rank_relu2, plain.pruned, "pruned"),
-    "static mask alone": _select("static", plain.static),
-    "2:4 alone": _select("top2", plain.top2),
-    "2:4-soft alone": _select("soft", plain.soft),
+    f"{SELECTION} static": _select("static", plain.static),
+    f"{SELECTION} top2": _select("top2", plain.top2),
+    f"{SELECTION} soft": _select("soft", plain.soft),
 }
 
 
@@ -104,9 +112,10 @@ def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> 
 
 
 def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
-    """
+    """Refuse a row of the kernels where they cannot run.
+
     Raises:
-        Skip: the row is of the kernels, and they cannot run here.
+        Skip: with the reason.
     """
     x = jax.ShapeDtypeStruct((tokens, features), dtype)
     reason = device.unsupported() or device.unsupported_array("x", x)
@@ -115,19 +124,19 @@ def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
 
 
 def build(
-    name: str, model: Model, tokens: int, args: argparse.Namespace, framework: str
+    name: str, model: Model, tokens: int, args: argparse.Namespace, by: str
 ) -> Program:
     impl = IMPLEMENTATIONS[name]
-    if framework == KERNEL:
+    if by == KERNEL:
         skip_without_kernels(tokens, model.hidden, args.dtype)
     inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
     fn: Any = impl.ours
-    if framework == PLAIN:
+    if by == PLAIN:
         fn = impl.plain
-    elif framework == TOKAMAX:
+    elif by == TOKAMAX:
         fn = peers.tokamax_swiglu()
     elif impl.weights != "activations":
-        chosen = KERNEL if framework == KERNEL else "xla"
+        chosen = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(impl.ours, implementation=chosen)
     check = definitions.check_forward
     if args.backward:
@@ -136,27 +145,22 @@ def build(
         inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
         fn, check = with_gradients(fn), definitions.check_backward
     check = partial(check, impl.plain, inputs)
-    if framework.startswith("torch"):
-        return peers.torch_program(name, framework, inputs, check, args.backward)
-    figures = partial(_figures, name, model, tokens, args.backward, framework)
+    if by.startswith("torch"):
+        return peers.torch_program(name, by, inputs, check, args.backward)
+
+    def figures() -> Row:
+        which = BOTH if args.backward else FORWARD
+        return {"floors_us": shapes.floors_us(model, tokens, name, which)}
+
     return Program(fn, inputs, check, figures=figures)
 
 
-def _figures(name, model: Model, tokens: int, backward: bool, framework: str) -> Row:
-    """Of an H200 and 16 bits: floors, and what is predicted of the kernels."""
-    which = shapes.PASSES[backward]
-    row: Row = {"floors_us": shapes.floors_us(model, tokens, name, which)}
-    if framework == KERNEL:
-        row["predicted_us"] = shapes.kernels_us(model, tokens, name, which)
-    return row
-
-
-def frameworks(name: str, args: argparse.Namespace) -> list[str]:
-    """Ours by XLA and by kernels, the same written plainly, and other libraries'."""
+def computers(name: str, args: argparse.Namespace) -> list[str]:
+    """By whom a row is computed: ours by XLA and by kernels, and others' libraries."""
     weights = IMPLEMENTATIONS[name].weights
     if args.backward and weights in ("activations", "pruned"):
         return []
     if weights == "activations":
-        return [OURS]
+        return [XLA]
     kernel = [KERNEL] if name in shapes.KERNEL_ROWS else []
-    return [OURS, *kernel, *peers.frameworks(name, args)]
+    return [XLA, *kernel, *peers.computers(name, args)]

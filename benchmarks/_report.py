@@ -1,6 +1,5 @@
-"""What a benchmark prints, draws and saves."""
+"""Tables of rows, and the files and streams that rows are written to."""
 
-import argparse
 import csv
 import importlib.metadata
 import json
@@ -10,16 +9,16 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,12 +27,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
 
-from ._harness import Case, Options, Row, run
+from ._harness import Case, Row
 
-PUBLISHED = Path(__file__).parent / "published"
+FOLDER = Path(__file__).parent
+PUBLISHED, RESULTS = FOLDER / "published", FOLDER / "results"
 WIDTH = 80
+Read = Callable[[Row], str]
 
 
 def published(name: str) -> list[dict[str, str]]:
@@ -64,22 +64,25 @@ def _revision() -> str | None:
         return importlib.metadata.version("jaxkern-fused")
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
 
 
+def program(benchmark: str) -> str:
+    """How this benchmark is started: from a clone, or from the installed package."""
+    return f"python -m {__package__}.{benchmark}"
+
+
 def command(benchmark: str, arguments: Sequence[str]) -> str:
-    """To be run again in a shell; of files elsewhere only their names are kept."""
+    """The shell command of this run; a file elsewhere is given by its name alone."""
     names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
-    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *names])
+    return shlex.join([*program(benchmark).split(), *names])
 
 
 def metadata(benchmark: str, **settings: Any) -> dict[str, Any]:
-    """What one must know to believe the rows, and to run them again."""
+    """Everything that a reader needs to believe the rows and to measure them again."""
     return {
         "benchmark": benchmark,
         "command": command(benchmark, sys.argv[1:]),
@@ -94,25 +97,38 @@ def metadata(benchmark: str, **settings: Any) -> dict[str, Any]:
     }
 
 
+def conditions(meta: Mapping[str, Any]) -> dict[str, str]:
+    """The lines above a report: where, with what and how its rows were measured."""
+    jaxlib = meta.get("jaxlib", meta["jax"])
+    more = "" if meta["jax"] == jaxlib else f" (jaxlib {jaxlib})"
+    where = f" ({meta['platform']})" if "platform" in meta else ""
+    lines = {
+        "device": f"{meta['device']}{where}",
+        "versions": f"jax {meta['jax']}{more}, Python {meta['python']}, "
+        f"jaxkern {meta.get('revision') or 'not in git'}",
+    }
+    if "seed" in meta:
+        lines["inputs"] = (
+            f"{meta['dtype']}, matmul precision {meta['matmul_precision']}, "
+            f"seed {meta['seed']}"
+        )
+    if "timing_text" in meta:
+        lines["timing"] = meta["timing_text"]
+    if meta.get("command"):
+        lines["command"] = meta["command"]
+    if meta.get("matmul_peak_tflops"):
+        peak = meta["matmul_peak_tflops"]
+        rate = f"{peak:.0f} TFLOP/s" if peak >= 1 else f"{1e3 * peak:.0f} GFLOP/s"
+        lines["matmul peak"] = f"{rate}, measured in this run"
+    return lines
+
+
 def print_header(console: Console, question: str, meta: Mapping[str, Any]) -> None:
     console.print(f"[bold]{question}[/bold]")
-    same = meta["jax"] == meta["jaxlib"]
-    jaxlib = "" if same else f" (jaxlib {meta['jaxlib']})"
-    versions = f"jax {meta['jax']}{jaxlib}, Python {meta['python']}"
-    lines = {
-        "device": f"{meta['device']} ({meta['platform']})",
-        "versions": f"{versions}, jaxkern {meta['revision'] or 'not in git'}",
-        "inputs": f"{meta['dtype']}, matmul precision {meta['matmul_precision']}, "
-        f"seed {meta['seed']}",
-        "timing": meta["timing_text"],
-        "command": meta["command"],
-    }
-    if meta.get("matmul_peak_tflops"):
-        peak = f"{meta['matmul_peak_tflops']:.0f} TFLOP/s, measured in this run"
-        lines["matmul peak"] = peak
-    lines |= meta.get("notes", {})
-    for name, text in lines.items():
-        line = f"  {name:<12}{text}"
+    for name, text in (conditions(meta) | meta.get("notes", {})).items():
+        # A second line of a note stands under the first.
+        shown = text.replace("\n", "\n" + " " * 14)
+        line = f"  {name:<12}{shown}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print()
 
@@ -121,7 +137,8 @@ def print_header(console: Console, question: str, meta: Mapping[str, Any]) -> No
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path`, which takes its place once it is whole.
 
-    Of this process alone: others may write to the same `path`, and the last one wins.
+    Its name has the number of this process: others may write to the same `path`, and
+    the last one wins.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -132,7 +149,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """What cannot be written ends the program with its reason; `path` stays whole."""
+    """Draw to a file; if that fails the program ends, and the file stays whole."""
     try:
         with replacing(path) as part:
             figure.savefig(part, dpi=150, format=path.suffix[1:].lower())
@@ -154,7 +171,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Not before there is a row: the file may hold an earlier run."""
+        """Write all rows; before the first one the file may hold an earlier run."""
         if self.path is None or not self.rows:
             return
         whole = json.dumps({"meta": self.meta, "rows": self.rows}, indent=1)
@@ -167,7 +184,7 @@ class Results:
             self.error = error
 
     def end(self, complete: bool) -> bool:
-        """Save once more; whether it went well, and why not is printed."""
+        """Save once more; return whether it went well, and print why not."""
         self.meta["complete"] = complete
         self.save()
         if self.error:
@@ -178,7 +195,7 @@ class Results:
 class RowProgress:
     """A bar on a terminal; elsewhere a line a row. On stderr: stdout is for tables."""
 
-    def __init__(self, total: int, describe: Callable[[Mapping[str, Any]], str]):
+    def __init__(self, total: int, describe: Read):
         self.describe = describe
         self.total = total
         self.done = 0
@@ -211,85 +228,96 @@ class RowProgress:
 
     def start(self, case: Case) -> None:
         if self.bar:
-            self.bar.update(self.task, description=self.describe(case.labels))
+            self.bar.update(self.task, description=self.describe(dict(case.labels)))
 
     def finish(self, row: Row) -> None:
         self.done += 1
         if self.bar:
             self.bar.advance(self.task)
             return
-        ok = row["status"] == "ok"
-        result = (
-            f"{row['time_ms']:.3f} ms" if ok else f"{row['status']}: {row['reason']}"
-        )
+        result = f"{row['status']}: {row['reason']}"
+        if row["status"] == "ok":
+            result = f"{row['time_ms']:.3f} ms" if "time_ms" in row else "ok"
         line = f"[{self.done}/{self.total}] {self.describe(row)}: {result}"
         print(line, file=sys.stderr, flush=True)
 
 
-def list_or_run(
-    args: argparse.Namespace,
-    cases: list[Case],
-    describe: Callable[[Mapping[str, Any]], str],
-    run: Callable[[argparse.Namespace, list[Case], str], int],
-) -> int:
-    """The names of the rows if they are asked for, else what `run` returns."""
-    if args.list:
-        print("\n".join(describe(case.labels) for case in cases))
-        return 0
-    # On a GPU float32 would silently be tf32.
-    precision = "highest" if args.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
-        return run(args, cases, precision)
+@dataclass(frozen=True)
+class Table:
+    """One table of a report, as text.
 
-
-def execute(
-    cases: Sequence[Case],
-    options: Options,
-    meta: Mapping[str, Any],
-    json_path: Path | None,
-    describe: Callable[[Mapping[str, Any]], str],
-) -> tuple[list[Row], int]:
-    """Run the cases with progress, saving row by row; an interrupt ends them early.
-
-    Returns:
-        The rows that were measured, and the exit status: 130 after an interrupt, 1 if a
-        row failed or the rows could not be saved.
+    columns: the first is text, the others are numbers; all are aligned so.
+    lines: cells; a line of one cell heads the lines that follow it.
+    predicted: whether its figures come from a model, and nothing in it was measured.
     """
-    results = Results(json_path, meta)
-    complete = True
-    with RowProgress(len(cases), describe) as progress:
 
-        def on_row(row: Row) -> None:
-            results.add(row)
-            progress.finish(row)
-
-        try:
-            run(
-                cases,
-                options,
-                peak_tflops=meta["matmul_peak_tflops"],
-                on_start=progress.start,
-                on_row=on_row,
-            )
-        except KeyboardInterrupt:
-            complete = False
-    saved = results.end(complete)
-    failed = not saved or any(row["status"] == "failed" for row in results.rows)
-    return results.rows, int(failed) if complete else 130
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    predicted: bool = False
 
 
-def table(title: str, columns: Sequence[str]) -> Table:
-    """An empty table: the first column is text, the others are numbers."""
-    result = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return result
+def listing(
+    title: str,
+    rows: Iterable[Row],
+    name: Read,
+    columns: Mapping[str, Read],
+    head: Read | None = None,
+    predicted: bool = False,
+) -> Table:
+    """A line a row, whose first figure is its status where that is not "ok".
+
+    head: the line above all rows for which it is the same.
+    """
+    lines: list[list[str]] = []
+    last = None
+    for row in rows:
+        if head and head(row) != last:
+            last = head(row)
+            lines.append([last])
+        cells = [read(row) for read in columns.values()]
+        if row.get("status", "ok") != "ok":
+            cells = [row["status"], *("" if c == "-" else c for c in cells[1:])]
+        lines.append([" " * bool(head) + name(row), *cells])
+    return Table(title, ["", *columns], lines, predicted)
+
+
+def pivot(
+    title: str,
+    rows: Iterable[Row],
+    line: Read,
+    column: Read,
+    cell: Read,
+    more: Mapping[str, Callable[[Mapping[str, Row]], str]] | None = None,
+    head: Read | None = None,
+) -> Table:
+    """A line for all rows of the same `line`, with a cell for each `column`.
+
+    more: further columns, from the rows of a line by their column.
+    """
+    names: dict[str, None] = {}
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        names[column(row)] = None
+        key = head(row) if head else "", line(row)
+        groups.setdefault(key, {})[column(row)] = row
+    lines: list[list[str]] = []
+    last = None
+    for (heading, name), found in groups.items():
+        if head and heading != last:
+            last = heading
+            lines.append([heading])
+        cells = [status_or(cell, found.get(n)) for n in names]
+        cells += [read(found) for read in (more or {}).values()]
+        lines.append([" " * bool(head) + name, *cells])
+    return Table(title, ["", *names, *(more or {})], lines)
+
+
+def status_or(read: Read, row: Row | None) -> str:
+    """The figure of a row that is there and ok; else its status, or a dash."""
+    if row is None:
+        return "-"
+    return read(row) if row.get("status", "ok") == "ok" else row["status"]
 
 
 def make_console() -> Console:
@@ -300,14 +328,36 @@ def make_console() -> Console:
 
 
 def print_table(console: Console, what: Table) -> None:
-    """To a file without the blanks that fill up its lines."""
-    if console.is_terminal:
-        console.print(what)
-        return
-    with console.capture() as capture:
-        console.print(what)
-    for line in capture.get().splitlines():
-        print(line.rstrip())
+    """Title, columns, a rule, and lines of no more than 80 columns where they fit."""
+    title = f"{what.title}: predicted, not measured" if what.predicted else what.title
+    rows = [line for line in what.lines if len(line) > 1]
+    widths = [
+        max(map(len, [column, *(row[i] for row in rows if i < len(row))]))
+        for i, column in enumerate(what.columns)
+    ]
+    gap = "  " if sum(widths) + 2 * len(widths) <= WIDTH else " "
+    most = console.width - sum(len(gap) + width for width in widths[1:]) - 1
+    widths[0] = min(widths[0], most)
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        sized = zip(cells, widths[1:], strict=False)
+        # A name that is too long has a line of its own, so that no figure is cut off.
+        first = name.ljust(widths[0]) if len(name) <= most else f"{name}\n "
+        first += " " * (widths[0] - 1) if len(name) > most else ""
+        return f" {first}{''.join(gap + c.rjust(w) for c, w in sized)}".rstrip()
+
+    def show(text: str, bold: bool = False) -> None:
+        console.print(
+            text, style="bold" if bold else None, markup=False, soft_wrap=True
+        )
+
+    show(textwrap.fill(title, WIDTH), bold=True)
+    show("")
+    show(line(what.columns[0], what.columns[1:]), bold=True)
+    show(" " + "─" * (sum(widths) + len(gap) * (len(widths) - 1)))
+    for name, *cells in what.lines:
+        show(line(name, cells) if cells else f" {name}", bold=not cells)
+    show("")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -318,13 +368,68 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - before_point)}f}"
 
 
-def ratio(ours: float | None, published: float | None) -> str:
+def ratio(ours: float | None, published: float | None = None) -> str:
     """Ours, and the published one, if there is one, in brackets."""
     text = "-" if ours is None else f"{ours:.2f}"
     return text if published is None else f"{text} ({published:.2f})"
 
 
-def print_problems(console: Console, rows: Iterable[Row], describe) -> None:
+def over(top: float | None, bottom: float | None) -> float | None:
+    return top / bottom if top and bottom else None
+
+
+def field(name: str, digits: int = 3, scale: float = 1) -> Read:
+    """Reads a figure that a row may lack, for a column."""
+
+    def read(row: Row) -> str:
+        value = row.get(name)
+        return number(None if value is None else scale * value, digits)
+
+    return read
+
+
+def time(row: Row) -> str:
+    """Milliseconds, marked where the first of the timed calls compiled."""
+    mark = "*" if row.get("includes_compile") else ""
+    return mark + number(row.get("time_ms"))
+
+
+def rate(rows: Iterable[Row]) -> dict[str, Read]:
+    """The column of the rate, in a unit that suits the device."""
+    if on_gpu(rows):
+        return {"TFLOP/s": field("tflops")}
+    return {"GFLOP/s": field("tflops", scale=1e3)}
+
+
+def on_gpu(rows: Iterable[Row]) -> bool:
+    """Whether a row has the time of the kernels alone, which a GPU tells."""
+    return any(row.get("device_ms") for row in rows)
+
+
+def steady(row: Row) -> bool:
+    """Whether a row has a time with no compilation in it."""
+    return row["status"] == "ok" and not row["includes_compile"]
+
+
+def grouped(rows: Iterable[Row], *labels: str) -> dict[tuple, list[Row]]:
+    """The rows by the values of these labels, in their order."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[label] for label in labels), []).append(row)
+    return groups
+
+
+def allocated_mib(row: Row) -> float | None:
+    """Results and temporaries, beside the arguments; None where nothing tells."""
+    if row.get("allocated_bytes") is not None:
+        return row["allocated_bytes"] / 2**20
+    if "temp_bytes" not in row:
+        return None
+    kept = row.get("kept_bytes", 0)
+    return (row["temp_bytes"] + row["output_bytes"] + kept) / 2**20
+
+
+def problems(rows: Iterable[Row], describe: Read) -> list[str]:
     """The rows that are not ok, by their whole reason."""
     by_reason: dict[str, list[str]] = {}
     for row in rows:
@@ -334,6 +439,7 @@ def print_problems(console: Console, rows: Iterable[Row], describe) -> None:
         if row["status"] != "ok":
             reason = f"{row['status']}: {row['reason']}"
             by_reason.setdefault(reason, []).append(describe(row))
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 1} more rows" if len(names) > 1 else ""
-        console.print(f"{reason} ({names[0]}{more})", markup=False, soft_wrap=True)
+    return [
+        f"{reason} ({names[0]}{f' and {len(names) - 1} more rows' * (len(names) > 1)})"
+        for reason, names in by_reason.items()
+    ]

@@ -1,8 +1,8 @@
-"""What a device must hold to train a large language model, by compiling it only."""
+"""Memory of each device that trains a large language model, by compiling it only."""
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from flax import nnx
 
 from jaxkern.nn import TransformerLM, get_sharding, make_mesh, parse_mesh_sizes
 
-from ._report import make_console, print_table, table
-from ._transformer_programs import make_adam, make_step
+from ._harness import XLA, Case, Row, labels
+from ._report import Table, listing
+from ._transformer_programs import STEP, make_adam, make_step
 
 GPUS = {"H100": 80e9, "H200": 141e9}
 MOST_DEVICES = 512
@@ -47,33 +48,21 @@ MESHES = [
     ("70B", 512, "fsdp=64,tensor=8"),
     ("70B", 512, "fsdp=32,tensor=8,context=2"),
 ]
-NOTES = """\
-Weights and AdamW's two moments are float32, the computation is bfloat16, layers
-are computed again in the backward, and each group of devices that share a batch
-has one sequence in it, of {contexts}.
-Temporaries, gradients among them, are those of XLA's buffers for a CPU, which
-widens bfloat16 products and what they read to float32; a GPU's will differ.
-GB are 10^9 bytes; s is how long it took to compile. A model fits if
-the sum is at most {gpus}, of which JAX takes 75 %
-unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+NOTES = {
+    "weights": "float32, as are AdamW's two moments; the computation is bfloat16",
+    "layers": "computed again in the backward",
+    "batch": "one sequence for each group of devices that share it",
+    "temp.": "gradients and temporaries, of XLA's buffers for a CPU, which widens\n"
+    "bfloat16 products and what they read to float32; a GPU's will differ",
+    "GB": "10^9 bytes; s is how long it took to compile",
+    "fits in": "of which JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says\n"
+    f"otherwise: {', '.join(f'{n} {most / 1e9:.0f} GB' for n, most in GPUS.items())}",
+}
+PARTS = ("parameters", "moments", "temporaries")
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device."""
-
-    parameters: int
-    moments: int
-    temporaries: int
-    compile_s: float
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.moments + self.temporaries
-
-
-def measure(size: str, devices: int, sizes: str) -> Memory:
-    """Of a training step of this model, on the first of the devices there are."""
+def measure(size: str, devices: int, sizes: str) -> Row:
+    """Bytes of one device for a training step of this model, which is not run."""
     mesh = make_mesh(**parse_mesh_sizes(sizes), devices=jax.devices()[:devices])
     options: Any = SIZES[size] | {"remat": True, "dtype": jnp.bfloat16, "mesh": mesh}
     make = partial(TransformerLM, **options)
@@ -100,7 +89,8 @@ def measure(size: str, devices: int, sizes: str) -> Memory:
         for arrays, where in zip(shapes, places, strict=True)
     ]
     seconds = time.perf_counter() - start
-    return Memory(held[0], held[1], stats.temp_size_in_bytes, seconds)
+    parts = dict(zip(PARTS, (*held, stats.temp_size_in_bytes), strict=True))
+    return {f"{part}_bytes": n for part, n in parts.items()} | {"compile_s": seconds}
 
 
 def _place(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -112,41 +102,45 @@ def _local_bytes(array: Any, sharding: Any) -> int:
     return math.prod(shape) * jnp.dtype(array.dtype).itemsize
 
 
-def main() -> int:
-    # Also where there is a GPU: it would be one, not 512.
+def start() -> None:
+    """Pretend, also where there is a GPU: it would be one device, not 512."""
     jax.config.update("jax_platforms", "cpu")
     config: Any = jax.config
     config.update("jax_num_cpu_devices", MOST_DEVICES)
-    return print_rows(MESHES)
 
 
-def print_rows(rows: list[tuple[str, int, str]]) -> int:
-    title = "GB a device for a training step, compiled and not run"
-    columns = ["", "weights", "AdamW", "temp.", "sum", "fits in", "s"]
-    what, models, failed = table(title, columns), [], []
-    for size, devices, sizes in rows:
-        if size not in models:
-            what.add_row(size)
-            models.append(size)
-        name = f"  {devices}: {sizes}"
-        try:
-            found = measure(size, devices, sizes)
-        # Whatever is wrong with one, the others may do.
-        except Exception as error:
-            what.add_row(name, *["-"] * 6)
-            failed.append(f"{size}{name}: {type(error).__name__}: {error}")
-            continue
-        parts = found.parameters, found.moments, found.temporaries, found.total
-        fits = next((gpu for gpu, most in GPUS.items() if found.total <= most), "-")
-        figures = [f"{part / 1e9:.1f}" for part in parts]
-        what.add_row(name, *figures, fits, f"{found.compile_s:.0f}")
-    console = make_console()
-    print_table(console, what)
-    contexts = [f"{s['context_length']} tokens ({n})" for n, s in SIZES.items()]
-    gpus = " or ".join(f"{most / 1e9:.0f} GB ({gpu})" for gpu, most in GPUS.items())
-    console.print(
-        NOTES.format(contexts=" or ".join(contexts), gpus=gpus), soft_wrap=True
+def cases() -> list[Case]:
+    return [
+        Case(
+            labels("TransformerLM", "", XLA, STEP, "bfloat16", **sizes),
+            partial(measure, *sizes.values()),
+        )
+        for sizes in (
+            dict(zip(("size", "devices", "mesh"), m, strict=True)) for m in MESHES
+        )
+    ]
+
+
+def total(row: Row) -> float:
+    return sum(row.get(f"{part}_bytes", 0) for part in PARTS)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    def gigabytes(part: str) -> Callable[[Row], str]:
+        return lambda row: f"{row.get(f'{part}_bytes', 0) / 1e9:.1f}"
+
+    def fits(row: Row) -> str:
+        return next((gpu for gpu, most in GPUS.items() if total(row) <= most), "-")
+
+    columns: dict[str, Any] = dict(
+        zip(("weights", "AdamW", "temp."), map(gigabytes, PARTS), strict=True)
     )
-    for line in failed:
-        console.print(f"failed: {line}", markup=False, soft_wrap=True)
-    return int(bool(failed))
+    columns["sum"] = lambda row: f"{total(row) / 1e9:.1f}"
+    columns |= {"fits in": fits, "s": lambda row: f"{row.get('compile_s', 0):.0f}"}
+    return listing(
+        "GB a device for a training step, compiled and not run",
+        rows,
+        lambda row: f"{row['devices']}: {row['mesh']}",
+        columns,
+        lambda row: row["size"],
+    )

@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.transformer` run, and the check before it is timed."""
+"""Programs of `benchmarks.transformer`, and their checks."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from jaxkern.nn import (
 )
 from jaxkern.testing.plain import transformer as definitions
 
-from ._harness import Check, Program, Row, check_against
+from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
 
 VOCAB = 10_000
 # Of the model whose gradients are checked; the others repeat them.
@@ -34,17 +34,17 @@ CHECKED_LAYERS = 2
 LOSS_BOUND = {4: 1e-5, 2: 1e-2}
 TRACED_CALLS = 2
 
+STEP = "optimizer step"
 Pass = Literal["forward", "forward+backward", "optimizer step"]
 Layers = Literal["scanned", "unrolled"]
-PLAIN = "plain jnp"
 
 
 @dataclass(frozen=True)
 class Size:
     """One published model."""
 
-    d_model: int
-    d_ff: int
+    embed_dim: int
+    hidden_dim: int
     layers: int
     heads: int
 
@@ -73,11 +73,11 @@ ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {
 }
 MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
     "swiglu": lambda size: None,
-    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.d_model // 4),
-    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.d_model // 4),
-    "2:4": lambda size: partial(LowRankReLU2, rank=size.d_model // 4, sparsity="2:4"),
+    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.embed_dim // 4),
+    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4),
+    "2:4": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4"),
     "2:4-static": lambda size: partial(
-        LowRankReLU2, rank=size.d_model // 4, sparsity="2:4-static"
+        LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4-static"
     ),
     "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads, gated=True),
 }
@@ -112,10 +112,10 @@ class Task:
         return TransformerLM(
             VOCAB,
             self.context,
-            embed_dim=size.d_model,
+            embed_dim=size.embed_dim,
             num_layers=size.layers,
             num_heads=size.heads,
-            hidden_dim=size.d_ff,
+            hidden_dim=size.hidden_dim,
             attention_fn=ATTENTION[self.attention](self.context),
             mlp=MLP[self.mlp](size),
             dtype=jnp.dtype(self.dtype),
@@ -159,22 +159,22 @@ class Task:
         Attention other than dense is left out: only its projections count.
         """
         _, kernels = _count(self.size, self.mlp)
-        per_token = 2 * (kernels + VOCAB * self.size.d_model)
+        per_token = 2 * (kernels + VOCAB * self.size.embed_dim)
         if self.attention in ("dense", "cudnn"):
-            per_token += 4 * self.size.layers * self.context * self.size.d_model
-        return float((1 if self.what == "forward" else 3) * self.tokens * per_token)
+            per_token += 4 * self.size.layers * self.context * self.size.embed_dim
+        return float((1 if self.what == FORWARD else 3) * self.tokens * per_token)
 
     def needed_bytes(self) -> float:
         """Of the row's weights, and beside them of its run or of its check."""
         size = self.size
         weights = 4.0 * _count(size, self.mlp)[0]
-        kept = 1 if self.what == "forward" or self.remat else size.layers
-        features = 10 * size.d_model + 4 * size.d_ff + 3 * size.heads * self.context
+        kept = 1 if self.what == FORWARD or self.remat else size.layers
+        features = (
+            10 * size.embed_dim + 4 * size.hidden_dim + 3 * size.heads * self.context
+        )
         run = 4.0 * self.tokens * (kept * features + VOCAB)
         # Gradients; with the optimizer new weights too, and old and new moments.
-        run += {"forward": 0, "forward+backward": 1, "optimizer step": 6}[
-            self.what
-        ] * weights
+        run += {FORWARD: 0, BOTH: 1, STEP: 6}[self.what] * weights
         shallow = replace(size, layers=min(CHECKED_LAYERS, size.layers))
         # Three models and their gradients, one of them in float64, and those as NumPy.
         check = 56.0 * _count(shallow, self.mlp)[0]

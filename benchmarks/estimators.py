@@ -11,8 +11,7 @@ backward (of the masks) apart: --warmup 3 --iterations 10 --timing per-call.
 """
 
 import argparse
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -24,70 +23,93 @@ from jaxkern._masked.hopper.multiply import unsupported
 from jaxkern._masked.masked import Method
 
 from . import _estimators_definitions as definitions
-from . import _estimators_model as model
-from . import _estimators_plot as plots
-from . import _estimators_report as report
 from . import _estimators_study as study
-from ._cli import add_only, make_parser, run_program
-from ._estimators_report import PASSES, TITLES
+from . import frame
+from ._cli import run_program
+from ._figures import Figure, Panel, Point
+from ._h200 import floors_us as floors_of
 from ._harness import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    KERNEL,
+    XLA,
     Case,
-    Options,
     Program,
     Row,
     Skip,
-    matmul_peak_tflops,
+    labels,
     with_gradients,
 )
-from ._report import execute, list_or_run, make_console, metadata, print_header
+from ._report import (
+    Table,
+    allocated_mib,
+    field,
+    grouped,
+    number,
+    over,
+    pivot,
+    published,
+    ratio,
+    steady,
+)
 
-METHODS = (*get_args(Method), report.KERNEL)
+LAYER, MODEL = "masked_bilinear", "QuadraticTransformer"
+# The kernels compute what the method "fused" does by XLA.
+FORMS = (*get_args(Method), "kernel")
+PASSES = FORWARD, BACKWARD
 BATCHES, CPU_BATCHES = (1, 2, 8, 16), (1, 2, 8)
-WARMUP, CPU_WARMUP = 5, 1
 ITERATIONS, CPU_ITERATIONS = 10, 3
-# Of tokens and widths of the layer alone, to end within two minutes.
+# A CPU computes that part of the tokens and widths, to end within two minutes.
 CPU_PART = 2
 # Long calls on a CPU: of so many samples.
 LONG, LONG_ITERATIONS = 8, 2
+# Peaks that were observed, in MiB: of the float64 check of the layer and, for each
+# sample, of its masks and gradients; the same of the model.
+LAYER_MIB, MODEL_MIB = (300, 400), (1000, 250)
+# The name of each estimator in the published study.
+TITLES = {"straight_through": "ste", "one_plus_sigmoid": "reinmax"}
+PUBLISHED = {
+    (line["estimator"], line["implementation"], int(line["batch_size"])): line
+    for line in published("estimators")
+}
+STUDIED = "loss", "logits to logits", "temperature temperature"
+BASE_PARAMETERS = 14_698_688
 
 
-def _skip_unsupported(method: str, args: argparse.Namespace) -> None:
-    """
+def _skip_unsupported(form: str, args: argparse.Namespace) -> None:
+    """Refuse a row of the kernels where they cannot run.
+
     Raises:
-        Skip: the row is of the kernels, and they cannot run here.
+        Skip: with the reason.
     """
     reason = device.unsupported() or unsupported(args.dtype, [jnp.float32])
-    if method == report.KERNEL and reason:
+    if form == "kernel" and reason:
         raise Skip(reason)
 
 
-def build_layer(estimator: str, method, batch: int, args) -> Program:
+def build_layer(estimator: str, form, batch: int, args) -> Program:
     """Output and all gradients of `masked_bilinear`."""
-    _skip_unsupported(method, args)
+    _skip_unsupported(form, args)
     key = args.seed, batch, args.layer_sizes, args.dtype
     inputs = definitions.layer_inputs(*key)
 
     def check(run):
         return definitions.expected_layer(estimator, *key).check(run(*inputs))
 
-    def floors() -> Row:
-        """In the kernels' dtypes, of an H200, and what is predicted of the kernels."""
-        which = args.layer_sizes, batch, "all gradients"
-        predicted = {"predicted_us": model.predicted_us(*which, estimator)}
-        return {"floors_us": model.floors_us(*which)} | (
-            predicted if method == report.KERNEL else {}
-        )
+    def figures() -> Row:
+        return {"floors_us": floors_us(args.layer_sizes, batch)}
 
-    run = with_gradients(definitions.layer(estimator, method))
-    return Program(run, inputs, check, figures=floors, warmed=1)
+    run = with_gradients(definitions.layer(estimator, form))
+    return Program(run, inputs, check, figures=figures, warmed=1)
 
 
-def build_model(estimator: str, method, batch: int, which: str, args) -> Program:
-    _skip_unsupported(method, args)
-    key = estimator, method, batch, args.seed, args.dtype
+def build_model(estimator: str, form, batch: int, which: str, args) -> Program:
+    _skip_unsupported(form, args)
+    key = estimator, form, batch, args.seed, args.dtype
     passes = definitions.make_passes(*key)
     expected = estimator, which, args.seed, batch, max(args.batches), args.dtype
-    if which == "forward":
+    if which == FORWARD:
         check = partial(definitions.check_forward, passes, expected)
         return Program(passes.forward, passes.args, check, warmed=1)
     passes.run_forward()
@@ -99,107 +121,333 @@ def build_model(estimator: str, method, batch: int, which: str, args) -> Program
     return Program(passes.backward, inputs, check, figures=figures, warmed=1)
 
 
-def _iterations(batch: int, args: argparse.Namespace) -> int:
-    if args.whole:
-        return ITERATIONS
-    return LONG_ITERATIONS if batch >= LONG else CPU_ITERATIONS
-
-
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """The rows to measure, in order."""
+    if args.study:
+        return study.cases(args.seed)
     cases = [
-        Case(
-            {"part": "layer", "estimator": estimator, "batch": batch}
-            | {"implementation": method, "pass": "forward+backward"},
-            partial(build_layer, estimator, method, batch, args),
-            iterations=_iterations(batch, args),
-            # Of the float64 check.
-            needed_bytes=2**20 * (300 + 400 * batch),
-        )
+        _make_case(LAYER, estimator, batch, form, BOTH, args)
         for batch in args.batches
         for estimator in definitions.ESTIMATORS
-        for method in METHODS
+        for form in FORMS
     ]
     cases += [
-        Case(
-            {"part": "model", "estimator": estimator, "batch": batch}
-            | {"implementation": method, "pass": which},
-            partial(build_model, estimator, method, batch, which, args),
-            iterations=_iterations(batch, args),
-            needed_bytes=2**20 * (1000 + 250 * max(args.batches)),
-            published_ms=report.published_ms(estimator, method, batch, which),
-        )
+        _make_case(MODEL, estimator, batch, form, which, args)
         for estimator in TITLES
         for batch in args.batches
-        for method in ("current", *METHODS)
-        if method != "current" or batch == 1
+        for form in ("current", *FORMS)
+        if form != "current" or batch == 1
         for which in PASSES
     ]
-    return [c for c in cases if re.search(args.only, describe(c.labels))]
+    return cases
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("benchmarks.estimators", __doc__ or "", warmup=None)
-    help_study = "of the estimators' gradients against the exact ones; no times"
+def _make_case(op: str, estimator: str, batch: int, form, which: str, args) -> Case:
+    by, method = (KERNEL, "fused") if form == "kernel" else (XLA, form)
+    build = partial(build_model, estimator, form, batch, which, args)
+    fixed, each = MODEL_MIB
+    needed = fixed + each * max(args.batches)
+    if op == LAYER:
+        build = partial(build_layer, estimator, form, batch, args)
+        fixed, each = LAYER_MIB
+        needed = fixed + each * batch
+    iterations = ITERATIONS
+    if not args.whole:
+        iterations = LONG_ITERATIONS if batch >= LONG else CPU_ITERATIONS
+    sizes = {"method": method, "batch": batch}
+    return Case(
+        labels(op, estimator, by, which, args.dtype, **sizes),
+        build,
+        iterations=iterations,
+        needed_bytes=2**20 * needed,
+        published_ms=published_ms(estimator, form, batch, which)
+        if op == MODEL
+        else None,
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    help_study = "the estimators' gradients against the exact ones; no times"
     parser.add_argument("--study", action="store_true", help=help_study)
-    add_only(parser)
-    args = parser.parse_args(argv)
-    args.on_device = jax.default_backend() != "cpu"
-    whole = args.on_device or args.full
-    args.batches = BATCHES if whole else CPU_BATCHES
-    part = 1 if whole else CPU_PART
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.study and args.full:
+        parser.error("--study has no other size: leave out --full")
+    args.whole = args.on_device or args.full
+    args.batches = BATCHES if args.whole else CPU_BATCHES
+    part = 1 if args.whole else CPU_PART
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     args.layer_sizes = tuple(size // part for size in sizes)
-    args.whole = whole
-    args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
-    if args.warmup is None:
-        args.warmup = WARMUP if args.on_device else CPU_WARMUP
     if args.study:
-        if args.only or args.full or args.list:
-            parser.error("--study has no rows to choose from: leave out --only, --full")
-        return args
-    if not make_cases(args):
-        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
-    return args
+        args.dtype = jnp.dtype("float32")
 
 
-def describe(labels: Mapping[str, Any]) -> str:
-    names = ("part", "estimator", "batch", "implementation", "pass")
-    return " ".join(str(labels[name]) for name in names)
+def _line(estimator: str, form: str, batch: int) -> dict[str, str]:
+    return PUBLISHED.get((TITLES.get(estimator, ""), form, batch), {})
+
+
+def published_ms(
+    estimator: str, form: str, batch: int, which: str = "total"
+) -> float | None:
+    line = _line(estimator, form, batch)
+    if not line:
+        return None
+    passes = PASSES if which == "total" else (which,)
+    return sum(float(line[f"{x}_ms"]) for x in passes)
+
+
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    if args.study:
+        text = f"{study.DRAWS} a row, of {study.ENTRIES} Bernoulli entries"
+        return {"draws": text}
+    seq, embed, hidden = args.layer_sizes
+    return {
+        "layer": f"masked_bilinear, {embed} x {hidden}, {seq} tokens a sample: output\n"
+        "and all gradients (input, weights, biases, logits of both signs)",
+        "model": f"3 layers, 14.7M parameters, {definitions.SEQ} tokens a sample, the "
+        "first MLP\nmasked: loss, then the gradients of the mask logits",
+        "current": "one mask for the whole batch, so of 1 sample",
+        "reinmax": "the paper's; one_plus_sigmoid is published under its name",
+        "kernel": "fused by mosaic_gpu; all other forms are XLA's",
+        "loop": "over samples in the masked layer; published: through the network",
+        "peak": "XLA's plan for results, what is kept for the backward, temporaries",
+        "published": "PyTorch, float32, on a GPU not named; parameters are its memory",
+    }
+
+
+def form_of(row: Row) -> str:
+    return "kernel" if row["by"] == KERNEL else row["method"]
+
+
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
+    if "loss" in rows[0]:
+        yield from study.tables(rows)
+        return
+    layer = [row for row in rows if row["op"] == LAYER]
+    if layer:
+        yield from _layer_tables(layer)
+    for (estimator,), group in grouped(rows, "variant").items():
+        group = [row for row in group if row["op"] == MODEL]
+        if group:
+            yield _times(estimator, group)
+            yield _costs(estimator, group)
+    if layer:
+        yield floors()
+
+
+def _samples(row: Row) -> str:
+    return str(row["batch"])
+
+
+def _layer_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """Errors against float64, then time and temporary memory, by form."""
+
+    def error(row: Row) -> str:
+        return f"{row['error']:.1e}"
+
+    def allowed(found: Mapping[str, Row]) -> str:
+        bounds = [r["error_bound"] for r in found.values() if "error_bound" in r]
+        return f"{max(bounds):.1e}" if bounds else "-"
+
+    def variant(row: Row) -> str:
+        return row["variant"]
+
+    title = "Layer, forward and all gradients"
+    errors = f"{title}: error of outputs and gradients"
+    more = {"allowed": allowed}
+    yield pivot(errors, rows, _samples, form_of, error, more, head=variant)
+    yield pivot(f"{title}: ms", rows, _samples, form_of, _mean, head=variant)
+    read = field("temp_bytes", scale=2**-20)
+    title = "Layer, temporary memory: MiB"
+    yield pivot(title, rows, _samples, form_of, read, head=variant)
+
+
+def _fine(value: float | None, digits: int = 3) -> str:
+    """Not finer than a microsecond, to which none of these times is to be read."""
+    text = number(value, digits)
+    return f"{value:.3f}" if len(text.partition(".")[2]) > 3 else text
+
+
+def _mean(row: Row) -> str:
+    return "*" * row["includes_compile"] + _fine(row["mean_ms"])
+
+
+def _spread(row: Row | None) -> str:
+    """Mean ± standard deviation."""
+    if row is None or row["status"] != "ok":
+        return row["status"] if row else "-"
+    spread = "" if row["std_ms"] is None else f"±{_fine(row['std_ms'], 2)}"
+    return f"{_mean(row)}{spread}"
+
+
+Passes = Mapping[str, Row]
+
+
+def _by_form(rows: Sequence[Row]) -> Mapping[tuple[int, str], Passes]:
+    """The rows by batch and form, then by pass, smaller batches first."""
+    found: dict[tuple[int, str], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        found.setdefault((row["batch"], form_of(row)), {})[row["pass"]] = row
+    return found
+
+
+def total_ms(passes: Passes | None) -> float | None:
+    """Forward and backward together; None where one of them has no time."""
+    times = [r["mean_ms"] for r in (passes or {}).values() if r["status"] == "ok"]
+    return sum(times) if len(times) == len(PASSES) else None
+
+
+def peak_mib(passes: Passes) -> float | None:
+    """The larger one of forward and backward, which has what is kept.
+
+    The gradients are among the results.
+    """
+    sizes = [allocated_mib(r) for r in passes.values() if r["status"] == "ok"]
+    known = [size for size in sizes if size is not None]
+    return max(known) if len(known) == len(PASSES) else None
+
+
+def _lines(rows: Sequence[Row], cells) -> list[list[str]]:
+    lines: list[list[str]] = []
+    last = None
+    for (batch, form), passes in _by_form(rows).items():
+        if batch != last:
+            last = batch
+            lines.append([f"batch {batch}"])
+        lines.append([f" {form}", *cells(batch, form, passes)])
+    return lines
+
+
+def _times(estimator: str, rows: Sequence[Row]) -> Table:
+    def cells(batch: int, form: str, passes: Passes) -> list[str]:
+        ours = [_spread(passes.get(which)) for which in PASSES]
+        shown = [*ours, _fine(total_ms(passes))]
+        line = _line(estimator, form, batch)
+        if line:
+            shown += [f"{line[f'{p}_ms']}±{line[f'{p}_std_ms']}" for p in PASSES]
+            shown.append(f"{published_ms(estimator, form, batch):.2f}")
+        return shown
+
+    title = f"{estimator} (published: {TITLES[estimator]}), ms, mean ± std"
+    columns = [FORWARD, BACKWARD, "total", "publ. forw.", BACKWARD, "total"]
+    return Table(title, ["", *columns], _lines(rows, cells))
+
+
+def parameters_mib(batch: int) -> float:
+    """MiB of the base and of a mask set for each sample, as the study counts memory."""
+    logits = 3 * definitions.EMBED * definitions.HIDDEN * batch
+    return 4 * (BASE_PARAMETERS + logits) / 2**20
+
+
+def _costs(estimator: str, rows: Sequence[Row]) -> Table:
+    found = _by_form(rows)
+
+    def cells(batch: int, form: str, passes: Passes) -> list[str]:
+        def theirs(form: str, batch: int) -> float | None:
+            return published_ms(estimator, form, batch)
+
+        def each(ms: float | None) -> float | None:
+            return ms and ms / batch
+
+        ms, published = total_ms(passes), theirs(form, batch)
+        current, loop = found.get((1, "current")), found.get((batch, "loop"))
+        line = _line(estimator, form, batch)
+        return [
+            number(each(ms)),
+            ratio(
+                over(total_ms(current), each(ms)),
+                over(theirs("current", 1), each(published)),
+            ),
+            ratio(
+                over(total_ms(loop), ms),
+                over(theirs("loop", batch), published),
+            ),
+            f"{parameters_mib(batch):.2f}",
+            line.get("memory_mb", "-"),
+            number(peak_mib(passes)),
+        ]
+
+    title = f"{estimator}: a sample's time and speed-ups (published), memory in MiB"
+    columns = [
+        "ms/sample",
+        "over current",
+        "over loop",
+        "parameters",
+        "(publ.)",
+        "peak",
+    ]
+    return Table(title, ["", *columns], _lines(rows, cells))
+
+
+def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
+    """Floors of the layer's output and all gradients, in 16 bits; logits in float32.
+
+    Each argument is read and each result written once. A batched product, as "bmm",
+    also writes its masked weights, and reads them for two products.
+    """
+    seq, embed, hidden = sizes
+    weights, tokens = 3 * embed * hidden, batch * seq * embed
+    # Of each of three: y = x W, dx = dy W^T, x^T dy.
+    flops = 3 * 2.0 * batch * seq * weights
+    moved = 2 * (4 * tokens + 2 * weights) + 2 * 4 * batch * weights
+    stored = {"stored masks": floors_of(0, moved + 6 * batch * weights)["bytes"]}
+    return floors_of(flops, moved) | stored
+
+
+def floors() -> Table:
+    """The published layer, whatever was measured."""
+    sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
+    found = {str(batch): floors_us(sizes, batch) for batch in BATCHES}
+    lines = [[name, *map(number, us.values())] for name, us in found.items()]
+    title = "Layer, forward and all gradients: floors in us on an H200"
+    return Table(title, ["samples", *floors_us(sizes, 1)], lines, predicted=True)
+
+
+def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
+    """A panel of times and one of memory for each estimator, a line a form."""
+    if rows and "loss" in rows[0]:
+        return study.figure(rows)
+    rows = [row for row in rows if row["op"] == MODEL and steady(row)]
+    quantities: dict[str, Any] = {"ms, forward and backward": total_ms}
+    quantities["MiB, peak"] = peak_mib
+    grid = []
+    for y, read in quantities.items():
+        line = []
+        for (estimator,), group in grouped(rows, "variant").items():
+            series: dict[str, list[Point]] = {}
+            for (batch, form), passes in _by_form(group).items():
+                value = read(passes)
+                if value is not None:
+                    spread = None
+                    if read is total_ms:
+                        stds = [row["std_ms"] or 0 for row in passes.values()]
+                        spread = sum(std**2 for std in stds) ** 0.5
+                    point = Point(batch, value, spread)
+                    series.setdefault(form, []).append(point)
+            x, shown = "samples, each with its masks (log scale)", f"{y} (log scale)"
+            if series:
+                line.append(Panel(estimator, x, shown, series, log_x=True, log_y=True))
+        if line:
+            grid.append(line)
+    return Figure(grid) if grid else None
+
+
+BENCHMARK = frame.Benchmark(
+    name="estimators",
+    question=__doc__ or "",
+    cases=make_cases,
+    tables=tables,
+    describe=("op", "variant", "batch", "by", "method", *STUDIED, "pass"),
+    options=add_options,
+    settle=settle,
+    notes=notes,
+    figure=figure,
+    cpu_warmup=1,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.study:
-        return study.main(args)
-    return list_or_run(args, make_cases(args), describe, _run)
-
-
-def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
-    default = ITERATIONS if args.whole else f"{CPU_ITERATIONS} (long ones 2)"
-    calls = f"{args.iterations or default} calls"
-    warmups = f"{args.warmup} warm-ups"
-    if args.warmup == 1:
-        warmups = "1 warm-up, the check's"
-    meta = metadata(
-        "estimators",
-        dtype=str(args.dtype),
-        matmul_precision=precision,
-        seed=args.seed,
-        matmul_peak_tflops=matmul_peak_tflops(args.dtype),
-        timing_text=f"{args.timing}, {calls} after {warmups}",
-        notes=report.notes(args),
-    )
-    console = make_console()
-    print_header(console, (__doc__ or "").splitlines()[0], meta)
-    options = Options(args.warmup, args.iterations, args.timing)
-    rows, status = execute(cases, options, meta, args.json, describe)
-    report.print_all(console, rows, describe, args)
-    if args.plot:
-        plots.plot(console, rows, args.plot, meta)
-    if len(rows) < len(cases):
-        console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
-    return status
+    return frame.main(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,10 @@ allocate over that of weights and input. Floors are for one H200, from its data 
 """
 
 import argparse
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 import jaxkern
 from jaxkern._core import device
@@ -27,47 +23,76 @@ from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model
-from . import _flash_mlp_plot as plots
-from . import _flash_mlp_report as report
-from . import _torch
-from ._cli import add_only, make_parser, run_program
-from ._flash_mlp_model import PASSES, Shape
-from ._harness import Case, Options, Program, Skip, matmul_peak_tflops, with_gradients
-from ._report import execute, list_or_run, make_console, metadata, print_header
+from . import _torch, frame
+from ._cli import run_program
+from ._figures import Figure, Panel, Point
+from ._flash_mlp_model import Shape
+from ._h200 import percent_of_floor
+from ._harness import (
+    BOTH,
+    FORWARD,
+    KERNEL,
+    PLAIN,
+    XLA,
+    Case,
+    Program,
+    Row,
+    Skip,
+    labels,
+    with_gradients,
+)
+from ._report import (
+    Table,
+    allocated_mib,
+    field,
+    grouped,
+    listing,
+    number,
+    on_gpu,
+    over,
+    pivot,
+    rate,
+    ratio,
+    steady,
+    time,
+)
 
-ITERATIONS = 100
-CPU_ITERATIONS = 10
+PASSES = FORWARD, BOTH
+ITERATIONS, CPU_ITERATIONS = 100, 10
 # A CPU's default takes that part of the published tokens, to end within two minutes.
 CPU_PART = 8
 DIMS = (32, 64, 96, 128, 192, 256)
 HIDDEN = (512, 1024, 2048, 4096, 8192)
 SWEEP = [Shape(16, 2048, dim, hidden) for dim in DIMS for hidden in HIDDEN]
-CPU_SWEEP = [Shape(2, 256, s.dim, s.hidden) for s in SWEEP if s.hidden <= 2048]
+CPU_SWEEP = [
+    Shape(2, 256, s.head_dim, s.hidden_dim) for s in SWEEP if s.hidden_dim <= 2048
+]
+NAIVE, PEER = "naive jnp", "peer"
+JAX = (KERNEL, XLA, NAIVE, PLAIN)
+# Whom memory is saved over: the first of these that has been measured.
+BASELINES = ("torch eager", NAIVE)
 
-OURS = ("mosaic_gpu", "xla")
-JAX = (*OURS, "naive jnp", "plain jnp")
-PEER = "peer"
 
-
-def build(implementation: str, shape: Shape, which: str, args) -> Program:
-    backward = which == "forward+backward"
+def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Program:
+    backward = which == BOTH
     key = shape, args.dtype, args.seed, backward
     inputs = definitions.arguments(*key)
     check = partial(definitions.check, key, inputs)
-    if implementation == "mosaic_gpu":
+    if by == KERNEL:
         x, w1, _ = inputs[-3:]
         reason = device.unsupported() or flash.unsupported(x, w1)
         if reason:
             raise Skip(reason)
-    if implementation == "naive jnp":
+    if by == NAIVE:
         return definitions.naive(inputs, check, backward)
-    if implementation not in JAX:
+    if by not in JAX:
         module = definitions.torch_module
-        if implementation == PEER:
+        if by == PEER:
             module = _without_namespace(_torch.load(args.peer))
-        return _torch.program(module, implementation, inputs, check, backward)
+        return _torch.program(module, by, inputs, check, backward)
     fn: Any = plain.flash_mlp
-    if implementation in OURS:
+    if by in (KERNEL, XLA):
+        implementation = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
     if backward:
         return Program(with_gradients(fn), inputs, check)
@@ -80,60 +105,41 @@ def _without_namespace(function):
     return lambda F, *args: function(*args)
 
 
-def _implementations(args: argparse.Namespace) -> tuple[str, ...]:
-    if args.sweep:
-        return JAX
-    return *JAX, *_torch.frameworks(args.peers), *([PEER] if args.peer else [])
-
-
-def _shapes(args: argparse.Namespace) -> list[Shape]:
-    whole = args.on_device or args.full
-    if args.sweep:
-        return SWEEP if whole else CPU_SWEEP
-    part = 1 if whole else CPU_PART
-    return [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
-
-
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """The rows to measure, in order."""
-    cases = [
-        _make_case(shape, which, implementation, args)
-        for shape in _shapes(args)
+    whole = args.on_device or args.full
+    shapes, by = [SWEEP if whole else CPU_SWEEP][0], JAX
+    if not args.sweep:
+        part = 1 if whole else CPU_PART
+        shapes = [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
+        by = *JAX, *_torch.frameworks(args.peers), *([PEER] if args.peer else [])
+    return [
+        _make_case(shape, which, who, args)
+        for shape in shapes
         for which in PASSES
-        for implementation in _implementations(args)
+        for who in by
     ]
-    return [c for c in cases if re.search(args.only, describe(c.labels))]
 
 
-def _make_case(
-    shape: Shape, which: str, implementation: str, args: argparse.Namespace
-) -> Case:
+def _make_case(shape: Shape, which: str, by: str, args: argparse.Namespace) -> Case:
     flops = model.count_flops(shape, which)
-    line = model.PUBLISHED.get(shape) if args.compared else None
+    grid = "sweep" if args.sweep else "published"
+    sizes = {"grid": grid, "shape": str(shape)} | vars(shape)
+    ms, _ = model.published_of(shape, which, "published fused")
     return Case(
-        labels={"shape": str(shape), "pass": which, "implementation": implementation}
-        | vars(shape),
-        build=partial(build, implementation, shape, which, args),
+        labels=labels("flash_mlp", "", by, which, args.dtype, **sizes),
+        build=partial(build, by, shape, which, args),
         flops=flops,
         iterations=ITERATIONS if args.on_device else CPU_ITERATIONS,
-        # Of the float64 check, which is the largest part.
-        needed_bytes=8 * flops / shape.dim,
-        published_ms=report.published_ms(line, which, "fused"),
+        # Of the float64 check, which is the largest part: it holds the hidden layer.
+        needed_bytes=8 * flops / shape.head_dim,
+        published_ms=None if args.sweep else ms,
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("benchmarks.flash_mlp", __doc__ or "", full=False)
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--full", action="store_true", help="the whole sizes, on a CPU too")
     add("--sweep", action="store_true", help="30 sizes beside the published ones")
-    add_only(parser)
-    add(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="PyTorch eager and compiled, where it is installed",
-    )
     add(
         "--peer",
         type=_torch.peer("flash_mlp"),
@@ -141,50 +147,248 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="one more row: a function (default flash_mlp) of the torch tensors x, w1 "
         "and w2, (heads, batch, dim) and so on, that returns y",
     )
-    args = parser.parse_args(argv)
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.sweep and args.peer:
         parser.error("--sweep has JAX's rows only: leave out --peer")
-    args.on_device = jax.default_backend() != "cpu"
-    args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
-    # Next to the published figures, since the sizes are theirs.
-    args.compared = (args.on_device or args.full) and not args.sweep
-    if not make_cases(args):
-        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
-    return args
 
 
-def describe(labels: Mapping[str, Any]) -> str:
-    return f"{labels['shape']} {labels['pass']} {labels['implementation']}"
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    lines = {"shapes": "(heads, batch, dim, hidden), silu"}
+    whole = args.on_device or args.full
+    if not whole and args.sweep:
+        lines["reduced"] = "fewer heads, batch and hidden than on a GPU"
+    elif not whole:
+        lines["reduced"] = (
+            f"1/{CPU_PART} of the published batch, so no published figures; see --full"
+        )
+    lines[NAIVE] = "a program an operation, as eager JAX; plain jnp is one program"
+    if args.sweep:
+        return lines
+    lines["memory"] = "over weights and input; a forward's with what a backward needs"
+    lines["  JAX's"] = "XLA's plan for results and temporaries"
+    lines["  PyTorch's"] = "the peak of its allocator, on CUDA only"
+    if whole:
+        lines["published"] = "PyTorch eager and Triton, bfloat16, on a GPU not named"
+    if args.peer:
+        lines[PEER] = str(args.peer)
+    left_out = _torch.why_left_out(args.peers)
+    return lines | ({"PyTorch": f"left out: {left_out}"} if left_out else {})
+
+
+def shape_of(row: Row) -> Shape:
+    return Shape(*(int(row[x.name]) for x in fields(Shape)))
+
+
+def with_published(rows: Sequence[Row]) -> list[Row]:
+    """The published rows behind ours of the same shape and pass."""
+    found = []
+    for _, group in grouped(rows, "shape", "pass").items():
+        found += group
+        shape, which = shape_of(group[0]), group[0]["pass"]
+        for by in model.PUBLISHED_COLUMNS:
+            ms, mib = model.published_of(shape, which, by)
+            if ms is not None:
+                tflops = model.count_flops(shape, which) / ms / 1e9
+                row = {**group[0], "by": by, "time_ms": ms, "tflops": tflops}
+                row |= {"allocated_bytes": None if mib is None else mib * 2**20}
+                keys = "by", "pass", "shape", "time_ms", "tflops", "allocated_bytes"
+                keys = *keys, *(x.name for x in fields(Shape))
+                found.append({k: row[k] for k in keys} | {"status": "ok"})
+    return found
+
+
+def is_sweep(rows: Sequence[Row]) -> bool:
+    return any(row["grid"] == "sweep" for row in rows)
+
+
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
+    for which in PASSES:
+        of_pass = [row for row in rows if row["pass"] == which]
+        if of_pass and is_sweep(rows):
+            yield _rates(of_pass)
+        elif of_pass:
+            yield _times(of_pass)
+    if is_sweep(rows):
+        return
+    yield from _memory(rows)
+    for which in PASSES:
+        yield floors(which)
+
+
+def _times(rows: Sequence[Row]) -> Table:
+    """Rates are of the wall clock, as the published ones are."""
+    by_wall = [
+        row | {"tflops": row["flops"] / row["time_ms"] / 1e9}
+        if row["status"] == "ok"
+        else row
+        for row in rows
+    ]
+    columns = {"ms": time, "± std": field("std_ms", 2)} | rate(rows)
+    title = f"{rows[0]['pass']}, median ms"
+    if on_gpu(rows):
+        title += "; device: of the kernels alone, as is % floor"
+        columns |= {"device": field("device_ms"), "% floor": _percent}
+    else:
+        columns["compile s"] = field("compile_s", 2)
+    shown = with_published(by_wall)
+    return listing(title, shown, lambda r: r["by"], columns, lambda r: r["shape"])
+
+
+def _percent(row: Row) -> str:
+    floors = model.floors_us(shape_of(row), row["pass"])
+    return number(percent_of_floor(row | {"floors_us": floors}))
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[Table]:
+    """What the passes allocate, and how much less that is than the eager form's."""
+    known = [
+        row
+        for row in with_published(rows)
+        if row["status"] == "ok" and allocated_mib(row) is not None
+    ]
+    # A torch row has no compiler's plan, so no memory on a CPU.
+    measured = {row["by"] for row in known}
+    eager = next((by for by in BASELINES if by in measured), "")
+    mib = {(r["shape"], r["pass"], r["by"]): allocated_mib(r) for r in known}
+    lines: list[list[str]] = []
+    for (shape,), group in grouped(known, "shape").items():
+        lines.append([shape])
+        for (by,) in grouped(group, "by"):
+            baseline = "published eager" if by.startswith("published") else eager
+            cells = []
+            for which in PASSES:
+                own = mib.get((shape, which, by))
+                share = over(own, mib.get((shape, which, baseline)))
+                # Without the sign of a zero that was rounded.
+                saved = (
+                    "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
+                )
+                cells += [number(own), saved]
+            lines.append([f" {by}", *cells])
+    title = "MiB allocated" + f", and percent saved over {eager}" * bool(eager)
+    if lines:
+        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], lines)
+
+
+def floors(which: str) -> Table:
+    """Floors of the published shapes."""
+    lines = []
+    for shape in model.PUBLISHED:
+        cells = map(number, model.floors_us(shape, which).values())
+        lines.append([str(shape), *cells])
+    columns = ["", "tensor", "bytes", "mufu"]
+    return Table(f"{which}, floors of one H200 in us", columns, lines, predicted=True)
+
+
+def _rates(rows: Sequence[Row]) -> Table:
+    """Rates by dim and hidden size, a column an implementation."""
+    more: dict[str, Any] = {}
+    if {KERNEL, XLA} <= {row["by"] for row in rows if row["status"] == "ok"}:
+        more["kernel/xla"] = _kernel_over_xla
+        more["% floor"] = lambda found: _percent(found[KERNEL])
+    unit, read = next(iter(rate(rows).items()))
+    first = rows[0]
+    return pivot(
+        f"{first['pass']}, {first['num_heads']} heads x {first['batch']}, {unit}",
+        rows,
+        line=lambda row: f"hidden {row['hidden_dim']}",
+        column=lambda row: row["by"].removeprefix("jaxkern "),
+        cell=read,
+        more={name: partial(_of_both, read_both) for name, read_both in more.items()},
+        head=lambda row: f"dim {row['head_dim']}",
+    )
+
+
+def _of_both(read, found: Mapping[str, Row]) -> str:
+    by = {row["by"]: row for row in found.values() if row["status"] == "ok"}
+    return read(by) if {KERNEL, XLA} <= by.keys() else "-"
+
+
+def _kernel_over_xla(found: Mapping[str, Row]) -> str:
+    return ratio(over(found[KERNEL]["tflops"], found[XLA]["tflops"]))
+
+
+def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
+    rows = [row for row in rows if steady(row)]
+    if not rows:
+        return None
+    return _sweep_figure(rows) if is_sweep(rows) else _time_figure(rows)
+
+
+def _time_figure(rows: Sequence[Row]) -> Figure:
+    """Milliseconds by shape, a panel a pass: dots, since the axis is logarithmic."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    panels = []
+    for (which,), group in grouped(rows, "pass").items():
+        series: dict[str, list[Point]] = {}
+        alone: dict[str, list[Point]] = {}
+        spreads = ({**r, "std_ms": None, "includes_compile": False} | r for r in group)
+        for row in with_published(list(spreads)):
+            x = shapes.index(row["shape"])
+            point = Point(x, row["time_ms"], row.get("std_ms"))
+            series.setdefault(row["by"], []).append(point)
+            if row.get("device_ms"):
+                alone.setdefault(row["by"], []).append(Point(x, row["device_ms"]))
+        limits = {r["shape"]: model.floors_us(shape_of(r), which) for r in group}
+        marks = [
+            Point(shapes.index(s), max(us.values()) / 1e3) for s, us in limits.items()
+        ]
+        panels.append(
+            Panel(
+                which,
+                "(heads, batch, dim, hidden)",
+                "milliseconds (log scale)",
+                series,
+                names=shapes,
+                outlined=alone,
+                limits=marks if on_gpu(rows) else (),
+                log_y=True,
+            )
+        )
+    gpu = on_gpu(rows)
+    return Figure(
+        [[panel] for panel in panels],
+        outlined="kernels alone (CUPTI)" if gpu else "",
+        limits="floor of an H200, predicted" if gpu else "",
+    )
+
+
+def _sweep_figure(rows: Sequence[Row]) -> Figure:
+    """Rates by hidden size, a line a dim; a panel an implementation and pass."""
+    unit, factor = ("TFLOP/s", 1) if on_gpu(rows) else ("GFLOP/s", 1e3)
+    names = list(dict.fromkeys(row["by"] for row in rows))
+    grid = []
+    for (which,), group in grouped(rows, "pass").items():
+        line = []
+        for name in names:
+            series: dict[str, list[Point]] = {}
+            for row in sorted(group, key=lambda row: row["hidden_dim"]):
+                if row["by"] == name:
+                    point = Point(row["hidden_dim"], factor * row["tflops"])
+                    series.setdefault(f"dim {row['head_dim']}", []).append(point)
+            y = f"{which}, {unit}"
+            line.append(Panel(name, "hidden (log scale)", y, series, log_x=True))
+        grid.append(line)
+    return Figure(grid)
+
+
+BENCHMARK = frame.Benchmark(
+    name="flash_mlp",
+    question=__doc__ or "",
+    cases=make_cases,
+    tables=tables,
+    describe=("shape", "pass", "by"),
+    options=add_options,
+    settle=settle,
+    notes=notes,
+    figure=figure,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    return list_or_run(args, make_cases(args), describe, _run)
-
-
-def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
-    calls = args.iterations or (ITERATIONS if args.on_device else CPU_ITERATIONS)
-    meta = metadata(
-        "flash_mlp",
-        dtype=str(args.dtype),
-        matmul_precision=precision,
-        seed=args.seed,
-        matmul_peak_tflops=matmul_peak_tflops(args.dtype),
-        timing_text=f"{args.timing}, {calls} calls after {args.warmup} warm-ups",
-        notes=report.notes(args, CPU_PART),
-    )
-    console = make_console()
-    print_header(console, (__doc__ or "").splitlines()[0], meta)
-    options = Options(args.warmup, args.iterations, args.timing)
-    rows, status = execute(cases, options, meta, args.json, describe)
-    report.print_all(console, rows, describe, args)
-    if args.plot and args.sweep:
-        plots.plot_sweep(console, rows, args.plot, meta)
-    elif args.plot:
-        plots.plot(console, rows, args.plot, meta, args.compared)
-    if len(rows) < len(cases):
-        console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
-    return status
+    return frame.main(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,13 @@ for benchmark in flash_mlp attention mlp estimators; do
     --plot "$folder/$benchmark.png" || status=1
 done
 $python -m benchmarks.transformer --dtype bfloat16 \
-  --json "$folder/transformer.json" || status=1
+  --json "$folder/transformer.json" --plot "$folder/transformer.png" || status=1
 $python -m benchmarks.attention --kernels \
   --json "$folder/attention_kernels.json" || status=1
-$python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)" \
+$python -m benchmarks.flash_mlp --sweep --only " (mosaic_gpu|xla)$" \
   --json "$folder/flash_mlp_sweep.json" --plot "$folder/flash_mlp_sweep.png" || status=1
 $python -m benchmarks.mlp --backward --no-peers --json "$folder/mlp_backward.json" ||
   status=1
-$python -m benchmarks.mlp --stages --json "$folder/mlp_stages.json" \
-  --break-even "$folder/mlp_break_even.png" || status=1
 $python -m benchmarks.mlp --full --no-peers --json "$folder/mlp_full.json" \
   --plot "$folder/mlp_full.png" || status=1
 exit $status

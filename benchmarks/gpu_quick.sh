@@ -1,6 +1,6 @@
 #!/bin/sh
-# Of benchmarks/gpu.sh what fits into seven minutes: a machine may be lent for a quarter
-# of an hour. Tests first, then the rows by which kernels are judged, each with a limit.
+# The part of benchmarks/gpu.sh that fits into seven minutes: a machine may be lent for
+# a quarter of an hour. Tests first, then the rows by which kernels are judged, each with a limit.
 #   sh benchmarks/gpu_quick.sh [FOLDER [PART ...]]
 #     FOLDER   default: benchmarks/results/nvidia_h200
 #     PART     of: tests estimators attention mlp flash_mlp; default: all
@@ -25,12 +25,12 @@ part() {
     ;;
   estimators)
     timeout 75 $python -m benchmarks.estimators --json "$folder/estimators_quick.json" \
-      --only "layer (straight_through|seed_reinmax) 16 |model straight_through 16 "
+      --only "bilinear (straight_through|one_plus_sigmoid) 16 |former straight_through 16 "
     ;;
   attention)
     timeout 75 $python -m benchmarks.attention --kernels --backward \
       --json "$folder/attention_kernels_quick.json" \
-      --only "\(4, 4096.* (causal|dense) (mosaic|jax)|(10%|window|documents) mosaic"
+      --only "\(4, 4096.* (causal|dense) (jaxkern mosaic|cudnn)|(10%|window|documents) .*mosaic"
     ;;
   mlp)
     timeout 60 $python -m benchmarks.mlp --json "$folder/mlp_quick.json" --models 7B \

@@ -30,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 import jaxkern
 from jaxkern import BlockMask
@@ -58,12 +57,21 @@ from jaxkern.testing.compiler import (
 )
 
 from ._cli import pattern, run_program, writable
-from ._harness import Row
-from ._report import Results, make_console, metadata, print_table, table
+from ._harness import KERNEL, Row, labels
+from ._report import (
+    RESULTS,
+    Results,
+    Table,
+    listing,
+    make_console,
+    metadata,
+    print_table,
+    program,
+)
 
 HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
 Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
-RECORD = Path(__file__).parent / "results/sm_90a/kernels.json"
+RECORD = RESULTS / "sm_90a/kernels.json"
 PACKAGE = Path(jaxkern.__file__).parent
 # What compiles a module, in `jaxkern.testing`.
 MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c", "order.py")
@@ -78,7 +86,6 @@ COUNTED = {
     "instructions": "",
 }
 SHOWN = {
-    "": "kernel",
     "regs": "registers",
     "spill B": "spill_stores_bytes",
     "SMEM B": "smem_bytes",
@@ -341,6 +348,11 @@ def every_case() -> Cases:
     return flash_mlp_cases() | attention_cases() | masked_cases() | low_rank
 
 
+def name_of(row: Row) -> str:
+    """The name of a row's kernel in `every_case`."""
+    return f"{row['op']} {row['variant']}".strip()
+
+
 def figures(kernel: CompiledKernel) -> Row:
     """The columns of a row."""
     return {
@@ -368,7 +380,8 @@ def measure(
     known: an earlier row, which stays where the module is still the same.
     build: makes the function and its arguments; by default that of the name.
     """
-    row: Row = {"kernel": name}
+    op, _, variant = name.partition(" ")
+    row: Row = labels(op, variant, KERNEL, "compiled", jnp.dtype(jnp.bfloat16))
     try:
         fn, args = (build or every_case()[name])()
         (module,) = lower(fn, args)
@@ -456,7 +469,7 @@ class Record:
         if not path.exists():
             return cls({})
         whole = json.loads(path.read_text())
-        rows = {row["kernel"]: row for row in whole["rows"]}
+        rows = {name_of(row): row for row in whole["rows"]}
         return cls(rows, whole["meta"].get("sources"), whole["meta"].get("versions"))
 
     def good(self, versions: dict[str, str]) -> dict[str, Row]:
@@ -473,7 +486,7 @@ class Record:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
+        prog=program("kernels"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -505,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = [name for name in names if name not in kept]
     try:
         for row in measure_all(todo, found, good):
-            fresh[row["kernel"]] = row
+            fresh[name_of(row)] = row
     finally:
         new.rows = fresh | {name: kept[name] for name in names if name in kept}
         # Without this, a run that changed nothing would change its date in the file.
@@ -514,8 +527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(console, make_table([new.rows[name] for name in names]))
     failed = [row for row in new.rows.values() if row["status"] == "failed"]
     for row in failed:
-        console.print(f"failed: {row['kernel']}: {row['reason']}", markup=False)
-    compiled = sum(row != good.get(row["kernel"]) for row in fresh.values())
+        console.print(f"failed: {name_of(row)}: {row['reason']}", markup=False)
+    compiled = sum(row != good.get(name_of(row)) for row in fresh.values())
     console.print(
         f"{len(names)} kernels in {time.perf_counter() - start:.0f} s: {compiled} "
         f"compiled, {len(names) - compiled} unchanged, {len(failed)} failed"
@@ -524,14 +537,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_table(rows: Sequence[Row]) -> Table:
-    result = table(
-        "compiled for sm_90a; counts are static, a loop counts once", list(SHOWN)
-    )
-    # A long name takes two lines, so that no figure is cut off.
-    result.columns[0].no_wrap = False
-    for row in rows:
-        result.add_row(*[str(row.get(column, "-")) for column in SHOWN.values()])
-    return result
+    def count(column: str) -> Callable[[Row], str]:
+        return lambda row: str(row.get(column, "-"))
+
+    title = "compiled for sm_90a; counts are static, a loop counts once"
+    return listing(title, rows, name_of, {k: count(c) for k, c in SHOWN.items()})
 
 
 def save(path: Path, record: Record, new: Record) -> OSError | None:
@@ -542,7 +552,7 @@ def save(path: Path, record: Record, new: Record) -> OSError | None:
     earlier = record.rows if record.versions == new.versions else {}
     rows = [row for n in every_case() if (row := new.rows.get(n) or earlier.get(n))]
     is_current = record.sources == new.sources or all(
-        row["kernel"] in new.rows for row in rows
+        name_of(row) in new.rows for row in rows
     )
     meta = metadata("kernels", arch="sm_90a", versions=new.versions)
     results = Results(path, meta | {"sources": new.sources if is_current else None})

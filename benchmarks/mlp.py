@@ -3,129 +3,126 @@
     python -m benchmarks.mlp            60M, 130M, 350M at 1 x 512 tokens;
                                         on a GPU every model at 1 and 32 x 512
     python -m benchmarks.mlp --full     8 models x 5 batches x every variant
-    python -m benchmarks.mlp --stages   of the low-rank ReLU² MLP, each stage apart
-    python -m benchmarks.mlp --predict  what our kernels are to take on an H200
 
 The published study (PyTorch, RTX 3090, bfloat16) compares the four first variants; its
 2:4 is the static mask. Beyond it: 2:4 chosen per token, weights pruned to 2:4, and the
-selection alone. Predicted is never measured: it follows from shapes and a data sheet.
+selection alone.
 """
 
 import argparse
-import re
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 
-from . import _mlp_break_even as break_even
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
-from . import _mlp_predictions as predictions
+from . import _mlp_peers as peers
 from . import _mlp_programs as programs
-from . import _mlp_report as report
-from . import _mlp_stages as stages
-from . import _mlp_stages_report as stages_report
-from . import _torch
-from ._cli import add_only, make_parser, names, plot_file, run_program
-from ._harness import Case, Options, matmul_peak_tflops
-from ._mlp_model import BATCHES, BOTH, FORWARD, MODELS, Model
-from ._mlp_peers import PLAIN, TOKAMAX, TORCH_SPARSE
-from ._mlp_programs import IMPLEMENTATIONS, KERNEL, OURS
+from . import _torch, frame
+from ._cli import names, run_program
+from ._figures import Figure, Panel, Point
+from ._h200 import percent_of_floor
+from ._harness import BOTH, FORWARD, KERNEL, PLAIN, XLA, Case, Row, labels
+from ._mlp_model import BATCHES, MODELS, Model
+from ._mlp_peers import TOKAMAX, TORCH_SPARSE
+from ._mlp_programs import IMPLEMENTATIONS
 from ._report import (
-    execute,
-    list_or_run,
-    make_console,
-    metadata,
-    print_header,
+    Table,
+    field,
+    grouped,
+    listing,
+    number,
+    on_gpu,
+    over,
     published,
+    rate,
+    ratio,
+    steady,
+    time,
 )
 
 CPU_ITERATIONS = 40
 CASES = [(model, batch) for model in MODELS for batch in BATCHES]
 CPU_CASES = [(model, 1) for model in ("60M", "130M", "350M")]
 GPU_CASES = [(model, batch) for model in MODELS for batch in (1, 32)]
-FRAMEWORKS = OURS, KERNEL, PLAIN, TOKAMAX, *_torch.FRAMEWORKS, TORCH_SPARSE
+COMPUTERS = XLA, KERNEL, PLAIN, TOKAMAX, *_torch.FRAMEWORKS, TORCH_SPARSE
+DISPLAY = {
+    "swiglu": "SwiGLU",
+    "low_rank_swiglu": "low-rank SwiGLU",
+    "low_rank_relu2": "low-rank ReLU²",
+    "low_rank_relu2 2:4-static": "  with 2:4-static",
+    "low_rank_relu2 2:4": "  with 2:4",
+    "low_rank_relu2 2:4-soft": "  with 2:4-soft",
+    "low_rank_relu2 pruned": "  pruned",
+    "sparsify_2_4 static": "static mask alone",
+    "sparsify_2_4 top2": "2:4 alone",
+    "sparsify_2_4 soft": "2:4-soft alone",
+}
+# Columns of the tables of quotients: whose time, over whose.
+SPEED_UPS = {
+    "low-rank SwiGLU": ("swiglu", "low_rank_swiglu"),
+    "ReLU²": ("swiglu", "low_rank_relu2"),
+    "2:4-static": ("swiglu", "low_rank_relu2 2:4-static"),
+    "2:4": ("swiglu", "low_rank_relu2 2:4"),
+    "2:4-soft": ("swiglu", "low_rank_relu2 2:4-soft"),
+}
+OF_2_4 = {
+    "static, over ReLU²": ("low_rank_relu2", "low_rank_relu2 2:4-static"),
+    "static, over SwiGLU": ("low_rank_swiglu", "low_rank_relu2 2:4-static"),
+    "2:4, over ReLU²": ("low_rank_relu2", "low_rank_relu2 2:4"),
+}
+
+
+@cache
+def published_ms() -> Mapping[tuple[str, int, str], float]:
+    """Milliseconds by model, batch and variant; the mask's own as one more variant."""
+    figures = {}
+    for line in published("mlp"):
+        key = line["model"], int(line["batch_size"])
+        figures[*key, line["variant"]] = float(line["time_ms"])
+        if line["mask_time_ms"]:
+            figures[*key, "sparsify_2_4 static"] = float(line["mask_time_ms"])
+    return figures
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """The rows to measure, in order."""
-    figures = report.index_published(published("mlp"))
     default = GPU_CASES if args.on_device else CPU_CASES
     wanted = CASES if args.full else default
     if args.models or args.batches:
         models = args.models or list(dict.fromkeys(model for model, _ in wanted))
         batches = args.batches or sorted({str(batch) for _, batch in wanted}, key=int)
         wanted = [(model, int(batch)) for model in models for batch in batches]
-    if args.stages:
-        cases = [
-            case
-            for model, batch in wanted
-            for case in _make_stages(model, batch, figures, args)
-        ]
-    else:
-        cases = [
-            _make_case(model, batch, name, framework, figures, args)
-            for model, batch in wanted
-            for framework in FRAMEWORKS
-            for name in IMPLEMENTATIONS
-            if framework in programs.frameworks(name, args)
-        ]
-    return [c for c in cases if re.search(args.only, describe(c.labels))]
+    return [
+        _make_case(model, batch, name, by, args)
+        for model, batch in wanted
+        for by in COMPUTERS
+        for name in IMPLEMENTATIONS
+        if by in programs.computers(name, args)
+    ]
 
 
-def _labels(label: str, batch: int, name: str, framework: str, backward: bool) -> dict:
-    return {
-        "model": label,
-        "batch": batch,
-        "tokens": batch * shapes.SEQ,
-        "implementation": name,
-        "framework": framework,
-        "pass": BOTH if backward else FORWARD,
-    }
-
-
-def _make_case(label, batch, name, framework, figures, args) -> Case:
+def _make_case(label: str, batch: int, name: str, by: str, args) -> Case:
     model, impl = shapes.MODELS[label], IMPLEMENTATIONS[name]
-    tokens = batch * shapes.SEQ
-    published_ms = None
-    if framework == OURS and not args.backward:
-        published_ms = figures.get((label, batch, impl.published or name))
+    tokens, which = batch * shapes.SEQ, BOTH if args.backward else FORWARD
+    op, _, variant = name.partition(" ")
+    theirs = None
+    if by == XLA and not args.backward:
+        theirs = published_ms().get((label, batch, impl.published or name))
+    sizes = {"model": label, "batch": batch, "tokens": tokens}
+    shape = {"shape": f"{label} {batch}x{shapes.SEQ}"}
     return Case(
-        labels=_labels(label, batch, name, framework, args.backward),
-        build=partial(programs.build, name, model, tokens, args, framework),
+        labels=labels(op, variant, by, which, args.dtype, **shape, **sizes),
+        build=partial(programs.build, name, model, tokens, args, by),
         flops=(3 if args.backward else 1) * shapes.count_flops(model, tokens, name),
         iterations=model.iterations if args.on_device else CPU_ITERATIONS,
         needed_bytes=_needed_bytes(model, tokens, impl.weights, args),
-        published_ms=published_ms,
+        published_ms=theirs,
     )
 
 
-def _make_stages(label, batch, figures, args) -> list[Case]:
-    """All stages, and the op that they add up to."""
-    model, tokens = shapes.MODELS[label], batch * shapes.SEQ
-    cases = [
-        Case(
-            labels=_labels(label, batch, name, framework, False) | {"part": "stage"},
-            build=partial(stages.build, name, model, tokens, args),
-            flops=2 * stages.count_macs(model, tokens, name),
-            iterations=model.iterations if args.on_device else CPU_ITERATIONS,
-            needed_bytes=_needed_bytes(model, tokens, "relu2", args),
-        )
-        for framework, group in stages.BY_FRAMEWORK.items()
-        for name in group
-    ]
-    whole = [
-        _make_case(label, batch, name, framework, figures, args)
-        for framework, name in stages.WHOLE.values()
-    ]
-    return cases + [replace(c, labels={**c.labels, "part": "whole"}) for c in whole]
-
-
 def _needed_bytes(model: Model, tokens: int, kind: str, args) -> float:
-    """The program's arguments, gradients and intermediates, and the float64 check's."""
+    """Bytes of arguments, gradients and intermediates, and of the float64 check."""
     sizes = programs.weight_shapes(model, kind)
     sizes = jax.tree.leaves(sizes, is_leaf=programs.is_shape)
     parameters = sum(a * b for a, b in sizes)
@@ -137,8 +134,7 @@ def _needed_bytes(model: Model, tokens: int, kind: str, args) -> float:
     return copies * (in_dtype + 8 * checked)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("benchmarks.mlp", __doc__ or "")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     valid = ", ".join(MODELS)
     add("--models", type=names(list(MODELS)), metavar="A,B", help=f"of {valid}")
@@ -146,91 +142,132 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help_batches = f"of {valid} (x {shapes.SEQ})"
     add("--batches", type=names(BATCHES), metavar="A,B", help=help_batches)
     add("--backward", action="store_true", help="forward and all gradients")
-    add("--stages", action="store_true", help="of low-rank ReLU², each apart; forward")
-    help_predict = "print what is predicted for one H200, and measure nothing"
-    add("--predict", action="store_true", help=help_predict)
-    add(
-        "--break-even",
-        type=plot_file,
-        metavar="FILE",
-        help="draw what 2:4 gains, by rank: predicted, and nothing is measured; after "
-        "--stages on a GPU what these measured",
+
+
+def notes(args: argparse.Namespace) -> dict[str, str]:
+    lines = {
+        "published": "PyTorch, RTX 3090, bfloat16; the 2:4 there is the static mask"
+    }
+    if args.on_device:
+        lines["floor"] = "of one H200 by its data sheet, in 16 bits; of device time"
+    return lines | peers.notes(args)
+
+
+def name_of(row: Row) -> str:
+    return f"{row['op']} {row['variant']}".strip()
+
+
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
+    rates = rate(rows) | {
+        "MB": field("temp_bytes", scale=1e-6),
+        "comp. s": field("compile_s", 2),
+    }
+    percent = ""
+    if on_gpu(rows):
+        percent = "; device: of the kernels alone; peak, floor in %"
+        rates = {"device": field("device_ms")} | rate(rows)
+        rates["peak"] = field("percent_of_peak")
+        rates["floor"] = lambda row: number(percent_of_floor(row))
+    yield listing(
+        f"Milliseconds of {rows[0]['pass']}: median, spread and published{percent}",
+        rows,
+        lambda row: DISPLAY[name_of(row)],
+        {"ms": time, "± std": field("std_ms", 2)}
+        | rates
+        | {"publ.": field("published_ms")},
+        lambda row: f"{row['shape']} {row['by']}",
     )
-    add(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="plain jnp; PyTorch and tokamax where they are installed",
+    ours = [row for row in rows if row["by"] in (XLA, KERNEL) and steady(row)]
+    if ours:
+        yield _quotients("Speed-up over full-rank SwiGLU", ours, SPEED_UPS)
+        title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU"
+        yield _quotients(title, ours, OF_2_4)
+
+
+def _times(rows: Sequence[Row], key: str) -> dict[str, float]:
+    return {name_of(row): row[key] for row in rows if row[key]}
+
+
+def _quotient(times: Mapping[str, float], pair: tuple[str, str]) -> float | None:
+    return over(*(times.get(name) for name in pair))
+
+
+def _quotients(
+    title: str, rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]
+) -> Table:
+    lines = []
+    for (shape, by), group in grouped(rows, "shape", "by").items():
+        ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")
+        cells = [
+            ratio(_quotient(ours, pair), _quotient(theirs, pair))
+            for pair in columns.values()
+        ]
+        if set(cells) != {"-"}:
+            lines.append([shape if by == XLA else f"{shape} kernels", *cells])
+    more = " (published)" if any(row["published_ms"] for row in rows) else ""
+    return Table(f"{title}{more}", ["", *columns], lines)
+
+
+def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
+    """Speed-up over full rank by model, a panel a batch."""
+    ours = [row for row in rows if row["by"] == XLA and steady(row)]
+    panels = []
+    for (batch,), group in sorted(grouped(ours, "batch").items()):
+        models = grouped(group, "model")
+        found: dict[str, dict[str, list[Point]]] = {"time_ms": {}, "published_ms": {}}
+        for x, of_model in enumerate(models.values()):
+            for key, points in found.items():
+                times = _times(of_model, key)
+                for name, pair in SPEED_UPS.items():
+                    quotient = _quotient(times, pair)
+                    if quotient is None:
+                        continue
+                    spread = None
+                    if key == "time_ms":
+                        spread = quotient * _relative_spread(of_model, pair)
+                    points.setdefault(name, []).append(Point(x, quotient, spread))
+        if found["time_ms"]:
+            panels.append(
+                Panel(
+                    f"{batch} x {shapes.SEQ} tokens, {group[0]['pass']}",
+                    "model",
+                    "speed-up over full-rank SwiGLU",
+                    found["time_ms"],
+                    names=[model for (model,) in models],
+                    outlined=found["published_ms"],
+                    limits=[Point(x, 1) for x in range(len(models))],
+                )
+            )
+    if not panels:
+        return None
+    return Figure(
+        [[panel] for panel in panels],
+        outlined="published (RTX 3090, bfloat16)",
+        limits="as fast as full rank",
     )
-    add_only(parser)
-    args = parser.parse_args(argv)
-    _refuse(parser, args)
-    args.on_device = jax.default_backend() != "cpu"
-    args.dtype = jnp.dtype(args.dtype or ("bfloat16" if args.on_device else "float32"))
-    if not _predicts(args) and not make_cases(args):
-        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
-    return args
 
 
-def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.stages and (args.backward or args.plot):
-        parser.error("--stages is of the forward, and --break-even draws it")
-    chosen = args.models or args.batches or args.only or args.list
-    other = args.stages or args.backward or args.plot
-    if _predicts(args) and (chosen or other):
-        parser.error(
-            "--predict is of all rows, stages and passes, as is --break-even without "
-            "--stages: these go with --json and each other only"
-        )
+def _relative_spread(rows: Sequence[Row], pair: tuple[str, str]) -> float:
+    """The standard deviation of a quotient of two times, over the quotient."""
+    by_name = {name_of(row): row for row in rows}
+    parts = ((by_name[n]["std_ms"] or 0) / by_name[n]["time_ms"] for n in pair)
+    return sum(part**2 for part in parts) ** 0.5
 
 
-def _predicts(args: argparse.Namespace) -> bool:
-    """Whether nothing is measured."""
-    return args.predict or (args.break_even is not None and not args.stages)
-
-
-def describe(labels) -> str:
-    peer = "" if labels["framework"] == OURS else f"{labels['framework']} "
-    stage = "stage " if labels.get("part") == "stage" else ""
-    size = f"{labels['model']} {labels['batch']}x{shapes.SEQ}"
-    return f"{size} {peer}{stage}{labels['implementation']}"
+BENCHMARK = frame.Benchmark(
+    name="mlp",
+    question=__doc__ or "",
+    cases=make_cases,
+    tables=tables,
+    describe=("shape", "by", "op", "variant"),
+    options=add_options,
+    notes=notes,
+    figure=figure,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if _predicts(args):
-        return predictions.main(args)
-    return list_or_run(args, make_cases(args), describe, _run)
-
-
-def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
-    options = Options(args.warmup, args.iterations, args.timing)
-    peak = matmul_peak_tflops(args.dtype)
-    calls = "calls as published" if args.on_device else f"{CPU_ITERATIONS} calls"
-    meta = metadata(
-        "mlp",
-        dtype=str(args.dtype),
-        matmul_precision=precision,
-        seed=args.seed,
-        matmul_peak_tflops=peak,
-        timing_text=report.timing_text(args, calls),
-        notes=report.notes(args),
-    )
-    console = make_console()
-    print_header(console, (__doc__ or "").splitlines()[0], meta)
-    rows, status = execute(cases, options, meta, args.json, describe)
-    if args.stages:
-        stages_report.print_all(console, rows, describe)
-    else:
-        report.print_all(console, rows, describe)
-    if args.break_even:
-        points = break_even.measured(rows)
-        break_even.plot(console, args.break_even, points, meta, is_measured=True)
-    if args.plot:
-        report.plot(console, rows, args.plot, meta)
-    if len(rows) < len(cases):
-        console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
-    return status
+    return frame.main(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

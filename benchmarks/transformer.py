@@ -16,9 +16,10 @@ plain jnp, a full AdamW step, and other attention and MLPs.
 import argparse
 import os
 import re
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,26 @@ import jax.numpy as jnp
 from jaxkern.nn import make_mesh, parse_mesh_sizes
 
 from . import _transformer_memory as memory
-from . import _transformer_report as report
-from ._cli import DTYPES, add_only, make_parser, names, positive, run_program
-from ._harness import Case, Options, matmul_peak_tflops
+from . import frame
+from ._cli import DTYPES, names, positive, run_program
+from ._figures import Figure, Panel, Point
+from ._harness import BOTH, FORWARD, PICKED, PLAIN, XLA, Case, Row, labels
+from ._harness import matmul_peak_tflops as gpu_peak_tflops
 from ._report import (
-    execute,
-    list_or_run,
-    make_console,
-    metadata,
-    print_header,
+    Table,
+    field,
+    grouped,
+    listing,
+    number,
+    over,
+    pivot,
     published,
+    ratio,
 )
 from ._transformer_programs import (
     ATTENTION,
     MLP,
-    PLAIN,
+    STEP,
     Layers,
     Pass,
     Size,
@@ -50,7 +56,6 @@ from ._transformer_programs import (
     build,
 )
 
-OURS = "jaxkern"
 SIZES = {
     "small": Size(768, 3072, 12, 12),
     "medium": Size(1024, 4096, 24, 16),
@@ -62,36 +67,41 @@ CONTEXTS, MORE_CONTEXTS = (128, 256), (128, 256, 512, 1024, 2048)
 WARMUPS, DEFAULT_WARMUPS = (0, 1, 5), (0, 1)
 TRIALS, CPU_TRIALS = 10, 4
 BATCH = 4
-PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+PASSES: tuple[Pass, ...] = (FORWARD, BOTH)
+SHORT = {FORWARD: "forward", BOTH: "fwd+bwd", STEP: "AdamW"}
 # A matmul of so many rows and columns takes a fifth of a second on two cores.
 CPU_PEAK_SIZE, CPU_PEAK_CALLS = 2048, 5
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
-    """The rows to measure, in order: those of one model's weights together."""
+    """The rows of one model's weights follow each other."""
+    if args.memory:
+        return memory.cases()
     default = SIZES if args.full or args.on_device else ["small"]
     contexts = args.contexts or (CONTEXTS if args.full else CONTEXTS[:1])
-    passes = [*PASSES, *(["optimizer step"] if args.optimizer else [])]
+    passes = [*PASSES, *([STEP] if args.optimizer else [])]
     cases = []
     for size in args.sizes or default:
-        for by, layers in _implementations(args):
-            # What is not published stands beside ours once, not with every warm-up.
-            warmups = args.warmup if by == OURS else [max(args.warmup)]
+        for by, layers in _computers(args):
+            # A row beside ours, which is not published, has one warm-up, not every one.
+            every = by != PLAIN and layers == args.layers
+            warmups = args.warmups if every else [max(args.warmups)]
             cases += [
                 _make_case(size, int(context), what, int(warmup), by, layers, args)
                 for context in contexts
                 for what in passes
                 for warmup in warmups
             ]
-    return [c for c in cases if re.search(args.only, describe(c.labels))]
+    return cases
 
 
-def _implementations(args: argparse.Namespace) -> list[tuple[str, Layers]]:
+def _computers(args: argparse.Namespace) -> list[tuple[str, Layers]]:
     """Ours, and where peers are wanted those; a CPU has time for plain jnp only."""
     other: Layers = "unrolled" if args.layers == "scanned" else "scanned"
-    rows: list[tuple[str, Layers]] = [(OURS, args.layers)]
+    ours = PICKED if args.on_device else XLA
+    rows: list[tuple[str, Layers]] = [(ours, args.layers)]
     if args.peers and (args.full or args.on_device):
-        rows.append((f"{OURS} {other}", other))
+        rows.append((ours, other))
     dense = (args.attention, args.mlp) == ("dense", "swiglu")
     if args.peers and dense and args.mesh is None:
         rows.append((PLAIN, "unrolled"))
@@ -113,25 +123,40 @@ def _make_case(name, context, what, warmup, by, layers, args) -> Case:
     )
     # The devices that a CPU pretends to be share its cores, and the rate beside them.
     devices = jax.device_count() if args.mesh and args.on_device else 1
-    labels = {"size": name, "context": context, "batch": args.batch, "pass": what}
-    labels |= {"warmup": warmup, "framework": by, "layers": layers}
-    line = report.find_published(published("transformer"), labels)
-    trace = args.trace and args.trace / re.sub(r"\W+", "-", describe(labels))
+    form = args.attention, args.mlp
+    variant = "" if form == ("dense", "swiglu") else ", ".join(form)
+    sizes = {"size": name, "batch": args.batch, "seq": context}
+    sizes |= {"layers": layers, "warmup": warmup}
+    what_row = labels("TransformerLM", variant, by, what, args.dtype, **sizes)
+    mean, _ = published_ms(what_row) if layers == args.layers else (None, None)
+    trace = args.trace and args.trace / re.sub(r"\W+", "-", BENCHMARK.name_of(what_row))
     return Case(
-        labels=labels,
-        build=partial(build, task, PLAIN if by == PLAIN else OURS, layers, trace),
+        labels=what_row,
+        build=partial(build, task, by, layers, trace),
         flops=task.flops() / devices,
         iterations=TRIALS if args.full or args.on_device else CPU_TRIALS,
         needed_bytes=task.needed_bytes(),
-        published_ms=None if line is None else float(line["mean_time_ms"]),
+        published_ms=mean,
         warmup=warmup,
     )
 
 
-def describe(labels: Mapping[str, Any]) -> str:
-    warmup = f"warm-up {labels['warmup']}"
-    by = "" if labels["framework"] == OURS else f" {labels['framework']}"
-    return f"{labels['size']} {labels['context']} {labels['pass']} {warmup}{by}"
+@cache
+def _lines() -> Mapping[tuple[str, ...], Mapping[str, str]]:
+    columns = "model_size", "context_length", "batch_size", "num_warmups"
+    columns = *columns, "forward_only"
+    return {tuple(line[c] for c in columns): line for line in published("transformer")}
+
+
+def published_ms(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation; peers and optimizer steps have none."""
+    if row["by"] == PLAIN or row["pass"] == STEP:
+        return None, None
+    key = (*(str(row[x]) for x in ("size", "seq", "batch", "warmup")),)
+    line = _lines().get((*key, "true" if row["pass"] == FORWARD else "false"))
+    if line is None:
+        return None, None
+    return float(line["mean_time_ms"]), float(line["std_time_ms"])
 
 
 def _folder(text: str) -> Path:
@@ -151,13 +176,11 @@ def _warmups(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def add_options(parser: argparse.ArgumentParser) -> None:
     # Rows differ in their warm-ups. As published: float32, each call waited for.
-    own = "--warmup", "--timing", "--dtype"
-    parser = make_parser("benchmarks.transformer", __doc__ or "", plot=False, own=own)
     add = parser.add_argument
     help_warmup = "calls before the clock starts, row by row (default 0,1; full 0,1,5)"
-    add("--warmup", type=_warmups, metavar="N,N", help=help_warmup)
+    add("--warmup", type=_warmups, dest="warmups", metavar="N,N", help=help_warmup)
     timings = "per-call", "amortised"
     help_timing = "wait for the device each call (default), or once a stretch of calls"
     add("--timing", choices=timings, default="per-call", help=help_timing)
@@ -177,34 +200,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--trace", type=_folder, metavar="DIR", help=help_trace)
     help_mesh = "axes data, fsdp, context, tensor; their product is the device count"
     add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
-    help_memory = "bytes a device for a training step, compiled and not run; alone"
+    help_memory = "bytes a device for a training step, compiled and not run"
     add("--memory", action="store_true", help=help_memory)
-    add_only(parser)
-    add(
-        "--peers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="plain jnp; on a GPU or with --full ours, layers run the other way, too",
-    )
-    args = parser.parse_args(argv)
-    if args.memory:
-        if args != parser.parse_args(["--memory"]):
-            parser.error("--memory must be the only option")
-        return args
-    args.on_device = jax.default_backend() != "cpu"
-    if args.warmup is None:
-        args.warmup = [*(WARMUPS if args.full else DEFAULT_WARMUPS)]
+
+
+def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.warmup = 0
+    if not args.memory:
+        return
+    for name in ("batch", "dtype", "mesh", "attention", "mlp", "sizes", "optimizer"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--memory has its own models: leave out --{name}")
+    memory.start()
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.warmups is None:
+        args.warmups = [*(WARMUPS if args.full else DEFAULT_WARMUPS)]
     args.layers = args.layers or ("scanned" if args.on_device else "unrolled")
-    args.dtype = jnp.dtype(args.dtype)
-    if args.mesh is not None:
-        _check_mesh(parser, args)
-    if not make_cases(args):
-        parser.error(f"--only must be found in a row of --list, got {args.only!r}")
-    return args
-
-
-def _check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What it cannot share is refused before anything is computed."""
+    if args.mesh is None or args.memory:
+        return
+    # A mesh that it cannot share is refused before anything is computed.
     try:
         make_mesh(**parse_mesh_sizes(args.mesh))
         for case in make_cases(args):
@@ -214,15 +230,26 @@ def _check_mesh(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--mesh: {error}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+def notes(args: argparse.Namespace) -> dict[str, str]:
     if args.memory:
-        return memory.main()
-    return list_or_run(args, make_cases(args), describe, _run)
+        return memory.NOTES
+    model = f"{args.layers} layers, {args.attention} attention, {args.mlp}"
+    model += ", rematerialized" if args.remat else ""
+    model += f", on {args.mesh}" if args.mesh else ""
+    return {
+        "model": model,
+        "% peak": "of the rate of the large matmul",
+        "published": "PyTorch eager, float32, its GPU not named",
+        "checked": "the loss against the plain form's; at two layers all gradients",
+        "MB": "arguments, results and intermediates; on a GPU its allocator's peak",
+    }
 
 
-def _cpu_peak_tflops(dtype: Any) -> float:
-    """Rate of a large matmul, in this run: the best of a few calls."""
+def peak_tflops(dtype: Any) -> float:
+    """Rate of a large matmul in this run; on a CPU the best of a few calls."""
+    measured = gpu_peak_tflops(dtype)
+    if measured:
+        return measured
     a = jax.random.normal(jax.random.key(0), (CPU_PEAK_SIZE, CPU_PEAK_SIZE), dtype)
     run = jax.jit(jnp.matmul).lower(a, a).compile()
     run(a, a).block_until_ready()
@@ -234,26 +261,215 @@ def _cpu_peak_tflops(dtype: Any) -> float:
     return 2 * CPU_PEAK_SIZE**3 / min(times) / 1e12
 
 
-def _run(args: argparse.Namespace, cases: list[Case], precision: str) -> int:
-    peak = matmul_peak_tflops(args.dtype) or _cpu_peak_tflops(args.dtype)
-    meta = metadata(
-        "transformer",
-        dtype=str(args.dtype),
-        matmul_precision=precision,
-        seed=args.seed,
-        matmul_peak_tflops=peak,
-        timing_text=report.timing_text(args, cases[0].iterations),
-        notes=report.notes(args, peak),
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
+    if "mesh" in rows[0]:
+        yield memory.table(rows)
+        return
+    good = [row for row in rows if row["status"] == "ok"]
+    yield _complete(rows)
+    # The published rows, those of one way to run the layers.
+    ours = [row for row in good if _is_ours(row, rows[0])]
+    several = len({row["size"] for row in ours}) > 1
+    if several:
+        for (size,), group in grouped(ours, "size").items():
+            title = f"{size}: mean ± std (published mean)"
+            yield pivot(title, group, _context_and_pass, _warmup, _spread)
+    yield from _passes(good)
+    yield from _effect_of_warmups(ours)
+    if several:
+        for (what, context), group in grouped(ours, "pass", "seq").items():
+            title = f"Mean ms of {SHORT[what]} at context {context} (published)"
+            yield pivot(title, group, lambda row: row["size"], _warmup, _mean)
+    yield from _summary(ours)
+
+
+def _is_ours(row: Row, first: Row) -> bool:
+    return (row["by"], row["layers"]) == (first["by"], first["layers"])
+
+
+def _warmup(row: Row) -> str:
+    return f"warm-up {row['warmup']}"
+
+
+def _context_and_pass(row: Row) -> str:
+    return f"{row['seq']} {SHORT[row['pass']]}"
+
+
+def _complete(rows: Sequence[Row]) -> Table:
+    # A rate says nothing where compilation is in the time.
+    def steadily(read):
+        return lambda row: "-" if row.get("includes_compile") else read(row)
+
+    def tokens(row: Row) -> str:
+        return number(over(1e3 * row["batch"] * row["seq"], row.get("time_ms")), 4)
+
+    def mean(row: Row) -> str:
+        mark = "*" if row.get("includes_compile") else ""
+        return mark + number(row.get("mean_ms"), 4)
+
+    columns = {
+        "ms": mean,
+        "± std": field("std_ms", 2),
+        "publ.": lambda row: number(published_ms(row)[0], 4),
+        "±": lambda row: number(published_ms(row)[1], 2),
+        "tok/s": steadily(tokens),
+        "% peak": steadily(field("percent_of_peak")),
+        "MB": lambda row: number(_memory_mb(row), 4),
+        "comp. s": field("compile_s", 2),
+    }
+    return listing(
+        "Milliseconds: mean, sample std; w: warm-ups",
+        rows,
+        lambda row: f"{SHORT[row['pass']]} w{row['warmup']}",
+        columns,
+        lambda row: f"{_shape(row)} {row['by']}, {row['layers']}",
     )
-    console = make_console()
-    question = (__doc__ or "").splitlines()[0]
-    print_header(console, question, meta | {"matmul_peak_tflops": None})
-    options = Options(0, args.iterations, args.timing)
-    rows, status = execute(cases, options, meta, args.json, describe)
-    report.print_all(console, rows, describe)
-    if len(rows) < len(cases):
-        console.print(f"Interrupted after {len(rows)} of {len(cases)} rows.")
-    return status
+
+
+def _shape(row: Row) -> str:
+    return f"{row['size']} {row['batch']}x{row['seq']}"
+
+
+def _memory_mb(row: Row) -> float | None:
+    parts = "argument_bytes", "output_bytes", "temp_bytes"
+    found = row.get("peak_bytes") or sum(row.get(part, 0) for part in parts)
+    return found / 1e6 if found else None
+
+
+def _spread(row: Row) -> str:
+    text = f"{number(row['mean_ms'], 4)} ± {number(row['std_ms'], 2)}"
+    mean, _ = published_ms(row)
+    return text if mean is None else f"{text} ({number(mean, 4)})"
+
+
+def _mean(row: Row) -> str:
+    mean, _ = published_ms(row)
+    text = number(row["mean_ms"], 4)
+    return text if mean is None else f"{text} ({number(mean, 4)})"
+
+
+def _ratio(top: Row | None, bottom: Row | None) -> str:
+    if top is None or bottom is None:
+        return "-"
+    theirs = over(published_ms(top)[0], published_ms(bottom)[0])
+    return ratio(top["mean_ms"] / bottom["mean_ms"], theirs)
+
+
+def _passes(rows: Sequence[Row]) -> Iterator[Table]:
+    """Forward against forward and backward, at the largest warm-up of each."""
+    others = [p for p in (BOTH, STEP) if any(row["pass"] == p for row in rows)]
+    lines = []
+    for _, group in grouped(rows, "size", "seq", "by", "layers").items():
+        most = max(row["warmup"] for row in group)
+        found = {row["pass"]: row for row in group if row["warmup"] == most}
+        if FORWARD in found:
+            base = found[FORWARD]
+            name = f"{_shape(base)} {base['by']}, {base['layers']}"
+            cells = [_ratio(found.get(p), base) for p in others]
+            lines.append([name, number(base["mean_ms"], 4), *cells])
+    if others and lines:
+        title = "Passes over the forward, after the most warm-ups (published)"
+        yield Table(title, ["", "forward ms", *map(SHORT.__getitem__, others)], lines)
+
+
+def _effect_of_warmups(rows: Sequence[Row]) -> Iterator[Table]:
+    """Times without any warm-up, over those after some."""
+    warmups = sorted({row["warmup"] for row in rows})
+    if len(warmups) < 2:
+        return
+    first, *others = warmups
+    lines = []
+    for _, group in grouped(rows, "size", "seq", "pass").items():
+        found = {row["warmup"]: row for row in group}
+        cells = [_ratio(found.get(first), found.get(n)) for n in others]
+        lines.append([f"{group[0]['size']} {_context_and_pass(group[0])}", *cells])
+    title = f"Effect of warm-ups: mean after {first} over mean after more (published)"
+    yield Table(title, ["", *(f"{first} over {n}" for n in others)], lines)
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[Table]:
+    """The distribution of all means and of all standard deviations."""
+    theirs = [published_ms(row) for row in rows]
+    columns = {
+        "means": [row["mean_ms"] for row in rows],
+        "stds": [row["std_ms"] for row in rows],
+        "publ. means": [mean for mean, _ in theirs],
+        "publ. stds": [std for _, std in theirs],
+    }
+    known = {n: [x for x in xs if x is not None] for n, xs in columns.items()}
+    known = {name: values for name, values in known.items() if len(values) > 1}
+    described = [_describe(values) for values in known.values()]
+    if described:
+        lines = [[k, *(number(d[k], 4) for d in described)] for k in described[0]]
+        yield Table(f"Summary of {len(rows)} rows, ms", ["", *known], lines)
+
+
+def _describe(values: Sequence[Any]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values),
+        "min": min(values),
+        **dict(zip(("25 %", "50 %", "75 %"), quartiles, strict=True)),
+        "max": max(values),
+    }
+
+
+def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
+    """Tokens a second after the most warm-ups, by size; a panel a pass."""
+    rows = [r for r in rows if r.get("time_ms") and not r["includes_compile"]]
+    panels = []
+    for (what,), group in grouped(rows, "pass").items():
+        places = list(dict.fromkeys(_shape(row) for row in group))
+        series: dict[str, list[Point]] = {}
+        theirs: dict[str, list[Point]] = {}
+        for _, of_one in grouped(group, "size", "seq", "by", "layers").items():
+            row = max(of_one, key=lambda row: row["warmup"])
+            x, tokens = places.index(_shape(row)), 1e3 * row["batch"] * row["seq"]
+            rate = tokens / row["time_ms"]
+            spread = rate * (row["std_ms"] or 0) / row["time_ms"]
+            name = f"{row['by']}, {row['layers']}"
+            series.setdefault(name, []).append(Point(x, rate, spread))
+            mean, _ = published_ms(row)
+            if mean and _is_ours(row, rows[0]):
+                theirs.setdefault(name, []).append(Point(x, tokens / mean))
+        y = "tokens a second"
+        shown = theirs if meta["platform"] == "gpu" else {}
+        panels.append(
+            [Panel(what, "size, batch x context", y, series, places, outlined=shown)]
+        )
+    if not panels:
+        return None
+    on_gpu = meta["platform"] == "gpu"
+    return Figure(panels, outlined="published (GPU not named)" if on_gpu else "")
+
+
+BENCHMARK = frame.Benchmark(
+    name="transformer",
+    question=__doc__ or "",
+    cases=make_cases,
+    tables=tables,
+    describe=(
+        "size",
+        "seq",
+        "devices",
+        "mesh",
+        "pass",
+        "warm-up warmup",
+        "by",
+        "layers",
+    ),
+    options=add_options,
+    start=start,
+    settle=settle,
+    notes=notes,
+    figure=figure,
+    peak=peak_tflops,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return frame.main(BENCHMARK, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ PROGRAMS = [
     path
     for folder in ("benchmarks", "examples")
     for path in Path(folder).glob("[a-z]*.py")
-    if "__main__" in path.read_text()
+    if '\nif __name__ == "__main__":' in path.read_text()
 ]
 each = pytest.mark.parametrize("module", ["benchmarks._cli", "examples._program"])
 START = "from {module} import run_program\ndef main():\n"

@@ -171,7 +171,6 @@ BENCHMARKS = {
     "benchmarks/test_estimators.py": {"test_every_row_is_right": ("float32",)},
     "benchmarks/test_mlp_model.py": {
         "test_rows_of_kernels": ("matmul",),
-        "test_stages_with_kernels": EVERY,
     },
     "mosaic/test_x64.py": {
         "test_kernels_are_the_same": (

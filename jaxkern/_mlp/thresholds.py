@@ -2,7 +2,7 @@
 
 "Measured" means one H200 at 700 W on 2026-11-26, bfloat16, forward and backward; the
 times stand in `benchmarks/results/nvidia_h200/launches.json`, each with its revision.
-"Predicted" means the models of `benchmarks/_mlp_cost.py`: the kernel is picked if they
+"Predicted" means the models of `tests/mlp_cost.py`: the kernel is picked if they
 predict that it takes less time than XLA for forward and backward, and no more for the
 forward alone. Single launches are predicted within a tenth, so most rows of
 `THRESHOLDS` keep a margin of 5 %, or of 10 % with 2:4 chosen by token. `swiglu`, with a

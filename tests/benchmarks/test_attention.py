@@ -8,12 +8,9 @@ import pytest
 import jaxkern
 from benchmarks import _attention_definitions as definitions
 from benchmarks import _attention_model as model
-from benchmarks import _attention_plot as plots
 from benchmarks import _attention_programs as programs
-from benchmarks import _attention_report as report
-from benchmarks import _torch, attention
+from benchmarks import _torch, attention, frame
 from benchmarks._attention_model import (
-    PASSES,
     PUBLISHED,
     Blocks,
     Dense,
@@ -21,8 +18,9 @@ from benchmarks._attention_model import (
     Shape,
     Task,
 )
-from benchmarks._harness import Options, Skip, run, with_gradients
-from benchmarks._report import make_console
+from benchmarks._attention_programs import Entry
+from benchmarks._harness import PLAIN, XLA, Options, Skip, labels, run, with_gradients
+from benchmarks.attention import PASSES
 
 SMALL = Shape(1, 256, 4)
 QUARTERS = Dilated((64, 128, 256), (1, 2, 4))
@@ -42,15 +40,18 @@ def small(monkeypatch):
             for figures in [(0.5, 20.0, 5e5) if status == "ok" else (None,) * 3]
         },
     )
-    for module in (attention, report):
-        monkeypatch.setattr(module, "PUBLISHED", model.PUBLISHED)
+    monkeypatch.setattr(attention, "PUBLISHED", model.PUBLISHED)
     monkeypatch.setattr(attention, "SEQS", (128, 256))
     monkeypatch.setattr(attention, "DENSITIES_SEQ", 256)
     monkeypatch.setattr(attention, "RING_SEQ", 256)
 
 
 def cases(*argv):
-    return attention.make_cases(attention.parse(argv))
+    return parse(*argv).cases
+
+
+def parse(*argv):
+    return frame.parse(attention.BENCHMARK, argv)
 
 
 def measured(*argv):
@@ -60,18 +61,21 @@ def measured(*argv):
 def test_the_published_rows_are_there_with_their_figures():
     rows = [c for c in cases("--grid", "published", "--no-peers")]
     assert len(rows) == 56 and len(PUBLISHED) == 56
-    names = {c.labels["implementation"] for c in rows}
-    assert names == set(attention.IMPLEMENTATIONS) == set(report.TITLES)
-    shapes = {(c.labels["batch"], c.labels["seq"], c.labels["heads"]) for c in rows}
+    assert len({(c.labels["op"], c.labels["variant"]) for c in rows}) == 7
+    shapes = {(c.labels["batch"], c.labels["seq"], c.labels["num_heads"]) for c in rows}
     assert shapes == {(b, n, h) for b in (1, 2) for n in (512, 1024) for h in (8, 16)}
-    assert {c.labels["dim"] for c in rows} == {64}
-    published = {attention.describe(c.labels): c.published_ms for c in rows}
+    assert {c.labels["head_dim"] for c in rows} == {64}
+    published = {attention.BENCHMARK.name_of(c.labels): c.published_ms for c in rows}
     assert len(published) == 56
-    assert published["published (2, 1024, 16) ring_v2_collective"] == 12.91
-    assert published["published (1, 512, 8) improved"] == 0.32
+
+    def name(row, more=""):
+        return f"published {row}_attention dense{more} jaxkern xla forward"
+
+    assert published[name("(2, 1024, 16, 64) ring", " on 1")] == 12.91
+    assert published[name("(1, 512, 8, 64) dilated")] == 0.32
     failed = [name for name, ms in published.items() if ms is None]
     assert len(failed) == 12
-    assert all("multihead" in name and "16)" in name for name in failed)
+    assert all("multi-head" in name and "16, 64)" in name for name in failed)
 
 
 def test_published_memory_without_what_was_resident():
@@ -113,8 +117,8 @@ def test_flops_by_hand():
 def test_masks_have_the_blocks_that_are_counted(which):
     pattern, seq = Blocks(which), 4096
     mask = pattern.mask(seq)
-    assert mask.density == pattern.grid(seq).mean()
     if isinstance(which, int):
+        assert mask.density == pattern.grid(seq).mean()
         assert mask.density == pytest.approx(which / 100, abs=0.0005)
     rows = np.array([0, 127, 128, 2000, 4095])
     counts = pattern.counts(Shape(1, seq, 2), rows)
@@ -138,10 +142,12 @@ def test_counts_of_patterns():
 
 
 ONE_OF_EACH = {
-    "published": r"published \(1, 256, 4\)",
-    "published backward": r"4\) (ring_v2|multihead_standard|block_sparse_multihead)",
-    "real": r"real \(1, 256, 4\) (jax|bl.* 5%|.*(quarters|fixed)|(bl|att).*causal)",
-    "real backward": r"real \(1, 256, 4\) (dilated.*causal|plain jnp q|ring of 2 c)",
+    "published": r"published \(1, 256, 4, 64\)",
+    "published backward": r"4, 64\) (ring.* dense|attention.*norms|block.*multi)",
+    "real": r"real \(1, 256, 4, 64\) (att.*jax|bl.* 5%|.*(quarters|fixed)|"
+    "(bl|att).*causal)",
+    "real backward": r"real \(1, 256, 4, 64\) "
+    "(dil.*(quarters causal|plain)|ring.*causal on 2)",
 }
 
 
@@ -157,9 +163,12 @@ def test_every_kind_of_row_is_right(small, name):
 
 def test_bfloat16_rows_are_right(small):
     rows = measured(
-        "--dtype", "bfloat16", "--only", "256, 4.*( improved|near|ring of 4$)"
+        "--dtype",
+        "bfloat16",
+        "--only",
+        "256, 4.*(dilated_attention dense|near|real.* ring.* dense)",
     )
-    assert [r["reason"] for r in rows if r["status"] != "ok"] == [] and len(rows) == 3
+    assert [r["reason"] for r in rows if r["status"] != "ok"] == [] and len(rows) >= 3
 
 
 def wrong(query, key, value, **options):
@@ -170,7 +179,7 @@ def wrong(query, key, value, **options):
 @pytest.mark.parametrize("backward", [[], ["--backward"]], ids=["", "backward"])
 def test_wrong_rows_are_refused(small, monkeypatch, backward):
     monkeypatch.setattr(jaxkern, "attention", wrong)
-    only = r"real \(1, 256, 4\) (plain jnp|attention)$"
+    only = r"real \(1, 256, 4, 64\) attention dense (jaxkern|plain)"
     ours, plain = measured("--only", only, *backward)
     assert ours["reason"].startswith("WrongValues") and plain["status"] == "ok"
 
@@ -195,7 +204,7 @@ def test_some_queries_of_a_long_sequence_are_checked(monkeypatch):
     assert len(set(rows)) == 16 and rows[0] == 0 and rows[-1] == 255
     key = Task(SMALL, QUARTERS), jnp.dtype("float32"), 0, True
     args = definitions.make_arguments(*key)
-    fn = programs.core(key[0], "dilated_attention")
+    fn = programs.core(Entry("real", "dilated_attention", key[0], XLA))
     checked = definitions.check(key, jax.jit(with_gradients(fn)))
     assert checked.error <= checked.bound
 
@@ -211,17 +220,18 @@ def test_command(small, tmp_path, capsys):
     path, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     argv = ["--iterations", "2", "--json", str(path), "--plot", str(picture)]
     only = (
-        r"256, [24]\) (ring_v2|multihead_st|plain jnp$)|real .* (attention|ring of 2)$"
+        r"published .*(ring.* dense|attention dense.*norms|attention dense plain)"
+        r"|real .* attention dense jaxkern"
     )
     assert attention.main([*argv, "--devices", "2", "--only", only]) == 0
     printed = capsys.readouterr().out
     header, tables = printed.split("\n\n", 1)
-    assert "…" not in printed and max(map(len, tables.splitlines())) <= 80
+    assert max(map(len, tables.splitlines())) <= 80
     assert "a block of 128 and its two neighbours: 100.0 % at 256" in header
-    assert "ring_v2_collective: ring_attention on 2 devices" in printed
-    assert printed.count("failed (published)") == 2 and "n = 256" in printed
+    assert " ring_attention dense on 2\n" in printed and "n = 256" in printed
+    assert printed.count("  failed") == 3
     saved = json.loads(path.read_text())
-    assert saved["meta"]["complete"] and len(saved["rows"]) == 10
+    assert saved["meta"]["complete"] and len(saved["rows"]) == 8 + 2
     assert {row["status"] for row in saved["rows"]} == {"ok"}
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -231,17 +241,18 @@ def test_a_failing_row_loses_no_other(small, monkeypatch, tmp_path, capsys):
         raise RuntimeError("out of tiles")
 
     monkeypatch.setattr(jaxkern, "block_sparse_attention", broken)
-    only = r"published \(1, 256, 4\) (standard|block_sparse|plain)"
+    only = r"published \(1, 256, 4, 64\) (attention dense (ja|pl)|block)"
     path = tmp_path / "rows.json"
     argv = ["--iterations", "1", "--json", str(path), "--only", only]
     assert attention.main(argv) == 1
+    reason = "failed: RuntimeError: out of tiles (published (1, 256, 4, 64) block_sp"
     printed = capsys.readouterr().out
-    reason = "failed: RuntimeError: out of tiles (published (1, 256, 4) block_sparse"
-    assert f"{reason} and 1 more rows)" in printed and "standard: attention" in printed
-    rows = {r["implementation"]: r for r in json.loads(path.read_text())["rows"]}
-    failed = [name for name, row in rows.items() if row["status"] == "failed"]
-    assert failed == ["block_sparse", "block_sparse_multihead"]
-    assert rows["standard"]["status"] == rows["plain jnp"]["status"] == "ok"
+    assert reason in printed and "and 1 more rows)" in printed
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["op"] for r in rows if r["status"] == "failed"} == {
+        "block_sparse_attention"
+    }
+    assert [r["status"] for r in rows if r["op"] == "attention"] == ["ok", "ok"]
 
 
 def figures(case):
@@ -253,42 +264,39 @@ def figures(case):
     return row
 
 
-def test_no_figure_is_cut_off(monkeypatch, capsys):
+def test_no_figure_is_cut_off(monkeypatch, printed):
     every = (*programs.PEERS, programs.FLEX)
     monkeypatch.setattr(programs, "why_left_out", lambda peer, args: None)
-    args = attention.parse(["--full"])
-    rows = [figures(case) for case in attention.make_cases(args)]
-    assert all(any(peer in row["implementation"] for row in rows) for peer in every)
+    rows = [figures(case) for case in cases("--full")]
+    assert {*every} <= {row["by"] for row in rows}
     rows[0] |= {"status": "skipped", "reason": "needs 1.0 GB"}
-    report.print_all(make_console(), rows, attention.describe, args)
-    lines = capsys.readouterr().out.splitlines()
-    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= 80
+    assert "skipped" in printed(attention.BENCHMARK, rows)
 
 
 def test_rows_slower_than_plain_jnp_are_named():
-    def row(name, by, time_ms):
-        labels = {"grid": "real", "shape": "(1, 8, 4)", "implementation": name}
-        return labels | {"by": by, "time_ms": time_ms, "status": "ok"}
+    def row(op, variant, time_ms, by=XLA):
+        sizes = {"grid": "real", "shape": "(1, 8, 4)", "devices": 4}
+        what = labels(op, variant, by, "forward", "float32", **sizes)
+        return what | {"time_ms": time_ms, "status": "ok"}
 
     rows = [
-        row("plain jnp", "plain jnp", 2.0),
-        row("plain jnp causal", "plain jnp", 1.0),
-        row("plain jnp quarters", "plain jnp", 4.0),
-        row("attention causal", "attention", 1.5),
-        row("ring of 4", "ring_attention", 1.5),
-        row("block-sparse 5%", "block_sparse_attention", 3.0),
-        row("dilated quarters", "dilated_attention", 3.0),
+        row("attention", "dense", 2.0, PLAIN),
+        row("attention", "causal", 1.0, PLAIN),
+        row("dilated_attention", "quarters", 4.0, PLAIN),
+        row("attention", "causal", 1.5),
+        row("ring_attention", "dense", 1.5),
+        row("block_sparse_attention", "5%", 3.0),
+        row("dilated_attention", "quarters", 3.0),
     ]
-    slower = report.slower_than_plain(rows)
-    assert slower == {
+    assert attention.slower_than_plain(rows) == {
         "attention causal (1, 8, 4)": 1.5,
-        "block-sparse 5% (1, 8, 4)": 1.5,
+        "block_sparse_attention 5% (1, 8, 4)": 1.5,
     }
 
 
 def test_rows_that_need_too_much_are_skipped_with_the_bytes(monkeypatch):
     monkeypatch.setattr("benchmarks._harness.available_bytes", lambda: 1e9)
-    rows = measured("--full", "--only", "65536, 4. plain jnp$")
+    rows = measured("--full", "--only", "65536, 4, 64. attention dense plain jnp")
     assert [row["status"] for row in rows] == ["skipped"]
     # Three copies of 4 heads x 65536^2 logits of 4 bytes, and of the arguments.
     assert rows[0]["reason"].startswith("needs 207.0 GB of memory, 1.0 GB are free")
@@ -297,20 +305,17 @@ def test_rows_that_need_too_much_are_skipped_with_the_bytes(monkeypatch):
 def test_full_grid_reaches_65536(capsys):
     assert attention.main(["--list", "--full", "--grid", "real"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "real (1, 512, 4) attention"
-    assert "real (1, 65536, 4) dilated quarters" in lines
-    rings = [line for line in lines if "ring of" in line]
-    assert rings == [
-        f"real (1, 2048, 4) ring of {n}{causal}"
-        for causal in ("", " causal")
-        for n in (1, 2, 4, 8)
-    ]
-    densities = [line.split()[-1] for line in lines if line.endswith("%")]
+    assert lines[0] == "real (1, 512, 4, 64) attention dense jaxkern xla forward"
+    assert any(line.startswith("real (1, 65536, 4, 64) dilated") for line in lines)
+    rings = [line for line in lines if "ring_attention" in line]
+    assert [line.split()[6] for line in rings] == ["dense"] * 4 + ["causal"] * 4
+    assert [line.split()[8] for line in rings] == ["1", "2", "4", "8"] * 2
+    densities = [line.split()[6] for line in lines if "%" in line]
     assert densities == ["5%", "10%", "25%", "50%", "100%"]
 
 
 def test_exponent_of_a_power():
-    assert plots.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert attention.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
 def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, capsys):
@@ -324,10 +329,10 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
 
 
 def test_why_peers_are_left_out():
-    args = attention.parse(["--list"])
+    args = parse()
     assert programs.why_left_out("plain jnp", args) is None
-    assert programs.why_left_out("jax.nn cudnn", args) == "it needs an NVIDIA GPU"
-    args = attention.parse(["--list", "--no-peers"])
+    assert programs.why_left_out("cudnn", args) == "it needs an NVIDIA GPU"
+    args = parse("--no-peers")
     assert programs.why_left_out("plain jnp", args) == "--no-peers"
 
 
@@ -346,7 +351,7 @@ def test_why_peers_are_left_out():
 )
 def test_options_are_refused_before_anything_runs(argv, message, capsys):
     with pytest.raises(SystemExit):
-        attention.parse(argv)
+        parse(*argv)
     assert message in capsys.readouterr().err
 
 
@@ -354,9 +359,9 @@ def test_options_are_refused_before_anything_runs(argv, message, capsys):
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_torch_rows(is_causal, backward):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    args = attention.parse(["--backward"] if backward else [])
+    args = parse(*["--backward"] if backward else [])
     task = Task(SMALL, Dense(is_causal))
-    program = programs.build(programs.Entry("real", "", task, "torch sdpa"), args)
+    program = programs.build(Entry("real", "attention", task, "torch sdpa"), args)
     checked = program.check(program.run)
     assert checked.error <= checked.bound
 
@@ -364,9 +369,10 @@ def test_torch_rows(is_causal, backward):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flexattention_runs_our_lists_of_blocks():
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    entry = programs.Entry("real", "", Task(SMALL, Blocks("causal")), programs.FLEX)
+    task = Task(SMALL, Blocks("causal"))
+    entry = Entry("real", "block_sparse_attention", task, programs.FLEX)
     with pytest.raises(Skip, match="FlexAttention has no backward on a CPU"):
-        programs.build(entry, attention.parse(["--backward"]))
+        programs.build(entry, parse("--backward"))
     module = programs._flex(entry.task, on_cpu=True)
     program = _torch.program(
         module,

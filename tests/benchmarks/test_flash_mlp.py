@@ -9,12 +9,10 @@ import pytest
 
 from benchmarks import _flash_mlp_definitions as definitions
 from benchmarks import _flash_mlp_model as model
-from benchmarks import _flash_mlp_plot as plots
-from benchmarks import _flash_mlp_report as report
-from benchmarks import _torch, flash_mlp
-from benchmarks._flash_mlp_model import PASSES, Shape
-from benchmarks._harness import Options, run
-from benchmarks._report import make_console
+from benchmarks import _torch, flash_mlp, frame
+from benchmarks._flash_mlp_model import Shape
+from benchmarks._harness import KERNEL, Options, labels, run
+from benchmarks.flash_mlp import PASSES
 from jaxkern.testing import plain
 
 TINY = Shape(2, 24, 16, 40)
@@ -28,8 +26,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(flash_mlp, "CPU_SWEEP", [TINY, Shape(2, 24, 16, 80)])
 
 
+def parse(*argv):
+    return frame.parse(flash_mlp.BENCHMARK, argv)
+
+
 def cases(*argv):
-    return flash_mlp.make_cases(flash_mlp.parse(["--no-peers", "--full", *argv]))
+    return parse("--no-peers", "--full", *argv).cases
 
 
 def measured(*argv):
@@ -39,9 +41,9 @@ def measured(*argv):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_are_right_or_say_why_not(tiny, dtype):
     rows = measured("--dtype", dtype)
-    status = {(r["implementation"], r["status"]) for r in rows}
-    ok = {(name, "ok") for name in ("xla", "naive jnp", "plain jnp")}
-    assert status == ok | {("mosaic_gpu", "skipped")} and len(rows) == 8
+    status = {(r["by"], r["status"]) for r in rows}
+    ok = {(name, "ok") for name in ("jaxkern xla", "naive jnp", "plain jnp")}
+    assert status == ok | {(KERNEL, "skipped")} and len(rows) == 8
     reason = "mosaic_gpu needs an H100"
     assert rows[0]["reason"].startswith(reason)
 
@@ -59,41 +61,17 @@ def test_wrong_rows_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(definitions, "op_by_op", wrong_run)
     rows = measured("--dtype", "bfloat16", "--only", "xla|forward naive")
     assert [r["reason"].split(":")[0] for r in rows[::2]] == ["WrongValues"] * 2
-    assert rows[1]["implementation"] == "naive jnp" and rows[1]["status"] == "failed"
+    assert rows[1]["by"] == "naive jnp" and rows[1]["status"] == "failed"
 
 
 def test_published_shapes_and_floors():
     assert len(model.PUBLISHED) == 5
     assert model.count_flops(LARGE, "forward") == 4 * 32 * 4096 * 64 * 512
-    floors = model.floors_ms(LARGE, "forward")
-    assert floors["tensor"] == pytest.approx(0.0174, rel=0.01)
-    assert floors["mufu"] == pytest.approx(0.0174, rel=0.02)
+    floors = model.floors_us(LARGE, "forward")
+    assert floors["tensor"] == pytest.approx(17.4, rel=0.01)
+    assert floors["mufu"] == pytest.approx(17.4, rel=0.02)
     # x and y of 16 MiB each, and the weights of 4 MiB.
-    assert floors["bytes"] == pytest.approx(1e3 * 36 * 2**20 / 4.8e12, rel=0.01)
-
-
-def test_predicted_time_by_hand():
-    # 32 x 16 tiles of 256 tokens, 4 for a multiprocessor. A tile: 2 x 256 x 64 x 512
-    # multiply-adds in 8192 clocks of the full rate, and 8192 for the activations.
-    forward = 4 * (8192 / 0.74 + 8192) / 1830 + 2
-    assert model.predicted_us(LARGE, "forward") == pytest.approx(forward)
-    # dx: 8 tiles of 128 tokens, 3 matmuls. Weights: 1 of 128 features, 4 matmuls.
-    dx = 8 * (6144 / 0.74 + 4096) / 1830 + 2
-    dw = (65536 / 0.74 + 32768) / 1830 + 2
-    whole = model.predicted_us(LARGE, "forward+backward")
-    assert whole == pytest.approx(forward + dx + dw)
-    # Beyond dim 128 each weight has its launch, and computes the hidden layer again.
-    wide = Shape(16, 2048, 256, 2048)
-    assert model.predicted_us(wide, "forward+backward") > 9.5 / 6 * (
-        model.count_flops(wide, "forward+backward") / (989e6 * 0.7)
-    )
-
-
-@pytest.mark.parametrize("which", PASSES)
-def test_no_prediction_beats_the_floor(which):
-    for shape in (*model.PUBLISHED, *flash_mlp.SWEEP):
-        predicted = model.predicted_us(shape, which)
-        assert predicted > 1e3 * max(model.floors_ms(shape, which).values())
+    assert floors["bytes"] == pytest.approx(36 * 2**20 / 4.8e6, rel=0.01)
 
 
 def test_memory_of_the_published_eager_form():
@@ -113,7 +91,7 @@ def test_memory_of_the_published_eager_form():
         got = definitions.naive(inputs, check, which != "forward").figures()
         # XLA adds some pointers to its plan.
         assert expected <= got["allocated_bytes"] <= expected + 1024
-        published = report.published_mib(model.PUBLISHED[shape], which, "eager")
+        _, published = model.published_of(shape, which, "published eager")
         # That peak has a copy of the cotangent in it.
         copied = 0 if which == "forward" else token
         assert published == (expected + copied) / 2 / 2**20
@@ -142,9 +120,9 @@ def test_a_cpu_cuts_the_batch_and_says_so(capsys):
     assert flash_mlp.main(["--list", "--no-peers", "--full"]) == 0
     full = capsys.readouterr().out.splitlines()
     assert len(reduced) == len(full) == 5 * 2 * 4
-    assert full[1] == "(8, 512, 64, 512) forward xla"
-    assert reduced[1] == "(8, 64, 64, 512) forward xla"
-    shapes = [report.shape_of(dict(c.labels)) for c in cases()]
+    assert full[1] == "(8, 512, 64, 512) forward jaxkern xla"
+    assert reduced[1] == "(8, 64, 64, 512) forward jaxkern xla"
+    shapes = [flash_mlp.shape_of(dict(c.labels)) for c in cases()]
     assert list(dict.fromkeys(shapes)) == list(model.PUBLISHED)
 
 
@@ -169,7 +147,7 @@ def test_command(tiny, tmp_path, capsys, full):
     argv += ["--plot", str(picture), *["--full"] * full]
     assert flash_mlp.main(argv) == 0
     printed = capsys.readouterr().out
-    assert "…" not in printed and "predicted us on one H200" in printed
+    assert "floors of one H200 in us: predicted, not measured" in printed
     assert "and 1 more rows" in printed
     lines = [line for line in printed.splitlines() if not line.startswith("skipped")]
     assert max(map(len, lines[10:])) <= 80
@@ -222,11 +200,11 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
 def rows_of_a_gpu(args):
     """A row for each case, with figures as wide as they get."""
     rows = []
-    for case in flash_mlp.make_cases(args):
+    for case in args.cases:
         row = {**case.labels, "status": "ok", "reason": None, "error": 1e-3}
         row |= {"time_ms": 1234.5, "std_ms": 123.4, "includes_compile": False}
-        row |= {"tflops": 612.3, "allocated_bytes": 2**40}
-        if row["implementation"] in flash_mlp.JAX:
+        row |= {"tflops": 612.3, "allocated_bytes": 2**40, "flops": 1e15}
+        if row["by"] in flash_mlp.JAX:
             row |= {"device_ms": 0.01234}
         rows.append(row)
     rows[0] |= {"status": "failed", "reason": "WrongValues: error"}
@@ -234,45 +212,38 @@ def rows_of_a_gpu(args):
 
 
 @pytest.mark.parametrize("sweep", [False, True], ids=["published", "sweep"])
-def test_no_figure_of_a_gpu_is_cut_off(monkeypatch, tmp_path, capsys, sweep):
+def test_no_figure_of_a_gpu_is_cut_off(monkeypatch, tmp_path, printed, sweep):
     monkeypatch.setattr(_torch, "frameworks", lambda wanted: _torch.FRAMEWORKS)
     peer = tmp_path / "mine.py"
     peer.write_text("")
-    argv = ["--full", "--sweep"] if sweep else ["--full", "--peer", str(peer)]
-    args = flash_mlp.parse(argv)
-    rows, console = rows_of_a_gpu(args), make_console()
-    report.print_all(console, rows, flash_mlp.describe, args)
-    lines = capsys.readouterr().out.splitlines()
-    assert "…" not in "".join(lines) and max(map(len, lines)) <= 80
-    meta = {"platform": "gpu", "device": "H200", "dtype": "bfloat16", "revision": "a"}
-    picture = tmp_path / "rows.png"
+    argv = ["--sweep"] if sweep else ["--peer", str(peer)]
+    rows = rows_of_a_gpu(parse("--full", *argv))
+    text = printed(flash_mlp.BENCHMARK, rows, tmp_path / "rows.png")
     if sweep:
-        assert any("kernel/xla" in line for line in lines)
-        plots.plot_sweep(console, rows, picture, meta)
+        assert "kernel/xla" in text
     else:
         # The published savings of memory, in the study's own numbers.
+        lines = text.splitlines()
         cells = [line.split()[2:] for line in lines if "published fused" in line]
         assert ["0.500", "94.1", "2.50", "81.5"] in cells
-        plots.plot(console, rows, picture, meta, True)
-    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_savings_are_over_the_eager_row(capsys):
+def test_savings_are_over_the_eager_row(printed):
     def rows_of(**sizes):
         return [
-            {**vars(TINY), "pass": which, "implementation": name.replace("_", " ")}
-            | {"status": "ok", "allocated_bytes": size * 2**20}
+            labels("flash_mlp", "", name.replace("_", " "), which, "float32")
+            | {"grid": "published", "shape": str(TINY), **vars(TINY)}
+            | {"status": "ok", "time_ms": 1.0, "flops": 1e9, "includes_compile": False}
+            | {"allocated_bytes": size * 2**20}
             for which in PASSES
             for name, size in sizes.items()
         ]
 
     rows = rows_of(xla=1, naive_jnp=4, torch_eager=8)
-    report.print_memory(make_console(), rows, False)
-    printed = capsys.readouterr().out
-    assert "saved over torch eager" in printed and "87.5" in printed
-    report.print_memory(make_console(), rows_of(xla=1, naive_jnp=4), False)
-    printed = capsys.readouterr().out
-    assert "saved over naive jnp" in printed and "75.0" in printed
+    text = printed(flash_mlp.BENCHMARK, rows)
+    assert "saved over torch eager" in text and "87.5" in text
+    text = printed(flash_mlp.BENCHMARK, rows_of(xla=1, naive_jnp=4))
+    assert "saved over naive jnp" in text and "75.0" in text
 
 
 @pytest.mark.parametrize(
@@ -290,7 +261,7 @@ def test_savings_are_over_the_eager_row(capsys):
 )
 def test_options_are_refused_before_anything_runs(argv, message, capsys):
     with pytest.raises(SystemExit):
-        flash_mlp.parse(argv)
+        parse(*argv)
     assert message in capsys.readouterr().err
 
 
@@ -313,9 +284,9 @@ def test_a_peer_that_cannot_be_loaded_fails_its_rows_only(
     path = tmp_path / "mine.py"
     path.write_text(source)
     rows = measured("--peer", str(path), "--only", " (xla|peer)$")
-    status = [(r["implementation"], r["status"]) for r in rows]
-    assert status.count(("peer", "failed")) == 2 and ("xla", "ok") in status
-    found = [r["reason"] for r in rows if r["implementation"] == "peer"]
+    status = [(r["by"], r["status"]) for r in rows]
+    assert status.count(("peer", "failed")) == 2 and ("jaxkern xla", "ok") in status
+    found = [r["reason"] for r in rows if r["by"] == "peer"]
     assert all(r.startswith("ImportError: ") and reason in r for r in found)
 
 
@@ -326,7 +297,7 @@ def torch():
 
 @pytest.mark.parametrize("which", PASSES)
 def test_torch_rows(torch, tiny, which):
-    args = flash_mlp.parse(["--full"])
+    args = parse("--full")
     program = flash_mlp.build(_torch.FRAMEWORKS[0], TINY, which, args)
     checked = program.check(program.run)
     assert checked.error <= checked.bound

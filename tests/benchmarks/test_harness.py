@@ -1,13 +1,12 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _cli, _harness
+from benchmarks import _cli, _harness, frame
 from benchmarks._harness import (
     Case,
     Check,
@@ -20,7 +19,7 @@ from benchmarks._harness import (
     measure,
     run,
 )
-from benchmarks._report import command, execute, number, published, ratio
+from benchmarks._report import PUBLISHED, command, number, published, ratio
 from jaxkern.testing import relative_error
 
 X = jnp.arange(12.0).reshape(3, 4)
@@ -46,8 +45,15 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def meta():
-    return {"benchmark": "test", "matmul_peak_tflops": None}
+BENCHMARK = frame.Benchmark("test", "", lambda _: [], lambda rows, meta: (), ["name"])
+
+
+def execute(cases, path, iterations=1):
+    """The rows that were measured, and whether they are all there and saved."""
+    meta = {"benchmark": "test", "matmul_peak_tflops": None}
+    options = Options(iterations=iterations)
+    results, complete = frame.measure(BENCHMARK, cases, options, meta, path)
+    return results.rows, complete, results.end(complete)
 
 
 def test_a_good_row():
@@ -232,10 +238,8 @@ def test_calls_of_the_check_can_be_warm_ups():
 def test_an_interrupt_keeps_what_was_measured(tmp_path, capsys):
     path = tmp_path / "rows.json"
     cases = [case("one"), Case({"name": "two"}, interrupt), case("three")]
-    rows, status = execute(
-        cases, Options(iterations=1), meta(), path, lambda r: r["name"]
-    )
-    assert status == 130 and [row["name"] for row in rows] == ["one"]
+    rows, complete, _ = execute(cases, path)
+    assert not complete and [row["name"] for row in rows] == ["one"]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] is False
     assert saved["rows"][0]["name"] == "one" and saved["rows"][0]["status"] == "ok"
@@ -252,8 +256,7 @@ def test_the_file_is_whole_after_each_row(tmp_path):
         return Program(double, (X,), check)
 
     cases = [Case({"name": str(i)}, look) for i in range(3)]
-    _, status = execute(cases, Options(iterations=1), meta(), path, str)
-    assert status == 0 and seen == [0, 1, 2]
+    assert execute(cases, path)[1:] == (True, True) and seen == [0, 1, 2]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] is True
     assert [row["status"] for row in saved["rows"]] == ["ok"] * 3
@@ -264,14 +267,14 @@ def test_an_interrupt_before_the_first_row_keeps_an_earlier_file(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("earlier")
     cases = [Case({"name": "one"}, interrupt)]
-    assert execute(cases, Options(), meta(), path, str) == ([], 130)
+    assert execute(cases, path) == ([], False, True)
     assert path.read_text() == "earlier"
 
 
 def test_rows_that_cannot_be_saved_are_still_returned(tmp_path, capsys):
     path = tmp_path / "gone" / "rows.json"
-    rows, status = execute([case("one")], Options(), meta(), path, str)
-    assert status == 1 and rows[0]["status"] == "ok"
+    rows, _, saved = execute([case("one")], path)
+    assert not saved and rows[0]["status"] == "ok"
     assert "not saved: [Errno 2]" in capsys.readouterr().err
 
 
@@ -279,7 +282,7 @@ def test_a_link_to_a_file_is_followed(tmp_path):
     target, link = tmp_path / "rows.json", tmp_path / "link.json"
     target.write_text("")
     link.symlink_to(target)
-    execute([case("one")], Options(), meta(), _cli.writable(str(link)), str)
+    execute([case("one")], _cli.writable(str(link)))
     assert link.is_symlink() and json.loads(target.read_text())["rows"]
 
 
@@ -327,9 +330,7 @@ def test_ratio():
 
 
 def test_published_figures_are_all_there():
-    counts = {
-        p.stem: len(published(p.stem)) for p in Path("benchmarks/published").iterdir()
-    }
+    counts = {p.stem: len(published(p.stem)) for p in PUBLISHED.iterdir()}
     assert counts == {
         "attention": 56,
         "estimators": 34,

@@ -9,10 +9,8 @@ from benchmarks import _mlp_definitions as definitions
 from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_programs as programs
-from benchmarks import _mlp_report, mlp
-from benchmarks._harness import Options, run
-from benchmarks._mlp_report import index_published
-from benchmarks._report import make_console, published
+from benchmarks import frame, mlp
+from benchmarks._harness import KERNEL, PLAIN, XLA, Options, labels, run
 
 TINY = shapes.Model(hidden=32, intermediate=46, rank=8, iterations=2)
 
@@ -27,8 +25,12 @@ def tiny(monkeypatch, unchecked_types):
     monkeypatch.setattr(shapes, "SEQ", 80)
 
 
-def arguments(*argv):
-    return mlp.parse(["--models", "60M", "--no-peers", "--iterations", "2", *argv])
+def cases(*argv):
+    return frame.parse(mlp.BENCHMARK, ["--models", "60M", *argv]).cases
+
+
+def measured(*argv):
+    return run(cases(*argv), Options(iterations=1))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +38,9 @@ def arguments(*argv):
 )
 def test_every_implementation_passes_its_check(tiny, dtype, backward):
     flags = ["--dtype", dtype, *["--backward"] * backward]
-    rows = run(mlp.make_cases(arguments(*flags)), Options(iterations=1))
-    assert {r["status"] for r in rows if r["framework"] == "jaxkern"} == {"ok"}
-    kernels = [r for r in rows if r["framework"] == "mosaic_gpu"]
+    rows = measured("--no-peers", *flags)
+    assert {r["status"] for r in rows if r["by"] == XLA} == {"ok"}
+    kernels = [r for r in rows if r["by"] == KERNEL]
     assert {r["status"] for r in kernels} == {"skipped"}
     reason = "mosaic_gpu needs an H100"
     assert all(r["reason"].startswith(reason) for r in kernels)
@@ -46,10 +48,8 @@ def test_every_implementation_passes_its_check(tiny, dtype, backward):
 
 
 def test_peers_stand_beside_ours_and_pass_the_same_check(tiny):
-    args = mlp.parse(["--models", "60M", "--iterations", "1"])
-    rows = run(mlp.make_cases(args), Options(iterations=1))
-    plain = [r for r in rows if r["framework"] == "plain jnp"]
-    assert [r["implementation"] for r in plain] == MLPS
+    plain = measured("--only", PLAIN)
+    assert [mlp.name_of(r) for r in plain] == MLPS
     assert {r["status"] for r in plain} == {"ok"}
     assert all(r["published_ms"] is None for r in plain)
 
@@ -57,7 +57,7 @@ def test_peers_stand_beside_ours_and_pass_the_same_check(tiny):
 def test_the_check_takes_tokens_in_chunks(tiny, monkeypatch):
     monkeypatch.setattr(definitions, "CHUNK", 32)
     for flags in (["--only", "swiglu"], ["--backward", "--only", "relu2$"]):
-        rows = run(mlp.make_cases(arguments(*flags)), Options(iterations=1))
+        rows = measured("--no-peers", *flags)
         assert {r["status"] for r in rows} == {"ok", "skipped"}
 
 
@@ -85,17 +85,17 @@ def test_a_wrong_implementation_is_refused(tiny, monkeypatch, name, backward, dt
     for module in (mlp, programs):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", broken)
     flags = ["--dtype", dtype, *["--backward"] * backward]
-    row = run(mlp.make_cases(arguments(*flags))[:1], Options())[0]
+    row = run(cases("--no-peers", *flags)[:1], Options())[0]
     assert row["status"] == "failed" and row["reason"].startswith("WrongValues")
     assert row["error"] > row["error_bound"] and "time_ms" not in row
 
 
 def test_grid():
-    full = mlp.make_cases(mlp.parse(["--full", "--no-peers"]))
+    full = frame.parse(mlp.BENCHMARK, ["--full", "--no-peers"]).cases
     assert len(full) == 8 * 5 * (len(mlp.IMPLEMENTATIONS) + 6)
     # Every published time stands beside a row: 160 variants and 40 masks.
     assert sum(case.published_ms is not None for case in full) == 160 + 40
-    default = mlp.make_cases(mlp.parse(["--no-peers"]))
+    default = frame.parse(mlp.BENCHMARK, ["--no-peers"]).cases
     cells = {(c.labels["model"], c.labels["tokens"]) for c in default}
     assert cells == {("60M", 512), ("130M", 512), ("350M", 512)}
 
@@ -110,9 +110,9 @@ def test_flops_and_widths_of_the_published_models():
 
 
 def test_published_speed_ups():
-    figures = index_published(published("mlp"))
+    figures = mlp.published_ms()
     assert figures["60M", 1, "swiglu"] / figures["60M", 1, "low_rank_relu2"] == 1.35
-    assert figures["65B", 32, "static mask alone"] == 2.779
+    assert figures["65B", 32, "sparsify_2_4 static"] == 2.779
 
 
 def test_command(tiny, tmp_path, capsys):
@@ -121,17 +121,16 @@ def test_command(tiny, tmp_path, capsys):
     assert mlp.main([*argv, "--json", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr()
     assert max(map(len, printed.out.splitlines()[9:-1])) <= 80
-    assert "…" not in printed.out
     assert "low-rank ReLU²" in printed.out and "(1.35)" in printed.out
     assert len(printed.err.splitlines()) == 10 + 6
     saved = json.loads(out.read_text())
     assert saved["meta"]["complete"] and saved["meta"]["seed"] == 0
-    ours = [row for row in saved["rows"] if row["framework"] == "jaxkern"]
+    ours = [row for row in saved["rows"] if row["by"] == XLA]
     assert {row["status"] for row in ours} == {"ok"}
     assert all(set(row["floors_us"]) == {"tensor", "bytes"} for row in ours)
     skipped = "mosaic_gpu needs an H100 or H200, but the default device is cpu"
     assert {r["reason"] for r in saved["rows"] if r["status"] == "skipped"} == {skipped}
-    assert "60M 1 x 80 mosaic_gpu  skipped" in printed.out and skipped in printed.out
+    assert "60M 1x80 jaxkern mosaic_gpu\n" in printed.out and skipped in printed.out
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -145,14 +144,15 @@ def test_command_with_a_failing_and_a_skipped_row(tiny, monkeypatch, capsys):
     )
     assert mlp.main(["--models", "60M", "--no-peers", "--iterations", "1"]) == 1
     printed = capsys.readouterr().out
-    reason = "failed: RuntimeError: out of tiles (60M 1x80 low_rank_relu2)"
+    reason = "failed: RuntimeError: out of tiles (60M 1x80 jaxkern xla low_rank_relu2)"
     assert reason in printed
     assert "static mask alone" in printed
 
 
-def fake_row(name, framework, **fields):
-    row = {"model": "350M", "batch": 32, "tokens": 16384, "pass": "forward"}
-    row |= {"implementation": name, "framework": framework, "status": "ok"}
+def fake_row(name, by, **fields):
+    op, _, variant = name.partition(" ")
+    sizes = {"shape": "350M 32x512", "model": "350M", "batch": 32, "tokens": 16384}
+    row = labels(op, variant, by, "forward", "bfloat16", **sizes) | {"status": "ok"}
     row |= {"mean_ms": 1234.5, "std_ms": 123.4, "time_ms": 1234.5, "compile_s": 12.34}
     row |= {"error": 1e-3, "error_bound": 2e-3, "published_ms": 246.231}
     row |= {"floors_us": {"tensor": 987654.3, "bytes": 1.0}}
@@ -167,19 +167,17 @@ def fake_row(name, framework, **fields):
     [{"device_ms": 1234.5, "percent_of_peak": 77.7}, {}, {"includes_compile": True}],
     ids=["gpu", "cpu", "warm-up 0"],
 )
-def test_no_figure_is_cut_off_at_80_columns(fields, capsys):
+def test_no_figure_is_cut_off_at_80_columns(fields, printed):
     rows = [
-        fake_row(name, framework, **fields)
-        for framework in ("jaxkern", "mosaic_gpu", "plain jnp", "torch compile")
+        fake_row(name, by, **fields)
+        for by in (XLA, KERNEL, PLAIN, "torch compile")
         for name in mlp.IMPLEMENTATIONS
     ]
     rows[1] |= {"status": "failed", "reason": "WrongValues: error"}
-    _mlp_report.print_all(make_console(), rows, mlp.describe)
-    printed = capsys.readouterr().out
-    assert "…" not in printed and "350M 32 x 512 torch compile" in printed
-    assert max(map(len, printed.splitlines())) <= 80
-    assert ("floor in %" in printed and " 80.0 " in printed) == ("device_ms" in fields)
-    assert ("Speed-up over full-rank" in printed) == (not rows[0]["includes_compile"])
+    text = printed(mlp.BENCHMARK, rows)
+    assert "350M 32x512 torch compile" in text and "failed" in text
+    assert ("floor in %" in text and " 80.0 " in text) == ("device_ms" in fields)
+    assert ("Speed-up over full-rank" in text) == (not rows[0]["includes_compile"])
 
 
 def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, capsys):
@@ -195,8 +193,8 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
 def test_list_measures_nothing(capsys):
     assert mlp.main(["--list", "--no-peers"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * (10 + 6) and lines[0] == "60M 1x512 swiglu"
-    assert lines[10] == "60M 1x512 mosaic_gpu low_rank_swiglu"
+    assert len(lines) == 3 * (10 + 6) and lines[0] == "60M 1x512 jaxkern xla swiglu"
+    assert lines[10] == "60M 1x512 jaxkern mosaic_gpu low_rank_swiglu"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +209,7 @@ def test_list_measures_nothing(capsys):
 )
 def test_unknown_names_list_the_valid_ones(argv, message, capsys):
     with pytest.raises(SystemExit):
-        mlp.parse(argv)
+        frame.parse(mlp.BENCHMARK, argv)
     assert message in capsys.readouterr().err
 
 

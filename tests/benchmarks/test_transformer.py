@@ -7,12 +7,11 @@ import pytest
 
 from benchmarks import _transformer_memory as memory
 from benchmarks import _transformer_programs as programs
-from benchmarks import _transformer_report as report
-from benchmarks import transformer
-from benchmarks._harness import Check, Options, run
-from benchmarks._report import make_console, published
+from benchmarks import frame, transformer
+from benchmarks._harness import PLAIN, XLA, Check, Options, run
+from benchmarks._report import published
 
-TINY = transformer.Size(d_model=24, d_ff=40, layers=2, heads=4)
+TINY = transformer.Size(embed_dim=24, hidden_dim=40, layers=2, heads=4)
 
 
 @pytest.fixture
@@ -41,12 +40,17 @@ def forget():
 
 
 def measure(*argv):
-    args = transformer.parse(["--iterations", "2", *argv])
-    return run(transformer.make_cases(args), Options(0, 2, "per-call"))
+    return run(cases("--iterations", "2", *argv), Options(0, 2, "per-call"))
+
+
+def cases(*argv):
+    return frame.parse(transformer.BENCHMARK, argv).cases
 
 
 def problems(rows):
-    return [(transformer.describe(r), r["reason"]) for r in rows if r["reason"]]
+    return [
+        (transformer.BENCHMARK.name_of(r), r["reason"]) for r in rows if r["reason"]
+    ]
 
 
 def test_passes_and_warm_ups(unchecked):
@@ -73,8 +77,8 @@ def test_passes_and_warm_ups(unchecked):
 def test_peers_pass_the_same_check(tiny):
     rows = measure("--full", "--warmup", "1", "--only", "backward")
     assert problems(rows) == []
-    frameworks = [r["framework"] for r in rows]
-    assert frameworks == ["jaxkern", "jaxkern scanned", "plain jnp"]
+    by = [(r["by"], r["layers"]) for r in rows]
+    assert by == [(XLA, "unrolled"), (XLA, "scanned"), (PLAIN, "unrolled")]
     assert rows[0]["error"] <= rows[0]["error_bound"]
 
 
@@ -117,7 +121,7 @@ def test_what_does_not_fit_is_skipped_before_it_is_tried(tiny, monkeypatch):
         raise AssertionError("tried")
 
     monkeypatch.setattr(transformer, "build", build)
-    huge = replace(TINY, d_model=24 * 2**12, d_ff=2**20)
+    huge = replace(TINY, embed_dim=24 * 2**12, hidden_dim=2**20)
     monkeypatch.setattr(transformer, "SIZES", {"small": huge})
     rows = measure("--no-peers")
     assert {r["status"] for r in rows} == {"skipped"}
@@ -125,34 +129,31 @@ def test_what_does_not_fit_is_skipped_before_it_is_tried(tiny, monkeypatch):
 
 
 def test_grid():
-    args = transformer.parse(["--full", "--no-peers"])
-    cases = transformer.make_cases(args)
-    assert len(cases) == 60
+    full = cases("--full", "--no-peers")
+    assert len(full) == 60
     lines = published("transformer")
-    assert sorted(str(c.published_ms) for c in cases) == sorted(
+    assert sorted(str(c.published_ms) for c in full) == sorted(
         str(float(line["mean_time_ms"])) for line in lines
     )
-    assert all(case.iterations == 10 for case in cases)
-    assert {case.warmup for case in cases} == {0, 1, 5}
-    default = transformer.make_cases(transformer.parse([]))
-    assert {(c.labels["size"], c.labels["context"]) for c in default} == {
-        ("small", 128)
-    }
+    assert all(case.iterations == 10 for case in full)
+    assert {case.warmup for case in full} == {0, 1, 5}
+    sizes = {(c.labels["size"], c.labels["seq"]) for c in cases()}
+    assert sizes == {("small", 128)}
 
 
 def test_flops_and_memory_of_the_published_models():
-    cases = transformer.make_cases(transformer.parse(["--full", "--no-peers"]))
-    for case in cases:
+    full = cases("--full", "--no-peers")
+    for case in full:
         size = transformer.SIZES[str(case.labels["size"])]
-        context, d = int(case.labels["context"]), size.d_model
+        context, d = int(case.labels["seq"]), size.embed_dim
         forward = 2 * 4 * context * (16 * size.layers * d**2 + 10_000 * d)
         forward += 4 * 4 * size.layers * context**2 * d
         passes = 1 if case.labels["pass"] == "forward" else 3
         assert case.flops == passes * forward
     needed = {
         c.labels["size"]: c.needed_bytes
-        for c in cases
-        if c.labels["pass"] == "forward+backward" and c.labels["context"] == 256
+        for c in full
+        if c.labels["pass"] == "forward+backward" and c.labels["seq"] == 256
     }
     assert 1.5e9 < needed["small"] < 4e9
     assert 2 * 13.6e9 < needed["2.7B"] < 50e9
@@ -160,11 +161,13 @@ def test_flops_and_memory_of_the_published_models():
 
 def test_command(unchecked, tmp_path, capsys):
     out, trace = tmp_path / "rows.json", tmp_path / "traces"
+    picture = tmp_path / "rows.png"
     argv = ["--iterations", "2", "--json", str(out), "--trace", str(trace)]
-    assert transformer.main([*argv, "--no-peers", "--only", "backward"]) == 0
+    argv += ["--plot", str(picture), "--no-peers", "--only", "backward"]
+    assert transformer.main(argv) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
-    assert "…" not in printed.out
-    assert max(map(len, printed.out.splitlines()[8:])) <= 80
+    assert max(map(len, printed.out.splitlines()[12:])) <= 80
     saved = json.loads(out.read_text())
     assert saved["meta"]["complete"] and saved["meta"]["matmul_peak_tflops"] > 0
     assert {row["status"] for row in saved["rows"]} == {"ok"}
@@ -172,30 +175,25 @@ def test_command(unchecked, tmp_path, capsys):
     assert len(list(trace.iterdir())) == len(saved["rows"]) == 2
 
 
-def fake_rows(**fields) -> list[Any]:
+def fake_rows() -> list[Any]:
     """The whole grid, with the published times as ours."""
     rows = []
-    args = transformer.parse(["--full"])
-    for case in transformer.make_cases(args):
+    for case in cases("--full"):
         row: Any = {**case.labels, "published_ms": case.published_ms, "status": "ok"}
         row |= {"mean_ms": 1234.5, "std_ms": 123.4, "time_ms": 1234.5, "reason": None}
-        line = report.find_published(published("transformer"), case.labels)
-        if line is not None:
-            row["mean_ms"] = float(line["mean_time_ms"])
-            row["std_ms"] = float(line["std_time_ms"])
+        mean, std = transformer.published_ms(row)
+        if mean is not None and row["layers"] == "unrolled":
+            row |= {"mean_ms": mean, "std_ms": std}
         row |= {"error": 1e-3, "compile_s": 12.34, "percent_of_peak": 77.7}
         row |= {"argument_bytes": 12e9, "output_bytes": 12e9, "temp_bytes": 345e8}
-        row |= {"includes_compile": case.warmup == 0}
-        rows.append(row | fields)
+        rows.append(row | {"includes_compile": case.warmup == 0})
     return rows
 
 
-def test_report_of_the_whole_grid(capsys):
+def test_report_of_the_whole_grid(printed, tmp_path):
     rows = fake_rows()
     rows[1] |= {"status": "failed", "reason": "WrongValues: error"}
-    report.print_all(make_console(), rows, transformer.describe)
-    printed = capsys.readouterr().out
-    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
+    text = printed(transformer.BENCHMARK, rows, tmp_path / "rows.png")
     for title in (
         "Milliseconds: mean",
         "2.7B: mean ± std (published mean)",
@@ -204,19 +202,19 @@ def test_report_of_the_whole_grid(capsys):
         "Mean ms of fwd+bwd at context 256 (published)",
         "Summary of 59 rows",
     ):
-        assert title in printed
-    assert "failed: WrongValues: error (small 128 forward warm-up 1)" in printed
+        assert title in text
 
 
-def test_summary_is_the_published_one(capsys):
-    rows = [row for row in fake_rows() if row["framework"] == "jaxkern"]
-    report.print_all(make_console(), rows, transformer.describe)
-    printed = capsys.readouterr().out
-    summary = printed[printed.index("Summary of 60 rows") :]
+def test_summary_is_the_published_one(printed):
+    rows = [
+        row for row in fake_rows() if (row["by"], row["layers"]) == (XLA, "unrolled")
+    ]
+    text = printed(transformer.BENCHMARK, rows)
+    summary = text[text.index("Summary of 60 rows") :]
     figures = {line.split()[0]: line.split()[1:] for line in summary.splitlines()[4:11]}
     assert figures["mean"][:2] == ["239.9", "82.51"]
     assert figures["std"][0] == "179.4" and figures["max"][:2] == ["823.1", "302.4"]
-    pivot = printed[printed.index("Mean ms of forward at context 128") :]
+    pivot = text[text.index("Mean ms of forward at context 128") :]
     small = next(line for line in pivot.splitlines() if line.startswith(" small"))
     assert small.split()[1:] == "105.1 (105.1) 38.00 (38.00) 37.73 (37.73)".split()
 
@@ -234,7 +232,7 @@ def test_summary_is_the_published_one(capsys):
 )
 def test_refusals(argv, message, capsys):
     with pytest.raises(SystemExit):
-        transformer.parse(argv)
+        cases(*argv)
     assert message in capsys.readouterr().err
 
 
@@ -263,33 +261,35 @@ def test_rows_on_a_mesh_pass_the_same_check(tiny):
 )
 def test_refuses_meshes(mesh, argv, message, capsys):
     with pytest.raises(SystemExit):
-        transformer.parse(["--mesh", mesh, *argv])
+        cases("--mesh", mesh, *argv)
     assert re.search(f"--mesh: .*{message}", capsys.readouterr().err)
 
 
-def test_memory_on_paper(monkeypatch, capsys):
+def test_memory_on_paper(monkeypatch, printed, capsys):
     small = memory.SIZES["70B"] | {"embed_dim": 64, "hidden_dim": 128, "num_layers": 2}
     small |= {"num_heads": 8, "vocab_size": 64, "context_length": 64}
     monkeypatch.setattr(memory, "SIZES", {"70B": small})
-    found = memory.measure("70B", 8, "fsdp=4,tensor=2")
+    meshes = [("70B", 8, "fsdp=4,tensor=2"), ("70B", 8, "fsdp=5")]
+    monkeypatch.setattr(memory, "MESHES", meshes)
+    found, failed = run(memory.cases(), Options())
     # All but the five norms, which only "fsdp" splits.
     layer = 4 * 64 * 64 + 3 * 64 * 128
     split = 4 * (2 * layer + 2 * 64 * 64) // 8 + 4 * 5 * 64 // 4
-    assert found.parameters == split
-    assert found.moments == 2 * split + 4
-    assert split < found.temporaries < 1e7
-    rows = [("70B", 8, "fsdp=4,tensor=2"), ("70B", 8, "fsdp=5")]
-    assert memory.print_rows(rows) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert "…" not in "".join(lines) and max(map(len, lines[:-1])) <= 80
-    assert lines[5].split()[-2] == "H100" and lines[6].split()[-1] == "-"
-    assert lines[-1].startswith("failed: 70B  8: fsdp=5: ValueError: make_mesh")
+    assert found["parameters_bytes"] == split
+    assert found["moments_bytes"] == 2 * split + 4
+    assert split < found["temporaries_bytes"] < 1e7
+    lines = printed(transformer.BENCHMARK, [found, failed]).splitlines()
+    assert lines[5].split()[-2] == "H100" and lines[6].split()[2] == "failed"
+    assert failed["reason"].startswith("ValueError: make_mesh")
     with pytest.raises(SystemExit):
-        transformer.parse(["--memory", "--batch", "2"])
-    assert "--memory must be the only option" in capsys.readouterr().err
+        cases("--memory", "--batch", "2")
+    assert "leave out --batch" in capsys.readouterr().err
 
 
 def test_list_measures_nothing(capsys):
     assert transformer.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0] == "small 128 forward warm-up 0"
+    assert (
+        len(lines) == 6
+        and lines[0] == "small 128 forward warm-up 0 jaxkern xla unrolled"
+    )

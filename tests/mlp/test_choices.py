@@ -4,11 +4,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import mlp_cost as cost
 import pytest
 from helpers import flash_mlp_args, swiglu_args
 from mlp_definitions import make
 
-from benchmarks import _mlp_cost as cost
 from benchmarks import _mlp_model as shapes
 from jaxkern import flash_mlp, low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core import dispatch
@@ -190,8 +190,8 @@ def published_choices():
         h, w = model.hidden, model.intermediate
         for tokens in (512, 1024, 2048, 4096, 8192, 16384, 65536):
             for row, name, options in rows:
-                layer = shapes.layer_of(model, tokens, row)
-                yield name, layer, shapes.kernel_of(model, row), options
+                layer = cost.layer_of(model, tokens, row)
+                yield name, layer, cost.kernel_of(model, row), options
             yield "swiglu", cost.Layer(tokens, h, w, h, products=2), "matmul", {}
 
 

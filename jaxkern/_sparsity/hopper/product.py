@@ -16,7 +16,6 @@ thread for each activation (counted in the compiled kernels), 0.08 clocks of a
 multiprocessor. The dense product that follows takes rank / 2048 clocks for each, the
 sparse one 0.56 of that. So selecting is won back from a rank of 260 on, if the tensor
 cores run at 0.7 of their rate, or of 360, if they run at all of it.
-`python -m benchmarks.mlp --break-even` draws what L2 leaves of it.
 
 The order of positions among threads was verified on an H200.
 """

@@ -1,18 +1,21 @@
-"""What an MLP takes on an H200, by each way to compute it: predicted.
+"""Predicted times of an MLP on an H200, by each way to compute it.
 
-Kernels by what their launches wait for. XLA's matmuls at the rates of
-they reach there, of the tensor cores or of the memory,
-whichever takes longer; each of its elementwise programs reads and writes its arrays
-once. The thresholds of `jaxkern._mlp.thresholds` stand for what is said here.
+A kernel takes as long as its launches wait for matmuls, L2 or memory. A matmul of XLA
+takes as long as the tensor cores or the memory do at the rates that it reaches there,
+whichever is longer; each of its elementwise programs reads and writes its arrays once.
+The thresholds of `jaxkern._mlp.thresholds` stand for what is predicted here.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from benchmarks import _mlp_model as shapes
+from benchmarks._h200 import MUFU_PER_CLOCK
+from benchmarks._mlp_model import SOFT, SWIGLU, TOP2, Model
 from jaxkern._core import device, h200
 from jaxkern._mlp.hopper import flash, fused, sparse
-from jaxkern._mlp.thresholds import FEATURE_STEP, DenseKernel
+from jaxkern._mlp.thresholds import FEATURE_STEP, DenseKernel, dense_kernel
 from jaxkern._mosaic.base import round_up
 from jaxkern._mosaic.launch import ROW_STEP
 from jaxkern._mosaic.matmul import (
@@ -24,9 +27,6 @@ from jaxkern._mosaic.matmul import (
 )
 from jaxkern._sparsity.hopper.product import SPARSE_DENSITY
 
-# Special function operations (exp2, tanh, reciprocal) of one multiprocessor, by the
-# data sheet.
-MUFU_PER_CLOCK = 16
 # Share of the tensor cores' rate that our matmul kernels reach at 16384 x 1024 x 16512.
 MATMUL_SHARE = 0.74
 # The same for XLA's matmuls (cuBLAS).
@@ -158,13 +158,9 @@ def select_us(
     return launch_us(work, sparse.SELECT_COLUMNS)
 
 
-def sparse_work(m: int, depth: int, n: int) -> Work:
-    """The launch of a packed matrix times a dense one."""
-    return Work(m, depth, n, density=SPARSE_DENSITY)
-
-
 def sparse_matmul_us(m: int, depth: int, n: int) -> float:
-    return launch_us(sparse_work(m, depth, n))
+    """Predicted time of a packed matrix times a dense one."""
+    return launch_us(Work(m, depth, n, density=SPARSE_DENSITY))
 
 
 def sparse_us(
@@ -292,3 +288,16 @@ def beats_xla(
         return False
     ours, theirs = both_us(layer, kernel, soft, keep, backward=False)
     return ours <= theirs
+
+
+def kernel_of(model: Model, name: str) -> Kernel:
+    """Which kernel an unpacked row takes where there are any."""
+    if name in (TOP2, SOFT):
+        return "sparse"
+    return dense_kernel((model.rank, model.rank))
+
+
+def layer_of(model: Model, tokens: int, name: str) -> Layer:
+    """What is between the first and the last factor."""
+    ups, r = 1 + (name == SWIGLU), model.rank
+    return Layer(tokens, r, shapes.width(model, name), r, ups, ups)

@@ -482,19 +482,21 @@ def low_rank_relu2(
       "2:4-soft". For "2:4" its bias in $dz = 2\,da \odot \max(z, 0)$ is
       $2 (1 - M) \odot da' \odot \max(z, 0)$, which is 0 in groups with at most two
       positive entries.
-    - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. It is straight
-      through, and with $h = \mathcal{S}(a) D_{in}$ the gradients of the inner factors
-      are
+    - "feature_wise", for "2:4": straight through, and with gradients of the inner
+      factors that sum over 2:4-sparse features too. This is the training recipe of
+      arXiv 2503.16672.
 
-      $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+    With $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients of "feature_wise" are
 
-      so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
-      the axis that it sums over. For each feature, $\mathcal{F}$ keeps the two largest
-      of each four tokens. It keeps all tokens of the 5 % of the features (rounded up)
-      in which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
-      tokens of a group are a quarter of all tokens apart, counted over the batch axes
-      in order. Dense matmuls emulate it, so it saves no time. It has no `jvp`, and
-      under `shard_map` and `vmap` each part chooses among its own tokens and features.
+    $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+
+    so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along the
+    axis that it sums over. For each feature, $\mathcal{F}$ keeps the two largest of
+    each four tokens. It keeps all tokens of the 5 % of the features (rounded up) in
+    which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
+    tokens of a group are a quarter of all tokens apart, counted over the batch axes in
+    order. Dense matmuls emulate it, so it saves no time. It has no `jvp`, and under
+    `shard_map` and `vmap` each part chooses among its own tokens and features.
 
     For inference the weights themselves can be 2:4-sparse along the axis that a matmul
     sums over. Then each of the four factors is `pack_2_4` of its transpose, which takes

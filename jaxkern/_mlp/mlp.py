@@ -482,9 +482,9 @@ def low_rank_relu2(
       "2:4-soft". For "2:4" its bias in $dz = 2\,da \odot \max(z, 0)$ is
       $2 (1 - M) \odot da' \odot \max(z, 0)$, which is 0 in groups with at most two
       positive entries.
-    - "feature_wise", for "2:4": straight through, and with gradients of the inner
-      factors that sum over 2:4-sparse features too. This is the training recipe of
-      arXiv 2503.16672.
+    - "feature_wise", for "2:4": straight through, and the hidden features are selected
+      again for the gradients of the inner factors, along the tokens that these sum
+      over. This is the training recipe of arXiv 2503.16672.
 
     With $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients of "feature_wise" are
 

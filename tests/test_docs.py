@@ -223,6 +223,33 @@ def test_every_public_name_has_an_example():
     assert missing == ["jaxkern.nn.SHARDING_RULES"]
 
 
+# A packed format, a cache or a mesh has no paper, and a container nothing to raise.
+LACKING = {
+    "jaxkern.BlockMask": ("Args:", "Raises:"),
+    "jaxkern.Packed24": ("$", "Args:", "Raises:"),
+    "jaxkern.PackedMask": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.pack_mask": ("References:",),
+    "jaxkern.unpack_mask": ("References:",),
+    "jaxkern.nn.KVCache": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.MaskLogits": ("Args:", "Raises:", "References:"),
+    "jaxkern.nn.PackedWeight": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.SHARDING_RULES": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.get_sharding": ("$",),
+    "jaxkern.nn.mask_sparsity": ("Raises:", "References:"),
+    "jaxkern.nn.parse_mesh_sizes": ("$", "References:"),
+}
+
+
+def test_every_docstring_has_formula_arguments_errors_and_source():
+    parts, found = ("$", "Args:", "Raises:", "References:"), docstrings()
+    names = [name for name in public_names() if "testing" not in name]
+    lacking = {
+        name: tuple(part for part in parts if part not in found.get(name, ""))
+        for name in names
+    }
+    assert {name: those for name, those in lacking.items() if those} == LACKING
+
+
 def test_faults_of_a_page_are_found(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(

@@ -41,7 +41,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 # Our names, and by hand the factor by which each multiplies the gradient of the mask.
 ESTIMATORS: dict[str, Any] = {
     "straight_through": jaxkern.straight_through,
-    "one_plus_sigmoid": partial(jaxkern.straight_through, derivative="one_plus_sigmoid"),
+    "one_plus_sigmoid": partial(
+        jaxkern.straight_through, derivative="one_plus_sigmoid"
+    ),
     "reinmax": jaxkern.reinmax,
 }
 SLOPES: dict[str, Any] = {

@@ -169,7 +169,9 @@ class Task:
         size = self.size
         weights = 4.0 * _count(size, self.mlp)[0]
         kept = 1 if self.what == FORWARD or self.remat else size.layers
-        features = 10 * size.embed_dim + 4 * size.hidden_dim + 3 * size.heads * self.context
+        features = (
+            10 * size.embed_dim + 4 * size.hidden_dim + 3 * size.heads * self.context
+        )
         run = 4.0 * self.tokens * (kept * features + VOCAB)
         # Gradients; with the optimizer new weights too, and old and new moments.
         run += {FORWARD: 0, BOTH: 1, STEP: 6}[self.what] * weights

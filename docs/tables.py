@@ -27,9 +27,10 @@ def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def microseconds(value: float | None) -> str:
-    if value is None:
+def microseconds(milliseconds: float | None) -> str:
+    if milliseconds is None:
         return ""
+    value = round(1e3 * milliseconds, 3)
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
@@ -69,11 +70,11 @@ class Launches:
                 [
                     name,
                     PASSES.get(which, which),
-                    microseconds(ours["device_us"]) + again,
-                    microseconds(theirs["device_us"]),
-                    f"{ours['device_us'] / theirs['device_us']:.2f}",
-                    microseconds(ours["wall_us"]),
-                    microseconds(theirs["wall_us"]),
+                    microseconds(ours["device_ms"]) + again,
+                    microseconds(theirs["device_ms"]),
+                    f"{ours['device_ms'] / theirs['device_ms']:.2f}",
+                    microseconds(ours["time_ms"]),
+                    microseconds(theirs["time_ms"]),
                 ]
             )
         return table(columns, lines)
@@ -89,8 +90,8 @@ class Launches:
             [
                 name,
                 PASSES.get(which, which),
-                microseconds(row["device_us"]),
-                microseconds(row["wall_us"]),
+                microseconds(row["device_ms"]),
+                microseconds(row["time_ms"]),
                 row["revision"],
             ]
             for (name, which), row in found.items()
@@ -102,7 +103,7 @@ def kernels(path: Path = KERNELS) -> dict[str, str]:
     """What the compiler says of each kernel, by family."""
     lines: dict[str, list[list[str]]] = {"flash_mlp": [], "attention": [], "masked": []}
     for row in json.loads(path.read_text())["rows"]:
-        name = row["kernel"]
+        name = f"{row['op']} {row['variant']}"
         family = name.split()[0]
         spilled = row["spill_stores_bytes"] + row["spill_loads_bytes"]
         counts = row["registers"], spilled, row["smem_bytes"], row["wgmma"]

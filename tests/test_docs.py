@@ -5,6 +5,7 @@ import doctest
 import inspect
 import io
 import re
+import types
 from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -23,9 +24,9 @@ GENERATED = Path("docs/benchmarks/generated")
 WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.parents]
 PAGES = [README, *sorted(WRITTEN)]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-PROMPT = ">>>"
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
+MEMBERS = types.FunctionType, property, staticmethod, classmethod
 MOST_README_LINES = 150
 
 # The meaning of fenced blocks in each language.
@@ -46,7 +47,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(text: str) -> list[Block]:
-    """The fenced blocks in order, of which some are indented in lists or tabs."""
+    """Return the fenced blocks in order; lists and tabs indent some of them."""
     found, end = [], 0
     for match in FENCE.finditer(text):
         indent, language, code = match.groups()
@@ -58,7 +59,7 @@ def blocks_of(text: str) -> list[Block]:
 
 
 class Example(NamedTuple):
-    """Python of a page, and what it prints; None where the page does not say."""
+    """Python of a page or docstring, and what it prints; None if it does not say."""
 
     line: int
     code: str
@@ -66,13 +67,10 @@ class Example(NamedTuple):
 
 
 def examples_of(text: str) -> list[Example]:
-    """Return the blocks of Python, each with the output that follows it.
-
-    The sessions of docstrings are not among them: they are doctest's.
-    """
+    """Return the blocks of Python, each with the output that follows it."""
     blocks, found = blocks_of(text), []
     for block, following in zip_longest(blocks, blocks[1:]):
-        if block.language == "python" and not block.text.startswith(PROMPT):
+        if block.language == "python":
             prints = following and following.language == "text" and not following.before
             output = following.text if following and prints else None
             found.append(Example(block.line, block.text, output))
@@ -87,7 +85,7 @@ def as_a_reader() -> Iterator[None]:
 
 
 def run_examples(name: str, text: str) -> None:
-    """Run the blocks of a page or docstring in order, as a reader would."""
+    """Run the blocks of a page or of a docstring in order, as a reader would."""
     session = {"__name__": "__main__"}
     for line, code, output in examples_of(text):
         # The empty lines give a traceback the line numbers of the page.
@@ -97,7 +95,7 @@ def run_examples(name: str, text: str) -> None:
         got = printed.getvalue()
         assert output is None or doctest.OutputChecker().check_output(
             output, got, FLAGS
-        ), f"{name}:{line} printed\n{got}and the page says\n{output}"
+        ), f"{name}:{line} printed\n{got}and not\n{output}"
 
 
 @pytest.mark.newest
@@ -109,11 +107,12 @@ def test_examples_print_what_the_page_says(page):
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
+    texts = {str(page): page.read_text() for page in PAGES} | docstrings()
     unknown = [
-        f"{page}:{block.line}: {block.language}"
-        for page in PAGES
-        for block in blocks_of(page.read_text())
-        if block.language not in LANGUAGES or block.text.startswith(PROMPT)
+        f"{name}:{block.line}: {block.language}"
+        for name, text in texts.items()
+        for block in blocks_of(text)
+        if block.language not in LANGUAGES or block.text.startswith(">>>")
     ]
     assert unknown == []
 
@@ -185,36 +184,43 @@ def test_every_public_name_has_its_place_in_the_api():
     assert shown == Counter(public_names())
 
 
-def docstring_examples() -> list[doctest.DocTest]:
-    """Return the public docstrings with examples: sessions and blocks of Python."""
-    found = {}
+def docstrings() -> dict[str, str]:
+    """Return the docstrings of the public names and of the members of classes."""
+    modules, found = {one.__name__: one for one in MODULES}, {}
     for name in public_names():
         module, _, last = name.rpartition(".")
-        value = getattr({one.__name__: one for one in MODULES}[module], last)
+        value = getattr(modules[module], last)
         if not getattr(value, "__module__", "jaxkern").startswith("jaxkern"):
             continue
-        is_class = inspect.isclass(value)
-        finder = doctest.DocTestFinder(recurse=is_class, exclude_empty=False)
-        for test in finder.find(value, name, module=False, globs={}):
-            if test.examples or examples_of(inspect.cleandoc(test.docstring or "")):
-                found.setdefault(test.name, test)
-    return list(found.values())
+        found[name] = inspect.getdoc(value) or ""
+        for owner in inspect.getmro(value)[:-1] if inspect.isclass(value) else ():
+            if owner.__module__.startswith("jaxkern"):
+                place = name if owner is value else owner.__qualname__
+                found[place] = inspect.cleandoc(owner.__doc__ or "")
+                for member, of in vars(owner).items():
+                    if isinstance(of, MEMBERS):
+                        found[f"{place}.{member}"] = inspect.getdoc(of) or ""
+    return found
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("test", docstring_examples(), ids=lambda test: test.name)
-def test_examples_of_docstrings(test):
-    if test.name == "jaxkern.testing.compile_for":
+@pytest.mark.parametrize(
+    "name", [name for name, text in docstrings().items() if examples_of(text)]
+)
+def test_examples_of_docstrings(name):
+    if name == "jaxkern.testing.compile_for":
         try:
             jaxkern.testing.compiler.tools()
         except jaxkern.testing.MissingCompiler as missing:
             pytest.skip(str(missing))
-    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
-    report = []
-    with as_a_reader():
-        runner.run(test, out=report.append)
-    assert not runner.failures, "".join(report)
-    run_examples(test.name, inspect.cleandoc(test.docstring or ""))
+    run_examples(name, docstrings()[name])
+
+
+def test_every_public_name_has_an_example():
+    found = docstrings()
+    missing = [name for name in public_names() if not examples_of(found[name])]
+    # A tuple has no docstring of its own.
+    assert missing == ["jaxkern.nn.SHARDING_RULES"]
 
 
 def test_faults_of_a_page_are_found(tmp_path):

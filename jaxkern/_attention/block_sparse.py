@@ -222,7 +222,8 @@ def _check_mask(op: str, mask: object, query: jax.Array, key: jax.Array) -> None
         ("heads", mask.shape[1], heads),
     ]:
         if got not in (1, want):
-            raise ValueError(f"{op}: {name} of mask must be 1 or {want}, got {got}")
+            choices = "1" if want == 1 else f"1 or {want}"
+            raise ValueError(f"{op}: {name} of mask must be {choices}, got {got}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

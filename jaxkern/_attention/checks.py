@@ -2,7 +2,13 @@
 
 import jax
 
-from .._core.checks import check_array, check_floating, check_number, check_shape
+from .._core.checks import (
+    check_array,
+    check_floating,
+    check_number,
+    check_shape,
+    kind_of,
+)
 
 # The least number of queries for which None picks the kernel. A tile of the kernel
 # holds 64 queries, so that one query over many keys would cost 64 times its work.
@@ -56,6 +62,11 @@ def check_scale(op: str, scale: float | None, dim: int) -> float:
 
 def check_mask(op: str, mask: jax.Array, query: jax.Array, key: jax.Array) -> None:
     """Check that the mask has a boolean for each pair, or axes of 1."""
+    if hasattr(mask, "to_dense"):
+        raise TypeError(
+            f"{op}: mask must be a boolean array, got a {kind_of(mask)}, which "
+            "block_sparse_attention takes; its to_dense() is an array"
+        )
     check_array(op, "mask", mask, "boolean")
     full = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
     fits = mask.ndim == 4 and all(

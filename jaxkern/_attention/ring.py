@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from .._core.checks import check_flag, raise_unknown
+from .._core.checks import check_flag, check_integer, kind_of, raise_unknown
 from .._core.dispatch import Implementation, check_implementation, run
 from .checks import check_one_length, check_query_key_value, check_scale
 from .dense import choose_dense
@@ -357,6 +357,8 @@ def ring_permutation(
     """
     op = "ring_permutation"
     _check_layout(op, layout)
+    seq = check_integer(op, "seq", seq)
+    devices = check_integer(op, "devices", devices)
     _check_divisible(op, seq, devices, layout, True)
     tokens = np.arange(seq)
     match layout:
@@ -507,6 +509,8 @@ def context_parallel_attention(
     query, key, value = check_query_key_value(op, query, key, value)
     check_flag(op, is_causal=is_causal, return_lse=return_lse)
     _check_dilation(op, dilation, layout)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"{op}: mesh must be a jax.sharding.Mesh, got {kind_of(mesh)}")
     if axis_name not in mesh.axis_names:
         raise_unknown(op, "axis_name", axis_name, mesh.axis_names)
     devices = mesh.shape[axis_name]

@@ -135,7 +135,10 @@ def check_number(
         is_real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
         number = value.shape == () and is_real
     if not number or isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be one number, got {value!r}")
+        array = isinstance(value, jax.Array | np.ndarray)
+        got = kind_of(value) if array else repr(value)
+        known = ", known when JAX traces and no array" if array and not traced else ""
+        raise TypeError(f"{op}: {name} must be one number{known}, got {got}")
     if isinstance(value, Tracer):
         return
     wanted = []

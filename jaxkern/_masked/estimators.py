@@ -491,6 +491,12 @@ def _reinmax_categorical(
     return _attach(drawn, soft, logits)
 
 
+def needs_key(make: Callable[..., jax.Array]) -> bool:
+    """Whether one of our estimators cannot be called without a key."""
+    parameters = inspect.signature(make).parameters
+    return "key" in parameters and parameters["key"].default is inspect.Parameter.empty
+
+
 def estimator_of(op: str, estimator: Any) -> Callable[..., jax.Array]:
     """Return the function that makes a mask of logits, which may be given by its name.
 

@@ -22,7 +22,14 @@ from .._core.checks import (
 from .._core.dispatch import Implementation, check_implementation, choose, run
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
-from .estimators import Estimator, Rule, estimator_of, is_fixed, rule_of
+from .estimators import (
+    Estimator,
+    Rule,
+    estimator_of,
+    is_fixed,
+    needs_key,
+    rule_of,
+)
 from .packed import WORD, PackedMask, check_packed_mask, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
@@ -313,6 +320,8 @@ def _check_masks(
             raise TypeError(f"{op}: mask_logits must be all packed, or none of them")
         return _Masks(logits, unpack_mask, None, None)
     make = estimator_of(op, estimator)
+    if isinstance(estimator, str) and key is None and needs_key(make):
+        raise TypeError(f"{op}: key must be given for {estimator}, which draws")
     _check_result(op, make, logits, key)
     return _Masks(logits, make, rule_of(make) if key is None else None, key)
 

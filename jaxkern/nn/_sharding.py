@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from .._attention.dense import attention
 from .._attention.ring import ring_attention
-from .._core.checks import check_integer
+from .._core.checks import check_integer, kind_of
 
 # Neighbouring devices are along the last axis, so the axes are in the order of how much
 # they communicate, the least first.
@@ -228,6 +228,8 @@ def check_mesh(
     op: str, mesh: Mesh, num_heads: int, num_kv_heads: int, attention_fn: object
 ) -> None:
     """Check that the mesh is one of `make_mesh`, and that it splits heads evenly."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"{op}: mesh must be a jax.sharding.Mesh, got {kind_of(mesh)}")
     if mesh.axis_names != AXES or {*mesh.axis_types} != {AxisType.Auto}:
         raise ValueError(
             f"{op}: mesh must have the automatic axes {', '.join(AXES)}, as "

@@ -224,7 +224,7 @@ class TransformerLM(nnx.Module):
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
         _check_heads(embed_dim, num_heads, kv_heads)
         check_number(op, "rope_theta", rope_theta, positive=True)
-        mesh = None if mesh is None or mesh.size == 1 else mesh
+        mesh = None if getattr(mesh, "size", 0) == 1 else mesh
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
         mlp = partial(SwiGLU, kernel_init=linear_init) if mlp is None else mlp
@@ -431,7 +431,7 @@ class TransformerLM(nnx.Module):
         lengths, seq = known(cache.length), tokens.shape[1]
         if lengths is not None:
             length, most = int(lengths.max(initial=0)), cache.keys.shape[2]
-            _check_length(op, "tokens and cache", length + seq, most)
+            _check_length(op, "tokens and cache", length + seq, most, "capacity")
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         length = as_int32(cache.length)
 
@@ -572,9 +572,13 @@ def _check_heads(embed_dim: int, num_heads: int, kv_heads: int) -> None:
         )
 
 
-def _check_length(op: str, name: str, length: int, most: int) -> None:
+def _check_length(
+    op: str, name: str, length: int, most: int, limit: str = "context_length"
+) -> None:
     if length > most:
-        raise ValueError(f"{op}: {name} must be at most {most} tokens, got {length}")
+        raise ValueError(
+            f"{op}: {name} must be at most {limit}={most} tokens, got {length}"
+        )
 
 
 def _read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:

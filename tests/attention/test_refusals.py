@@ -126,6 +126,12 @@ REFUSALS = {
         {},
     ),
     "mask list": (TypeError, "mask must be an array, got list", GOOD, {"mask": [True]}),
+    "block mask": (
+        TypeError,
+        "mask must be a boolean array, got a BlockMask, which block_sparse_attention",
+        GOOD,
+        {"mask": BlockMask.causal(8, 9)},
+    ),
     "mask dtype": (
         TypeError,
         "mask must be a boolean array, got float32",
@@ -145,6 +151,12 @@ REFUSALS = {
         {"mask": jnp.ones((8, 9), bool)},
     ),
     "scale": (ValueError, "scale must be finite, got nan", GOOD, {"scale": np.nan}),
+    "scale array": (
+        TypeError,
+        r"must be one number, known when JAX traces and no array, got float32\[\]",
+        GOOD,
+        {"scale": jnp.float32(0.5)},
+    ),
     "scale text": (TypeError, "must be one number, got '1'", GOOD, {"scale": "1"}),
     "scale flag": (TypeError, "must be one number, got True", GOOD, {"scale": True}),
     "name": (
@@ -178,7 +190,7 @@ def test_refusals(refusal):
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_traced_scale_is_refused():
-    with pytest.raises(TypeError, match="attention: scale must be one number, got "):
+    with pytest.raises(TypeError, match="attention: scale must be one number, known "):
         jax.jit(lambda scale: untyped.attention(*GOOD, scale=scale))(0.5)
 
 

@@ -296,5 +296,9 @@ def test_context_parallel_refusals():
         run(axis_name="ring", is_causal=True, layout="striped")
     with pytest.raises(ValueError, match="got 100: no padding helps without is_causal"):
         run(axis_name="ring")
+    with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh, got NoneT"):
+        untyped.context_parallel_attention(x, x, x, mesh=None, axis_name="ring")
+    with pytest.raises(ValueError, match="ring_permutation: seq must be an integer"):
+        untyped.ring_permutation(np.arange(8), 2, "zigzag")
     with pytest.raises(ValueError, match="ring_permutation: layout must be one of"):
         untyped.ring_permutation(8, 2, "brick")

@@ -65,6 +65,11 @@ from jaxkern import reinmax
             NotImplementedError,
             "dtype must be bfloat16 or float16 for mosaic_gpu, got float32",
         ),
+        (
+            {"estimator": "binary_concrete"},
+            TypeError,
+            "key must be given for binary_concrete, which draws",
+        ),
     ],
 )
 def test_refusals_of_masked_matmul(changes, error, message):

@@ -229,7 +229,7 @@ def generate(prompt=PROMPT, **options):
         (
             generate(max_new_tokens=13),
             ValueError,
-            "prompt and max_new_tokens must be at most 16 tokens, got 17",
+            "max_new_tokens must be at most context_length=16 tokens, got 17",
         ),
         (
             generate(jnp.full((1, 2), VOCAB)),
@@ -285,12 +285,12 @@ def generate(prompt=PROMPT, **options):
         (
             lambda: build().make_cache(1, 17),
             ValueError,
-            "make_cache: capacity must be at most 16 tokens, got 17",
+            "make_cache: capacity must be at most context_length=16 tokens, got 17",
         ),
         (
             lambda: build().extend(PROMPT, build().make_cache(3, 3)),
             ValueError,
-            "extend: tokens and cache must be at most 3 tokens, got 4",
+            "extend: tokens and cache must be at most capacity=3 tokens, got 4",
         ),
         (
             lambda: untyped.nn.MultiHeadMLP(24, 40, num_heads=5, rngs=nnx.Rngs(0)),

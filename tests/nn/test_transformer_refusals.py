@@ -48,6 +48,7 @@ def call(*args, **options):
             ValueError,
             "num_layers must be an integer of at least 1, got 0",
         ),
+        (lm(mesh="fsdp=2"), TypeError, "mesh must be a jax.sharding.Mesh, got str"),
         (lm(num_kv_heads=3), ValueError, "num_kv_heads must divide num_heads=4, got 3"),
         (lm(rope_theta=-1.0), ValueError, "rope_theta must be positive, got -1.0"),
         (lm(rope_theta="1e4"), TypeError, "rope_theta must be one number, got '1e4'"),
@@ -56,7 +57,7 @@ def call(*args, **options):
         (
             call(jnp.zeros((2, CONTEXT + 1), int)),
             ValueError,
-            "TransformerLM: tokens must be at most 16 tokens, got 17",
+            "TransformerLM: tokens must be at most context_length=16 tokens, got 17",
         ),
         (
             call(jnp.full((2, 3), VOCAB)),

@@ -348,7 +348,7 @@ X = jnp.ones((2, 8))
         (
             lambda: untyped.sparsify_2_4(X, method="soft", scale=jnp.ones((2, 1))),
             TypeError,
-            "sparsify_2_4: scale must be one number, got Array",
+            "sparsify_2_4: scale must be one number, got float32",
         ),
         (
             lambda: untyped.unpack_2_4(X),

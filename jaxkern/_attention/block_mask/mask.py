@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, Int8
 
+from ..._core.checks import kind_of
 from ..._core.trees import ArrayTree, register
 from . import patterns, picture, predicates
 from .checks import (
@@ -476,6 +477,7 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         if mask_fn is not None:
             check_mask_fn(op, "mask_fn", mask_fn)
             mask_fn = predicates.Function(mask_fn, *blocks.shape[:2])
+            _check_booleans(op, mask_fn)
         fn = predicates.Blocks(states, mask_fn, block_size)
         on = states if isinstance(states, Tracer) else runs_of_dense(np.asarray(states))
         return _build(on, fn, seq_q, seq_kv, block_size)
@@ -594,11 +596,7 @@ class BlockMask(FlexAttentionNames, ArrayTree):
         batch, heads = check_sizes(op, 1, batch=batch, heads=heads)
         check_mask_fn(op, "mask_fn", mask_fn)
         fn = predicates.Function(mask_fn, batch, heads)
-        q, k = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 1), (1, 2)))
-        given = jax.eval_shape(fn, 0, 0, q, k)
-        dtype = getattr(given, "dtype", type(given).__name__)
-        if dtype != jnp.bool_:
-            raise TypeError(f"{op}: mask_fn must give booleans, got {dtype}")
+        _check_booleans(op, fn)
         states = patterns.states_of_function(fn, seq_q, seq_kv, block_size)
         check_concrete(op, **{"the result of mask_fn": states})
         runs = runs_of_dense(np.asarray(states))
@@ -666,6 +664,10 @@ class BlockMask(FlexAttentionNames, ArrayTree):
     def __or__(self, other: "BlockMask") -> "BlockMask":
         """Return the pairs that are in at least one of the masks."""
         return _combine("|", self, other)
+
+    def __bool__(self) -> bool:
+        """Refuse a truth value. Without this, `a and b` would be `b`."""
+        raise TypeError("BlockMask: masks must be combined by & and |, got `and`, `or`")
 
     def partition_specs(
         self, batch: str | None = None, heads: str | None = None
@@ -853,9 +855,27 @@ def _build(
     return BlockMask(kv, full_kv, q, full_q, mask_fn, block_size, seq_q, seq_kv)
 
 
+def _check_booleans(op: str, fn: predicates.Function) -> None:
+    """Check that the user's function computes booleans from arrays of positions."""
+    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    try:
+        given = jax.eval_shape(fn, 0, 0, position, position)
+    except jax.errors.TracerBoolConversionError as error:
+        raise TypeError(
+            f"{op}: mask_fn must compute with arrays, by &, |, ~ and jnp.where, "
+            "got one that decides by if, and, or, not"
+        ) from error
+    dtype = getattr(given, "dtype", type(given).__name__)
+    if dtype != jnp.bool_:
+        raise TypeError(f"{op}: mask_fn must give booleans, got {dtype}")
+
+
 def _combine(symbol: str, a: BlockMask, b: BlockMask) -> BlockMask:
     if not isinstance(b, BlockMask):
-        return NotImplemented
+        raise TypeError(
+            f"BlockMask {symbol}: both must be BlockMasks, got {kind_of(b)}; "
+            "BlockMask.from_dense makes one of a boolean array"
+        )
     sizes = a.seq_q, a.seq_kv, a.block_size
     check_alike(f"BlockMask {symbol}", sizes, (b.seq_q, b.seq_kv, b.block_size))
     check_broadcast(f"BlockMask {symbol}", a.shape[:2], b.shape[:2])

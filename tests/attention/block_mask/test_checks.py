@@ -110,6 +110,23 @@ def under_jit(fn, *args):
             "from_blocks: mask_fn must take four arguments",
         ),
         (
+            lambda: BlockMask.from_mask_fn(lambda b, h, q, k: q >= k and b == 0, 4, 4),
+            TypeError,
+            "from_mask_fn: mask_fn must compute with arrays, by &, .* by if, and, or",
+        ),
+        (
+            lambda: BlockMask.from_blocks(
+                np.ones((2, 2), bool), mask_fn=lambda b, h, q, k: not q
+            ),
+            TypeError,
+            "from_blocks: mask_fn must compute with arrays",
+        ),
+        (
+            lambda: CAUSAL and CAUSAL,
+            TypeError,
+            "BlockMask: masks must be combined by & and |, got `and`, `or`",
+        ),
+        (
             lambda: untyped.BlockMask.from_mask_fn(3, 4, 4),
             TypeError,
             "from_mask_fn: mask_fn must be a function, got int",
@@ -159,7 +176,7 @@ def under_jit(fn, *args):
         (
             lambda: untyped.BlockMask.causal(4, 4) & True,
             TypeError,
-            "unsupported operand",
+            "BlockMask &: both must be BlockMasks, got bool; BlockMask.from_dense",
         ),
     ],
 )

@@ -8,6 +8,7 @@ a mask all those of its blocks of 128.
 import argparse
 
 from . import _attention_programs as programs
+from . import _torch
 from ._attention_model import Blocks, Dense, Shape, Task, known_mask
 from ._attention_programs import CUDNN, FLEX, Entry
 from ._h200 import floors_us as floors_of
@@ -50,7 +51,7 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     rows = []
     for task in tasks(args.on_device or args.full):
         peers = DENSE_PEERS if isinstance(task.pattern, Dense) else (FLEX,)
-        others = [p for p in peers if programs.why_left_out(p, args) is None]
+        others = _torch.present(peers, args)
         is_dense = isinstance(task.pattern, Dense)
         op = "attention" if is_dense else "block_sparse_attention"
         rows += [Entry("kernels", op, task, by) for by in (KERNEL, XLA, *others)]

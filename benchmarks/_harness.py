@@ -125,6 +125,18 @@ class Skip(Exception):
     """This row cannot be measured here, for the reason given."""
 
 
+def skip_unsupported(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Trace a program of ours; what its op cannot compute here is no failure.
+
+    Raises:
+        Skip: the op refuses its arguments, with the op's own reason.
+    """
+    try:
+        jax.eval_shape(fn, *args)
+    except NotImplementedError as error:
+        raise Skip(str(error)) from None
+
+
 class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
 

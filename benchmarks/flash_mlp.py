@@ -17,8 +17,6 @@ from functools import partial
 from typing import Any
 
 import jaxkern
-from jaxkern._core import device
-from jaxkern._mlp.hopper import flash
 from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
@@ -37,8 +35,8 @@ from ._harness import (
     Case,
     Program,
     Row,
-    Skip,
     labels,
+    skip_unsupported,
     with_gradients,
 )
 from ._report import (
@@ -78,11 +76,6 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
     key = shape, args.dtype, args.seed, backward
     inputs = definitions.arguments(*key)
     check = partial(definitions.check, key, inputs)
-    if by == KERNEL:
-        x, w1, _ = inputs[-3:]
-        reason = device.unsupported() or flash.unsupported(x, w1)
-        if reason:
-            raise Skip(reason)
     if by == NAIVE:
         return definitions.naive(inputs, check, backward)
     if by not in JAX:
@@ -94,6 +87,7 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
     if by in (KERNEL, XLA):
         implementation = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
+        skip_unsupported(fn, inputs[-3:])
     if backward:
         return Program(with_gradients(fn), inputs, check)
     # The sweep does not print memory, and this compiles once more.
@@ -111,7 +105,11 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     if not args.sweep:
         part = 1 if whole else CPU_PART
         shapes = [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
-        by = *JAX, *_torch.frameworks(args.peers), *([PEER] if args.peer else [])
+        by = (
+            *JAX,
+            *_torch.present(_torch.FRAMEWORKS, args),
+            *([PEER] if args.peer else []),
+        )
     return [
         _make_case(shape, which, who, args)
         for shape in shapes
@@ -173,8 +171,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         lines["published"] = "PyTorch eager and Triton, bfloat16, on a GPU not named"
     if args.peer:
         lines[PEER] = str(args.peer)
-    left_out = _torch.why_left_out(args.peers)
-    return lines | ({"PyTorch": f"left out: {left_out}"} if left_out else {})
+    return lines | _torch.left_out(_torch.FRAMEWORKS, args)
 
 
 def shape_of(row: Row) -> Shape:

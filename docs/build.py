@@ -61,7 +61,8 @@ def write_tables() -> None:
     """Write the tables of the benchmark pages, which include them."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     GENERATED.mkdir(parents=True)
-    for name, text in {**tables.launches(), **tables.kernels()}.items():
+    made = tables.launches() | tables.kernels() | tables.reports(GENERATED)
+    for name, text in made.items():
         (GENERATED / f"{name}.md").write_text(text)
 
 

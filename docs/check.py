@@ -92,7 +92,7 @@ def formula_faults(katex: Path, formulas: Sequence[tuple[str, str]]) -> list[str
         text=True,
         check=True,
     )
-    return checked.stdout.splitlines()
+    return str(checked.stdout).splitlines()
 
 
 def site_faults(site: Path, katex: Path) -> list[str]:

@@ -1,4 +1,22 @@
-"""Fused kernels and Flax NNX modules for efficient transformer blocks."""
+"""Fused kernels and Flax NNX modules for efficient transformer blocks.
+
+Functions take and return JAX arrays, and run on every device. Most of them take
+`implementation=`: "xla" is compiled `jax.numpy`, "mosaic_gpu" is a fused kernel for
+the H100 and H200 in bfloat16 or float16, and None picks one of them by shapes, dtypes
+and device. A named implementation runs or raises.
+
+- Attention: `attention`, `block_sparse_attention` with a `BlockMask`,
+  `dilated_attention` with a `Dilation`, `ring_attention` and
+  `context_parallel_attention` over many devices, `merge_attention`.
+- MLPs: `flash_mlp`, `swiglu`, `low_rank_swiglu`, `low_rank_relu2`, `low_rank_matmul`.
+- 2:4 sparsity: `sparsify_2_4`, `pack_2_4`, `unpack_2_4`, `matmul_2_4`.
+- Masks that learn: `masked_matmul`, `masked_bilinear`, and estimators such as
+  `straight_through` and `reinmax`.
+- `cross_entropy` and `rotary_embedding`.
+
+`jaxkern.nn` has modules that own parameters and call these functions.
+`jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
+"""
 
 from . import nn as nn
 from ._attention.block_mask.mask import BlockMask as BlockMask

@@ -5,6 +5,7 @@ import doctest
 import inspect
 import io
 import re
+import types
 from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -25,6 +26,7 @@ PAGES = [README, *sorted(WRITTEN)]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = jaxkern, jaxkern.nn, jaxkern.testing
+MEMBERS = types.FunctionType, property, staticmethod, classmethod
 MOST_README_LINES = 150
 
 # The meaning of fenced blocks in each language.
@@ -44,9 +46,9 @@ class Block(NamedTuple):
     before: str
 
 
-def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks in order, of which some are indented in lists or tabs."""
-    text, found, end = page.read_text(), [], 0
+def blocks_of(text: str) -> list[Block]:
+    """Return the fenced blocks in order; lists and tabs indent some of them."""
+    found, end = [], 0
     for match in FENCE.finditer(text):
         indent, language, code = match.groups()
         code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
@@ -57,16 +59,16 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 class Example(NamedTuple):
-    """Python of a page, and what it prints; None where the page does not say."""
+    """Python of a page or docstring, and what it prints; None if it does not say."""
 
     line: int
     code: str
     output: str | None
 
 
-def examples_of(page: Path) -> list[Example]:
+def examples_of(text: str) -> list[Example]:
     """Return the blocks of Python, each with the output that follows it."""
-    blocks, found = blocks_of(page), []
+    blocks, found = blocks_of(text), []
     for block, following in zip_longest(blocks, blocks[1:]):
         if block.language == "python":
             prints = following and following.language == "text" and not following.before
@@ -82,30 +84,35 @@ def as_a_reader() -> Iterator[None]:
         yield
 
 
-@pytest.mark.newest
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if examples_of(page)], ids=lambda page: str(page)
-)
-def test_examples_print_what_the_page_says(page):
-    # A reader runs the blocks of a page in order.
+def run_examples(name: str, text: str) -> None:
+    """Run the blocks of a page or of a docstring in order, as a reader would."""
     session = {"__name__": "__main__"}
-    for line, code, output in examples_of(page):
+    for line, code, output in examples_of(text):
         # The empty lines give a traceback the line numbers of the page.
-        program = compile("\n" * line + code, str(page), "exec")
+        program = compile("\n" * line + code, name, "exec")
         with as_a_reader(), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, session)
         got = printed.getvalue()
         assert output is None or doctest.OutputChecker().check_output(
             output, got, FLAGS
-        ), f"{page}:{line} printed\n{got}and the page says\n{output}"
+        ), f"{name}:{line} printed\n{got}and not\n{output}"
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if examples_of(page.read_text())], ids=str
+)
+def test_examples_print_what_the_page_says(page):
+    run_examples(str(page), page.read_text())
 
 
 def test_every_block_is_of_a_kind_that_is_checked():
+    texts = {str(page): page.read_text() for page in PAGES} | docstrings()
     unknown = [
-        f"{page}:{block.line}: {block.language}"
-        for page in PAGES
-        for block in blocks_of(page)
-        if block.language not in LANGUAGES
+        f"{name}:{block.line}: {block.language}"
+        for name, text in texts.items()
+        for block in blocks_of(text)
+        if block.language not in LANGUAGES or block.text.startswith(">>>")
     ]
     assert unknown == []
 
@@ -114,7 +121,7 @@ def commands() -> list[tuple[str, str]]:
     """The commands of `sh` blocks and of inline code, each with its place."""
     found = []
     for page in PAGES:
-        for block in blocks_of(page):
+        for block in blocks_of(page.read_text()):
             if block.language == "sh":
                 text = re.sub(r"\\\n\s*", " ", block.text)
                 found += [(f"{page}:{block.line}", line) for line in text.splitlines()]
@@ -177,34 +184,70 @@ def test_every_public_name_has_its_place_in_the_api():
     assert shown == Counter(public_names())
 
 
-def docstring_examples() -> list[doctest.DocTest]:
-    """Return the examples of the public names and of their methods."""
-    found = {}
+def docstrings() -> dict[str, str]:
+    """Return the docstrings of the public names and of the members of classes."""
+    modules, found = {one.__name__: one for one in MODULES}, {}
     for name in public_names():
         module, _, last = name.rpartition(".")
-        value = getattr({one.__name__: one for one in MODULES}[module], last)
+        value = getattr(modules[module], last)
         if not getattr(value, "__module__", "jaxkern").startswith("jaxkern"):
             continue
-        finder = doctest.DocTestFinder(recurse=inspect.isclass(value))
-        for test in finder.find(value, name, module=False, globs={}):
-            if test.examples:
-                found.setdefault(test.name, test)
-    return list(found.values())
+        found[name] = inspect.getdoc(value) or ""
+        for owner in inspect.getmro(value)[:-1] if inspect.isclass(value) else ():
+            if owner.__module__.startswith("jaxkern"):
+                place = name if owner is value else owner.__qualname__
+                found[place] = inspect.cleandoc(owner.__doc__ or "")
+                for member, of in vars(owner).items():
+                    if isinstance(of, MEMBERS):
+                        found[f"{place}.{member}"] = inspect.getdoc(of) or ""
+    return found
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("test", docstring_examples(), ids=lambda test: test.name)
-def test_examples_of_docstrings(test):
-    if test.name == "jaxkern.testing.compile_for":
+@pytest.mark.parametrize(
+    "name", [name for name, text in docstrings().items() if examples_of(text)]
+)
+def test_examples_of_docstrings(name):
+    if name == "jaxkern.testing.compile_for":
         try:
             jaxkern.testing.compiler.tools()
         except jaxkern.testing.MissingCompiler as missing:
             pytest.skip(str(missing))
-    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
-    report = []
-    with as_a_reader():
-        runner.run(test, out=report.append)
-    assert not runner.failures, "".join(report)
+    run_examples(name, docstrings()[name])
+
+
+def test_every_public_name_has_an_example():
+    found = docstrings()
+    missing = [name for name in public_names() if not examples_of(found[name])]
+    # A tuple has no docstring of its own.
+    assert missing == ["jaxkern.nn.SHARDING_RULES"]
+
+
+# A packed format, a cache or a mesh has no paper, and a container nothing to raise.
+LACKING = {
+    "jaxkern.BlockMask": ("Args:", "Raises:"),
+    "jaxkern.Packed24": ("$", "Args:", "Raises:"),
+    "jaxkern.PackedMask": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.pack_mask": ("References:",),
+    "jaxkern.unpack_mask": ("References:",),
+    "jaxkern.nn.KVCache": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.MaskLogits": ("Args:", "Raises:", "References:"),
+    "jaxkern.nn.PackedWeight": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.SHARDING_RULES": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.get_sharding": ("$",),
+    "jaxkern.nn.mask_sparsity": ("Raises:", "References:"),
+    "jaxkern.nn.parse_mesh_sizes": ("$", "References:"),
+}
+
+
+def test_every_docstring_has_formula_arguments_errors_and_source():
+    parts, found = ("$", "Args:", "Raises:", "References:"), docstrings()
+    names = [name for name in public_names() if "testing" not in name]
+    lacking = {
+        name: tuple(part for part in parts if part not in found.get(name, ""))
+        for name in names
+    }
+    assert {name: those for name, those in lacking.items() if those} == LACKING
 
 
 def test_faults_of_a_page_are_found(tmp_path):

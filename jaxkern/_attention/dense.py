@@ -370,8 +370,8 @@ def merge_attention(
         import jaxkern
 
         query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 4, 2, 8))
-        near = jaxkern.attention(query, key[:, :1], value[:, :1], return_lse=True)
-        far = jaxkern.attention(query, key[:, 1:], value[:, 1:], return_lse=True)
+        near = jaxkern.attention(query, key[:, :2], value[:, :2], return_lse=True)
+        far = jaxkern.attention(query, key[:, 2:], value[:, 2:], return_lse=True)
         out, lse = jaxkern.merge_attention(*near, *far)
         assert jnp.allclose(out, jaxkern.attention(query, key, value), atol=1e-6)
         print(lse.shape)
@@ -381,7 +381,7 @@ def merge_attention(
         ```
 
     References:
-        FlashInfer, section 2.2, which calls the pair an attention state:
+        FlashInfer, which calls the pair an attention state:
             https://arxiv.org/abs/2501.01005.
     """
     op = "merge_attention"

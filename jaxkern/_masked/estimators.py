@@ -83,7 +83,7 @@ def straight_through(
     clip: Number | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "*shape"]:
-    r"""A hard mask of 0 and 1 whose gradient is that of a smooth function.
+    r"""Return a hard mask of 0 and 1 that has the gradient of a smooth function.
 
     $$b = 1[\ell > 0], \qquad \frac{dL}{d\ell} = \frac{dL}{db}\, s(\ell)$$
 

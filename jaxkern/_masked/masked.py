@@ -308,7 +308,7 @@ def _check_masks(
     if any(packed):
         for name, option in [("estimator", estimator), ("key", key)]:
             if option is not None:
-                raise ValueError(f"{op}: {name} must be None for packed masks")
+                raise ValueError(f"{op}: {name} must be None for packed masks, got one")
         if not all(packed):
             raise TypeError(f"{op}: mask_logits must be all packed, or none of them")
         return _Masks(logits, unpack_mask, None, None)

@@ -24,46 +24,70 @@ def flash_mlp(
     activation: ActivationName = "silu",
     implementation: Implementation | None = None,
 ) -> Float[Array, "heads batch dim"]:
-    r"""An MLP without biases for each head, gated if there is a `w_gate`.
+    r"""Compute an MLP without biases for each head, gated if there is a `w_gate`.
 
     $$y_h = \mathrm{act}(x_h W_{1h}) W_{2h}$$
 
     $$y_h = (\mathrm{act}(x_h W_{\mathrm{gate},h}) \odot x_h W_{1h}) W_{2h}$$
 
-    Matmuls accumulate in float32, the activation and the product with it are computed
-    in float32, their result is rounded to the dtype of `x`, and so is `y`.
+    Matmuls accumulate in float32. The activation, and the product with it, are computed
+    in float32 and rounded to the dtype of `x`.
 
     Implementations:
 
-    - "xla": batched matmuls; the hidden layer goes through memory. Any size and dtype.
-    - "mosaic_gpu": the hidden layer stays on the chip in both passes, so only the
-      arguments are saved for the backward. On an H100 or H200, in bfloat16 and float16,
-      with `dim` up to 256 (192 if gated). Where `batch` is no multiple of 8, `dim` of
-      16 or `hidden` of 64, the arrays concerned are copied to pad them, in every call.
-      Silu and sigmoid use the hardware's approximate tanh; a token that holds an
-      infinity becomes NaN. Gradients are deterministic, and of reverse mode only:
-      `jax.jvp` needs "xla". Under `vmap` the new axis joins the heads; an argument that
-      lacks it is copied.
-
-    None picks the kernel where it can run, on one device or inside `jax.shard_map`
-    (XLA cannot split a kernel over devices), from 2^23 hidden features of all heads and
-    tokens on, and from so many heads x batch and heads x hidden: 2048 with `dim` up to
-    64, 4096 up to 96 and 8192 (16384 if gated) up to 128. Forward and backward it was
-    measured to be faster on an H200 at dims 64 and 128; the rest is predicted. At
-    (8, 512, 64, 512) it took less time of the device than XLA but more by wall clock,
-    and is not picked.
+    - "xla" multiplies in batched matmuls, in any size and dtype. The hidden layer goes
+      through memory.
+    - "mosaic_gpu" keeps the hidden layer on the chip, forward and backward, on an H100
+      or H200, in bfloat16 and float16, for `dim` up to 256, or 192 with a gate. Nothing
+      is padded by copies if `batch` is a multiple of 8, `dim` of 16 and `hidden` of 64.
+      Silu and sigmoid use the hardware's approximate tanh, and a token that holds an
+      infinity becomes NaN. Gradients are deterministic and in reverse mode only:
+      `jax.jvp` needs "xla". Under `vmap` the new axis joins the heads, and an argument
+      that lacks it is copied.
+    - `None` uses the kernel if it supports the inputs, on one device or inside
+      `jax.shard_map`, from $2^{23}$ hidden numbers (heads x batch x hidden) on, and if
+      heads x batch and heads x hidden are at least 2048 for `dim` up to 64, 4096 up to
+      96, and 8192 (16384 with a gate) up to 128. On an H200 it was measured to be
+      faster for dims 64 and 128, forward and backward; the other sizes are judged by
+      these.
 
     Args:
+        x: The inputs of each head.
+        w1: The first weight of each head.
+        w2: The second weight of each head.
+        w_gate: The weight of the gate of each head; None for an MLP without a gate.
         activation: "silu", "gelu" (tanh form), "relu", "relu2", "leaky_relu" (slope
             0.01), "sigmoid" or "identity".
+        implementation: See above.
+
+    Returns:
+        The outputs of each head, in the dtype of `x`.
 
     Raises:
-        TypeError: an argument is no floating-point array, or the dtypes differ.
-        ValueError: the shapes do not fit, or a name is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: An argument is not a floating-point array, or the dtypes differ.
+        ValueError: The shapes do not fit, or a name is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        Two heads, of which the second has weights that are 2 and not 1:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        heads = jnp.array([1.0, 2.0])[:, None, None]
+        x, w1, w2 = jnp.ones((2, 3, 4)), heads * jnp.ones((4, 8)), jnp.ones((2, 8, 4))
+        print(jaxkern.flash_mlp(x, w1, w2, activation="relu")[:, 0])
+        ```
+        ```text
+        [[32. 32. 32. 32.]
+         [64. 64. 64. 64.]]
+        ```
 
     References:
-        MH-MoE, https://arxiv.org/abs/2404.15045, whose inner feed-forward this is.
+        MH-MoE, whose feed-forward this is, without experts:
+            https://arxiv.org/abs/2404.15045.
     """
     op = "flash_mlp"
     check_implementation(op, implementation)

@@ -60,9 +60,9 @@ def _sparse_relu2(
 
 
 def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
-    """The factors without the features at positions 2 and 3 of each group."""
+    """Return the factors without the features at positions 2 and 3 of each group."""
 
-    # The order of the features does not matter, so strided slices do: no gather.
+    # Strided slices need no gather. They reorder the features, which does not matter.
     def kept(w: jax.Array, axis: int) -> jax.Array:
         parts = [
             lax.slice_in_dim(w, min(i, w.shape[axis]), None, GROUP, axis)
@@ -74,7 +74,7 @@ def _drop_static(up: Pair, down: Pair) -> tuple[Pair, Pair]:
 
 
 def _check_pairs(op: str, x: Any, **pairs: Pair) -> tuple[Any, ...]:
-    """`x` and the pairs, as JAX's arrays."""
+    """Return `x` and the pairs as JAX arrays, after a check of their dtypes."""
     arrays = {"x": x}
     for name, pair in pairs.items():
         check_pair(op, name, pair)
@@ -91,6 +91,7 @@ def _check_low_rank(
     d_out: int | str,
     because: str = "",
 ) -> None:
+    """Check the shapes of a pair, and warn about a rank that saves nothing."""
     check_shape(op, f"{name}[0]", pair[0], (d_in, "rank"), because)
     rank = pair[0].shape[1]
     check_shape(op, f"{name}[1]", pair[1], (rank, d_out))
@@ -114,7 +115,7 @@ def check_sparsity(op: str, sparsity: object) -> None:
         raise_unknown(op, "sparsity", sparsity, valid)
 
 
-# What `gradient` may be, and why no more.
+# For each sparsity the valid values of `gradient`, and why there are no more.
 GRADIENTS = {
     None: ((None,), ", which drops nothing"),
     "2:4": ((None, *get_args(Gradient)), ""),
@@ -142,32 +143,56 @@ def swiglu(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    r"""The gated MLP of LLaMA, without biases.
+    r"""Compute LLaMA's gated MLP, without biases.
 
     $$y = (\mathrm{silu}(x W_{gate}) \odot (x W_{up})) W_{down}$$
 
     Matmuls accumulate in float32, the activation is computed in float32, and each
-    result is rounded once to the dtype of `x`. Saved for the backward: the arguments,
-    the two products with `x` and the input of the last matmul, in the dtype of `x`.
+    result is rounded once to the dtype of `x`.
 
-    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16: the gate is the epilogue
-    of both matmuls before it, which go to memory for the backward alone, and its
-    derivative that of the matmul with $W_{down}^T$. Tokens that are no multiple of 8
-    and sizes that are none of 64 are padded by copies. Its silu uses the hardware's
-    approximate tanh. Gradients are of reverse mode and first order only: `jvp` and
-    `grad` of `grad` need "xla". Under `vmap` samples run one by one, and gradients of
-    weights that they share are made for each and then added: put samples in leading
-    axes of `x` instead.
+    Implementations:
 
-    None picks the kernels where all sizes are multiples of 64, with `d_in` and `d_out`
-    up to 1024 from 512 tokens on, and up to 4096 from 8192 tokens on. On an H200, 8192
-    tokens of (4096, 11008, 4096) took 9906 us of the device, forward and backward, and
-    XLA 10432 in an earlier run; the rest is predicted.
+    - "xla" runs on every device and supports every derivative.
+    - "mosaic_gpu" applies the gate inside the matmuls, on an H100 or H200, in bfloat16
+      and float16. Nothing is padded by copies if the number of tokens is a multiple of
+      8 and all other sizes are multiples of 64. Silu uses the hardware's approximate
+      tanh. Gradients are in reverse mode and of first order only: `jax.jvp` and `grad`
+      of `grad` need "xla". Under `vmap` samples run one by one; put them in leading
+      axes of `x` instead.
+    - `None` uses the kernels if they support the inputs and all sizes are multiples of
+      64: for `d_in` and `d_out` up to 1024 from 512 tokens on, and up to 4096 from 8192
+      tokens on. On an H200, 8192 tokens of (4096, 11008, 4096) took 9906 us of the
+      device, forward and backward, and XLA 10432 us at an earlier revision; the other
+      sizes are predicted.
+
+    Args:
+        x: The tokens, with any leading axes.
+        w_gate: The weight of the gate.
+        w_up: The weight of the features that the gate multiplies.
+        w_down: The weight of the output.
+        implementation: See above.
+
+    Returns:
+        The outputs, in the dtype of `x`.
 
     Raises:
-        TypeError: an argument is no floating-point array, or the dtypes differ.
-        ValueError: the shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: An argument is not a floating-point array, or the dtypes differ.
+        ValueError: The shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 8))
+        y = jaxkern.swiglu(x, 100 * w, w, w.T)
+        print(y.shape, y[0, 0])
+        ```
+        ```text
+        (2, 3, 4) [12800. 12800. 12800. 12800.]
+        ```
 
     References:
         GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
@@ -196,7 +221,7 @@ def swiglu(
     )
 
 
-# Compiled as one, so that a call outside of `jax.jit` compiles nothing anew.
+# Without this `jit`, each eager call would compile the checkpointed gate again.
 @jax.jit
 def _swiglu(
     x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
@@ -216,7 +241,7 @@ def _swiglu_in_kernels(
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """All batch axes of `x` in one."""
+    """Return `x` with all batch axes in one."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -242,17 +267,38 @@ def low_rank_matmul(
 
     $$y = (x W_{in}) W_{out}$$
 
-    The product $W_{in} W_{out}$ is never formed: a row costs
-    2 rank (d_in + d_out) FLOPs instead of 2 d_in d_out.
+    The product $W_{in} W_{out}$ is never formed: a token costs
+    $2\,\mathrm{rank}\,(d_{in} + d_{out})$ FLOPs instead of $2\,d_{in} d_{out}$. Matmuls
+    accumulate in float32, and each result is rounded once to the dtype of `x`.
+
+    Args:
+        x: The tokens, with any leading axes.
+        weight: The factors $(W_{in}, W_{out})$.
+        implementation: None and "xla" are the same here, since this op has no kernel.
+
+    Returns:
+        The product, in the dtype of `x`.
 
     Raises:
-        TypeError: an argument is no floating-point array, `weight` is no pair, or the
-            dtypes differ.
-        ValueError: the shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: `implementation` is "mosaic_gpu", which has no kernel yet.
+        TypeError: An argument is not a floating-point array, `weight` is not a pair, or
+            the dtypes differ.
+        ValueError: The shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: `implementation` is "mosaic_gpu".
 
     Warns:
-        UserWarning: the rank saves nothing over a full-rank weight.
+        UserWarning: The rank is so large that the full-rank weight is no larger.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        w_in, w_out = jnp.ones((8, 2)), jnp.ones((2, 8))
+        print(jaxkern.low_rank_matmul(jnp.ones((3, 8)), (w_in, w_out))[0])
+        ```
+        ```text
+        [16. 16. 16. 16. 16. 16. 16. 16.]
+        ```
 
     References:
         LoRA, section 4.1, without the frozen weight: https://arxiv.org/abs/2106.09685.
@@ -283,35 +329,65 @@ def low_rank_swiglu(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    r"""`swiglu` with three low-rank weights, each a pair (w_in, w_out).
+    r"""Compute `swiglu` with three low-rank weights, each a pair (w_in, w_out).
 
     $$y = (\mathrm{silu}(x G_{in} G_{out}) \odot (x U_{in} U_{out})) D_{in} D_{out}$$
 
-    Precision and what is saved for the backward are those of `swiglu`.
+    The products of factors are never formed. Precision is as in `swiglu`.
 
-    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, for gate and up of the
-    same rank: one matmul for $G_{in}$ and $U_{in}$, which every call joins by a copy
-    (of 7B, 16 MB), a kernel or two, and the last matmul. The gate is the epilogue of
-    both matmuls before it, which go to memory for the backward alone, and its
-    derivative that of the matmul with $D_{in}^T$. Or, with equal ranks up to 32, the
-    kernel is the gated one of `flash_mlp`, and hidden features never reach memory.
-    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
-    are padded by copies. What `swiglu` says of silu, `jvp`, `grad` of `grad` and, but
-    for `flash_mlp`'s, of `vmap` holds too.
+    Implementations:
 
-    None picks the kernels with ranks up to 512 from 512 tokens on and up to 1024 from
-    4096 tokens on, and where something is padded from 8192 tokens on. They were
-    measured to be faster on an H200, forward and backward, at 16384 tokens of ranks
-    256, 512 and 1024; the rest is predicted.
+    - "xla" runs on every device and supports every derivative.
+    - "mosaic_gpu" applies the gate inside the matmuls, on an H100 or H200, in bfloat16
+      and float16, if gate and up have the same rank. With equal ranks up to 32 it runs
+      the kernel of `flash_mlp`, and the hidden features never reach memory. Nothing but
+      $G_{in}$ and $U_{in}$ is copied if the number of tokens is a multiple of 8 and
+      ranks and hidden sizes are multiples of 64. The limits of derivatives and of
+      `vmap` are those of `swiglu`.
+    - `None` uses the kernels if they support the inputs: with ranks up to 512 from 512
+      tokens on, with ranks up to 1024 from 4096 tokens on, and from 8192 tokens on
+      where something is padded. On an H200 they were measured to be faster, forward and
+      backward, for 16384 tokens with ranks 256, 512 and 1024; other sizes are
+      predicted.
+
+    Args:
+        x: The tokens, with any leading axes.
+        gate: The factors of the gate's weight.
+        up: The factors of the weight of the features that the gate multiplies.
+        down: The factors of the weight of the output.
+        implementation: See above.
+
+    Returns:
+        The outputs, in the dtype of `x`.
 
     Raises:
-        TypeError: an argument is no floating-point array, a weight is no pair, or the
-            dtypes differ.
-        ValueError: the shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        TypeError: An argument is not a floating-point array, a weight is not a pair, or
+            the dtypes differ.
+        ValueError: The shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
 
     Warns:
-        UserWarning: a rank saves nothing over a full-rank weight.
+        UserWarning: A rank is so large that the full-rank weight is no larger.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x = jnp.ones((2, 3, 8))
+        up = jnp.ones((8, 2)), jnp.ones((2, 8))
+        gate = jnp.ones((8, 2)), 100 * jnp.ones((2, 8))
+        y = jaxkern.low_rank_swiglu(x, gate, up, up)
+        print(y.shape, y[0, 0, 0])
+        ```
+        ```text
+        (2, 3, 8) 409600.0
+        ```
+
+    References:
+        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
+        Low rank: LoRA, section 4.1, https://arxiv.org/abs/2106.09685.
     """
     op = "low_rank_swiglu"
     check_implementation(op, implementation)
@@ -346,7 +422,7 @@ def _low_rank_swiglu(x: jax.Array, gate: Pair, up: Pair, down: Pair) -> jax.Arra
 def _low_rank_swiglu_in_kernels(
     x: jax.Array, gate: Pair, up: Pair, down: Pair
 ) -> jax.Array:
-    # Both first factors in one matmul.
+    # One matmul multiplies by the first factors of gate and up.
     core = matmul(_rows(x), jnp.concatenate([gate[0], up[0]], axis=1))
     core = _gated_in_kernels(core, gate[1], up[1], down[0])
     return matmul(core, down[1]).reshape(*x.shape[:-1], down[1].shape[1])
@@ -355,9 +431,9 @@ def _low_rank_swiglu_in_kernels(
 def _gated_in_kernels(
     core: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    """Apply what lies between the first and the last factors.
+    """Compute the part between the first and the last factors.
 
-    `core` has the two of shape (tokens, rank) side by side.
+    `core` has the two products of shape (tokens, rank) side by side.
     """
     from .hopper import flash, fused
 
@@ -379,117 +455,124 @@ def low_rank_relu2(
     gradient: Gradient | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    r"""The ungated ReLU² MLP with two low-rank weights, each a pair (w_in, w_out).
+    r"""Compute the ReLU² MLP with two low-rank weights, each a pair (w_in, w_out).
 
     $$y = \mathcal{S}(\max(x U_{in} U_{out}, 0)^2) D_{in} D_{out}$$
 
-    $\mathcal{S}$, by `sparsity`, acts on the hidden features of each token:
+    The products of factors are never formed. Precision is as in `swiglu`; in float16
+    the square overflows from 256 on.
 
-    - None: the identity;
-    - "2:4": `sparsify_2_4` with "top2". In XLA the matmul that follows stays dense;
-    - "2:4-soft": `sparsify_2_4` with "soft", $\beta$ per token;
-    - "2:4-static": the features 2 and 3 of each 4 are never computed, and have zero
-      gradients. The kept halves of `up[1]` and `down[0]` are copied in every call, and
-      saved for the backward.
+    `sparsity` says which hidden features of each token $\mathcal{S}$ keeps:
 
-    `gradient` says how the backward passes $\mathcal{S}$. None is "straight_through"
-    for "2:4-soft" and else "exact". With $z = x U_{in} U_{out}$, $a = \max(z, 0)^2$ and
-    the mask $M$ of what is kept:
+    - None: all of them.
+    - "2:4": two of each four, by `sparsify_2_4` with "top2".
+    - "2:4-soft": two of each four, by `sparsify_2_4` with "soft" and a scale $\beta$
+      for each token.
+    - "2:4-static": features 0 and 1 of each four. The other features are never computed
+      and have zero gradients. Each call copies the kept halves of `up[1]` and
+      `down[0]`.
 
-    - "exact": the derivative, for "2:4" $da = M \odot da'$;
-    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. Its bias in $dz = 2\,da
-      \odot \max(z, 0)$ is, for "2:4", $2 (1 - M) \odot da' \odot \max(z, 0)$: none in
-      groups of at most two positive entries;
-    - "feature_wise", for "2:4": the training recipe of arXiv 2503.16672. Straight
-      through, and for $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients are
+    `gradient` says how the backward passes $\mathcal{S}$. With $z = x U_{in} U_{out}$,
+    $a = \max(z, 0)^2$, the mask $M$ of the features that are kept, and the gradient
+    $da'$ of $\mathcal{S}(a)$:
 
-        $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+    - "exact": the derivative, which for "2:4" is $da = M \odot da'$. It is the default
+      but for "2:4-soft".
+    - "straight_through", for "2:4" and "2:4-soft": $da = da'$. It is the default for
+      "2:4-soft". For "2:4" its bias in $dz = 2\,da \odot \max(z, 0)$ is
+      $2 (1 - M) \odot da' \odot \max(z, 0)$, which is 0 in groups with at most two
+      positive entries.
+    - "feature_wise", for "2:4": straight through, and the hidden features are selected
+      again for the gradients of the inner factors, along the tokens that these sum
+      over. This is the training recipe of arXiv 2503.16672.
 
-        so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along
-        the axis it sums over. $\mathcal{F}$ keeps, feature by feature, the two largest
-        of each four tokens, and all tokens of the 5 % of the features (rounded up) of
-        which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
-        tokens of a group are a quarter of all tokens apart, counted over the batch axes
-        in order. The result is that of "2:4". Emulated by dense matmuls, it saves no
-        time. It has no `jvp`, and under `shard_map` and `vmap` each part chooses among
-        its own tokens and features.
+    With $h = \mathcal{S}(a) D_{in}$ the inner factors' gradients of "feature_wise" are
 
-    For inference the weights themselves can be 2:4-sparse along the axis they sum over:
-    then each of the four factors, (in, out), is given as `pack_2_4` of its transpose,
+    $$dD_{in} = \mathcal{F}(a)^T dh, \quad dU_{out} = (x U_{in})^T \mathcal{F}(dz)$$
+
+    so that hidden features enter every matmul but $dz\,U_{out}^T$ 2:4-sparse along the
+    axis that it sums over. For each feature, $\mathcal{F}$ keeps the two largest of
+    each four tokens. It keeps all tokens of the 5 % of the features (rounded up) in
+    which $a$ has the fewest zeros. In place of the paper's fixed permutation, the
+    tokens of a group are a quarter of all tokens apart, counted over the batch axes in
+    order. Dense matmuls emulate it, so it saves no time. It has no `jvp`, and under
+    `shard_map` and `vmap` each part chooses among its own tokens and features.
+
+    For inference the weights themselves can be 2:4-sparse along the axis that a matmul
+    sums over. Then each of the four factors is `pack_2_4` of its transpose, which takes
     9/16 of the bytes in 16 bits, and `sparsity` and `gradient` must be None.
 
-    Where the hidden features are sharded by hand, each shard begins a group anew: give
-    it a multiple of four, and "2:4-soft" whole tokens.
+    If you shard the hidden features by hand, give each shard a multiple of four, since
+    each begins a group anew, and give "2:4-soft" whole tokens.
 
-    Precision is that of `swiglu`; in float16, $a$ overflows from $z = 256$ on. Saved
-    for the backward: the arguments, and in the dtype of `x` the results of all matmuls
-    but the last and, except for "feature_wise", the input of the third.
+    Implementations:
 
-    "mosaic_gpu", on an H100 or H200, in bfloat16 and float16, is a kernel or two
-    between the first and the last matmul:
+    - "xla" runs on every device. The matmul after a selection stays dense, and packed
+      factors are unpacked in every call.
+    - "mosaic_gpu" applies the activation and the selection inside the matmuls, on an
+      H100 or H200, in bfloat16 and float16; for "2:4-soft" with the straight-through
+      gradient only. Selected features are multiplied on sparse tensor cores. Without a
+      selection, equal ranks up to 32 run the kernel of `flash_mlp`, and the hidden
+      features never reach memory. Nothing is padded by copies if the number of tokens
+      is a multiple of 8 and ranks and hidden sizes are multiples of 64. The limits of
+      derivatives and of `vmap` are those of `swiglu`. Packed factors are multiplied on
+      sparse tensor cores too; nothing is padded if tokens are a multiple of 64 and
+      other sizes of 128. Their backward is XLA's and computes the forward again.
+    - `None` uses the kernels if they support the inputs, from so many tokens on (where
+      something is padded): 512 (2048); for "2:4-static" 512 (4096), for "2:4-soft"
+      1024, for "2:4" 2048 (4096) with ranks up to 1024 and 8192 with larger ones, which
+      straight-through gradients leave to XLA; 4096 with packed factors. On an H200 they
+      were measured to be faster, forward and backward, for 16384 tokens: dense with
+      ranks 256, 512 and 1024, the others with rank 1024; packed factors forward,
+      against XLA with dense weights. Other sizes are predicted.
 
-    - the activation is the epilogue of the matmul before it, and its derivative that of
-      the matmul with $D_{in}^T$: $2 \sqrt a$ of the $a$ that is saved. In float16 both
-      are 0 for $z$ below $2^{-12}$, where $a$ underflows;
-    - or, without 2:4 or with "2:4-static", `flash_mlp`'s, with equal ranks up to 32:
-      the hidden features never reach memory;
-    - "2:4" and "2:4-soft" are selected in that epilogue too, from $a$ in 16 bits, go to
-      memory packed, in 9/16 of the bytes, and on to sparse tensor cores, whose order of
-      positions is verified on an H200. For an exact gradient nothing else is kept;
-      "2:4-soft" has the straight-through one only. Its $\beta$, of float32 sums, scales
-      the third product, which is rounded before and after.
+    Args:
+        x: The tokens, with any leading axes.
+        up: The factors $(U_{in}, U_{out})$, arrays or `Packed24`.
+        down: The factors $(D_{in}, D_{out})$, of the same kind.
+        sparsity: The selection $\mathcal{S}$, see above.
+        gradient: The backward of the selection, see above; None for its default.
+        implementation: See above.
 
-    Tokens that are no multiple of 8, and ranks and hidden sizes that are none of 64,
-    are padded by copies. What `swiglu` says of `jvp`, of `grad` of `grad` and, but for
-    `flash_mlp`'s, of `vmap` holds too.
-
-    None picks the kernels from so many tokens on (where something is padded): 512
-    (2048), for "2:4-static" 512 (4096), for "2:4-soft" 1024, and for "2:4" 2048 (4096)
-    with ranks up to 1024 and 8192 with larger ones, which straight-through gradients
-    leave to XLA. They were measured to be faster on an H200, forward and backward, at
-    16384 tokens: dense at ranks 256, 512 and 1024, the others at rank 1024. The rest is
-    predicted.
-
-    With packed factors "xla" unpacks them in every call and multiplies densely.
-    "mosaic_gpu" makes all four products transposed, so that the weight is the sparse
-    operand of the tensor cores: half the multiply-adds. Values are read in half a
-    weight's bytes; positions are put in the kernel's order in every call, another
-    fourth. Tokens that are no multiple of 64 are padded by copies, and so are factors
-    and what they make where ranks and sizes are no multiples of 128. Its gradients are
-    those of "xla", which computes the forward again, of reverse mode and first order
-    only. Under `vmap` samples run one by one: put them in leading axes of `x`. None
-    picks this kernel from 4096 tokens on. On an H200, 16384 tokens of 7B took 1477 us
-    of the device, and the same MLP of dense weights 1751 by this op's kernels and 2097
-    by XLA. XLA's form with packed factors was not timed; fewer tokens are predicted.
-
-    ```python
-    >>> import jax.numpy as jnp, jaxkern
-    >>> x = jnp.ones((3, 8))
-    >>> up = jnp.ones((8, 4)), jnp.ones((4, 12))
-    >>> down = jnp.ones((12, 4)), jnp.ones((4, 8))
-    >>> print(jaxkern.low_rank_relu2(x, up, down)[0, 0])
-    49152.0
-    >>> up, down = (tuple(jaxkern.pack_2_4(w.T) for w in pair) for pair in (up, down))
-    >>> print(jaxkern.low_rank_relu2(x, up, down)[0, 0])
-    768.0
-
-    ```
+    Returns:
+        The outputs, in the dtype of `x`.
 
     Raises:
-        TypeError: an argument is no floating-point array, a weight is no pair, some
-            factors are packed and others not, or the dtypes differ.
-        ValueError: the shapes do not fit, `sparsity`, `gradient` or `implementation` is
+        TypeError: An argument is not a floating-point array, a weight is not a pair,
+            only some factors are packed, or the dtypes differ.
+        ValueError: The shapes do not fit, `sparsity`, `gradient` or `implementation` is
             unknown, `gradient` does not go with `sparsity`, or one of these is given
             with packed factors.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; it says why.
+        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
+            says why.
 
     Warns:
-        UserWarning: a rank saves nothing over a full-rank weight.
+        UserWarning: A rank is so large that the full-rank weight is no larger.
+
+    Examples:
+        With dense factors, and with factors that are pruned to 2:4 and packed:
+
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+
+        x = jnp.ones((3, 8))
+        up = jnp.ones((8, 4)), jnp.ones((4, 12))
+        down = jnp.ones((12, 4)), jnp.ones((4, 8))
+        print(jaxkern.low_rank_relu2(x, up, down)[0, 0])
+
+        up, down = (tuple(jaxkern.pack_2_4(w.T) for w in pair) for pair in (up, down))
+        print(jaxkern.low_rank_relu2(x, up, down)[0, 0])
+        ```
+        ```text
+        49152.0
+        768.0
+        ```
 
     References:
-        ReLU²: Primer, https://arxiv.org/abs/2109.08668; 2:4 on it:
-        https://arxiv.org/abs/2503.16672; 2:4 in weights:
-        https://arxiv.org/abs/2104.08378.
+        ReLU²: Primer, https://arxiv.org/abs/2109.08668.
+        2:4 activations: https://arxiv.org/abs/2503.16672.
+        2:4 weights: https://arxiv.org/abs/2104.08378.
     """
     op = "low_rank_relu2"
     check_implementation(op, implementation)
@@ -515,7 +598,7 @@ def _dense_low_rank_relu2(
     gradient: Gradient | None,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """`low_rank_relu2` of factors that are arrays."""
+    """Compute `low_rank_relu2` with factors that are arrays."""
     x, up, down = _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
     _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
@@ -576,7 +659,7 @@ def _relu2_in_kernels(
     sparsity: Sparsity | None,
     gradient: Gradient | None,
 ) -> jax.Array:
-    """What is between the first and the last factor."""
+    """Compute the part between the first and the last factor."""
     from .hopper import flash, fused, sparse
 
     match sparsity:
@@ -587,7 +670,7 @@ def _relu2_in_kernels(
             return sparse.sparse_relu2_mlp(core, up, down, shrink=True, exact=False)
         case None | "2:4-static":
             pass
-    # What the static form drops is gone from the factors.
+    # The factors no longer hold the features that "2:4-static" drops.
     match thresholds.dense_kernel((up.shape[0], down.shape[1])):
         case "flash_mlp":
             return flash.mlp(core[None], (up[None],), down[None], "relu2")[0]

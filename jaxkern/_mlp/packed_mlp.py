@@ -16,7 +16,7 @@ from .thresholds import PACKED_RELU2_TOKENS
 
 
 def is_packed(*pairs: Any) -> bool:
-    """Whether some factor of low-rank weights is packed; then all must be."""
+    """Say whether some factor of low-rank weights is packed; then all must be."""
     factors = (x for pair in pairs if isinstance(pair, tuple | list) for x in pair)
     return any(isinstance(factor, Packed24) for factor in factors)
 
@@ -28,7 +28,7 @@ def packed_low_rank_relu2(
     down: Any,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """`low_rank_relu2` of packed factors."""
+    """Compute `low_rank_relu2` with packed factors."""
     (x,) = check_floating(op, x=x)
     check_batched(op, "x", x)
     factors = _factors(op, x, up, down)
@@ -58,7 +58,7 @@ def _packed(x: jax.Array, factors: tuple[Packed24, ...]) -> jax.Array:
 def _factors(
     op: str, x: jax.Array, up: Sequence[Packed24], down: Sequence[Packed24]
 ) -> tuple[Packed24, ...]:
-    """All four in order, whose shapes fit."""
+    """Return all four factors in order, after a check that their shapes fit."""
     factors, features = [], x.shape[-1]
     for name, pair in (("up", up), ("down", down)):
         check_pair(op, name, pair)

@@ -159,7 +159,7 @@ def check_means(
     """Check that `module` is a `kind` whose call is that of `kind`.
 
     A subclass may mean something else: `nnx.LoRALinear` is an `nnx.Linear` that adds a
-    product to that of its kernel.
+    second product to the product with its kernel.
     """
     call: Any = kind.__call__
     if not isinstance(module, kind) or type(module).__call__ is not call:

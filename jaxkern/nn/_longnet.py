@@ -30,8 +30,8 @@ PAPER_DILATION = Dilation((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
 class LongNetBlock(nnx.Module):
     """Dilated attention and a GELU feed-forward, each with Magneto's two norms.
 
-    The arguments are those of `LongNet`. `gain` is the factor of the initial kernels
-    except those of query and key.
+    The arguments are as in `LongNet`. `gain` is the factor of all initial kernels but
+    the kernels of query and key.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class LongNet(nnx.Module):
     $$h \leftarrow h + \mathrm{attention}(\mathrm{norm}(h)), \qquad
     h \leftarrow h + W_2\, \mathrm{norm}(\mathrm{gelu}(W_1\, \mathrm{norm}(h)))$$
 
-    A last norm follows the blocks. The attention is `jaxkern.dilated_attention`. Norms
-    and the gain of the first kernels, sqrt(log(2 num_layers)), are those of Magneto.
+    A last norm follows the blocks. The attention is `jaxkern.dilated_attention`. The
+    norms and the gain of the initial kernels, sqrt(log(2 num_layers)), follow Magneto.
     The call maps x (batch, seq, embed_dim) to the same shape. It adds no embeddings and
     no positions (the paper has XPOS inside the attention). Logical axes for
     `nnx.get_partition_spec` are "embed", "heads", "kv_heads" and "mlp".

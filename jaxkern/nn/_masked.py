@@ -379,7 +379,7 @@ class MaskedBilinear(Bilinear):
 
     It calls `jaxkern.masked_bilinear`. The biases are not masked. The call maps x
     (batch, ..., embed_dim) to the same shape; a batch with fewer samples than masks
-    uses the first masks. The weights are those of `Bilinear`, so a trained MLP becomes
+    uses the first masks. Weights are named as in `Bilinear`, so a trained MLP becomes
     masked by `nnx.update(masked, nnx.state(bilinear, nnx.Param))`. The logits are the
     `MaskLogits` `left_logits`, `right_logits` and `down_logits`.
 

@@ -137,9 +137,8 @@ class QuadraticTransformer(nnx.Module):
     is a `MaskedBilinear`, of the others a `Bilinear`. The call maps tokens (batch, seq)
     to logits (batch, seq, vocab_size).
 
-    The published checkpoints have 14,698,688 parameters, those of
-    `QuadraticTransformer(4096, 512, num_heads=8, num_layers=3, masked_layers=[0],
-    rngs=rngs)`.
+    The published checkpoints fit `QuadraticTransformer(4096, 512, num_heads=8,
+    num_layers=3, masked_layers=[0], rngs=rngs)`, which has 14,698,688 parameters.
 
     The weights are the same with masks and without, so a trained model becomes masked
     by `nnx.update(masked, nnx.state(trained, nnx.Param))`. See `MaskLogits` for

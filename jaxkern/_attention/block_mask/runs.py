@@ -268,8 +268,8 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def distinct(x: np.ndarray) -> np.ndarray:
     """Return each value once, in ascending order."""
-    # np.unique builds a hash table, which takes 30 times as long. This sort merges parts
-    # that are sorted already, so it is fast.
+    # np.unique builds a hash table, which takes 30 times as long. This sort is fast,
+    # since it merges parts that are sorted already.
     x = np.sort(x, axis=None, kind="stable")
     return x[np.diff(x, prepend=x[0] - 1) > 0]
 

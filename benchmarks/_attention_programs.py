@@ -59,7 +59,7 @@ class Entry:
         return f"{self.task.pattern}{modules.get(self.task.module or '', '')}"
 
     def needed_bytes(self, backward: bool) -> float:
-        """Of the program, and of the float64 check."""
+        """Bytes of the program and of the float64 check."""
         s, itemsize = self.task.shape, 8
         checked = len(definitions.rows_of(s)) * s.seq
         logits = checked * itemsize

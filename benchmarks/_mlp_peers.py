@@ -37,7 +37,7 @@ def _masked_relu2(F, x, up, down):
 
 
 def _linear_relu2(F, x, *weights):
-    """Of four weights (out, in), any of which may be sparse."""
+    """ReLU² between four weights (out, in), any of which may be sparse."""
     for i, w in enumerate(weights):
         x = F.linear(x, w)
         x = F.relu(x).square() if i == 1 else x

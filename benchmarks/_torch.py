@@ -112,7 +112,7 @@ def load(peer: Peer) -> Callable[..., Any]:
 
 def peak_over_baseline(cuda: Any, call: Callable[[], Any]) -> int:
     """Bytes that a call allocates at most, beside what is allocated before it."""
-    # What is allocated once, as workspaces are, belongs to no call.
+    # A workspace is allocated once, and belongs to no call.
     call()
     cuda.synchronize()
     before = cuda.memory_allocated()

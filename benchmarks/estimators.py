@@ -375,7 +375,7 @@ def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
     """
     seq, embed, hidden = sizes
     weights, tokens = 3 * embed * hidden, batch * seq * embed
-    # Of each of three: y = x W, dx = dy W^T, x^T dy.
+    # Each of three products has y = x W, dx = dy W^T and x^T dy.
     flops = 3 * 2.0 * batch * seq * weights
     moved = 2 * (4 * tokens + 2 * weights) + 2 * 4 * batch * weights
     stored = {"stored masks": floors_of(0, moved + 6 * batch * weights)["bytes"]}

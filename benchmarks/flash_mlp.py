@@ -128,7 +128,7 @@ def _make_case(shape: Shape, which: str, by: str, args: argparse.Namespace) -> C
         build=partial(build, by, shape, which, args),
         flops=flops,
         iterations=ITERATIONS if args.on_device else CPU_ITERATIONS,
-        # Of the float64 check, which is the largest part: it holds the hidden layer.
+        # The float64 check is the largest part, since it holds the hidden layer.
         needed_bytes=8 * flops / shape.head_dim,
         published_ms=None if args.sweep else ms,
     )
@@ -239,7 +239,7 @@ def _percent(row: Row) -> str:
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[Table]:
-    """What the passes allocate, and how much less that is than the eager form's."""
+    """Memory of the passes, and how much less it is than that of the eager form."""
     known = [
         row
         for row in with_published(rows)

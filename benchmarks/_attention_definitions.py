@@ -20,13 +20,13 @@ from ._harness import Check, check_against, with_gradients
 ALL_ROWS, SOME_ROWS = 512, 256
 MOST_LOGITS = 2**28
 
-# Of the norms, as published.
+# Epsilon of the published norms.
 EPSILON = 1e-5
 
 # Allowed beside twice the plain form's error, of a gradient's usual norm: a query that
 # sees one key in each of several patterns sums terms that are 0 only together.
 CANCELLATION = 32 * float(jnp.finfo(jnp.float32).eps)
-# Of the largest gradient's norm: what float64 leaves of one that is 0.
+# Share of the largest gradient's norm that float64 leaves of one that is 0.
 ZERO = 1e-12
 
 Call = Callable[..., Any]
@@ -167,7 +167,7 @@ def _weigh_out(query, key, value, bias):
 # The rows of one task follow each other.
 @lru_cache(maxsize=1)
 def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
-    """Of the checked queries: in the dtype, and in float64."""
+    """Results of the checked queries in the dtype, and in float64."""
     args = make_arguments(task, dtype, seed, backward)
     rows = rows_of(task.shape)
     counts = task.pattern.counts(task.shape, rows)
@@ -202,7 +202,7 @@ def gradient_error(got: Any, exact: Any) -> float:
 
 
 def check(key: tuple[Any, ...], run: Call) -> Check:
-    """What `run` computes for the checked queries against `results(*key)`.
+    """Hold the checked queries of `run` to `results(*key)`.
 
     The gradients are those of the checked queries alone: the others' cotangents are 0.
     """

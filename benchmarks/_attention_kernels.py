@@ -8,12 +8,13 @@ a mask all those of its blocks of 128.
 import argparse
 
 from . import _attention_programs as programs
+from . import _torch
 from ._attention_model import Blocks, Dense, Shape, Task, known_mask
 from ._attention_programs import CUDNN, FLEX, Entry
 from ._h200 import floors_us as floors_of
 from ._harness import BACKWARD, BOTH, FORWARD, KERNEL, XLA, Program, Skip
 
-# Of the matmuls, over those of the forward.
+# FLOPs of a pass over those of the forward.
 FLOPS_OF_A_PAIR = {FORWARD: 1, BACKWARD: 2.5, BOTH: 3.5}
 DENSE_SHAPES = (
     Shape(4, 4096, 16, 128),
@@ -50,7 +51,7 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     rows = []
     for task in tasks(args.on_device or args.full):
         peers = DENSE_PEERS if isinstance(task.pattern, Dense) else (FLEX,)
-        others = [p for p in peers if programs.why_left_out(p, args) is None]
+        others = _torch.present(peers, args)
         is_dense = isinstance(task.pattern, Dense)
         op = "attention" if is_dense else "block_sparse_attention"
         rows += [Entry("kernels", op, task, by) for by in (KERNEL, XLA, *others)]
@@ -71,13 +72,13 @@ def build(entry: Entry, args: argparse.Namespace) -> Program:
 
 
 def _tokens_bytes(shape: Shape, queries: int, keys: int) -> float:
-    """Of so many arrays like the query and like the key, two bytes a number."""
+    """Bytes of so many arrays like the query and like the key, in 16 bits."""
     heads = queries * shape.heads + keys * shape.kv_heads
     return 2.0 * shape.batch * shape.seq * shape.dim * heads
 
 
 def floors_us(shape: Shape, which: str, flops: float) -> dict[str, float]:
-    """What no H200 can be faster than: by matmuls, by bytes, by exp2.
+    """Floors of one H200: by matmuls, by bytes, by exp2.
 
     Bytes: every argument read and every result written once. A backward that keeps no
     weights computes them again: five matmuls, and an exp2 more.

@@ -228,7 +228,7 @@ class Published:
 
     @property
     def net_mib(self) -> float | None:
-        """What it allocated beside what was resident anyway."""
+        """MiB that it allocated beside weights and inputs, which were resident."""
         if self.memory_mib is None:
             return None
         inputs = PUBLISHED_INPUTS * self.shape.bytes / 2**20

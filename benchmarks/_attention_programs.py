@@ -1,7 +1,6 @@
 """Programs of `benchmarks.attention`, ours and those of others."""
 
 import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -29,10 +28,11 @@ from ._harness import (
     Program,
     Row,
     Skip,
+    skip_unsupported,
     with_gradients,
 )
+from ._torch import CUDNN
 
-CUDNN = "cudnn"
 PEERS = (PLAIN, "jax.nn xla", CUDNN, "tokamax", "torch sdpa")
 FLEX = "torch flex"
 # By whom a row of ours is computed, and what the op is told.
@@ -59,7 +59,7 @@ class Entry:
         return f"{self.task.pattern}{modules.get(self.task.module or '', '')}"
 
     def needed_bytes(self, backward: bool) -> float:
-        """Of the program, and of the float64 check."""
+        """Bytes of the program and of the float64 check."""
         s, itemsize = self.task.shape, 8
         checked = len(definitions.rows_of(s)) * s.seq
         logits = checked * itemsize
@@ -69,24 +69,8 @@ class Entry:
         return copies * (s.batch * s.heads * logits + 4 * s.bytes)
 
 
-def why_left_out(peer: str, args: Any) -> str | None:
-    """The reason why a peer has no rows in this run, or None."""
-    if not args.peers:
-        return "--no-peers"
-    match peer:
-        case "cudnn" if jax.default_backend() != "gpu":
-            return "it needs an NVIDIA GPU"
-        case "cudnn" if args.dtype.itemsize != 2:
-            return f"dtype must be bfloat16 or float16, got {args.dtype}"
-        case "torch sdpa" | "torch flex":
-            return _torch.why_left_out(True)
-        case "tokamax" if importlib.util.find_spec("tokamax") is None:
-            return "it is not installed (pip install tokamax)"
-    return None
-
-
 def peers(args: Any) -> list[str]:
-    return [peer for peer in PEERS if why_left_out(peer, args) is None]
+    return _torch.present(PEERS, args)
 
 
 def build(entry: Entry, args: Any) -> Program:
@@ -106,17 +90,9 @@ def build(entry: Entry, args: Any) -> Program:
     if backward:
         fn = with_gradients(fn)
     if entry.by in IMPLEMENTATIONS:
-        _refuse(fn, inputs)
+        skip_unsupported(fn, inputs)
     figures = partial(_mask_figures, task) if isinstance(task.pattern, Blocks) else dict
     return Program(fn, inputs, partial(definitions.check, key), figures=figures)
-
-
-def _refuse(fn: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
-    """Skip a row that the op says it cannot compute here: that is no failure."""
-    try:
-        jax.eval_shape(fn, *inputs)
-    except NotImplementedError as error:
-        raise Skip(str(error)) from None
 
 
 def _mask_figures(task: Task) -> Row:

@@ -144,7 +144,7 @@ def normal(shape: tuple[int, ...], *seed: int, scale: float = 1.0) -> np.ndarray
 def mask_logits(
     seed: int, batch: int, widths: tuple[int, int] | None = None
 ) -> tuple[jax.Array, ...]:
-    """Of both signs; of the first samples they are the same in every batch.
+    """Logits of both signs; the first samples have the same ones in every batch.
 
     widths: None for those of the model.
     """
@@ -290,7 +290,7 @@ def expected_layer(
 def expected_model(
     estimator: str, which: str, seed: int, batch: int, most: int, dtype: Any
 ) -> Expected:
-    """Of the first samples of the largest batch, whose results are computed once."""
+    """Results for the first samples of the largest batch, computed once for all."""
 
     def first(results):
         tokens, d_masks = results

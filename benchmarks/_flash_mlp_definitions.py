@@ -121,7 +121,7 @@ def naive(
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Of results and temporaries."""
+    """Bytes of results and temporaries, as XLA plans them."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None
@@ -129,7 +129,7 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def recorded(fn: Call, inputs: tuple[Any, ...]) -> Row:
-    """What a forward allocates that a backward is to follow: also all that it keeps."""
+    """Bytes of a forward that keeps what its backward needs."""
 
     def forward(*args):
         value, vjp = jax.vjp(fn, *args)
@@ -159,7 +159,7 @@ def arguments(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any,
 # The rows of one shape and pass follow each other.
 @lru_cache(maxsize=1)
 def results(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
-    """Of `plain.flash_mlp`, in the dtype and in float64."""
+    """Results of `plain.flash_mlp` in the dtype and in float64."""
     args = arguments(shape, dtype, seed, backward)
     fn = with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
     in_dtype = jax.tree.map(np.asarray, jax.jit(fn)(*args))

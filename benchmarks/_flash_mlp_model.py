@@ -51,7 +51,7 @@ def count_flops(shape: Shape, which: str) -> float:
 
 
 def floors_us(shape: Shape, which: str) -> dict[str, float]:
-    """What one H200 cannot be faster than: by matmuls, by bytes, by activations.
+    """Floors of one H200: by matmuls, by bytes, by activations.
 
     The backward of a kernel that keeps nothing computes the hidden layer again: five
     matmuls. Bytes: every argument read and every result written once, two bytes each.

@@ -41,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Program:
-    """What a row runs.
+    """The program of a row.
 
     run: a function for `jax.jit`, or with `jit=False` one that is ready to be called.
     args: its arguments.
@@ -125,6 +125,18 @@ class Skip(Exception):
     """This row cannot be measured here, for the reason given."""
 
 
+def skip_unsupported(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Trace a program of ours; what its op cannot compute here is no failure.
+
+    Raises:
+        Skip: the op refuses its arguments, with the op's own reason.
+    """
+    try:
+        jax.eval_shape(fn, *args)
+    except NotImplementedError as error:
+        raise Skip(str(error)) from None
+
+
 class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
 
@@ -182,7 +194,7 @@ def _unseen(fn: Callable[..., Any]) -> Any:
 def _timed(
     program: Program, checked: Callable[..., Any], options: Options
 ) -> tuple[Callable[..., Any], bool]:
-    """What to call, and whether it compiles on its first call: only without warm-up."""
+    """The function to time, and whether its first call compiles: without warm-up."""
     if options.warmup:
         return checked, False
     if program.jit:
@@ -284,7 +296,7 @@ def matmul_peak_tflops(dtype: Any) -> float | None:
 
 
 def available_bytes() -> float:
-    """What may be allocated now on the first device."""
+    """Bytes that may be allocated now on the first device."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -334,7 +346,7 @@ def run(
     `on_row` sees each row when it is done, so that an interrupt loses none of them.
     """
     rows = []
-    # What is there already stays: a collection after each row need not walk through it.
+    # Without this, a collection after each row would walk through all that stays.
     gc.freeze()
     for case in cases:
         on_start(case)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,8 +13,7 @@ import jaxkern
 
 from . import _torch
 from ._harness import PLAIN, Program
-
-TOKAMAX, TORCH_SPARSE = "tokamax", "torch 2:4"
+from ._torch import TOKAMAX, TORCH_SPARSE
 
 
 def _swiglu(F, x, w_gate, w_up, w_down):
@@ -39,7 +37,7 @@ def _masked_relu2(F, x, up, down):
 
 
 def _linear_relu2(F, x, *weights):
-    """Of four weights (out, in), any of which may be sparse."""
+    """ReLU² between four weights (out, in), any of which may be sparse."""
     for i, w in enumerate(weights):
         x = F.linear(x, w)
         x = F.relu(x).square() if i == 1 else x
@@ -105,47 +103,12 @@ def torch_program(
     return _torch.program(MODULES[name], by, inputs, check, backward)
 
 
-def why_left_out(peer: str, args: argparse.Namespace) -> str | None:
-    """The reason why a peer has no rows in this run, or None."""
-    if not args.peers:
-        return "--no-peers"
-    match peer:
-        case "tokamax" if importlib.util.find_spec("tokamax") is None:
-            return "it is not installed (pip install tokamax)"
-        case "torch 2:4":
-            return _why_no_sparse(args)
-        case "torch eager" | "torch compile":
-            return _torch.why_left_out(True)
-    return None
-
-
-def _why_no_sparse(args: argparse.Namespace) -> str | None:
-    reason = _torch.why_left_out(True)
-    if reason is None and args.backward:
-        reason = "its weights are not trained"
-    if reason is None and args.dtype.itemsize != 2:
-        reason = f"dtype must be bfloat16 or float16, got {args.dtype}"
-    if reason is None and not importlib.import_module("torch").cuda.is_available():
-        reason = "it needs an NVIDIA GPU"
-    return reason
-
-
 def computers(name: str, args: argparse.Namespace) -> list[str]:
     """The peers that have such a row, as far as they are there."""
-    torch = _torch.FRAMEWORKS if name in MODULES else ()
     candidates = [
         *([PLAIN] if name != "low_rank_relu2 pruned" else []),
         *([TOKAMAX] if name == "swiglu" else []),
-        *torch,
+        *(_torch.FRAMEWORKS if name in MODULES else ()),
         *([TORCH_SPARSE] if name in SPARSE else []),
     ]
-    return [peer for peer in candidates if why_left_out(peer, args) is None]
-
-
-def notes(args: argparse.Namespace) -> dict[str, str]:
-    """Lines of the header: who is left out, and why."""
-    peers = {"PyTorch": "torch eager", "torch 2:4": TORCH_SPARSE, "tokamax": TOKAMAX}
-    reasons = {name: why_left_out(peer, args) for name, peer in peers.items()}
-    if reasons["torch 2:4"] == reasons["PyTorch"]:
-        del reasons["torch 2:4"]
-    return {name: f"left out: {reason}" for name, reason in reasons.items() if reason}
+    return _torch.present(candidates, args)

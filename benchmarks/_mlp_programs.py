@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 import jaxkern
-from jaxkern._core import device
 from jaxkern.testing import plain
 
 from . import _mlp_definitions as definitions
@@ -23,7 +22,7 @@ from ._harness import (
     XLA,
     Program,
     Row,
-    Skip,
+    skip_unsupported,
     with_gradients,
 )
 from ._mlp_model import SELECTION, Model
@@ -111,24 +110,10 @@ def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> 
     return x, *jax.tree.unflatten(tree, weights)
 
 
-def skip_without_kernels(tokens: int, features: int, dtype: Any) -> None:
-    """Refuse a row of the kernels where they cannot run.
-
-    Raises:
-        Skip: with the reason.
-    """
-    x = jax.ShapeDtypeStruct((tokens, features), dtype)
-    reason = device.unsupported() or device.unsupported_array("x", x)
-    if reason:
-        raise Skip(reason)
-
-
 def build(
     name: str, model: Model, tokens: int, args: argparse.Namespace, by: str
 ) -> Program:
     impl = IMPLEMENTATIONS[name]
-    if by == KERNEL:
-        skip_without_kernels(tokens, model.hidden, args.dtype)
     inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
     fn: Any = impl.ours
     if by == PLAIN:
@@ -138,6 +123,7 @@ def build(
     elif impl.weights != "activations":
         chosen = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(impl.ours, implementation=chosen)
+        skip_unsupported(fn, inputs)
     check = definitions.check_forward
     if args.backward:
         key = jax.random.key(args.seed + 1)

@@ -1,11 +1,11 @@
-"""PyTorch, eager and compiled, on the same inputs and held to the same definition."""
+"""Others' libraries: which are there, and PyTorch on the same inputs as ours."""
 
 import argparse
 import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +16,39 @@ import numpy as np
 from ._harness import Check, Program, Row
 
 FRAMEWORKS = ("torch eager", "torch compile")
+CUDNN, TOKAMAX, TORCH_SPARSE = "cudnn", "tokamax", "torch 2:4"
 
 
-def frameworks(wanted: bool) -> tuple[str, ...]:
-    return FRAMEWORKS if wanted and why_left_out(wanted) is None else ()
-
-
-def why_left_out(wanted: bool) -> str | None:
-    if not wanted:
+def why_left_out(peer: str, args: argparse.Namespace) -> str | None:
+    """The reason why a peer has no rows in this run, or None."""
+    if not args.peers:
         return "--no-peers"
-    if importlib.util.find_spec("torch") is None:
-        return "it is not installed (pip install torch)"
-    return None
+    library = peer.split()[0]
+    if library in ("torch", "tokamax") and not importlib.util.find_spec(library):
+        return f"it is not installed (pip install {library})"
+    if peer not in (CUDNN, TORCH_SPARSE):
+        return None
+    if jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU"
+    if args.dtype.itemsize != 2:
+        return f"dtype must be bfloat16 or float16, got {args.dtype}"
+    trained = peer == TORCH_SPARSE and args.backward
+    return "its weights are not trained" if trained else None
+
+
+def present(peers: Sequence[str], args: argparse.Namespace) -> list[str]:
+    return [peer for peer in peers if why_left_out(peer, args) is None]
+
+
+def left_out(peers: Sequence[str], args: argparse.Namespace) -> dict[str, str]:
+    """A line of the header: who is left out, and why."""
+    reasons: dict[str, list[str]] = {}
+    for peer in peers:
+        reason = why_left_out(peer, args)
+        if reason:
+            reasons.setdefault(reason, []).append(peer)
+    lines = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+    return {"left out": "\n".join(lines)} if lines else {}
 
 
 class Peer(NamedTuple):
@@ -91,7 +112,7 @@ def load(peer: Peer) -> Callable[..., Any]:
 
 def peak_over_baseline(cuda: Any, call: Callable[[], Any]) -> int:
     """Bytes that a call allocates at most, beside what is allocated before it."""
-    # What is allocated once, as workspaces are, belongs to no call.
+    # A workspace is allocated once, and belongs to no call.
     call()
     cuda.synchronize()
     before = cuda.memory_allocated()

@@ -28,9 +28,9 @@ from jaxkern.testing.plain import transformer as definitions
 from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
 
 VOCAB = 10_000
-# Of the model whose gradients are checked; the others repeat them.
+# Layers of the model whose gradients are checked; further ones repeat them.
 CHECKED_LAYERS = 2
-# Of the whole model's loss, relative to that of the plain form.
+# Relative error of the whole model's loss, by the size of a number.
 LOSS_BOUND = {4: 1e-5, 2: 1e-2}
 TRACED_CALLS = 2
 
@@ -50,7 +50,7 @@ class Size:
 
 
 def _block_sparse(context: int):
-    """What is causal and near: the last quarter of the context."""
+    """Causal attention to the last quarter of the context."""
     block_size, window = max(1, context // 16), context // 4
     mask = jaxkern.BlockMask.causal(context, context, block_size=block_size)
     near = jaxkern.BlockMask.local_window(
@@ -85,7 +85,7 @@ MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a row computes: a model, its input and how much of a training step."""
+    """The computation of a row: a model, its input, and a part of a training step."""
 
     size: Size
     context: int
@@ -131,7 +131,7 @@ class Task:
         return make_mesh(**parse_mesh_sizes(self.mesh))
 
     def state(self, layers: Layers) -> Any:
-        """Of the model, made where it lies."""
+        """The state of the model, made on the devices that hold it."""
 
         def make():
             return nnx.state(self.model(layers))
@@ -145,7 +145,7 @@ class Task:
         return jax.jit(make, out_shardings=places)()
 
     def trace(self, layers: Layers) -> None:
-        """What does not fit the mesh is refused, and nothing computed."""
+        """Raise ValueError for a model that does not fit the mesh; nothing runs."""
         mesh = self.make_mesh()
         graph, state = nnx.split(nnx.eval_shape(partial(self.model, layers)))
         if mesh is not None:
@@ -154,7 +154,7 @@ class Task:
         jax.eval_shape(partial(_our_loss, graph), state, ids, ids)
 
     def flops(self) -> float:
-        """Of the matmuls, three times for a backward; causality is not exploited.
+        """FLOPs of the matmuls, three times for a backward; causality is not exploited.
 
         Attention other than dense is left out: only its projections count.
         """
@@ -165,7 +165,7 @@ class Task:
         return float((1 if self.what == FORWARD else 3) * self.tokens * per_token)
 
     def needed_bytes(self) -> float:
-        """Of the row's weights, and beside them of its run or of its check."""
+        """Bytes of the weights, and beside them of the run or of the check."""
         size = self.size
         weights = 4.0 * _count(size, self.mlp)[0]
         kept = 1 if self.what == FORWARD or self.remat else size.layers

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import _attention_kernels as kernels
 from . import _attention_programs as programs
-from . import frame
+from . import _torch, frame
 from ._attention_definitions import CANCELLATION
 from ._attention_model import (
     PUBLISHED,
@@ -51,6 +51,7 @@ from ._report import (
     number,
     on_gpu,
     over,
+    program,
     rate,
     ratio,
     steady,
@@ -112,7 +113,7 @@ def real_entries(args: argparse.Namespace) -> list[Entry]:
     """Rows beyond the published ones, for what sparsity and more devices can give."""
     heads = HEADS if args.on_device else CPU_HEADS
     us, peers = ours(args), programs.peers(args)
-    flex = [FLEX] if programs.why_left_out(FLEX, args) is None else []
+    flex = _torch.present([FLEX], args)
     rows: list[Entry] = []
 
     def add(op: str, pattern: Pattern, *by: str, devices: int = 1) -> None:
@@ -282,11 +283,11 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
             "as dense": "the rate if no block were skipped",
             "mask": "host time to build it, once",
             "backward": "alone: both passes less the forward, with --backward",
-            "registers": "spills and shared memory: python -m benchmarks.kernels",
+            "registers": f"spills and shared memory: {program('kernels')}",
         }
         if not (args.on_device or args.full):
             lines["reduced"] = "sizes for a CPU; --full --list names those of a GPU"
-        return lines | _left_out(args, (*kernels.DENSE_PEERS, FLEX))
+        return lines | _torch.left_out((*kernels.DENSE_PEERS, FLEX), args)
     lines["memory"] = "XLA's plan for results and temporaries, on each device"
     if args.grid != "real":
         densities = ", ".join(
@@ -308,17 +309,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         )
     if not args.on_device:
         lines["rings"] = "devices are parts of one CPU: memory counts, time does not"
-    return lines | _left_out(args, (*programs.PEERS, FLEX))
-
-
-def _left_out(args: argparse.Namespace, peers: Sequence[str]) -> dict[str, str]:
-    reasons: dict[str, list[str]] = {}
-    for peer in peers:
-        reason = programs.why_left_out(peer, args)
-        if reason:
-            reasons.setdefault(reason, []).append(peer)
-    left_out = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
-    return {"left out": "\n".join(left_out)} if left_out else {}
+    return lines | _torch.left_out((*programs.PEERS, FLEX), args)
 
 
 def shape_of(row: Mapping[str, Any]) -> Shape:

@@ -18,8 +18,6 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxkern._core import device
-from jaxkern._masked.hopper.multiply import unsupported
 from jaxkern._masked.masked import Method
 
 from . import _estimators_definitions as definitions
@@ -37,8 +35,8 @@ from ._harness import (
     Case,
     Program,
     Row,
-    Skip,
     labels,
+    skip_unsupported,
     with_gradients,
 )
 from ._report import (
@@ -77,20 +75,8 @@ STUDIED = "loss", "logits to logits", "temperature temperature"
 BASE_PARAMETERS = 14_698_688
 
 
-def _skip_unsupported(form: str, args: argparse.Namespace) -> None:
-    """Refuse a row of the kernels where they cannot run.
-
-    Raises:
-        Skip: with the reason.
-    """
-    reason = device.unsupported() or unsupported(args.dtype, [jnp.float32])
-    if form == "kernel" and reason:
-        raise Skip(reason)
-
-
 def build_layer(estimator: str, form, batch: int, args) -> Program:
     """Output and all gradients of `masked_bilinear`."""
-    _skip_unsupported(form, args)
     key = args.seed, batch, args.layer_sizes, args.dtype
     inputs = definitions.layer_inputs(*key)
 
@@ -100,14 +86,16 @@ def build_layer(estimator: str, form, batch: int, args) -> Program:
     def figures() -> Row:
         return {"floors_us": floors_us(args.layer_sizes, batch)}
 
-    run = with_gradients(definitions.layer(estimator, form))
+    layer = definitions.layer(estimator, form)
+    skip_unsupported(layer, inputs[1:])
+    run = with_gradients(layer)
     return Program(run, inputs, check, figures=figures, warmed=1)
 
 
 def build_model(estimator: str, form, batch: int, which: str, args) -> Program:
-    _skip_unsupported(form, args)
     key = estimator, form, batch, args.seed, args.dtype
     passes = definitions.make_passes(*key)
+    skip_unsupported(passes.forward, passes.args)
     expected = estimator, which, args.seed, batch, max(args.batches), args.dtype
     if which == FORWARD:
         check = partial(definitions.check_forward, passes, expected)
@@ -387,7 +375,7 @@ def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
     """
     seq, embed, hidden = sizes
     weights, tokens = 3 * embed * hidden, batch * seq * embed
-    # Of each of three: y = x W, dx = dy W^T, x^T dy.
+    # Each of three products has y = x W, dx = dy W^T and x^T dy.
     flops = 3 * 2.0 * batch * seq * weights
     moved = 2 * (4 * tokens + 2 * weights) + 2 * 4 * batch * weights
     stored = {"stored masks": floors_of(0, moved + 6 * batch * weights)["bytes"]}

@@ -17,8 +17,6 @@ from functools import partial
 from typing import Any
 
 import jaxkern
-from jaxkern._core import device
-from jaxkern._mlp.hopper import flash
 from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
@@ -37,8 +35,8 @@ from ._harness import (
     Case,
     Program,
     Row,
-    Skip,
     labels,
+    skip_unsupported,
     with_gradients,
 )
 from ._report import (
@@ -78,11 +76,6 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
     key = shape, args.dtype, args.seed, backward
     inputs = definitions.arguments(*key)
     check = partial(definitions.check, key, inputs)
-    if by == KERNEL:
-        x, w1, _ = inputs[-3:]
-        reason = device.unsupported() or flash.unsupported(x, w1)
-        if reason:
-            raise Skip(reason)
     if by == NAIVE:
         return definitions.naive(inputs, check, backward)
     if by not in JAX:
@@ -94,6 +87,7 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
     if by in (KERNEL, XLA):
         implementation = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
+        skip_unsupported(fn, inputs[-3:])
     if backward:
         return Program(with_gradients(fn), inputs, check)
     # The sweep does not print memory, and this compiles once more.
@@ -111,7 +105,11 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
     if not args.sweep:
         part = 1 if whole else CPU_PART
         shapes = [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
-        by = *JAX, *_torch.frameworks(args.peers), *([PEER] if args.peer else [])
+        by = (
+            *JAX,
+            *_torch.present(_torch.FRAMEWORKS, args),
+            *([PEER] if args.peer else []),
+        )
     return [
         _make_case(shape, which, who, args)
         for shape in shapes
@@ -130,7 +128,7 @@ def _make_case(shape: Shape, which: str, by: str, args: argparse.Namespace) -> C
         build=partial(build, by, shape, which, args),
         flops=flops,
         iterations=ITERATIONS if args.on_device else CPU_ITERATIONS,
-        # Of the float64 check, which is the largest part: it holds the hidden layer.
+        # The float64 check is the largest part, since it holds the hidden layer.
         needed_bytes=8 * flops / shape.head_dim,
         published_ms=None if args.sweep else ms,
     )
@@ -173,8 +171,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
         lines["published"] = "PyTorch eager and Triton, bfloat16, on a GPU not named"
     if args.peer:
         lines[PEER] = str(args.peer)
-    left_out = _torch.why_left_out(args.peers)
-    return lines | ({"PyTorch": f"left out: {left_out}"} if left_out else {})
+    return lines | _torch.left_out(_torch.FRAMEWORKS, args)
 
 
 def shape_of(row: Row) -> Shape:
@@ -242,7 +239,7 @@ def _percent(row: Row) -> str:
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[Table]:
-    """What the passes allocate, and how much less that is than the eager form's."""
+    """Memory of the passes, and how much less it is than that of the eager form."""
     known = [
         row
         for row in with_published(rows)

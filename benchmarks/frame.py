@@ -70,7 +70,7 @@ Parser = argparse.ArgumentParser
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one benchmark measures, and how it is shown.
+    """The rows of one benchmark, and how they are shown.
 
     Attributes:
         name: Of its module, and of its rows in saved files.

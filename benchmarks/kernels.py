@@ -73,7 +73,7 @@ HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
 Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
 RECORD = RESULTS / "sm_90a/kernels.json"
 PACKAGE = Path(jaxkern.__file__).parent
-# What compiles a module, in `jaxkern.testing`.
+# Sources in `jaxkern.testing` that compile a module.
 MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c", "order.py")
 WORKERS = 2
 # So many kernels are lowered before other processes would have started.
@@ -170,7 +170,7 @@ def attention_cases() -> Cases:
 
 
 def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ...]):
-    """Of four samples with 256 tokens, of `wide` features each."""
+    """Arguments of four samples with 256 tokens, of `wide` features each."""
     samples, seq, d_in, d_out = 4, 256, 512, 2048
     rows = d_in // WORD if kind == "bits" else d_in
     arrays = [((samples, seq, n), jnp.bfloat16) for n in wide]
@@ -226,7 +226,7 @@ def masked_cases() -> Cases:
 def _flash_mlp_passes(
     dim: int, ups: int, inputs: int
 ) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """Of each launch its label, its kernel, and which weights' gradients that makes."""
+    """Label and kernel of each launch, and the weights whose gradients it makes."""
     yield "forward", "forward", ()
     yield "dx" if inputs == 1 else "dx0 dx1", "backward_x", ()
     names = ("gate", "w1", "w2")[-ups - 1 :]
@@ -282,7 +282,7 @@ def flash_mlp_cases() -> Cases:
     return cases
 
 
-# Of one layer of 7B, and a few tokens: (tokens, rank, hidden).
+# Sizes of one layer of 7B, and a few tokens: (tokens, rank, hidden).
 TOKENS, RANK, WIDTH = 2048, 1024, 16512
 # The right factor lies transposed, and what is done to the result.
 PACKED_PRODUCTS = ((True, "identity"), (False, "relu2"), (False, "identity"))
@@ -440,7 +440,7 @@ def measuring(package: Path = PACKAGE) -> str:
 
 
 def _hash(package: Path, files: Sequence[Path]) -> str:
-    """Of these files by their names in the package, and of this one."""
+    """A hash of these files by their names in the package, and of this one."""
     named = {str(path.relative_to(package)): path for path in files}
     named |= {"": Path(__file__)}
     digest = hashlib.sha256()
@@ -465,7 +465,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """What the file holds; nothing if it is not there."""
+        """The record of a file; an empty one if it is not there."""
         if not path.exists():
             return cls({})
         whole = json.loads(path.read_text())

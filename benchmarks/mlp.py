@@ -17,7 +17,6 @@ import jax
 
 from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
-from . import _mlp_peers as peers
 from . import _mlp_programs as programs
 from . import _torch, frame
 from ._cli import names, run_program
@@ -25,7 +24,6 @@ from ._figures import Figure, Panel, Point
 from ._h200 import percent_of_floor
 from ._harness import BOTH, FORWARD, KERNEL, PLAIN, XLA, Case, Row, labels
 from ._mlp_model import BATCHES, MODELS, Model
-from ._mlp_peers import TOKAMAX, TORCH_SPARSE
 from ._mlp_programs import IMPLEMENTATIONS
 from ._report import (
     Table,
@@ -41,12 +39,14 @@ from ._report import (
     steady,
     time,
 )
+from ._torch import TOKAMAX, TORCH_SPARSE
 
 CPU_ITERATIONS = 40
 CASES = [(model, batch) for model in MODELS for batch in BATCHES]
 CPU_CASES = [(model, 1) for model in ("60M", "130M", "350M")]
 GPU_CASES = [(model, batch) for model in MODELS for batch in (1, 32)]
-COMPUTERS = XLA, KERNEL, PLAIN, TOKAMAX, *_torch.FRAMEWORKS, TORCH_SPARSE
+PEERS = TOKAMAX, *_torch.FRAMEWORKS, TORCH_SPARSE
+COMPUTERS = XLA, KERNEL, PLAIN, *PEERS
 DISPLAY = {
     "swiglu": "SwiGLU",
     "low_rank_swiglu": "low-rank SwiGLU",
@@ -150,7 +150,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     }
     if args.on_device:
         lines["floor"] = "of one H200 by its data sheet, in 16 bits; of device time"
-    return lines | peers.notes(args)
+    return lines | _torch.left_out(PEERS, args)
 
 
 def name_of(row: Row) -> str:

@@ -266,7 +266,7 @@ def figures(case):
 
 def test_no_figure_is_cut_off(monkeypatch, printed):
     every = (*programs.PEERS, programs.FLEX)
-    monkeypatch.setattr(programs, "why_left_out", lambda peer, args: None)
+    monkeypatch.setattr(_torch, "why_left_out", lambda peer, args: None)
     rows = [figures(case) for case in cases("--full")]
     assert {*every} <= {row["by"] for row in rows}
     rows[0] |= {"status": "skipped", "reason": "needs 1.0 GB"}
@@ -330,10 +330,10 @@ def test_an_interrupt_before_the_first_row_draws_nothing(monkeypatch, tmp_path, 
 
 def test_why_peers_are_left_out():
     args = parse()
-    assert programs.why_left_out("plain jnp", args) is None
-    assert programs.why_left_out("cudnn", args) == "it needs an NVIDIA GPU"
+    assert _torch.why_left_out("plain jnp", args) is None
+    assert _torch.why_left_out("cudnn", args) == "it needs an NVIDIA GPU"
     args = parse("--no-peers")
-    assert programs.why_left_out("plain jnp", args) == "--no-peers"
+    assert _torch.why_left_out("plain jnp", args) == "--no-peers"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 import jaxkern
 from benchmarks import _attention_definitions as definitions
 from benchmarks import _attention_kernels as kernels
-from benchmarks import _attention_programs as programs
-from benchmarks import attention, frame
+from benchmarks import _torch, attention, frame
 from benchmarks._attention_model import Blocks, Dense, Shape, Task, known_mask
 from benchmarks._attention_programs import Entry
 from benchmarks._harness import BOTH, FORWARD, KERNEL, XLA, Options, Skip, labels, run
@@ -79,7 +78,7 @@ def test_the_kernels_are_not_in_the_default(capsys):
 
 
 def test_peers_compute_what_they_can(monkeypatch):
-    monkeypatch.setattr(programs, "why_left_out", lambda peer, args: None)
+    monkeypatch.setattr(_torch, "why_left_out", lambda peer, args: None)
     args = argparse.Namespace(on_device=True, full=False)
     by_task = {}
     for entry in kernels.entries(args):
@@ -239,7 +238,7 @@ def test_figures_that_need_other_rows():
 
 
 def test_no_figure_is_cut_off(monkeypatch, printed):
-    monkeypatch.setattr(programs, "why_left_out", lambda peer, args: None)
+    monkeypatch.setattr(_torch, "why_left_out", lambda peer, args: None)
     entries = kernels.entries(argparse.Namespace(on_device=True, full=False))
     rows = [
         measured(e.op, e.task, e.by, w, ms)

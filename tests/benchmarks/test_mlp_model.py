@@ -13,7 +13,7 @@ import jaxkern
 from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_programs as programs
-from benchmarks import frame, mlp
+from benchmarks import _torch, frame, mlp
 from benchmarks._harness import BOTH, KERNEL, Options, run
 from jaxkern._mlp import thresholds
 from jaxkern.testing import plain
@@ -108,9 +108,9 @@ def tokamax(monkeypatch):
 
     vars(module)["gated_linear_unit"] = gated_linear_unit
     monkeypatch.setitem(sys.modules, "tokamax", module)
-    missing = peers.importlib.util.find_spec
+    missing = _torch.importlib.util.find_spec
     monkeypatch.setattr(
-        peers.importlib.util,
+        _torch.importlib.util,
         "find_spec",
         lambda name: name == "tokamax" or missing(name),
     )
@@ -135,11 +135,13 @@ def test_tokamax_row(tokamax, backward):
 
 def test_peers_that_are_left_out_have_a_reason():
     args = Namespace(peers=True, backward=False, dtype=jnp.dtype("float32"))
-    notes = peers.notes(args)
-    for name in {"PyTorch", "tokamax"} & set(notes):
-        assert notes[name].startswith("left out: it is not installed")
-    assert peers.why_left_out(peers.TORCH_SPARSE, args)
-    assert set(peers.notes(Namespace(peers=False)).values()) == {"left out: --no-peers"}
+    lines = _torch.left_out(mlp.PEERS, args)["left out"].splitlines()
+    if _torch.importlib.util.find_spec("tokamax") is None:
+        assert "tokamax: it is not installed (pip install tokamax)" in lines
+    assert _torch.why_left_out(_torch.TORCH_SPARSE, args)
+    assert _torch.why_left_out(_torch.CUDNN, args)
+    none = _torch.left_out(mlp.PEERS, Namespace(peers=False))["left out"]
+    assert none == f"{', '.join(mlp.PEERS)}: --no-peers"
 
 
 @pytest.mark.parametrize("name", peers.SPARSE)

@@ -113,16 +113,18 @@ def attention(
       at once and supports every derivative. Beyond that it computes tiles, in memory
       linear in the sequence, skips the tiles above the causal diagonal, and has no
       forward-mode derivative (`jax.jvp`).
-    - "mosaic_gpu" is the kernel of `block_sparse_attention`, with the same limits. It
-      needs a `mask` that is the same for all queries, (batch, heads, 1, seq_kv).
+    - "mosaic_gpu" is a fused kernel, forward and backward, on an H100 or H200, in
+      bfloat16 and float16, for `dim` and `dim_v` up to 256. It needs a `mask` that is
+      the same for all queries, (batch, heads, 1, seq_kv). Nothing is padded by copies
+      if lengths are multiples of 8, `dim` is a multiple of 16 and `dim_v` equals `dim`.
     - "cudnn" is the kernel behind `jax.nn.dot_product_attention`, for bfloat16 and
       float16 on NVIDIA GPUs. It supports neither `mask` nor `return_lse`, because it
       gives masked rows the mean of the values, rounds $L$ and drops the gradient of
       $L$.
-    - `None` uses "mosaic_gpu" if it supports the inputs, for at least 64 queries and
-      more than 256 x 256 logits a head, and "xla" otherwise. These sizes are predicted,
-      not measured. `None` never uses "cudnn", which on an H200 took 2 to 20 % less time
-      forward and backward.
+    - `None` uses "mosaic_gpu" if it supports the inputs and each array lies whole on
+      one device, for at least 64 queries and more than 256 x 256 logits a head, and
+      "xla" otherwise. These sizes are predicted, not measured. `None` never uses
+      "cudnn", which on an H200 took 2 to 20 % less time forward and backward.
 
     Args:
         query: The queries.

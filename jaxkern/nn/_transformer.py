@@ -133,9 +133,10 @@ class TransformerLM(nnx.Module):
             None for as many.
         tie_embeddings: Use the embeddings as the head, too. They then start as the head
             would.
-        attention_fn: As in `MultiHeadAttention`; None for `jaxkern.attention`. A
-            function with an option `is_causal` gets True for it; any other must be
-            causal itself.
+        attention_fn: Called as `attention_fn(query, key, value, **options)` with arrays
+            (batch, seq, heads, head_dim), and returns one of the query's shape; None
+            for `jaxkern.attention`. A function with an option `is_causal` gets True
+            for it; any other must be causal itself.
         mlp: Makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
             param_dtype=, rngs=)`; None for `SwiGLU`. The MLP is called with features
             (batch, seq, embed_dim) and has no state but parameters.

@@ -148,8 +148,8 @@ def ring_attention(
             `dilation` is not a `Dilation`.
         ValueError: `axis_name` is not bound, a name is unknown, the shapes do not fit,
             `scale` is not finite, or a ring does not support a switch of the
-            `dilation`. A segment must divide a device's tokens or be all the tokens of
-            one of several equal groups of devices, and the rate of a segment across
+            `dilation`. A segment must divide a device's tokens or be the tokens of m
+            devices, where m divides their number, and the rate of a segment across
             devices must divide a device's tokens.
         NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
             says why.
@@ -302,8 +302,7 @@ def _ring_of_a_segment(
         whole = ", ".join(map(str, groups))
         raise ValueError(
             f"{op}: segment_lengths must divide the {shard} tokens of a device, or be "
-            f"those of one of several equal groups of the {devices} devices, {whole}, "
-            f"got {w}"
+            f"the tokens of m devices, where m divides {devices}, so {whole}, got {w}"
         )
     if shard % r:
         raise ValueError(

@@ -70,10 +70,11 @@ def run[*Arrays, Out](
     """Apply `kernel` or `xla` to the arrays, as `choose` has chosen.
 
     A traced array has no device yet. A program that is traced where the default device
-    is a Hopper GPU may still be compiled for arrays on the CPU, or be exported for both
-    platforms. Therefore, if `implementation` is None and an array is traced, the
-    program holds both forms, and the platform that JAX lowers it for picks one. XLA
-    never sees the other form, so it costs no time and no memory.
+    is a Hopper GPU may still be compiled for arrays on the CPU, or be exported for it.
+    Therefore, if `implementation` is None and an array is traced, the program holds
+    both forms, and the platform that JAX lowers it for picks one. XLA never sees the
+    other form, so it costs no time and no memory. JAX lowers no Mosaic kernel for
+    several platforms at once.
     """
     if chosen == "xla":
         return xla(*arrays)

@@ -185,7 +185,7 @@ def test_memory_is_linear_in_the_sequence_over_the_devices():
 X = jnp.zeros((1, 64, 2, 4))
 ALIGN = (
     "ring_attention: segment_lengths must divide the 16 tokens of a device, or be "
-    "those of one of several equal groups of the 4 devices, 32, 64, got "
+    "the tokens of m devices, where m divides 4, so 32, 64, got "
 )
 
 

@@ -152,8 +152,8 @@ MUTANTS = (
         "last-columns",
         "The first column that only fills up the last chunk counts as a token.",
         "jaxkern/_cross_entropy.py",
-        "jnp.where(ids < vocab, logits, _below(logits)), ids",
-        "jnp.where(ids <= vocab, logits, _below(logits)), ids",
+        "jnp.where(ids < vocab, logits, _below(logits)), slope, ids",
+        "jnp.where(ids <= vocab, logits, _below(logits)), slope, ids",
         ("tests/test_cross_entropy.py", "test_values_and_gradients and ragged"),
     ),
     # Rings.
@@ -284,8 +284,8 @@ MUTANTS = (
         "narrow-integers",
         "Targets are compared with the vocabulary in their own few bits.",
         "jaxkern/_cross_entropy.py",
-        "targets = as_int32(targets)",
-        "targets = jnp.asarray(targets)",
+        "return as_int32(targets), where",
+        "return jnp.asarray(targets), where",
         ("tests/test_cross_entropy.py", "integer"),
     ),
     # Numbers at their limits.

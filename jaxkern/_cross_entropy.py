@@ -184,7 +184,7 @@ def cross_entropy(
     check_shape(op, "head", head, (hidden.shape[-1], "vocab"), given)
     check_targets(op, targets, where, ignore_index, hidden.shape[:-1], given)
     check_loss_options(op, chunk, z_loss, label_smoothing, softcap, return_lse)
-    chunks = -(-head.shape[1] // chunk)
+    chunks = -(-head.shape[1] // int(chunk))
     cap = None if softcap is None else float(softcap)
     pair = _losses_and_lse(
         hidden, head, targets, where, ignore_index, z_loss, label_smoothing, cap, chunks
@@ -285,14 +285,16 @@ def _forward(hidden, head, targets, chunks, softcap, smooth):
 
     def add(carry, numbered):
         top, total, target_logit, mean = carry
-        logits, _, ids = _logits(hidden, numbered, chunks, vocab, softcap)
-        higher = jnp.maximum(top, logits.max(-1))
-        weights = jnp.exp(logits - higher[..., None])
+        logits, _, ids = _logits(hidden, numbered, chunks, softcap)
+        candidates = _without_filling(logits, ids, vocab)
+        higher = jnp.maximum(top, candidates.max(-1))
+        weights = jnp.exp(candidates - higher[..., None])
         total = total * jnp.exp(top - higher) + weights.sum(-1)
         hit = ids == targets[..., None].astype(ids.dtype)
-        target_logit += jnp.where(hit, logits, 0).sum(-1)
+        target_logit += jnp.where(hit, candidates, 0).sum(-1)
         if smooth:
-            mean += jnp.where(ids < vocab, logits / vocab, 0).sum(-1)
+            # The logits of columns that fill up the last chunk are 0 here.
+            mean += logits.sum(-1) / vocab
         return (higher, total, target_logit, mean), None
 
     zero = jnp.zeros_like(hidden[..., 0], widen(hidden[:0]).dtype)
@@ -317,9 +319,10 @@ def _gradients(
     axes = tuple(range(targets.ndim))
 
     def add(d_hidden, numbered):
-        logits, slope, ids = _logits(hidden, numbered, chunks, vocab, softcap)
+        logits, slope, ids = _logits(hidden, numbered, chunks, softcap)
+        candidates = _without_filling(logits, ids, vocab)
         hit = ids == targets[..., None].astype(ids.dtype)
-        d_logits = d_lse[..., None] * jnp.exp(logits - lse[..., None])
+        d_logits = d_lse[..., None] * jnp.exp(candidates - lse[..., None])
         d_logits += jnp.where(hit, d_target[..., None], 0)
         if smooth:
             # This reaches the columns that fill up the last chunk, too. They are zeros
@@ -355,7 +358,7 @@ def _split(head, chunks):
     return jnp.moveaxis(parts, 2, 0), jnp.arange(chunks)
 
 
-def _logits(hidden, numbered, chunks, vocab, softcap):
+def _logits(hidden, numbered, chunks, softcap):
     """Return the logits of one chunk, their slope, and their ids in the vocabulary.
 
     The slope is the derivative of a logit by the product that it is computed from.
@@ -367,8 +370,12 @@ def _logits(hidden, numbered, chunks, vocab, softcap):
         bent = jnp.tanh(logits / softcap)
         logits, slope = softcap * bent, (1 + bent) * (1 - bent)
     ids = number + chunks * jnp.arange(part.shape[1])
-    ids = jnp.expand_dims(ids, range(hidden.ndim - 1))
-    return jnp.where(ids < vocab, logits, _below(logits)), slope, ids
+    return logits, slope, jnp.expand_dims(ids, range(hidden.ndim - 1))
+
+
+def _without_filling(logits, ids, vocab):
+    """Return logits that give columns beyond the vocabulary no probability."""
+    return jnp.where(ids < vocab, logits, _below(logits))
 
 
 def _below(logits):

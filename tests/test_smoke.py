@@ -70,6 +70,11 @@ def permute(query):
     return query[:, jaxkern.ring_permutation(16, 2, "striped")]
 
 
+def rotate_slowly(query):
+    scaling = jaxkern.RotaryScaling("linear", 2.0)
+    return jaxkern.rotary_embedding(query, scaling=scaling)
+
+
 def multiply_packed_mask(x, w):
     packed = jaxkern.pack_mask(LOGITS)
     assert isinstance(packed, jaxkern.PackedMask)
@@ -102,6 +107,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ring_permutation": (permute, (QUERY,)),
     "merge_attention": (merge, (QUERY,)),
     "rotary_embedding": (jaxkern.rotary_embedding, (QUERY,)),
+    "RotaryScaling": (rotate_slowly, (QUERY,)),
     "cross_entropy": (lose, (X, SQUARE)),
     "straight_through": (jaxkern.straight_through, (X,)),
     "reinmax": (jaxkern.reinmax, (X,)),

@@ -12,7 +12,7 @@ from helpers import (
     value_and_vjp,
 )
 
-from jaxkern import rotary_embedding
+from jaxkern import RotaryScaling, rotary_embedding
 
 PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
@@ -186,3 +186,149 @@ X = jnp.ones(SHAPE)
 def test_refusals(args, options, error, message):
     with pytest.raises(error, match=message):
         untyped.rotary_embedding(*args, **options)
+
+
+LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0}
+# Of each scaling, the frequencies and the factor of sines, as the papers write them.
+SCALINGS = {
+    "linear": (RotaryScaling("linear", 4.0), lambda f: f / 4, 1.0),
+    "llama3": (
+        RotaryScaling("llama3", 8.0, original_context_length=64, **LLAMA3),
+        lambda f: np.vectorize(by_wavelength)(2 * np.pi / f, f),
+        1.0,
+    ),
+    "yarn": (
+        RotaryScaling("yarn", 4.0, original_context_length=256, beta_fast=8.0),
+        lambda f: (
+            f * (1 - ramp(f, np.floor, np.ceil)) + f / 4 * ramp(f, np.floor, np.ceil)
+        ),
+        0.1 * np.log(4) + 1,
+    ),
+    "yarn, not truncated": (
+        RotaryScaling(
+            "yarn", 4.0, original_context_length=256, beta_fast=8.0, truncate=False
+        ),
+        lambda f: f * (1 - ramp(f, float, float)) + f / 4 * ramp(f, float, float),
+        0.1 * np.log(4) + 1,
+    ),
+    "longrope": (
+        RotaryScaling(
+            "longrope",
+            32.0,
+            original_context_length=4096,
+            factors=[1.0, 1.5, 2.0, 4.0, 8.0],
+        ),
+        lambda f: f / np.array([1, 1.5, 2, 4, 8]),
+        np.sqrt(1 + np.log(32) / np.log(4096)),
+    ),
+    "a factor of its own": (
+        RotaryScaling("linear", 2.0, attention_factor=1.5),
+        lambda f: f / 2,
+        1.5,
+    ),
+}
+
+
+def by_wavelength(wavelength, frequency):
+    if wavelength > 64 / 1.0:
+        return frequency / 8
+    if wavelength < 64 / 4.0:
+        return frequency
+    smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+    return (1 - smooth) * frequency / 8 + smooth * frequency
+
+
+def ramp(frequencies, down, up):
+    dim = 2 * len(frequencies)
+
+    def index(turns):
+        return dim * np.log(256 / (turns * 2 * np.pi)) / (2 * np.log(50.0))
+
+    low, high = max(down(index(8.0)), 0), min(up(index(1.0)), dim - 1)
+    return np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_of_the_first_features(name):
+    scaling, change, factor = SCALINGS[name]
+    x = normal(0, (2, 7, 3, 14))
+    got = jax.jit(
+        lambda x: rotary_embedding(
+            x,
+            jnp.asarray(BY_SEQUENCE),
+            rope_theta=50.0,
+            pairs="halves",
+            rotary_dim=10,
+            scaling=scaling,
+        )
+    )(x)
+    np.testing.assert_array_equal(got[..., 10:], x[..., 10:])
+    frequencies = change(50.0 ** (-np.arange(5) / 5))
+    assert len({*np.round(frequencies / 50.0 ** (-np.arange(5) / 5), 6)}) > (
+        1 if scaling.kind != "linear" else 0
+    )
+    angles = BY_SEQUENCE[..., None, None] * frequencies
+    wide = to_float64(x)
+    turned = (wide[..., :5] + 1j * wide[..., 5:10]) * factor * np.exp(1j * angles)
+    exact = np.concatenate([turned.real, turned.imag], -1)
+    assert_near(got[..., :10], exact, 3e-7)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: untyped.RotaryScaling("ntk", 2.0),
+            ValueError,
+            "RotaryScaling: kind must be one of 'linear', 'llama3', .*, got 'ntk'",
+        ),
+        (
+            lambda: untyped.RotaryScaling("linear", 0.0),
+            ValueError,
+            "RotaryScaling: factor must be positive, got 0.0",
+        ),
+        (
+            lambda: untyped.RotaryScaling("yarn", 2.0),
+            ValueError,
+            "original_context_length must be an integer of at least 2, got None",
+        ),
+        (
+            lambda: untyped.RotaryScaling(
+                "llama3", 2.0, original_context_length=8, low_frequency_factor=5.0
+            ),
+            ValueError,
+            "low_frequency_factor must be below high_frequency_factor=4.0, got 5.0",
+        ),
+        (
+            lambda: untyped.RotaryScaling("longrope", 2.0, original_context_length=8),
+            ValueError,
+            "factors must be given for 'longrope', and only there, got 0 for 'longrope",
+        ),
+        (
+            lambda: untyped.RotaryScaling("linear", 2.0, factors=3),
+            TypeError,
+            "factors must be a sequence, got int",
+        ),
+        (
+            lambda: untyped.rotary_embedding(normal(0, SHAPE), scaling="linear"),
+            TypeError,
+            "scaling must be a RotaryScaling or None, got str",
+        ),
+        (
+            lambda: untyped.rotary_embedding(
+                normal(0, SHAPE), scaling=SCALINGS["longrope"][0], rotary_dim=8
+            ),
+            ValueError,
+            "scaling must have 4 factors, one for each pair of features, got 5",
+        ),
+        (
+            lambda: untyped.rotary_embedding(normal(0, SHAPE), rotary_dim=12),
+            ValueError,
+            "rotary_dim must be even and at most dim=10, got 12",
+        ),
+    ],
+)
+def test_refused_scalings(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

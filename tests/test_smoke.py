@@ -199,6 +199,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4), X),
     "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
+    "MLP": (partial(nn.MLP, 16, 16, activation="gelu", use_bias=True), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
     "Packed24ReLU2": (prune, X),
     "PackedWeight": (prune, X),

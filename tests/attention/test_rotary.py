@@ -1,9 +1,11 @@
 from decimal import Decimal, localcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformer_definitions as definitions
 from helpers import (
     assert_near,
     normal,
@@ -188,69 +190,22 @@ def test_refusals(args, options, error, message):
         untyped.rotary_embedding(*args, **options)
 
 
-LLAMA3 = {"low_frequency_factor": 1.0, "high_frequency_factor": 4.0}
-# Of each scaling, the frequencies and the factor of sines, as the papers write them.
+ROPE: dict[str, Any] = {"original_context_length": 256, "beta_fast": 8.0}
 SCALINGS = {
-    "linear": (RotaryScaling("linear", 4.0), lambda f: f / 4, 1.0),
-    "llama3": (
-        RotaryScaling("llama3", 8.0, original_context_length=64, **LLAMA3),
-        lambda f: np.vectorize(by_wavelength)(2 * np.pi / f, f),
-        1.0,
+    "linear": RotaryScaling("linear", 4.0),
+    "llama3": RotaryScaling("llama3", 8.0, original_context_length=64),
+    "yarn": RotaryScaling("yarn", 4.0, **ROPE),
+    "yarn, not truncated": RotaryScaling("yarn", 4.0, truncate=False, **ROPE),
+    "longrope": RotaryScaling(
+        "longrope", 32.0, original_context_length=64, factors=[1.0, 1.5, 2.0, 4.0, 8.0]
     ),
-    "yarn": (
-        RotaryScaling("yarn", 4.0, original_context_length=256, beta_fast=8.0),
-        lambda f: (
-            f * (1 - ramp(f, np.floor, np.ceil)) + f / 4 * ramp(f, np.floor, np.ceil)
-        ),
-        0.1 * np.log(4) + 1,
-    ),
-    "yarn, not truncated": (
-        RotaryScaling(
-            "yarn", 4.0, original_context_length=256, beta_fast=8.0, truncate=False
-        ),
-        lambda f: f * (1 - ramp(f, float, float)) + f / 4 * ramp(f, float, float),
-        0.1 * np.log(4) + 1,
-    ),
-    "longrope": (
-        RotaryScaling(
-            "longrope",
-            32.0,
-            original_context_length=4096,
-            factors=[1.0, 1.5, 2.0, 4.0, 8.0],
-        ),
-        lambda f: f / np.array([1, 1.5, 2, 4, 8]),
-        np.sqrt(1 + np.log(32) / np.log(4096)),
-    ),
-    "a factor of its own": (
-        RotaryScaling("linear", 2.0, attention_factor=1.5),
-        lambda f: f / 2,
-        1.5,
-    ),
+    "a factor of its own": RotaryScaling("linear", 2.0, attention_factor=1.5),
 }
-
-
-def by_wavelength(wavelength, frequency):
-    if wavelength > 64 / 1.0:
-        return frequency / 8
-    if wavelength < 64 / 4.0:
-        return frequency
-    smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
-    return (1 - smooth) * frequency / 8 + smooth * frequency
-
-
-def ramp(frequencies, down, up):
-    dim = 2 * len(frequencies)
-
-    def index(turns):
-        return dim * np.log(256 / (turns * 2 * np.pi)) / (2 * np.log(50.0))
-
-    low, high = max(down(index(8.0)), 0), min(up(index(1.0)), dim - 1)
-    return np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_of_the_first_features(name):
-    scaling, change, factor = SCALINGS[name]
+    scaling = SCALINGS[name]
     x = normal(0, (2, 7, 3, 14))
     got = jax.jit(
         lambda x: rotary_embedding(
@@ -263,10 +218,9 @@ def test_scalings_of_the_first_features(name):
         )
     )(x)
     np.testing.assert_array_equal(got[..., 10:], x[..., 10:])
-    frequencies = change(50.0 ** (-np.arange(5) / 5))
-    assert len({*np.round(frequencies / 50.0 ** (-np.arange(5) / 5), 6)}) > (
-        1 if scaling.kind != "linear" else 0
-    )
+    frequencies, factor = definitions.frequencies(50.0, 10, scaling)
+    kept = frequencies == definitions.frequencies(50.0, 10, None)[0]
+    assert kept.any() == (scaling.kind != "linear") and not kept.all()
     angles = BY_SEQUENCE[..., None, None] * frequencies
     wide = to_float64(x)
     turned = (wide[..., :5] + 1j * wide[..., 5:10]) * factor * np.exp(1j * angles)
@@ -317,7 +271,7 @@ def test_scalings_of_the_first_features(name):
         ),
         (
             lambda: untyped.rotary_embedding(
-                normal(0, SHAPE), scaling=SCALINGS["longrope"][0], rotary_dim=8
+                normal(0, SHAPE), scaling=SCALINGS["longrope"], rotary_dim=8
             ),
             ValueError,
             "scaling must have 4 factors, one for each pair of features, got 5",

@@ -105,8 +105,20 @@ def attend_around_a_ring(query, key, value):
     return jaxkern.attention(query, key, value)
 
 
-def lose(hidden, head, targets):
-    return jaxkern.cross_entropy(hidden, head, targets, chunk=7)
+def lose(hidden, head, targets, keep):
+    losses, lse = jaxkern.cross_entropy(
+        hidden,
+        head,
+        targets,
+        where=keep,
+        ignore_index=5,
+        z_loss=0.1,
+        label_smoothing=0.3,
+        softcap=5.0,
+        return_lse=True,
+        chunk=7,
+    )
+    return losses + lse / 3
 
 
 METHODS = get_args(Method)
@@ -311,11 +323,11 @@ OPS = {
     ),
     "cross_entropy": case(
         lose,
-        (X, W, TARGETS),
-        "d-- -t d-",
-        "dt- -- dt",
-        "--d d- --",
-        manual="dt- -- dt >dt",
+        (X, W, TARGETS, KEEP[:, 8:12]),
+        "d-- -t d- d-",
+        "dt- -- dt -d",
+        "--d d- -- dt",
+        manual="dt- -- dt dt >dt",
     ),
 }
 

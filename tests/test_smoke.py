@@ -92,7 +92,8 @@ def multiply_packed(x, w, **options):
 
 
 def lose(hidden, head):
-    return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5)
+    options: dict[str, Any] = {"z_loss": 1e-4, "label_smoothing": 0.1, "softcap": 5.0}
+    return jaxkern.cross_entropy(hidden, head, jnp.arange(4), chunk=5, **options)
 
 
 # Each name of `jaxkern`, a function that uses it, and its differentiated arguments.

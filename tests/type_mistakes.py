@@ -26,7 +26,8 @@ out, lse = jaxkern.block_sparse_attention(x, x, x, mask=window, return_lse=True)
 merged: tuple[jax.Array, jax.Array] = jaxkern.merge_attention(out, lse, out, lse)
 product: jax.Array = jaxkern.matmul_2_4(jaxkern.pack_2_4(x), w)
 hidden: jax.Array = jaxkern.nn.SwiGLU(16, 48, rngs=nnx.Rngs(0))(x)
-losses: jax.Array = jaxkern.cross_entropy(x, w, labels, chunk=4)
+losses: jax.Array = jaxkern.cross_entropy(x, w, labels, z_loss=1e-4, chunk=4)
+losses, lse = jaxkern.cross_entropy(x, w, labels, return_lse=True)
 
 # Mistakes.
 out = jaxkern.attention(x, x, x, implementation="pallas")  # type: ignore[call-overload]
@@ -36,6 +37,6 @@ out = jaxkern.attention(x, x, x, None)  # type: ignore[call-overload]
 out = jaxkern.block_sparse_attention(x, x, x, mask=x > 0)  # type: ignore[call-overload]
 window = mask & (x > 0)  # type: ignore[operator]
 out = jaxkern.swiglu(x, None, w, w)  # type: ignore[arg-type]
-losses = jaxkern.cross_entropy(x, w, labels, chunks=4)  # type: ignore[call-arg]
+losses = jaxkern.cross_entropy(x, w, labels, chunks=4)  # type: ignore[call-overload]
 product = jaxkern.matmul_2_4(x, w)  # type: ignore[arg-type]
 mlp = jaxkern.nn.SwiGLU(16, 48)  # type: ignore[call-arg]

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Float
 
+# One number, which may be traced.
+Number = Float[Array, ""] | float
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -105,13 +108,16 @@ def as_int32(array: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(array, jnp.int32)
 
 
-def check_integer(op: str, name: str, value: object, least: int = 1) -> int:
-    """Check that `value` is an integer of at least `least`, and not a bool."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{op}: {name} must be an integer of at least {least}, got {value!r}"
-        )
-    return int(value)
+def check_integer(op: str, name: str, value: object, least: int | None = 1) -> int:
+    """Check that `value` is an integer of at least `least`, and not a bool.
+
+    With None for `least`, any integer passes.
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        if least is None or int(value) >= least:
+            return int(value)
+    bound = "" if least is None else f" of at least {least}"
+    raise ValueError(f"{op}: {name} must be an integer{bound}, got {value!r}")
 
 
 def check_number(
@@ -121,6 +127,7 @@ def check_number(
     *,
     positive: bool = False,
     least: float = -math.inf,
+    most: float = math.inf,
     finite: bool = True,
     traced: bool = False,
 ) -> None:
@@ -145,6 +152,8 @@ def check_number(
         wanted.append("positive")
     if least > -math.inf and not value >= least:
         wanted.append(f"at least {least:g}")
+    if most < math.inf and not value <= most:
+        wanted.append(f"at most {most:g}")
     if wanted:
         raise ValueError(f"{op}: {name} must be {' and '.join(wanted)}, got {value}")
 

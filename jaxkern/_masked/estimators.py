@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import (
+    Number,
     check_batched,
     check_flag,
     check_floating,
@@ -28,7 +29,6 @@ from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 
 Derivative = Literal["identity", "sigmoid", "one_plus_sigmoid"]
-Number = Float[Array, ""] | float
 # The estimators that are called with logits, or with logits and a key, alone.
 EstimatorName = Literal[
     "straight_through",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from .._attention.rotary import Pairs, check_rotary_dim
 from .._attention.rotary_scaling import RotaryScaling, check_scaling
 from .._core.activations import ActivationName, get_activation
 from .._core.checks import (
+    Number,
     as_int32,
     check_array,
     check_flag,
@@ -30,7 +31,12 @@ from .._core.checks import (
 )
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
-from .._cross_entropy import cross_entropy
+from .._cross_entropy import (
+    check_loss_options,
+    check_targets,
+    cross_entropy,
+    read_targets,
+)
 from ._attention import QKNorm
 from ._common import (
     check_arguments,
@@ -390,53 +396,139 @@ class TransformerLM(nnx.Module):
         """
         return self.logits(self.features(tokens, positions, **options))
 
-    @on_automatic_axes(lambda tokens: P())
+    @overload
+    def loss(
+        self,
+        tokens: Array,
+        targets: Array,
+        *,
+        where: Array | None = ...,
+        ignore_index: int | None = ...,
+        z_loss: Number = ...,
+        label_smoothing: Number = ...,
+        softcap: float | None = ...,
+        return_lse: Literal[False] = ...,
+        positions: Array | None = ...,
+        chunk: int = ...,
+        **options: Any,
+    ) -> Array: ...
+
+    @overload
+    def loss(
+        self,
+        tokens: Array,
+        targets: Array,
+        *,
+        where: Array | None = ...,
+        ignore_index: int | None = ...,
+        z_loss: Number = ...,
+        label_smoothing: Number = ...,
+        softcap: float | None = ...,
+        return_lse: Literal[True],
+        positions: Array | None = ...,
+        chunk: int = ...,
+        **options: Any,
+    ) -> tuple[Array, Array]: ...
+
+    @overload
+    def loss(
+        self,
+        tokens: Array,
+        targets: Array,
+        *,
+        where: Array | None = ...,
+        ignore_index: int | None = ...,
+        z_loss: Number = ...,
+        label_smoothing: Number = ...,
+        softcap: float | None = ...,
+        return_lse: bool,
+        positions: Array | None = ...,
+        chunk: int = ...,
+        **options: Any,
+    ) -> Array | tuple[Array, Array]: ...
+
     def loss(
         self,
         tokens: Integer[Array, "batch seq"],
         targets: Integer[Array, "batch seq"],
         *,
         where: Bool[Array, "batch seq"] | None = None,
+        ignore_index: int | None = None,
+        z_loss: Number = 0.0,
+        label_smoothing: Number = 0.0,
+        softcap: float | None = None,
+        return_lse: bool = False,
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
         chunk: int = 4096,
         **options: Any,
-    ) -> Float[Array, ""]:
-        """Return the mean of `jaxkern.cross_entropy` over the tokens.
+    ) -> Float[Array, ""] | tuple[Float[Array, ""], Float[Array, "batch seq"]]:
+        """Return the mean of `jaxkern.cross_entropy` over the tokens that count.
 
         Args:
             tokens: As in the call.
             targets: The token to predict at each token, usually the next.
-            where: The mean is over the tokens where this is True; None for all tokens.
+            where: False for tokens that do not count in the mean; None counts all.
+            ignore_index: Tokens with this target do not count either, as -100 in data
+                prepared for PyTorch or for Hugging Face's models.
+            z_loss: The factor of the squared log-sum-exp that is added to the loss of
+                each token, as PaLM (1e-4), Chameleon and OLMo 2 train.
+            label_smoothing: The part of the target's probability that is spread over
+                the vocabulary, as models of translation train (0.1).
+            softcap: As in `jaxkern.cross_entropy`; None for the model's
+                `logit_softcap`.
+            return_lse: Also return the log-sum-exp of each token's logits, which models
+                with a z-loss log.
             positions: As in the call.
             chunk: As in `jaxkern.cross_entropy`.
             options: As in the call.
 
         Returns:
-            The mean loss, a scalar; it is 0 if `where` is False everywhere.
+            The mean loss, a scalar; it is 0 if no token counts. With `return_lse` a
+            pair of it and the log-sum-exp, which is 0 for tokens that do not count.
 
         Raises:
-            TypeError: An array has another dtype.
-            ValueError: A shape does not fit, a token is out of range, or the sequence
-                is too long.
+            TypeError: An array has another dtype, or an option another type, than in
+                the call and in `jaxkern.cross_entropy`.
+            ValueError: A shape does not fit, a token or an option is out of range, or
+                the sequence is too long.
         """
-        tokens, order, _ = self._order(tokens)
-        features = self._features(tokens, positions, order, options)
-        targets, where = _take(targets, order), _take(where, order)
-        losses = self._losses(features, targets, where, chunk)
-        if where is None:
-            return losses.mean()
-        return losses.sum() / jnp.maximum(where.sum(), 1).astype(losses.dtype)
+        op = "TransformerLM.loss"
+        self._check_tokens("TransformerLM", "tokens", tokens)
+        given = f" for tokens of shape {tokens.shape}"
+        check_targets(op, targets, where, ignore_index, tokens.shape, given)
+        check_loss_options(op, chunk, z_loss, label_smoothing, softcap, return_lse)
+        loss_options: dict[str, Any] = {
+            "z_loss": z_loss,
+            "label_smoothing": label_smoothing,
+        }
+        softcap = self.logit_softcap if softcap is None else softcap
+        loss_options |= {"softcap": softcap, "chunk": chunk}
+        pair = self._mean_loss_and_lse(
+            tokens, targets, where, ignore_index, positions, loss_options, options
+        )
+        return pair if return_lse else pair[0]
 
-    def _losses(self, features, targets, where, chunk):
-        if self.logit_softcap is None:
-            return cross_entropy(
-                features, self._head(), targets, where=where, chunk=chunk
-            )
-        logits = self.logits(features)
-        targets = as_int32(targets)[..., None]
-        hits = jnp.take_along_axis(logits, targets, -1, mode="fill")[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - hits
-        return losses if where is None else jnp.where(where, losses, 0)
+    @on_automatic_axes(lambda tokens: (P(), P(*tokens)))
+    def _mean_loss_and_lse(
+        self, tokens, targets, where, ignore_index, positions, loss_options, options
+    ):
+        tokens, order, inverse = self._order(tokens)
+        features = self._features(tokens, positions, order, options)
+        targets, where = read_targets(targets, where, ignore_index)
+        targets, where = _take(targets, order), _take(where, order)
+        losses, lse = cross_entropy(
+            features,
+            self._head(),
+            targets,
+            where=where,
+            return_lse=True,
+            **loss_options,
+        )
+        lse = _take(lse, inverse)
+        if where is None:
+            return losses.mean(), lse
+        count = jnp.maximum(where.sum(), 1).astype(losses.dtype)
+        return losses.sum() / count, lse
 
     @on_automatic_axes(lambda tokens: P(*tokens, None))
     def features(

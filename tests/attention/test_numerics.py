@@ -84,9 +84,18 @@ def without_lse(form):
 
 
 def token_losses(hidden):
-    targets = jnp.array([3, -100, 9])
-    where = targets >= 0
-    return cross_entropy(hidden, jnp.ones((4, 10)), targets, where=where, chunk=4)
+    return cross_entropy(
+        hidden,
+        jnp.ones((4, 10)),
+        jnp.array([3, -100, 9]),
+        where=jnp.array([True, True, False]),
+        ignore_index=-100,
+        z_loss=1e-4,
+        label_smoothing=0.1,
+        softcap=5.0,
+        return_lse=True,
+        chunk=4,
+    )
 
 
 X = jnp.asarray(np.random.default_rng(1).standard_normal((1, SEQ, 1, 4)), jnp.float32)

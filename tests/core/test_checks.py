@@ -13,6 +13,7 @@ def test_integers(value):
     got = check_integer("op", "size", value)
     assert got == 3 and type(got) is int
     assert check_integer("op", "size", value, least=3) == 3
+    assert check_integer("op", "size", -3, least=None) == -3
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,8 @@ def test_what_is_no_number(value):
         (math.nan, {"positive": True}, "finite and positive, got nan"),
         (math.nan, {"finite": False, "least": 0.0}, "at least 0, got nan"),
         (np.float32(-1), {"least": 0.0}, "at least 0, got -1.0"),
+        (1.5, {"least": 0.0, "most": 1.0}, "at most 1, got 1.5"),
+        (math.nan, {"finite": False, "most": 1.0}, "at most 1, got nan"),
     ],
 )
 def test_numbers_out_of_bounds(value, options, wanted):

@@ -59,6 +59,9 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }
 
+LOSS: dict[str, Any] = {"ignore_index": 7, "z_loss": 0.1, "label_smoothing": 0.1}
+LOSS |= {"softcap": 5.0, "return_lse": True, "chunk": 20}
+
 
 def build(form, mesh=None) -> Any:
     return TransformerLM(
@@ -78,10 +81,9 @@ def pure(state) -> Any:
 def loss_and_gradients(graph, state, tokens, targets, where) -> Any:
     def loss(state):
         model = nnx.merge(graph, state)
-        return model.loss(tokens, targets, where=where, chunk=20)
+        return model.loss(tokens, targets, where=where, **LOSS)
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(state)
-    return value, gradients
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
 
 
 @cache
@@ -192,8 +194,15 @@ def test_explicit_axes():
     assert_near(found, logits(state, batch()[0]))
     assert jax.typeof(found).sharding.spec[0] == ("data", "fsdp")
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda state: nnx.merge(graph, state).loss(tokens, targets))
-        assert_near(found(placed), loss, 0.1)
+
+        @jax.jit
+        def find(state):
+            model = nnx.merge(graph, state)
+            return model.loss(tokens, targets, where=tokens > 5, **LOSS)
+
+        found = find(placed)
+    assert_near(found, loss)
+    assert jax.typeof(found[1]).sharding.spec[0] == ("data", "fsdp")
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["automatic", "explicit"])

@@ -294,16 +294,58 @@ def test_one_program_however_many_layers():
 
 
 def test_tokens_that_do_not_count():
+    """Some have the target that is ignored, and others are not where the mean is."""
     model, (tokens, targets) = build(), batch()
-    where, run = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [5]]), compiled(model)
-    got = run(tokens, jnp.where(where, targets, -1), where)
-    logits = jax.nn.log_softmax(call(model, tokens))
-    each = -jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    assert_near(got[0], each[where].mean())
-    changed = run(tokens.at[1, 5:].set(0), targets, where)
-    assert_near(got[1]["layers"], changed[1]["layers"])
-    nothing = run(tokens, targets, where & False)
-    assert nothing[0] == 0 and not np.any(nothing[1]["head"])
+    counts = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [5]])
+    where = counts.at[1, 9:].set(True)
+    options: Any = {"z_loss": 0.1, "label_smoothing": 0.3, "softcap": 2.0}
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(state, tokens, targets, where):
+        model = nnx.merge(graph, state)
+        return model.loss(
+            tokens, targets, where=where, ignore_index=-100, return_lse=True, **options
+        )
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def plain(state):
+        z = 2 * jnp.tanh(nnx.merge(graph, state)(tokens) / 2)
+        lse = jax.nn.logsumexp(z, axis=-1)
+        target = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
+        losses = lse - 0.7 * target - 0.3 * z.mean(-1) + 0.1 * lse**2
+        lse = jnp.where(counts, lse, 0)
+        return jnp.where(counts, losses, 0).sum() / (SEQ + 5), lse
+
+    got = run(state, tokens, jnp.where(counts, targets, -100), where)
+    assert_near(got, plain(state))
+    changed = run(state, tokens.at[1, 5:].set(0), targets, counts)
+    assert_near(pure(got[1])["layers"], pure(changed[1])["layers"])
+    (nothing, lse), gradients = run(state, tokens, targets, where & False)
+    assert nothing == 0 and not np.any(lse) and not np.any(pure(gradients)["head"])
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"targets": [[0, 1]]}, TypeError, "targets must be an array, got list"),
+        ({"targets": jnp.zeros((2, SEQ - 1), int)}, ValueError, "targets must have"),
+        ({"ignore_index": 1.0}, ValueError, "ignore_index must be an integer, got 1.0"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be at least 0, got -1.0"),
+    ],
+    ids=["list", "shape", "ignore_index", "z_loss"],
+)
+def test_a_loss_refuses_before_it_computes(options, error, message):
+    def never(query, key, value):
+        raise AssertionError("the attention was called")
+
+    tokens, targets = batch()
+    model = build(attention_fn=never)
+    with pytest.raises(error, match=f"TransformerLM.loss: {message}"):
+        model.loss(**{"tokens": tokens, "targets": targets} | options)
 
 
 @pytest.mark.usefixtures("promoting")

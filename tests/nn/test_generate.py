@@ -454,6 +454,8 @@ def test_a_block_with_norms_of_its_own_decodes_as_it_computes(qk_norm):
         norm.scale[...] = 5 * norm.scale[...]
     cache = model.make_cache(3, 4)
     assert_near(model.extend(PROMPT, cache)[0], model.features(PROMPT))
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=3)
+    np.testing.assert_array_equal(run(), run(cache=False))
     block.attention.attention_fn = dilated
     with pytest.raises(ValueError, match="attention_fn of a block must be the model's"):
         model.extend(PROMPT, cache)

@@ -29,6 +29,7 @@ from ._attention.ring import context_parallel_attention as context_parallel_atte
 from ._attention.ring import ring_attention as ring_attention
 from ._attention.ring import ring_permutation as ring_permutation
 from ._attention.rotary import rotary_embedding as rotary_embedding
+from ._attention.rotary_scaling import RotaryScaling as RotaryScaling
 from ._cross_entropy import cross_entropy as cross_entropy
 from ._masked.estimators import binary_concrete as binary_concrete
 from ._masked.estimators import gumbel_softmax as gumbel_softmax
@@ -56,6 +57,7 @@ __all__ = [
     "Dilation",
     "Packed24",
     "PackedMask",
+    "RotaryScaling",
     "attention",
     "binary_concrete",
     "block_sparse_attention",

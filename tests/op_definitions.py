@@ -349,6 +349,7 @@ MODULES = {
     "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
     "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4, sparsity="2:4"), X),
     "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
+    "MLP": (partial(nn.MLP, 16, 16, gated=True, use_bias=True), X),
     "MaskedBilinear": (partial(nn.MaskedBilinear, 16, 16, num_masks=4), X),
     "MaskedLinear": (partial(nn.MaskedLinear, 16, 16, num_masks=4), X),
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 4, num_kv_heads=2), X),

@@ -70,6 +70,11 @@ def permute(query):
     return query[:, jaxkern.ring_permutation(16, 2, "striped")]
 
 
+def rotate_slowly(query):
+    scaling = jaxkern.RotaryScaling("linear", 2.0)
+    return jaxkern.rotary_embedding(query, scaling=scaling)
+
+
 def multiply_packed_mask(x, w):
     packed = jaxkern.pack_mask(LOGITS)
     assert isinstance(packed, jaxkern.PackedMask)
@@ -103,6 +108,7 @@ OPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ring_permutation": (permute, (QUERY,)),
     "merge_attention": (merge, (QUERY,)),
     "rotary_embedding": (jaxkern.rotary_embedding, (QUERY,)),
+    "RotaryScaling": (rotate_slowly, (QUERY,)),
     "cross_entropy": (lose, (X, SQUARE)),
     "straight_through": (jaxkern.straight_through, (X,)),
     "reinmax": (jaxkern.reinmax, (X,)),
@@ -194,6 +200,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "LowRankReLU2": (partial(nn.LowRankReLU2, 16, 16, rank=4), X),
     "LowRankSwiGLU": (partial(nn.LowRankSwiGLU, 16, 16, rank=4), X),
     "SwiGLU": (partial(nn.SwiGLU, 16, 16), X),
+    "MLP": (partial(nn.MLP, 16, 16, activation="gelu", use_bias=True), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
     "Packed24ReLU2": (prune, X),
     "PackedWeight": (prune, X),

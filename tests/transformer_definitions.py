@@ -111,3 +111,158 @@ def loss_and_gradients(weights, tokens, targets, theta=1e4) -> Any:
     d_head = np.einsum("btd,btv->dv", normed, d_logits)
     d_weights = {"embedding": d_embedding, "layers": d_layers}
     return loss, logits, d_weights | {"norm": d_norm, "head": d_head}
+
+
+# The frame of other families. Its options are those of `TransformerLM`, its weights the
+# state of one.
+
+
+def normalize(x, norm, kind, epsilon):
+    if kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    scale = norm["scale"] + 1 if kind == "rms_plus_one" else norm["scale"]
+    root = np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return x / root * scale + norm.get("bias", 0)
+
+
+def frequencies(theta, dim, scaling):
+    """Return the rotary frequencies, and the factor of sines and cosines."""
+    pairs = np.arange(dim // 2)
+    plain = theta ** (-2 * pairs / dim)
+    if scaling is None:
+        return plain, 1.0
+    factor, length = scaling.factor, scaling.original_context_length
+    given = scaling.attention_factor
+    if scaling.kind == "linear":
+        return plain / factor, given or 1.0
+    if scaling.kind == "longrope":
+        root = np.sqrt(1 + np.log(factor) / np.log(length))
+        return plain / np.array(scaling.factors), given or root
+    if scaling.kind == "llama3":
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        wavelengths = 2 * np.pi / plain
+        smooth = (length / wavelengths - low) / (high - low)
+        between = (1 - smooth) * plain / factor + smooth * plain
+        shortened = np.where(wavelengths > length / low, plain / factor, between)
+        return np.where(wavelengths < length / high, plain, shortened), given or 1.0
+
+    def index(turns):
+        return dim * np.log(length / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    kept = 1 - np.clip((pairs - first) / (last - first), 0, 1)
+    mixed = plain / factor * (1 - kept) + plain * kept
+    return mixed, given or 0.1 * np.log(factor) + 1
+
+
+def turn(x, theta, pairs, rotary_dim, scaling):
+    """Rotate the first features of each head by complex multiplication."""
+    dim = x.shape[-1] if rotary_dim is None else rotary_dim
+    rates, factor = frequencies(theta, dim, scaling)
+    turns = factor * np.exp(1j * np.arange(x.shape[1])[:, None, None] * rates)
+    first, rest = x[..., :dim], x[..., dim:]
+    if pairs == "halves":
+        turned = (first[..., : dim // 2] + 1j * first[..., dim // 2 :]) * turns
+        turned = np.concatenate([turned.real, turned.imag], -1)
+    else:
+        turned = (first[..., 0::2] + 1j * first[..., 1::2]) * turns
+        turned = np.stack([turned.real, turned.imag], -1).reshape(first.shape)
+    return np.concatenate([turned, rest], -1)
+
+
+def cap(x, limit):
+    return x if limit is None else limit * np.tanh(x / limit)
+
+
+ACTIVATIONS = {
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "gelu": lambda z: z / (1 + np.exp(-np.sqrt(8 / np.pi) * (z + 0.044715 * z**3))),
+    "relu2": lambda z: np.maximum(z, 0) ** 2,
+}
+
+
+def frame_attention(x, weights, is_local, options):
+    def project(name):
+        projection = weights[name]
+        y = np.einsum("btd,dhe->bthe", x, projection["kernel"])
+        return y + projection.get("bias", 0)
+
+    q, k, v = (project(name) for name in ("query", "key", "value"))
+    kind = options.get("norm", "rms"), options.get("norm_epsilon", 1e-5)
+    if over := options.get("qk_norm"):
+
+        def of_heads(y, name):
+            shape = y.shape if over == "head" else (*y.shape[:2], -1)
+            return normalize(y.reshape(shape), weights[name], *kind).reshape(y.shape)
+
+        q, k = of_heads(q, "query_norm"), of_heads(k, "key_norm")
+    theta, scaling = options.get("rope_theta", 1e4), options.get("rope_scaling")
+    if is_local and "local_rope_theta" in options:
+        theta, scaling = options["local_rope_theta"], None
+    pairs, turned = options.get("rope_pairs", "interleaved"), options.get("rotary_dim")
+    q, k = (turn(y, theta, pairs, turned, scaling) for y in (q, k))
+    k, v = (np.repeat(y, q.shape[2] // k.shape[2], 2) for y in (k, v))
+    logits = np.einsum("bqhe,bkhe->bhqk", q, k)
+    logits = logits * options.get("attention_scale", q.shape[-1] ** -0.5)
+    logits = cap(logits, options.get("attention_softcap"))
+    behind = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])
+    seen = behind >= 0
+    if is_local:
+        seen &= behind < options["window"]
+    p = softmax(np.where(seen, logits, -np.inf))
+    heads = np.einsum("bhqk,bkhe->bqhe", p, v)
+    out = weights["out"]
+    return np.einsum("bthe,hed->btd", heads, out["kernel"]) + out.get("bias", 0)
+
+
+def frame_mlp(x, weights, options):
+    act = ACTIVATIONS[options.get("activation", "silu")]
+    up = x @ weights["w_up"] + weights.get("b_up", 0)
+    if "w_gate" in weights:
+        hidden = act(x @ weights["w_gate"] + weights.get("b_gate", 0)) * up
+    else:
+        hidden = act(up)
+    return hidden @ weights["w_down"] + weights.get("b_down", 0)
+
+
+def frame_logits(state, tokens, options) -> Any:
+    """Return the logits of a `TransformerLM` with this state and these options."""
+    kind = options.get("norm", "rms"), options.get("norm_epsilon", 1e-5)
+    x = state["embedding"][tokens] * options.get("embedding_scale", 1)
+    for i in range(options["num_layers"]):
+        layer = layer_of(state["layers"], i)
+        every = options.get("full_attention_every")
+        is_local = "window" in options and not (every and (i + 1) % every == 0)
+
+        def norm_if(name, x, layer=layer):
+            return normalize(x, layer[name], *kind) if name in layer else x
+
+        y = norm_if("attention_norm", x)
+        y = frame_attention(y, layer["attention"], is_local, options)
+        x = x + norm_if("attention_post_norm", y)
+        y = frame_mlp(norm_if("mlp_norm", x), layer["mlp"], options)
+        x = x + norm_if("mlp_post_norm", y)
+    x = normalize(x, state["norm"], *kind)
+    head = state.get("head", state["embedding"].T)
+    return cap(x @ head, options.get("logit_softcap"))
+
+
+def layer_of(layers, i):
+    """Return layer i of stacked or unrolled layers."""
+    return tree_map(lambda x: x[i], layers) if "attention" in layers else layers[i]
+
+
+def tree_map(f, tree):
+    if isinstance(tree, dict):
+        return {name: tree_map(f, x) for name, x in tree.items()}
+    return f(tree)
+
+
+def frame_loss(state, tokens, targets, options) -> Any:
+    logits = frame_logits(state, tokens, options)
+    top = logits.max(-1, keepdims=True)
+    lse = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+    return (lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).mean()

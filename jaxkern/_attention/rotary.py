@@ -12,11 +12,18 @@ from jaxtyping import Array, Float, Integer
 from .._core.checks import (
     check_array,
     check_floating,
+    check_integer,
     check_number,
     check_shape,
     raise_unknown,
 )
 from .._core.precision import widen
+from .rotary_scaling import (
+    RotaryScaling,
+    attention_factor,
+    check_scaling,
+    multipliers,
+)
 
 Pairs = Literal["interleaved", "halves", "mismatched"]
 # 1 / (2 pi), to more digits than the product of two 64-bit integers has (39).
@@ -31,6 +38,8 @@ def rotary_embedding(
     *,
     rope_theta: float = 1e4,
     pairs: Pairs = "interleaved",
+    rotary_dim: int | None = None,
+    scaling: RotaryScaling | None = None,
 ) -> Float[Array, "batch seq heads dim"]:
     r"""Rotate pairs of features by angles proportional to the position of the token.
 
@@ -67,15 +76,21 @@ def rotary_embedding(
             bits, unless `jax_enable_x64` is on.
         rope_theta: The base of the frequencies, a Python number.
         pairs: The pairing of features, see above.
+        rotary_dim: Rotate only the first `rotary_dim` features of a head, as if they
+            were all, and leave the others, as Phi-4-mini and GPT-NeoX do; None rotates
+            all.
+        scaling: A change of the frequencies for long contexts, see `RotaryScaling`.
 
     Returns:
         The rotated features, in the shape and dtype of `x`.
 
     Raises:
         TypeError: `x` is not a floating-point array, `positions` is not an integer
-            array, or `rope_theta` is not a number.
-        ValueError: The shapes do not fit, dim is odd, `rope_theta` is not positive and
-            finite, `pairs` is unknown, or a position does not fit in 32 bits.
+            array, `rope_theta` is not a number, or `scaling` is not a `RotaryScaling`.
+        ValueError: The shapes do not fit, dim or `rotary_dim` is odd, `rotary_dim`
+            exceeds dim, `rope_theta` is not positive and finite, `pairs` is unknown,
+            `scaling` is for another number of pairs, or a position does not fit in 32
+            bits.
 
     Examples:
         Three tokens of one head with two features, rotated by 0, 1 and 2 radians:
@@ -101,22 +116,39 @@ def rotary_embedding(
     (x,) = check_floating(op, x=x)
     check_shape(op, "x", x, ("batch", "seq", "heads", "dim"))
     batch, seq, _, dim = x.shape
-    if dim % 2:
+    if rotary_dim is not None:
+        rotary_dim = check_rotary_dim(op, rotary_dim, dim)
+    elif dim % 2:
         raise ValueError(f"{op}: dim must be even, got {dim}")
+    turned = dim if rotary_dim is None else rotary_dim
     check_number(op, "rope_theta", rope_theta, positive=True)
     if pairs not in get_args(Pairs):
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
+    if scaling is not None:
+        check_scaling(op, "scaling", scaling, turned // 2)
     if positions is None:
         positions = jnp.arange(seq)
     positions = _check_positions(op, positions, batch, seq)
-    wide = widen(x)
+    wide = widen(x[..., :turned])
     if positions.ndim == 1:
         positions = positions[None]
-    order = np.arange(dim // 2)
+    order = np.arange(turned // 2)
     order = np.repeat(order, 2) if pairs == "interleaved" else np.tile(order, 2)
-    angles = _angles(positions, float(rope_theta), order, wide.dtype)[:, :, None]
-    rotated = wide * jnp.cos(angles) + _quarter_turn(wide, pairs) * jnp.sin(angles)
-    return rotated.astype(x.dtype)
+    turns = _turns(float(rope_theta), scaling, turned // 2, _bits(positions, wide))
+    angles = _angles(positions, *turns, order, wide.dtype)[:, :, None]
+    cos, sin = (attention_factor(scaling) * f(angles) for f in (jnp.cos, jnp.sin))
+    rotated = (wide * cos + _quarter_turn(wide, pairs) * sin).astype(x.dtype)
+    return jnp.concatenate([rotated, x[..., turned:]], -1) if turned < dim else rotated
+
+
+def check_rotary_dim(op: str, rotary_dim: object, dim: int) -> int:
+    """Check that an even number of features, at most all, is rotated."""
+    rotary_dim = check_integer(op, "rotary_dim", rotary_dim)
+    if rotary_dim % 2 or rotary_dim > dim:
+        raise ValueError(
+            f"{op}: rotary_dim must be even and at most dim={dim}, got {rotary_dim}"
+        )
+    return rotary_dim
 
 
 def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
@@ -128,13 +160,23 @@ def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:
     return jnp.stack([-b, a], axis=-1).reshape(x.shape)
 
 
+def _bits(positions: jax.Array, x: jax.Array) -> int:
+    """Return the bits of the integers in which angles are reduced."""
+    return 8 * max(positions.dtype.itemsize, x.dtype.itemsize, 4)
+
+
 def _angles(
-    positions: jax.Array, theta: float, order: np.ndarray, dtype: jnp.dtype
+    positions: jax.Array,
+    whole: np.ndarray,
+    rest: np.ndarray,
+    order: np.ndarray,
+    dtype: jnp.dtype,
 ) -> jax.Array:
-    """Return positions * theta ** (-2 order / len(order)), modulo a whole turn."""
-    bits = 8 * max(positions.dtype.itemsize, dtype.itemsize, 4)
-    half, unsigned = bits // 2, np.dtype(f"uint{bits}")
-    whole, rest = (x[None, None, order] for x in _turns(theta, len(order) // 2, bits))
+    """Return positions * frequencies[order], modulo a whole turn."""
+    unsigned = whole.dtype
+    bits = 8 * unsigned.itemsize
+    half = bits // 2
+    whole, rest = whole[None, None, order], rest[None, None, order]
     p = positions[..., None]
     # The least integer has no positive counterpart, but its bits, read as an unsigned
     # integer, are its size.
@@ -150,11 +192,20 @@ def _angles(
 
 
 @cache
-def _turns(theta: float, count: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return theta ** (-i / count) / (2 pi), whole and rest, in 2 ** -bits turns."""
+def _turns(
+    theta: float, scaling: RotaryScaling | None, count: int, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the frequencies theta ** (-i / count), scaled, in 2 ** -bits turns.
+
+    They are divided by 2 pi and split into their whole part and the rest.
+    """
+    factors = multipliers(scaling, theta, count)
     with localcontext(prec=DIGITS) as exact:
         base, scale = Decimal(theta), TURNS_A_RADIAN * 4**bits
-        turns = [exact.power(base, -Decimal(i) / count) * scale for i in range(count)]
+        turns = [
+            exact.power(base, -Decimal(i) / count) * Decimal(factor) * scale
+            for i, factor in enumerate(factors)
+        ]
     # Whole turns are dropped, since they do not change the angle.
     parts = [divmod(int(x) % 4**bits, 2**bits) for x in turns]
     whole, rest = np.array(parts, f"uint{bits}").T

@@ -1,6 +1,7 @@
 """Flax NNX modules, which own parameters and call the ops of jaxkern."""
 
 from ._attention import MultiHeadAttention as MultiHeadAttention
+from ._dense_mlp import MLP as MLP
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
 from ._masked import Bilinear as Bilinear
@@ -31,6 +32,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankReLU2",
     "LowRankSwiGLU",
+    "MLP",
     "MaskLogits",
     "MaskedBilinear",
     "MaskedLinear",

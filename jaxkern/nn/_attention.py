@@ -1,6 +1,7 @@
 """Multi-head attention around any attention function."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -66,6 +67,8 @@ class MultiHeadAttention(nnx.Module):
         is_causal: Pass `is_causal=True` to `attention_fn`. False passes no such option,
             so a function without it fits.
         use_bias: Add biases in all four projections.
+        out_bias: Add a bias in the projection back; None for `use_bias`. Qwen 2 has
+            `use_bias=True, out_bias=False`.
         qk_norm: Normalize query and key before the attention, each by its own norm:
             "head" over the features of each head, "embed" over the features of all
             heads together. None does not normalize.
@@ -115,6 +118,7 @@ class MultiHeadAttention(nnx.Module):
         attention_fn: Callable[..., Any] = attention,
         is_causal: bool = False,
         use_bias: bool = True,
+        out_bias: bool | None = None,
         qk_norm: QKNorm | None = None,
         sub_layer_norm: bool = False,
         norm: Callable[..., nnx.Module] = nnx.LayerNorm,
@@ -150,7 +154,7 @@ class MultiHeadAttention(nnx.Module):
             (num_heads, dim),
             embed_dim,
             axis=(-2, -1),
-            use_bias=use_bias,
+            use_bias=use_bias if out_bias is None else out_bias,
             kernel_init=scaled_init,
             kernel_metadata=axis_metadata("heads", None, "embed"),
             bias_metadata=axis_metadata("embed"),
@@ -208,42 +212,36 @@ class MultiHeadAttention(nnx.Module):
             (given[name],) = check_floating("MultiHeadAttention", **{name: x})
             shape = "batch", "seq", self.embed_dim
             check_shape("MultiHeadAttention", name, x, shape)
-        q, k, v = self.to_heads(**given)
-        heads = self.attention_fn(q, k, v, **options)
-        _check_result(heads, q.shape)
-        return self.from_heads(heads)
+        return self.attend(**given, attention_fn=partial(self.attention_fn, **options))
 
-    def to_heads(
-        self, query: jax.Array, key: jax.Array, value: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the query, key and value that the call passes to `attention_fn`.
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array | None = None,
+        value: jax.Array | None = None,
+        *,
+        attention_fn: Callable[..., Any],
+    ) -> jax.Array:
+        """Return what the call returns, with another attention function.
 
         Args:
             query: The features that attend.
-            key: The features to attend to.
-            value: The features to sum.
+            key: The features to attend to; None for `query`.
+            value: The features to sum; None for `key`.
+            attention_fn: The attention function, in place of the module's.
 
         Returns:
-            The heads of each, normalized if `qk_norm` says so.
+            The features of the query's tokens.
         """
+        key = query if key is None else key
+        value = key if value is None else value
         q, k, v = self.query(query), self.key(key), self.value(value)
         if self.qk_norm is not None:
             across = self.qk_norm == "embed"
             q = _normalize(self.query_norm, q, across)
             k = _normalize(self.key_norm, k, across)
-        return q, k, v
-
-    def from_heads(
-        self, heads: Float[Array, "batch seq_q heads dim"]
-    ) -> Float[Array, "batch seq_q embed"]:
-        """Return the output for a result of `attention_fn`.
-
-        Args:
-            heads: The result of `attention_fn`.
-
-        Returns:
-            The features of the query's tokens.
-        """
+        heads = attention_fn(q, k, v)
+        _check_result(heads, q.shape)
         if self.sub_norm is not None:
             heads = _normalize(self.sub_norm, heads, across_heads=True)
         return self.out(heads)

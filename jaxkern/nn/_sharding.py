@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._attention.dense import attention
 from .._attention.ring import ring_attention
 from .._core.checks import check_integer, kind_of
+from ._decoder_attention import decoder_attention
 
 # Neighbouring devices are along the last axis, so the axes are in the order of how much
 # they communicate, the least first.
@@ -269,14 +269,15 @@ def attend_on_mesh(
     mesh: Mesh,
     mask: jax.Array | None = None,
     is_causal: bool = False,
+    **options: Any,
 ) -> jax.Array:
     """Attend on each device to its part, so that a kernel can run in it.
 
     With a "context" axis the tokens are in zigzag order, and keys and values go round
-    the devices in `ring_attention`.
+    the devices in `ring_attention`. The options are those of `decoder_attention`.
     """
     spec = P(BATCH, "context", "tensor")
-    attend: Any = partial(attention, is_causal=is_causal)
+    attend: Any = partial(decoder_attention, is_causal=is_causal, **options)
     arrays, specs = (query, key, value), (spec, spec, spec)
     if mask is not None:
         batch, heads, *_ = mask.shape
@@ -288,7 +289,7 @@ def attend_on_mesh(
                 f"TransformerLM: mask must be None for context={mesh.shape['context']},"
                 f" where tokens go round in ring_attention, got {mask.shape}"
             )
-        options: Any = {"axis_name": "context", "layout": "zigzag"}
+        options |= {"axis_name": "context", "layout": "zigzag"}
         attend = partial(ring_attention, is_causal=is_causal, **options)
 
     def local(query, key, value, *mask):

@@ -1,9 +1,9 @@
 """The decoder-only transformer language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.ring import ring_permutation
+from .._attention.rotary import Pairs, check_rotary_dim
+from .._attention.rotary_scaling import RotaryScaling, check_scaling
+from .._core.activations import ActivationName, get_activation
 from .._core.checks import (
     Number,
     as_int32,
     check_array,
+    check_flag,
     check_integer,
     check_number,
     check_shape,
+    raise_unknown,
 )
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
@@ -32,6 +37,7 @@ from .._cross_entropy import (
     cross_entropy,
     read_targets,
 )
+from ._attention import QKNorm
 from ._common import (
     check_arguments,
     check_callable,
@@ -42,16 +48,19 @@ from ._common import (
     make_kernel,
     read_tokens,
 )
+from ._dense_mlp import MLP
 from ._generate import check_sampling, generate
 from ._mlp import SwiGLU
+from ._norms import NormKind, make_norm
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
+    LayerKind,
+    NormPlacement,
     TransformerBlock,
     choose_attention,
     embedding_init,
     linear_init,
     make_layers,
-    make_norm,
 )
 
 
@@ -107,22 +116,24 @@ def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
 
 
 class TransformerLM(nnx.Module):
-    r"""A decoder-only language model: pre-norm, rotary positions, SwiGLU, no biases.
+    r"""A frame for decoder-only language models, by default pre-norm with SwiGLU.
 
     $$h_0 = E_{\mathrm{tokens}}, \quad
     a_l = h_l + \mathrm{attention}(\mathrm{norm}(h_l)), \quad
     h_{l+1} = a_l + \mathrm{mlp}(\mathrm{norm}(a_l)), \quad
     \mathrm{logits} = \mathrm{norm}(h_L) W_{\mathrm{head}}$$
 
-    The call maps tokens (batch, seq) to logits (batch, seq, vocab_size). Norms are
-    RMSNorm with $\varepsilon = 10^{-5}$, in float32. Query and key are rotated by
-    `jaxkern.rotary_embedding` with "interleaved" pairs. Kernels are drawn from normal
-    distributions of variance 2 / (d_in + d_out), and embeddings of variance 1, both cut
-    at three standard deviations.
+    The call maps tokens (batch, seq) to logits (batch, seq, vocab_size). The defaults
+    are LLaMA's: RMSNorm, in float32, rotary positions and no biases. The arguments from
+    `head_dim` to `full_attention_every` say what other families do, and may be mixed.
+    Mixtures of experts are not among them. Query and key are rotated by
+    `jaxkern.rotary_embedding`. Kernels are drawn from normal distributions of variance
+    2 / (d_in + d_out), and embeddings of variance 1, both cut at three standard
+    deviations; biases start at 0.
 
     With `scan_layers` the parameters of the layers are stacked along a first axis and
-    run by one `lax.scan`, so compiling takes as long as for one layer. Parameters and
-    results do not depend on it.
+    run by one `lax.scan`, so compiling takes as long as for one layer, or as for
+    `full_attention_every` layers. Parameters and results do not depend on it.
 
     Logical axes for `nnx.get_partition_spec` are "vocab", "embed", "heads", "kv_heads",
     "mlp", and "layers" for the axis of stacked layers.
@@ -137,15 +148,53 @@ class TransformerLM(nnx.Module):
         rope_theta: The base of the rotary frequencies.
         num_kv_heads: The number of heads of key and value, a divisor of `num_heads`;
             None for as many.
-        tie_embeddings: Use the embeddings as the head, too. They then start as the head
-            would.
+        tie_embeddings: Use the embeddings as the head, too, as Gemma and the small
+            models of Llama 3.2 and Qwen do. They then start as the head would.
+        head_dim: The size of a head; None for embed_dim / num_heads. Mistral Nemo, Qwen
+            3 and Gemma have another.
+        norm: "rms" for RMSNorm, "rms_plus_one" for RMSNorm by 1 + scale (Gemma),
+            "layer" for LayerNorm with scale and bias (StarCoder 2, GPT-NeoX).
+        norm_epsilon: The number that is added to the mean square. It is 1e-6 in LLaMA
+            1, Qwen, OLMo 2 and Gemma.
+        norm_placement: "pre" normalizes the input of attention and MLP, "post" their
+            output (OLMo 2), and "both" both, with four norms a block (Gemma 2 and 3).
+        qk_norm: Normalize query and key before they are rotated, "head" over the
+            features of each head (Qwen 3, Gemma 3) or "embed" over those of all heads
+            (OLMo 2); None does not.
+        qkv_bias: Add biases to query, key and value (Qwen 2 and 2.5, StarCoder 2).
+        out_bias: Add a bias to the output of the attention (StarCoder 2).
+        mlp_bias: Add biases in the MLP (StarCoder 2).
+        activation: The activation of the MLP, as in `MLP`. "gelu" is the tanh form of
+            Gemma.
+        gated_mlp: Multiply the activated layer by a second product; False for StarCoder
+            2 and GPT-NeoX.
+        rope_pairs: As in `jaxkern.rotary_embedding`. The published weights of all
+            families named here have "halves".
+        rotary_dim: The number of rotated features of a head; None for all. It is 3/4 of
+            them in Phi-4-mini and 1/4 in GPT-NeoX.
+        rope_scaling: A change of the rotary frequencies for long contexts (Llama 3.1,
+            Gemma 3, Phi-3, Qwen).
+        local_rope_theta: The `rope_theta` of the layers with a window, without
+            `rope_scaling`; None for that of the others. Gemma 3.
+        embedding_scale: Multiply the embeddings by it, rounded to `dtype`; sqrt(
+            embed_dim) in Gemma.
+        attention_scale: The factor of the logits of attention; None for head_dim **
+            -0.5. Gemma 2 and 3.
+        attention_softcap: Replace each logit s of attention by c tanh(s / c) of this c.
+            Gemma 2 has 50. Such attention runs in XLA.
+        logit_softcap: The same for the logits of the model. Gemma 2 has 30.
+        window: Each query sees the last `window` tokens, its own included; None for all
+            (Mistral, Phi-3, Gemma 2 and 3).
+        full_attention_every: Layers n - 1, 2 n - 1, ... of this n have no window: 2 for
+            Gemma 2, 6 for Gemma 3. None gives a window to all layers.
         attention_fn: Called as `attention_fn(query, key, value, **options)` with arrays
             (batch, seq, heads, head_dim), and returns one of the query's shape; None
             for `jaxkern.attention`. A function with an option `is_causal` gets True
             for it; any other must be causal itself.
         mlp: Makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
-            param_dtype=, rngs=)`; None for `SwiGLU`. The MLP is called with features
-            (batch, seq, embed_dim) and has no state but parameters.
+            param_dtype=, rngs=)`; None for `SwiGLU`, or for `MLP` where the arguments
+            above ask for it. The MLP is called with features (batch, seq, embed_dim)
+            and has no state but parameters.
         dtype: The dtype of the computation; None for `param_dtype`.
         param_dtype: The dtype of the parameters.
         remat: Keep only the input of each layer for the backward pass, and compute the
@@ -158,13 +207,16 @@ class TransformerLM(nnx.Module):
         rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: `attention_fn` or `mlp` cannot be called, `rope_theta` is not a
-            number, a dtype is not a floating-point dtype, or `rngs` is not an
-            `nnx.Rngs`.
+        TypeError: `attention_fn` or `mlp` cannot be called, a number is not a number, a
+            flag is neither True nor False, a dtype is not a floating-point dtype, or
+            `rngs` is not an `nnx.Rngs`.
         ValueError: A size is not a positive integer; `num_heads` does not divide
-            `embed_dim` into parts of even size; `num_kv_heads` does not divide
-            `num_heads`; `rope_theta` is not positive and finite; or the mesh cannot
-            share the heads evenly, or the tokens with an `attention_fn`.
+            `embed_dim` and there is no `head_dim`; the number of rotated features is
+            odd; `num_kv_heads` does not divide `num_heads`; a number is not positive
+            and finite; a name is unknown; an option of the default attention or MLP is
+            given with another one; the mesh cannot share the heads evenly; or the
+            tokens are shared along "context" and there is an `attention_fn`, a window
+            or an `attention_softcap`.
 
     Examples:
         ```python
@@ -206,6 +258,26 @@ class TransformerLM(nnx.Module):
         rope_theta: float = 1e4,
         num_kv_heads: int | None = None,
         tie_embeddings: bool = False,
+        head_dim: int | None = None,
+        norm: NormKind = "rms",
+        norm_epsilon: float = 1e-5,
+        norm_placement: NormPlacement = "pre",
+        qk_norm: QKNorm | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        mlp_bias: bool = False,
+        activation: ActivationName = "silu",
+        gated_mlp: bool = True,
+        rope_pairs: Pairs = "interleaved",
+        rotary_dim: int | None = None,
+        rope_scaling: RotaryScaling | None = None,
+        local_rope_theta: float | None = None,
+        embedding_scale: float | None = None,
+        attention_scale: float | None = None,
+        attention_softcap: float | None = None,
+        logit_softcap: float | None = None,
+        window: int | None = None,
+        full_attention_every: int | None = None,
         attention_fn: Callable[..., Any] | None = None,
         mlp: Callable[..., nnx.Module] | None = None,
         dtype: Dtype | None = None,
@@ -229,22 +301,54 @@ class TransformerLM(nnx.Module):
             op, None, hidden_dim=hidden_dim, num_heads=num_heads, num_kv_heads=kv_heads
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        _check_heads(embed_dim, num_heads, kv_heads)
-        check_number(op, "rope_theta", rope_theta, positive=True)
+        _check_heads(embed_dim, num_heads, kv_heads, head_dim)
+        dim = embed_dim // num_heads if head_dim is None else head_dim
+        _check_numbers(
+            op,
+            rope_theta=rope_theta,
+            norm_epsilon=norm_epsilon,
+            local_rope_theta=local_rope_theta,
+            embedding_scale=embedding_scale,
+            attention_scale=attention_scale,
+            attention_softcap=attention_softcap,
+            logit_softcap=logit_softcap,
+        )
+        _check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
+        check_flag(
+            op,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            mlp_bias=mlp_bias,
+            gated_mlp=gated_mlp,
+        )
+        self.kinds = _kinds(
+            LayerKind(window, rope_theta, rope_pairs, rotary_dim, rope_scaling),
+            dim,
+            local_rope_theta,
+            full_attention_every,
+        )
         mesh = None if getattr(mesh, "size", 0) == 1 else mesh
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
-        mlp = partial(SwiGLU, kernel_init=linear_init) if mlp is None else mlp
-        check_callable(op, "mlp", mlp)
+        capped = {"window": window, "attention_softcap": attention_softcap}
+        _check_capped(attention_fn, mesh, capped)
+        options = {"scale": attention_scale, "softcap": attention_softcap}
+        options = {name: x for name, x in options.items() if x is not None}
         make_block = partial(
             TransformerBlock,
             embed_dim,
             num_heads,
             hidden_dim=hidden_dim,
             num_kv_heads=kv_heads,
-            rope_theta=rope_theta,
-            attention_fn=choose_attention(attention_fn, mesh),
-            mlp=mlp,
+            head_dim=head_dim,
+            attention_fn=choose_attention(attention_fn, mesh, options),
+            attention_options=options,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            norm=partial(make_norm, kind=norm, epsilon=norm_epsilon),
+            norm_placement=norm_placement,
+            mlp=_choose_mlp(mlp, activation, gated_mlp, mlp_bias),
             dtype=dtype,
             param_dtype=param_dtype,
         )
@@ -252,7 +356,7 @@ class TransformerLM(nnx.Module):
         shape, names = (vocab_size, embed_dim), ("vocab", "embed")
         self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
         self.layers: Any = make_layers(make_block, num_layers, scan_layers, rngs)
-        self.norm = make_norm(embed_dim, **dtypes)
+        self.norm = make_norm(embed_dim, kind=norm, epsilon=norm_epsilon, **dtypes)
         self.head = (
             None
             if tie_embeddings
@@ -260,7 +364,9 @@ class TransformerLM(nnx.Module):
         )
         self.vocab_size = vocab_size
         self.context_length = context_length
-        self.cache_shape = num_layers, kv_heads, embed_dim // num_heads
+        self.cache_shape = num_layers, kv_heads, dim
+        self.embedding_scale = embedding_scale
+        self.logit_softcap = logit_softcap
         self.can_cache = attention_fn is None
         self.dtype = param_dtype if dtype is None else dtype
         self.remat = remat
@@ -369,7 +475,8 @@ class TransformerLM(nnx.Module):
                 each token, as PaLM (1e-4), Chameleon and OLMo 2 train.
             label_smoothing: The part of the target's probability that is spread over
                 the vocabulary, as models of translation train (0.1).
-            softcap: As in `jaxkern.cross_entropy`; Gemma 2 needs 30.0.
+            softcap: As in `jaxkern.cross_entropy`; None for the model's
+                `logit_softcap`.
             return_lse: Also return the log-sum-exp of each token's logits, which models
                 with a z-loss log.
             positions: As in the call.
@@ -395,6 +502,7 @@ class TransformerLM(nnx.Module):
             "z_loss": z_loss,
             "label_smoothing": label_smoothing,
         }
+        softcap = self.logit_softcap if softcap is None else softcap
         loss_options |= {"softcap": softcap, "chunk": chunk}
         pair = self._mean_loss_and_lse(
             tokens, targets, where, ignore_index, positions, loss_options, options
@@ -452,12 +560,13 @@ class TransformerLM(nnx.Module):
         if order is not None:
             positions = order if positions is None else positions[..., order]
 
-        def step(x, layer_and_inputs):
+        def step(kind, x, layer_and_inputs):
             layer, _ = layer_and_inputs
-            return layer(x, positions, **options), None
+            return layer(x, positions, kind=kind, **options), None
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=not self.scan_layers)
+            in_scan = self.scan_layers and len(self.kinds) == 1
+            step = jax.checkpoint(step, prevent_cse=not in_scan, static_argnums=0)
         tokens = self._share(_take(tokens, order), BATCH, "context")
         x = self._share(self._embed(tokens), BATCH, "context", None)
         x, _ = self._run_layers(step, x, None)
@@ -476,7 +585,9 @@ class TransformerLM(nnx.Module):
             The logits.
         """
         wide = widen(features[:0]).dtype
-        return jnp.matmul(features, self._head(), preferred_element_type=wide)
+        logits = jnp.matmul(features, self._head(), preferred_element_type=wide)
+        cap = self.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """Make an empty cache.
@@ -535,9 +646,9 @@ class TransformerLM(nnx.Module):
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         length = as_int32(cache.length)
 
-        def step(x, layer_and_inputs):
+        def step(kind, x, layer_and_inputs):
             layer, (keys, values) = layer_and_inputs
-            x, *grown = layer.extend(x, keys, values, length)
+            x, *grown = layer.extend(x, keys, values, length, kind)
             return x, grown
 
         x = self._embed(tokens)
@@ -550,14 +661,20 @@ class TransformerLM(nnx.Module):
         *,
         max_new_tokens: int,
         prompt_lengths: Integer[Array, " batch"] | None = None,
-        temperature: float = 0.0,
+        temperature: float | Float[Array, " batch"] = 0.0,
+        top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
         key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
         cache: bool = True,
     ) -> Integer[Array, "batch seq+{max_new_tokens}"]:
         """Continue each prompt, and return the prompts with the new tokens in int32.
 
-        It compiles once for each shape of `prompt` and number of new tokens.
+        It compiles once for each shape of `prompt`, number of new tokens and `top_k`.
+        The options of sampling apply in the order in which they are listed here, but
+        for `repetition_penalty`, which comes first.
 
         Args:
             prompt: The tokens to continue.
@@ -566,12 +683,22 @@ class TransformerLM(nnx.Module):
                 the array. What follows a shorter prompt in its row is not read and may
                 be any integers: the new tokens come right behind the prompt, as if it
                 were alone, and zeros fill the row.
-            temperature: The number that divides the logits. 0 takes the likeliest
-                token.
+            temperature: The number that divides the logits, or one for each prompt. 0
+                takes the likeliest token.
+            top_k: Sample from this many likeliest tokens, and from any that are as
+                likely as the last of them. None samples from all.
             top_p: Sample from the fewest tokens whose probabilities sum to at least
                 this, and from any that are as likely as the last of them. 1 samples
                 from all tokens.
-            key: A random key; needed at a temperature above 0, and only there.
+            min_p: Sample from tokens at least this times as likely as the likeliest.
+                0 samples from all.
+            repetition_penalty: Divide positive logits of tokens that are in the prompt
+                or were generated by it, and multiply negative ones by it, at any
+                temperature. 1 changes nothing.
+            stop_tokens: Tokens that end a sequence. Zeros follow them, and when all
+                sequences have ended, no more is computed.
+            key: A random key; needed at a temperature above 0 and for an array of
+                temperatures, and only there.
             cache: Keep keys and values instead of running the whole sequence for each
                 token. The result is the same except for rounding.
 
@@ -579,35 +706,77 @@ class TransformerLM(nnx.Module):
             The prompts and the new tokens.
 
         Raises:
-            TypeError: `prompt` or `prompt_lengths` is not an integer array,
-                `temperature` or `top_p` is not a number, a key is missing, or there is
-                a key at temperature 0.
-            ValueError: A shape does not fit; a token, a length, `temperature` or
-                `top_p` is out of range; or `cache` is True and the model has an
-                `attention_fn`.
+            TypeError: `prompt` or `prompt_lengths` is not an integer array, a number is
+                not a number, `stop_tokens` is not a sequence, a key is missing, or
+                there is a key at temperature 0.
+            ValueError: A shape does not fit; a token, a length or a number is out of
+                range; or `cache` is True and the model has an `attention_fn`.
 
         References:
+            top_k: https://arxiv.org/abs/1805.04833, section 5.3.
             top_p: https://arxiv.org/abs/1904.09751, section 3.1.
+            min_p: https://arxiv.org/abs/2407.01082, section 3.2.
+            repetition_penalty: CTRL, section 4.1, https://arxiv.org/abs/1909.05858.
+                Negative logits are multiplied, as Hugging Face's code does.
         """
         op = "TransformerLM.generate"
         (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
-        sampling = check_sampling(op, temperature, top_p, key)
         self._check_tokens(op, "prompt", prompt)
+        sampling, top_k = check_sampling(
+            op,
+            prompt.shape[0],
+            self.vocab_size,
+            key,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_tokens=stop_tokens,
+        )
         total = prompt.shape[1] + count
         _check_length(op, "prompt and max_new_tokens", total, self.context_length)
         lengths = prompt_lengths
         if lengths is not None:
             lengths = _read_prompt_lengths(op, lengths, prompt)
         prompt = read_tokens(op, "prompt", prompt, self.vocab_size, lengths)
-        return generate(self, prompt, lengths, sampling, count, cache)
+        return generate(self, prompt, lengths, sampling, top_k, count, cache)
 
     def _run_layers(self, step, x, inputs):
-        """Scan `step` over the layers, each with its part of the inputs."""
-        if self.scan_layers:
-            return lax.scan(step, x, (self.layers, inputs))
+        """Scan `step` over the layers, each with its kind and its part of the inputs.
+
+        Layers of several kinds are scanned in groups of one of each.
+        """
+        if not self.scan_layers:
+            parts = enumerate(self.layers)
+            parts = [(layer, _part(inputs, i)) for i, layer in parts]
+            return self._run_each(step, x, parts)
+        layers = self.layers, inputs
+        if len(self.kinds) == 1:
+            return lax.scan(partial(step, self.kinds[0]), x, layers)
+        size, count = len(self.kinds), self.cache_shape[0]
+        groups = count // size
         outputs = []
-        for i, layer in enumerate(self.layers):
-            x, output = step(x, (layer, jax.tree.map(itemgetter(i), inputs)))
+
+        def run(x, group):
+            return self._run_each(step, x, [_part(group, i) for i in range(size)])
+
+        if groups:
+            stacked = jax.tree.map(
+                lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), layers
+            )
+            x, output = lax.scan(run, x, stacked)
+            outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output))
+        if rest := range(groups * size, count):
+            x, output = self._run_each(step, x, [_part(layers, i) for i in rest])
+            outputs.append(output)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+    def _run_each(self, step, x, layers):
+        """Run `step` for one layer after another, the first of the first kind."""
+        outputs = []
+        for i, layer in enumerate(layers):
+            x, output = step(self.kinds[i % len(self.kinds)], x, layer)
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
@@ -647,7 +816,14 @@ class TransformerLM(nnx.Module):
         table = self._share(self.embedding[...], P.UNCONSTRAINED, None)
         rows = table.at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return x.astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.embedding_scale is None:
+            return x
+        return x * jnp.asarray(self.embedding_scale, x.dtype)
+
+
+def _part(tree: Any, i: int) -> Any:
+    return jax.tree.map(itemgetter(i), tree)
 
 
 def _take(x: Any, order: jax.Array | None) -> Any:
@@ -655,21 +831,108 @@ def _take(x: Any, order: jax.Array | None) -> Any:
     return x if x is None or order is None else jnp.take(x, order, axis=1)
 
 
-def _check_heads(embed_dim: int, num_heads: int, kv_heads: int) -> None:
+def _check_heads(
+    embed_dim: int, num_heads: int, kv_heads: int, head_dim: int | None
+) -> None:
     op = "TransformerLM"
-    if embed_dim % num_heads:
+    if head_dim is not None:
+        check_integer(op, "head_dim", head_dim)
+    elif embed_dim % num_heads:
         raise ValueError(
-            f"{op}: num_heads must divide embed_dim={embed_dim}, got {num_heads}"
-        )
-    if embed_dim // num_heads % 2:
-        raise ValueError(
-            f"{op}: embed_dim / num_heads must be even, for rotary positions, "
-            f"got {embed_dim} / {num_heads} = {embed_dim // num_heads}"
+            f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
+            f"given, got {num_heads}"
         )
     if num_heads % kv_heads:
         raise ValueError(
             f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
         )
+
+
+def _check_numbers(op: str, **numbers: Any) -> None:
+    for name, number in numbers.items():
+        if number is not None:
+            check_number(op, name, number, positive=True)
+
+
+def _check_names(norm, norm_placement, qk_norm, rope_pairs, activation) -> None:
+    op = "TransformerLM"
+    for name, got, valid in [
+        ("norm", norm, get_args(NormKind)),
+        ("norm_placement", norm_placement, get_args(NormPlacement)),
+        ("qk_norm", qk_norm, (None, *get_args(QKNorm))),
+        ("rope_pairs", rope_pairs, get_args(Pairs)),
+    ]:
+        if got not in valid:
+            raise_unknown(op, name, got, valid)
+    get_activation(op, activation)
+
+
+def _kinds(
+    kind: LayerKind, dim: int, local_rope_theta: float | None, every: int | None
+) -> tuple[LayerKind, ...]:
+    """Return the kinds of layers, in the order in which they repeat."""
+    op = "TransformerLM"
+    turned = dim
+    if kind.rotary_dim is not None:
+        turned = check_rotary_dim(op, kind.rotary_dim, dim)
+    elif dim % 2:
+        raise ValueError(
+            f"{op}: embed_dim / num_heads or head_dim must be even, for rotary "
+            f"positions, got {dim}"
+        )
+    if kind.scaling is not None:
+        check_scaling(op, "rope_scaling", kind.scaling, turned // 2)
+    if kind.window is None:
+        given = {"local_rope_theta": local_rope_theta, "full_attention_every": every}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{op}: {name} must be None without a window, got {value}"
+                )
+        return (kind,)
+    check_integer(op, "window", kind.window)
+    local = kind
+    if local_rope_theta is not None:
+        local = kind._replace(rope_theta=local_rope_theta, scaling=None)
+    if every is None:
+        return (local,)
+    check_integer(op, "full_attention_every", every)
+    return (*(local,) * (every - 1), kind._replace(window=None))
+
+
+def _check_capped(attention_fn: Any, mesh: Mesh | None, options: dict) -> None:
+    """Check that a window or a softcap goes with the attention and the mesh."""
+    op = "TransformerLM"
+    for name, value in options.items():
+        if value is None:
+            continue
+        if attention_fn is not None:
+            raise ValueError(
+                f"{op}: {name} must be None with an attention_fn, got {value}"
+            )
+        if mesh is not None and mesh.shape["context"] > 1:
+            raise ValueError(
+                f"{op}: {name} must be None for context={mesh.shape['context']}, where "
+                f"tokens go round in ring_attention, got {value}"
+            )
+
+
+def _choose_mlp(mlp, activation, gated, use_bias) -> Callable[..., nnx.Module]:
+    """Return what makes the MLP of a block."""
+    op = "TransformerLM"
+    options = {"activation": activation, "gated": gated, "use_bias": use_bias}
+    default = {"activation": "silu", "gated": True, "use_bias": False}
+    if mlp is None:
+        if options == default:
+            return partial(SwiGLU, kernel_init=linear_init)
+        return partial(MLP, kernel_init=linear_init, **options)
+    check_callable(op, "mlp", mlp)
+    if options != default:
+        raise ValueError(
+            f"{op}: activation, gated_mlp and mlp_bias must be left out with an mlp of "
+            f"your own, got {activation!r}, {gated} and {use_bias}"
+        )
+    return mlp
 
 
 def _check_length(

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
-from .._attention.dense import attention
-from .._attention.rotary import rotary_embedding
-from ._attention import MultiHeadAttention
-from ._common import axis_metadata, bind, check_callable
+from .._attention.rotary import Pairs, rotary_embedding
+from .._attention.rotary_scaling import RotaryScaling
+from ._attention import MultiHeadAttention, QKNorm
+from ._common import bind, check_callable
+from ._decoder_attention import decoder_attention
 from ._sharding import attend_on_mesh
 
-# Added to the mean square in RMSNorm.
-EPSILON = 1e-5
+NormPlacement = Literal["pre", "post", "both"]
 # Standard deviations at which the initial normal distributions are cut.
 CUT = 3.0
 embedding_init = nnx.initializers.truncated_normal(1.0, lower=-CUT, upper=CUT)
@@ -35,19 +35,45 @@ def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
     return init(key, shape, dtype)
 
 
-def make_norm(features: int, **dtypes: Any) -> nnx.RMSNorm:
-    """Make an RMSNorm whose scale has the logical axis "embed"."""
-    metadata = axis_metadata("embed")
-    return nnx.RMSNorm(features, epsilon=EPSILON, scale_metadata=metadata, **dtypes)
+class LayerKind(NamedTuple):
+    """What differs between the layers of a model that have equal parameters.
+
+    Attributes:
+        window: The tokens that a query sees, its own included; None for all before it.
+        rope_theta: As in `rotary_embedding`, like the others.
+    """
+
+    window: int | None
+    rope_theta: float
+    pairs: Pairs
+    rotary_dim: int | None
+    scaling: RotaryScaling | None
+
+    def rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        """Rotate query or key."""
+        return rotary_embedding(
+            x,
+            positions,
+            rope_theta=self.rope_theta,
+            pairs=self.pairs,
+            rotary_dim=self.rotary_dim,
+            scaling=self.scaling,
+        )
 
 
-def choose_attention(attention_fn: Any, mesh: Mesh | None) -> Callable[..., Any]:
-    """Return the given function or `attention`, causal, and on the mesh if any."""
+def choose_attention(
+    attention_fn: Any, mesh: Mesh | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return the given function or ours, causal, and on the mesh if any.
+
+    Args:
+        options: The scale and the softcap, where they are given.
+    """
     if attention_fn is not None:
-        return _causal(attention_fn)
+        return bind(_causal(attention_fn), **options)
     if mesh is not None:
-        return bind(attend_on_mesh, mesh=mesh, is_causal=True)
-    return bind(attention, is_causal=True)
+        return bind(attend_on_mesh, mesh=mesh, is_causal=True, **options)
+    return bind(decoder_attention, is_causal=True, **options)
 
 
 def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,17 +83,20 @@ def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
     return bind(attention_fn, **({"is_causal": True} if has_option else {}))
 
 
-def _attend(query, key, value, *, positions, rope_theta, attention_fn, **options):
+def _attend(query, key, value, *, positions, kind, attention_fn, **options):
     """Rotate query and key, and attend."""
-    rotate = partial(rotary_embedding, positions=positions, rope_theta=rope_theta)
-    query, key = rotate(query), rotate(key)
+    if kind.window is not None:
+        options["window"] = kind.window
+    query, key = kind.rotate(query, positions), kind.rotate(key, positions)
     return attention_fn(query, key, value, **options)
 
 
 class TransformerBlock(nnx.Module):
-    """Attention and an MLP, each behind a norm and beside a residual connection.
+    """Attention and an MLP, each beside a residual connection, with norms.
 
-    The arguments are those of `TransformerLM`.
+    The arguments are those of `TransformerLM`, but for two: `attention_fn` is a choice
+    of `choose_attention`, whose `attention_options` attend to cached keys as well, and
+    `norm` makes a norm.
     """
 
     def __init__(
@@ -77,39 +106,63 @@ class TransformerBlock(nnx.Module):
         *,
         hidden_dim: int,
         num_kv_heads: int,
-        rope_theta: float,
+        head_dim: int | None,
         attention_fn: Callable[..., Any],
+        attention_options: dict[str, Any],
+        qk_norm: QKNorm | None,
+        qkv_bias: bool,
+        out_bias: bool,
+        norm: Callable[..., nnx.Module],
+        norm_placement: NormPlacement,
         mlp: Callable[..., nnx.Module],
         dtype: Dtype | None,
         param_dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = partial(make_norm, embed_dim, **dtypes)
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention_fn = bind(
-            _attend, rope_theta=rope_theta, attention_fn=attention_fn
-        )
+        before = norm_placement in ("pre", "both")
+        after = norm_placement in ("post", "both")
+
+        def norm_if(wanted):
+            return norm(embed_dim, **dtypes) if wanted else None
+
+        self.attention_norm, self.mlp_norm = norm_if(before), norm_if(before)
+        self.attention_post_norm, self.mlp_post_norm = norm_if(after), norm_if(after)
+        self.attention_fn = bind(_attend, attention_fn=attention_fn)
+        self.cached_attention_fn = bind(decoder_attention, **attention_options)
         self.attention = MultiHeadAttention(
             embed_dim,
             num_heads,
             num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             attention_fn=self.attention_fn,
-            use_bias=False,
+            use_bias=qkv_bias,
+            out_bias=out_bias,
+            qk_norm=qk_norm,
+            # The features of a head are no features of the model.
+            norm=partial(norm, axis=None),
             kernel_init=linear_init,
             **dtypes,
         )
         self.mlp = mlp(embed_dim, hidden_dim, **dtypes)
-        self.rope_theta = rope_theta
 
     def __call__(
         self,
         x: Float[Array, "batch seq embed_dim"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
+        *,
+        kind: LayerKind,
         **options: Any,
     ) -> Float[Array, "batch seq embed_dim"]:
-        x = x + self.attention(self.attention_norm(x), positions=positions, **options)
-        return x + self.mlp(self.mlp_norm(x))
+        attend = partial(self.attention, positions=positions, kind=kind, **options)
+        return self._add_mlp(self._add_attention(x, attend))
+
+    def _add_attention(self, x, attend):
+        y = attend(_apply(self.attention_norm, x))
+        return x + _apply(self.attention_post_norm, y)
+
+    def _add_mlp(self, x):
+        return x + _apply(self.mlp_post_norm, self.mlp(_apply(self.mlp_norm, x)))
 
     def extend(
         self,
@@ -117,6 +170,7 @@ class TransformerBlock(nnx.Module):
         keys: Float[Array, "batch capacity kv_heads dim"],
         values: Float[Array, "batch capacity kv_heads dim"],
         length: Integer[Array, ""] | Integer[Array, " batch"],
+        kind: LayerKind,
     ) -> tuple[
         Float[Array, "batch seq embed_dim"],
         Float[Array, "batch capacity kv_heads dim"],
@@ -129,6 +183,7 @@ class TransformerBlock(nnx.Module):
             keys: The keys of the tokens before them, in the first `length` places.
             values: Their values.
             length: Their number, one for all sequences or one for each.
+            kind: As in the call.
 
         Returns:
             The output of the block, and keys and values with those of the new tokens.
@@ -137,31 +192,38 @@ class TransformerBlock(nnx.Module):
             ValueError: The attention was given an `attention_fn` other than the
                 model's.
         """
-        of = self.attention
-        if of.attention_fn != self.attention_fn:
+        if self.attention.attention_fn != self.attention_fn:
             raise ValueError(
                 "TransformerLM: attention_fn of a block must be the model's own for a "
                 "cache, got another one; generate(cache=False) needs no cache"
             )
-        normed = self.attention_norm(x)
         # (seq,), or (batch, seq) where sequences differ in length
         order = jnp.arange(x.shape[1], dtype=length.dtype)
         order = jnp.expand_dims(order, range(length.ndim))
         positions = length[..., None] + order
-        rotate = partial(
-            rotary_embedding, positions=positions, rope_theta=self.rope_theta
-        )
-        query, key, value = of.to_heads(normed, normed, normed)
-        query, key = rotate(query), rotate(key)
-        keys, values = _put(keys, key, length), _put(values, value, length)
-        places = jnp.arange(keys.shape[1], dtype=length.dtype)
-        places = jnp.expand_dims(places, range(positions.ndim))
-        seen = positions[..., None] >= places
-        mask = seen.reshape(-1, 1, *seen.shape[-2:])
-        args = promote_dtype((query, keys, values), dtype=query.dtype)
-        heads: Any = attention(*args, mask=mask)
-        x = x + of.from_heads(heads)
-        return x + self.mlp(self.mlp_norm(x)), keys, values
+        grown = []
+
+        def attend_to_cache(query, key, value):
+            query, key = kind.rotate(query, positions), kind.rotate(key, positions)
+            grown.extend((_put(keys, key, length), _put(values, value, length)))
+            places = jnp.arange(keys.shape[1], dtype=length.dtype)
+            behind = positions[..., None] - jnp.expand_dims(
+                places, range(positions.ndim)
+            )
+            seen = behind >= 0
+            if kind.window is not None:
+                seen &= behind < kind.window
+            mask = seen.reshape(-1, 1, *seen.shape[-2:])
+            args = promote_dtype((query, *grown), dtype=query.dtype)
+            return self.cached_attention_fn(*args, mask=mask)
+
+        attend = partial(self.attention.attend, attention_fn=attend_to_cache)
+        x = self._add_mlp(self._add_attention(x, attend))
+        return x, *grown
+
+
+def _apply(norm, x):
+    return x if norm is None else norm(x)
 
 
 def _put(kept, new, length):

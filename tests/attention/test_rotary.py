@@ -1,9 +1,11 @@
 from decimal import Decimal, localcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformer_definitions as definitions
 from helpers import (
     assert_near,
     normal,
@@ -12,7 +14,7 @@ from helpers import (
     value_and_vjp,
 )
 
-from jaxkern import rotary_embedding
+from jaxkern import RotaryScaling, rotary_embedding
 
 PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
@@ -186,3 +188,101 @@ X = jnp.ones(SHAPE)
 def test_refusals(args, options, error, message):
     with pytest.raises(error, match=message):
         untyped.rotary_embedding(*args, **options)
+
+
+ROPE: dict[str, Any] = {"original_context_length": 256, "beta_fast": 8.0}
+SCALINGS = {
+    "linear": RotaryScaling("linear", 4.0),
+    "llama3": RotaryScaling("llama3", 8.0, original_context_length=64),
+    "yarn": RotaryScaling("yarn", 4.0, **ROPE),
+    "yarn, not truncated": RotaryScaling("yarn", 4.0, truncate=False, **ROPE),
+    "longrope": RotaryScaling(
+        "longrope", 32.0, original_context_length=64, factors=[1.0, 1.5, 2.0, 4.0, 8.0]
+    ),
+    "a factor of its own": RotaryScaling("linear", 2.0, attention_factor=1.5),
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scalings_of_the_first_features(name):
+    scaling = SCALINGS[name]
+    x = normal(0, (2, 7, 3, 14))
+    got = jax.jit(
+        lambda x: rotary_embedding(
+            x,
+            jnp.asarray(BY_SEQUENCE),
+            rope_theta=50.0,
+            pairs="halves",
+            rotary_dim=10,
+            scaling=scaling,
+        )
+    )(x)
+    np.testing.assert_array_equal(got[..., 10:], x[..., 10:])
+    frequencies, factor = definitions.frequencies(50.0, 10, scaling)
+    kept = frequencies == definitions.frequencies(50.0, 10, None)[0]
+    assert kept.any() == (scaling.kind != "linear") and not kept.all()
+    angles = BY_SEQUENCE[..., None, None] * frequencies
+    wide = to_float64(x)
+    turned = (wide[..., :5] + 1j * wide[..., 5:10]) * factor * np.exp(1j * angles)
+    exact = np.concatenate([turned.real, turned.imag], -1)
+    assert_near(got[..., :10], exact, 3e-7)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: untyped.RotaryScaling("ntk", 2.0),
+            ValueError,
+            "RotaryScaling: kind must be one of 'linear', 'llama3', .*, got 'ntk'",
+        ),
+        (
+            lambda: untyped.RotaryScaling("linear", 0.0),
+            ValueError,
+            "RotaryScaling: factor must be positive, got 0.0",
+        ),
+        (
+            lambda: untyped.RotaryScaling("yarn", 2.0),
+            ValueError,
+            "original_context_length must be an integer of at least 2, got None",
+        ),
+        (
+            lambda: untyped.RotaryScaling(
+                "llama3", 2.0, original_context_length=8, low_frequency_factor=5.0
+            ),
+            ValueError,
+            "low_frequency_factor must be below high_frequency_factor=4.0, got 5.0",
+        ),
+        (
+            lambda: untyped.RotaryScaling("longrope", 2.0, original_context_length=8),
+            ValueError,
+            "factors must be given for 'longrope', and only there, got 0 for 'longrope",
+        ),
+        (
+            lambda: untyped.RotaryScaling("linear", 2.0, factors=3),
+            TypeError,
+            "factors must be a sequence, got int",
+        ),
+        (
+            lambda: untyped.rotary_embedding(normal(0, SHAPE), scaling="linear"),
+            TypeError,
+            "scaling must be a RotaryScaling or None, got str",
+        ),
+        (
+            lambda: untyped.rotary_embedding(
+                normal(0, SHAPE), scaling=SCALINGS["longrope"], rotary_dim=8
+            ),
+            ValueError,
+            "scaling must have 4 factors, one for each pair of features, got 5",
+        ),
+        (
+            lambda: untyped.rotary_embedding(normal(0, SHAPE), rotary_dim=12),
+            ValueError,
+            "rotary_dim must be even and at most dim=10, got 12",
+        ),
+    ],
+)
+def test_refused_scalings(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -19,7 +19,14 @@ from jaxkern.nn import (
     MultiHeadMLP,
     TransformerLM,
 )
-from jaxkern.nn._generate import _generate, _keep_top
+from jaxkern.nn._generate import (
+    Sampling,
+    _choose,
+    _Chosen,
+    _generate,
+    _keep_top,
+    _sample,
+)
 
 VOCAB, CONTEXT = 50, 16
 dilated = partial(dilated_attention, dilation=Dilation((8, 16), (1, 2)))
@@ -163,6 +170,82 @@ def test_sampling():
         np.testing.assert_array_equal(cold, greedy)
 
 
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_stop_tokens(cache):
+    """Zeros follow the first stop token, and the other sequences go on."""
+    model, lengths = build(), jnp.array([2, 4, 1])
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=5, cache=cache)
+    plain = np.asarray(run(prompt_lengths=lengths))
+    stops = [int(plain[0, 3]), int(plain[1, 8])]
+    got = np.asarray(run(prompt_lengths=lengths, stop_tokens=stops))
+    ends = []
+    for row, before, length in zip(got, plain, [2, 4, 1], strict=True):
+        hits = np.flatnonzero(np.isin(before[length : length + 5], stops))
+        ends.append(int(hits[0]) + 1 if len(hits) else 5)
+        np.testing.assert_array_equal(
+            row[: length + ends[-1]], before[: length + ends[-1]]
+        )
+        assert not np.any(row[length + ends[-1] :])
+    assert min(ends) < 5 and max(ends) == 5
+
+
+def test_repetition_penalty():
+    """A penalty of 1e9 forbids all tokens of the prompt and those that were new."""
+    model, lengths = build(), jnp.array([2, 4, 1])
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=5, prompt_lengths=lengths)
+    got = np.asarray(run(repetition_penalty=1e9))
+    for row, length in zip(got, [2, 4, 1], strict=True):
+        new = row[length : length + 5]
+        assert len({*new.tolist()}) == 5 and not set(new) & set(row[:length])
+    logits = jnp.array([[3.0, -2.0, 1.0, 0.5]])
+    seen = jnp.array([[True, True, False, False]])
+    chosen = _Chosen(jnp.zeros((1, 1), int), jnp.int32(0), jnp.zeros(1, bool), seen)
+    sampling = Sampling(None, 0.0, 1.0, 0.0, 2.0, None)
+    for first, expected in [(3.0, 0), (1.9, 2), (-2.0, 2)]:
+        changed = logits.at[0, 0].set(first)
+        token, after = _choose(changed, chosen, sampling=sampling, top_k=None)
+        assert token[0] == expected
+        assert after.seen is not None and after.seen[0, expected]
+
+
+def test_temperatures_of_each_prompt():
+    """Rows at 0 are greedy, and another row is as with its number alone."""
+    model, key = build(), jax.random.key(3)
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=5)
+    got = run(temperature=jnp.array([0.0, 0.9, 1e-5]), key=key)
+    greedy, warm = run(), run(temperature=0.9, key=key)
+    np.testing.assert_array_equal(got[::2], greedy[::2])
+    np.testing.assert_array_equal(got[1], warm[1])
+    assert not np.array_equal(warm[1], greedy[1])
+
+
+def test_top_k_and_min_p():
+    """Of 200 samples, all are among the tokens that stay, and each of these is."""
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]))
+    for options, top_k, kept in [
+        ({}, 1, [{1}, {0, 1, 2, 3}]),
+        ({}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
+        ({"min_p": 0.6}, None, [{1, 2}, {0, 1, 2, 3}]),
+        ({"min_p": 0.4}, 2, [{1, 2}, {0, 1, 2, 3}]),
+        ({"top_p": 0.7}, 3, [{1, 2}, {0, 1, 2, 3}]),
+        ({"top_p": 0.95}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
+    ]:
+        plain = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": None}
+        sampling = Sampling(jax.random.key(0), 1.0, **plain | options, stop_tokens=None)
+        sample: Any = jax.vmap(lambda i, s=sampling, k=top_k: _sample(logits, s, k, i))
+        got = np.asarray(sample(jnp.arange(200)))
+        assert [set(row) for row in got.T.tolist()] == kept
+
+
+def test_a_cache_can_be_donated():
+    model = build()
+    extend = jax.jit(TransformerLM.extend, donate_argnums=2)
+    cache = model.make_cache(3, 8)
+    features, longer = extend(model, PROMPT, cache)
+    assert cache.keys.is_deleted() and cache.values.is_deleted()
+    assert longer.length == 4 and np.isfinite(features).all()
+
+
 def test_sampled_frequencies():
     model, many = build(), jnp.tile(PROMPT[:1], (4000, 1))
     options: Any = {"max_new_tokens": 1, "temperature": 2.0, "key": jax.random.key(0)}
@@ -277,6 +360,34 @@ def generate(prompt=PROMPT, **options):
             "top_p must be above 0 and at most 1, got 0.0",
         ),
         (generate(top_p="0.5"), TypeError, "top_p must be one number, got '0.5'"),
+        (generate(top_k=0), ValueError, "top_k must be an integer of at least 1"),
+        (generate(min_p=1.5), ValueError, "min_p must be at most 1, got 1.5"),
+        (
+            generate(repetition_penalty=0.0),
+            ValueError,
+            "repetition_penalty must be positive, got 0.0",
+        ),
+        (
+            generate(stop_tokens=[VOCAB]),
+            ValueError,
+            "stop_tokens must be from 0 to 49, got 50",
+        ),
+        (generate(stop_tokens=3), TypeError, "stop_tokens must be a sequence of tok"),
+        (
+            generate(temperature=jnp.array([1.0, 2.0])),
+            ValueError,
+            r"temperature must have shape \(3,\), got \(2,\)",
+        ),
+        (
+            generate(temperature=jnp.array([1.0, -2.0, 0.0])),
+            ValueError,
+            "temperature must be finite and at least 0, got .*-2",
+        ),
+        (
+            generate(temperature=jnp.ones(3)),
+            TypeError,
+            "key must be a key, as from jax.random.key for an array of temperatures",
+        ),
         (
             generate(dilated=True),
             ValueError,
@@ -343,6 +454,8 @@ def test_a_block_with_norms_of_its_own_decodes_as_it_computes(qk_norm):
         norm.scale[...] = 5 * norm.scale[...]
     cache = model.make_cache(3, 4)
     assert_near(model.extend(PROMPT, cache)[0], model.features(PROMPT))
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=3)
+    np.testing.assert_array_equal(run(), run(cache=False))
     block.attention.attention_fn = dilated
     with pytest.raises(ValueError, match="attention_fn of a block must be the model's"):
         model.extend(PROMPT, cache)

@@ -39,6 +39,24 @@ FORMS: dict[str, dict[str, Any]] = {
     "dilated": {
         "attention_fn": partial(dilated_attention, dilation=Dilation((4, 8), (1, 2)))
     },
+    # The options of Gemma 2.
+    "two kinds": {
+        "norm": "rms_plus_one",
+        "norm_placement": "both",
+        "qk_norm": "head",
+        "activation": "gelu",
+        "head_dim": 6,
+        "attention_softcap": 1.0,
+        "window": 5,
+        "full_attention_every": 2,
+    },
+    "biases": {
+        "qk_norm": "embed",
+        "norm_placement": "post",
+        "qkv_bias": True,
+        "mlp_bias": True,
+        "attention_scale": 0.3,
+    },
 }
 
 LOSS: dict[str, Any] = {"ignore_index": 7, "z_loss": 0.1, "label_smoothing": 0.1}
@@ -84,6 +102,8 @@ def expected(form):
         ("fsdp=2,tensor=2", "dilated"),
         ("context=4", "scanned"),
         ("context=2,fsdp=2,tensor=2", "tied, remat"),
+        ("fsdp=2,tensor=2", "two kinds"),
+        ("context=2,tensor=2", "biases"),
     ],
 )
 def test_a_mesh_changes_neither_loss_nor_gradients(sizes, form):

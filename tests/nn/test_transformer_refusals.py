@@ -36,12 +36,12 @@ def call(*args, **options):
         (
             lm(num_heads=5),
             ValueError,
-            "TransformerLM: num_heads must divide embed_dim=24, got 5",
+            "num_heads must divide embed_dim=24 unless head_dim is given, got 5",
         ),
         (
             lm(embed_dim=20),
             ValueError,
-            r"embed_dim / num_heads must be even, for rotary .*, got 20 / 4 = 5",
+            "embed_dim / num_heads or head_dim must be even, for rotary .*, got 5",
         ),
         (
             lm(num_layers=0),

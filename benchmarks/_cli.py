@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+# What `pip install` is to be told where a package of the benchmarks is missing.
+EXTRA = "'jaxkern-fused[bench]'"
 DTYPES = ("float32", "bfloat16", "float16")
 # The status of a program that SIGPIPE, signal 13, has ended.
 BROKEN_PIPE = 128 + 13
@@ -92,7 +94,7 @@ def writable(text: str) -> Path:
 def plot_file(text: str) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError(
-            "needs matplotlib, which is not installed: pip install matplotlib"
+            f"needs matplotlib, which is not installed: pip install {EXTRA}"
         )
     path = writable(text)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -1,5 +1,6 @@
 """Figures of rows: panels of series, in colours that colour-blind people tell apart."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ PALETTE = (
 MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 # The width of a place on an axis of names that all series share.
 SHARED = 0.7
+# Where a bar that would reach 0 ends on a logarithmic axis, as a part of its point.
+LOWEST = 0.1
+BARS = "bars: ± one standard deviation"
+CUT = f"lower ends at {LOWEST} of a point are cut there"
 NOTHING = "Nothing to draw: no row has a time without compilation, or too few have."
 
 
@@ -99,10 +104,10 @@ def draw(figure: Figure, path: Path, meta: Mapping[str, Any]) -> None:
         rows, columns, figsize=size, squeeze=False, sharey="row", sharex="col"
     )
     names = figure.names
-    spread = False
+    bars: set[str] = set()
     for panels, line in zip(figure.panels, axes, strict=True):
         for panel, axis in zip(panels, line, strict=True):
-            spread |= _draw_panel(axis, panel, names)
+            bars |= _draw_panel(axis, panel, names)
         # Panels of a row share the axis; only now all points are there.
         if not panels[0].log_y:
             line[0].set_ylim(0, 1.05 * line[0].get_ylim()[1])
@@ -131,8 +136,7 @@ def draw(figure: Figure, path: Path, meta: Mapping[str, Any]) -> None:
     if figure.title:
         drawn.suptitle(figure.title, x=0.01, ha="left", fontsize=10)
     text = f"{meta['device']}, {meta['dtype']}, jaxkern {meta.get('revision')}"
-    if spread:
-        text = f"bars: ± one standard deviation; {text}"
+    text = "; ".join([*sorted(bars), text])
     drawn.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=7)
     save_figure(drawn, path)
     plt.close(drawn)
@@ -159,10 +163,10 @@ def _place_legend(drawn: Any, handles: list[Any], titled: bool) -> None:
     drawn.tight_layout(rect=(0, 0.02, 1, top))
 
 
-def _draw_panel(axis: Any, panel: Panel, names: Sequence[str]) -> bool:
-    """Draw all points; return whether some have a spread."""
+def _draw_panel(axis: Any, panel: Panel, names: Sequence[str]) -> set[str]:
+    """Draw all points; return what is to be said of their bars."""
     places = [n for n in names if n in panel.series]
-    spread = False
+    said: set[str] = set()
     for i, name in enumerate(places):
         look, shift = style(names, name), 0.0
         if panel.names:
@@ -173,12 +177,19 @@ def _draw_panel(axis: Any, panel: Panel, names: Sequence[str]) -> bool:
         xs, ys = [p.x + shift for p in points], [p.y for p in points]
         axis.plot(xs, ys, **look)
         known = [p for p in points if p.spread]
-        spread |= bool(known)
+        lower = [p.spread or 0 for p in known]
+        if known:
+            said.add(BARS)
+        if panel.log_y:
+            # 0 has no place on a log axis.
+            most = [(1 - LOWEST) * p.y for p in known]
+            if any(map(operator.gt, lower, most)):
+                said.add(CUT)
+            lower = list(map(min, lower, most))
         axis.errorbar(
             [p.x + shift for p in known],
             [p.y for p in known],
-            # A bar ends above 0, which has no place on a log axis.
-            [[min(p.spread or 0, 0.9 * p.y) for p in known], [p.spread for p in known]],
+            [lower, [p.spread for p in known]],
             fmt="none",
             ecolor=look["color"],
             elinewidth=1,
@@ -194,7 +205,7 @@ def _draw_panel(axis: Any, panel: Panel, names: Sequence[str]) -> bool:
     axis.set_title(panel.title, fontsize=10, loc="left")
     axis.grid(lw=0.4)
     axis.set_axisbelow(True)
-    return spread
+    return said
 
 
 def _scale(axis: Any, panel: Panel) -> None:

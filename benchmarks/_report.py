@@ -19,14 +19,20 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+
+from ._cli import EXTRA
+
+try:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+except ModuleNotFoundError:
+    sys.exit("benchmarks need rich, which is not installed: pip install " + EXTRA)
 
 from ._harness import Case, Row
 
@@ -76,7 +82,11 @@ def program(benchmark: str) -> str:
 
 
 def command(benchmark: str, arguments: Sequence[str]) -> str:
-    """The shell command of this run; a file elsewhere is given by its name alone."""
+    """The shell command of this run.
+
+    A relative path stays as it was given. An absolute one is given by its name alone,
+    since the folders of one machine mean nothing on another.
+    """
     names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
     return shlex.join([*program(benchmark).split(), *names])
 
@@ -360,6 +370,20 @@ def print_table(console: Console, what: Table) -> None:
     show("")
 
 
+def print_text(console: Console, text: str) -> None:
+    """Lines of no more than 80 columns; one that is broken keeps its indent."""
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        shown = textwrap.fill(
+            line,
+            WIDTH,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        console.print(shown, markup=False, soft_wrap=True)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """So many significant digits, without an exponent; a dash for None."""
     if value is None:
@@ -439,7 +463,11 @@ def problems(rows: Iterable[Row], describe: Read) -> list[str]:
         if row["status"] != "ok":
             reason = f"{row['status']}: {row['reason']}"
             by_reason.setdefault(reason, []).append(describe(row))
-    return [
-        f"{reason} ({names[0]}{f' and {len(names) - 1} more rows' * (len(names) > 1)})"
-        for reason, names in by_reason.items()
-    ]
+    return [f"{reason} ({_first_of(names)})" for reason, names in by_reason.items()]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = len(names) - 1
+    if not more:
+        return names[0]
+    return f"{names[0]} and {more} more row{'s' * (more > 1)}"

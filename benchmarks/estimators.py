@@ -387,7 +387,8 @@ def floors() -> Table:
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     found = {str(batch): floors_us(sizes, batch) for batch in BATCHES}
     lines = [[name, *map(number, us.values())] for name, us in found.items()]
-    title = "Layer, forward and all gradients: floors in us on an H200"
+    title = "Layer, forward and all gradients: floors of one H200 in us by matmuls "
+    title += "(tensor), bytes moved, and those with masks in memory (stored masks)"
     return Table(title, ["samples", *floors_us(sizes, 1)], lines, predicted=True)
 
 

@@ -210,8 +210,8 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
     if is_sweep(rows):
         return
     yield from _memory(rows)
-    for which in PASSES:
-        yield floors(which)
+    for (which,), of_pass in grouped(rows, "pass").items():
+        yield floors(which, of_pass)
 
 
 def _times(rows: Sequence[Row]) -> Table:
@@ -269,14 +269,17 @@ def _memory(rows: Sequence[Row]) -> Iterator[Table]:
         yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], lines)
 
 
-def floors(which: str) -> Table:
-    """Floors of the published shapes."""
+def floors(which: str, rows: Sequence[Row]) -> Table:
+    """Floors of the rows' published shapes, of which a CPU has a part of the batch."""
+    measured = {replace(shape_of(row), batch=0) for row in rows}
     lines = []
     for shape in model.PUBLISHED:
-        cells = map(number, model.floors_us(shape, which).values())
-        lines.append([str(shape), *cells])
-    columns = ["", "tensor", "bytes", "mufu"]
-    return Table(f"{which}, floors of one H200 in us", columns, lines, predicted=True)
+        if replace(shape, batch=0) in measured:
+            cells = map(number, model.floors_us(shape, which).values())
+            lines.append([str(shape), *cells])
+    title = f"{which}, floors of one H200 in us by matmuls (tensor), bytes moved and "
+    title += "special functions (mufu)"
+    return Table(title, ["", "tensor", "bytes", "mufu"], lines, predicted=True)
 
 
 def _rates(rows: Sequence[Row]) -> Table:

@@ -59,6 +59,7 @@ from ._report import (
     metadata,
     print_header,
     print_table,
+    print_text,
     problems,
     program,
 )
@@ -173,7 +174,7 @@ def _run(benchmark: Benchmark, args: argparse.Namespace, precision: str) -> int:
         if isinstance(part, Table):
             print_table(console, part)
         else:
-            console.print(part, markup=False, soft_wrap=True)
+            print_text(console, part)
     if args.plot:
         figure = benchmark.figure(results.rows, meta)
         if figure is None:
@@ -264,22 +265,23 @@ def markdown(
     meta: Meta,
     figure: Path | None = None,
 ) -> str:
-    """The report of saved rows as Markdown, with the conditions above each table.
+    """The report of saved rows as Markdown, with the conditions above its tables.
 
     Predicted tables follow the measured ones, under a heading of their own.
 
     Args:
         figure: Where to draw the figure, if there is one; the page links its name.
     """
-    lines = [f"- {name}: {_code(text)}" for name, text in conditions(meta).items()]
-    above = "\n".join(lines)
     parts = list(report(benchmark, rows, meta))
-    whole = [f"### {meta['device']}, {meta['dtype']}"]
+    passes = {row["pass"] for row in rows}
+    # Reports of one device and dtype may differ in their pass alone.
+    title = meta["device"], meta["dtype"], *(passes if len(passes) == 1 else ())
+    whole = [f"### {', '.join(title)}"]
     if not meta.get("complete", True):
         whole.append("The run was interrupted: rows are missing.")
-    notes = meta.get("notes", {})
-    if notes and isinstance(notes, Mapping):
-        whole.append("\n".join(f"- {n.strip()}: {_plain(t)}" for n, t in notes.items()))
+    lines = [f"- {name}: {_code(text)}" for name, text in conditions(meta).items()]
+    lines += [_note(*note) for note in meta.get("notes", {}).items()]
+    whole.append("\n".join(lines))
     drawing = benchmark.figure(rows, meta) if figure else None
     if figure and drawing:
         _figures.draw(drawing, figure, meta)
@@ -289,12 +291,18 @@ def markdown(
         of_kind = [table for table in shown if table.predicted == predicted]
         if predicted and of_kind:
             whole.append("#### Predicted, not measured")
+            whole.append("From shapes and the data sheet of one H200.")
         for table in of_kind:
-            text = "from shapes and the data sheet of one H200" if predicted else above
-            whole += [f"**{_plain(table.title)}**", text, _grid(table)]
+            whole += [f"**{_plain(table.title)}**", _grid(table)]
         if not predicted:
             whole += [_plain(part) for part in parts if isinstance(part, str)]
     return "\n\n".join(whole) + "\n"
+
+
+def _note(name: str, text: str) -> str:
+    """An item of a list; a name that is indented in the header is of the one above."""
+    indent = "    " if name.startswith(" ") else ""
+    return f"{indent}- {name.strip()}: {_plain(text)}"
 
 
 def _plain(text: str) -> str:

@@ -179,9 +179,9 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
     )
     ours = [row for row in rows if row["by"] in (XLA, KERNEL) and steady(row)]
     if ours:
-        yield _quotients("Speed-up over full-rank SwiGLU", ours, SPEED_UPS)
+        yield from _quotients("Speed-up over full-rank SwiGLU", ours, SPEED_UPS)
         title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU"
-        yield _quotients(title, ours, OF_2_4)
+        yield from _quotients(title, ours, OF_2_4)
 
 
 def _times(rows: Sequence[Row], key: str) -> dict[str, float]:
@@ -194,7 +194,8 @@ def _quotient(times: Mapping[str, float], pair: tuple[str, str]) -> float | None
 
 def _quotients(
     title: str, rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]
-) -> Table:
+) -> Iterator[Table]:
+    """A table, unless no shape has both rows of a quotient."""
     lines = []
     for (shape, by), group in grouped(rows, "shape", "by").items():
         ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")
@@ -205,7 +206,8 @@ def _quotients(
         if set(cells) != {"-"}:
             lines.append([shape if by == XLA else f"{shape} kernels", *cells])
     more = " (published)" if any(row["published_ms"] for row in rows) else ""
-    return Table(f"{title}{more}", ["", *columns], lines)
+    if lines:
+        yield Table(f"{title}{more}", ["", *columns], lines)
 
 
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:

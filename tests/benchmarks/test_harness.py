@@ -1,4 +1,6 @@
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -373,7 +375,15 @@ def test_options_are_refused_before_anything_runs(argv, message, capsys):
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(_cli.importlib.util, "find_spec", lambda name: None)
-    assert "pip install matplotlib" in refusal(capsys, "--plot", "rows.png")
+    assert "pip install 'jaxkern-fused[bench]'" in refusal(capsys, "--plot", "rows.png")
+
+
+def test_without_rich_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    spec = importlib.util.find_spec("benchmarks._report")
+    assert spec and spec.loader
+    with pytest.raises(SystemExit, match="pip install 'jaxkern-fused"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_an_unwritable_file_is_refused(monkeypatch, capsys):

@@ -70,17 +70,22 @@ def test_rows_of_different_files_join():
 def test_pages_of_saved_rows(name, tmp_path):
     benchmark = import_module(f"benchmarks.{name}").BENCHMARK
     paths = frame.results(name)
-    assert paths
+    headings = set()
     for path in paths:
         meta, rows = read(path)
         picture = tmp_path / f"{path.parent.name}_{path.stem}.png"
         page = frame.markdown(benchmark, rows, meta, picture)
         assert ("interrupted" in page) != meta["complete"]
         measured, _, predicted = page.partition("#### Predicted, not measured")
-        tables = measured.count("\n\n| ")
-        assert tables and measured.count(f"- device: `{meta['device']}") == tables
-        assert measured.count(f"- command: `{meta['command']}`") == tables
+        assert "\n\n| " in measured
+        assert measured.count(f"- device: `{meta['device']}") == 1
+        assert measured.count(f"- command: `{meta['command']}`") == 1
+        # No table is empty, and an indented note belongs to the one above it.
+        assert "--: |\n\n" not in page
+        assert ("\n    - JAX's: " in page) == ("  JAX's" in meta["notes"])
         assert f"jaxkern {meta['revision']}" in measured
         assert "device:" not in predicted
         drawn = f"({picture.name})" in measured
         assert drawn == picture.exists()
+        headings.add(page.splitlines()[0])
+    assert len(headings) == len(paths) > 0

@@ -5,6 +5,7 @@ program must also compile for the CPU.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,22 @@ LOGITS = shape(8, 256, 256)
 ATTENTION = (TOKENS,) * 3
 DILATION = jaxkern.Dilation((512, 1024), (1, 2))
 
+
+def multiply_packed(x, w):
+    return jaxkern.matmul_2_4(jaxkern.pack_2_4(x), w)
+
+
+def multiply_by_packed(x, up, down):
+    up, down = jax.tree.map(lambda w: jaxkern.pack_2_4(w.T), (up, down))
+    return jaxkern.low_rank_relu2(x, up, down)
+
+
 CASES = {
     "swiglu": (jaxkern.swiglu, (X, W, W, DOWN)),
     "low_rank_swiglu": (jaxkern.low_rank_swiglu, (X, PAIR, PAIR, BACK)),
     "low_rank_relu2": (jaxkern.low_rank_relu2, (X, PAIR, BACK)),
+    "low_rank_relu2, packed": (multiply_by_packed, (X, PAIR, BACK)),
+    "matmul_2_4": (multiply_packed, (X, shape(512, 256))),
     "flash_mlp": (
         jaxkern.flash_mlp,
         (shape(16, 4096, 64), shape(16, 64, 512), shape(16, 512, 64)),
@@ -64,7 +77,7 @@ CASES = {
 def forward_and_backward(op):
     def step(*args):
         results, pull = jax.vjp(op, *args)
-        return pull(jax.tree.map(jnp.ones_like, results))
+        return results, pull(jax.tree.map(jnp.ones_like, results))
 
     return step
 
@@ -147,10 +160,10 @@ def test_a_program_traced_beside_a_gpu_computes_on_the_cpu():
     found, expected = (
         jax.jit(forward_and_backward(op))(*args) for op in (jaxkern.attention, by_xla)
     )
-    for x, y in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.usefixtures("chooses_hopper")
 def test_each_platform_runs_its_own_form():
     """The two forms have different values, which show the form that ran."""
     x = jnp.ones(3)
@@ -161,10 +174,14 @@ def test_each_platform_runs_its_own_form():
     def negative(x):
         return -x
 
-    named = partial(run, "mosaic_gpu", implementation="mosaic_gpu")
-    either = partial(run, "mosaic_gpu", implementation=None)
-    for chosen, expected in ((either, 2 * x), (named, -x)):
-        of = partial(chosen, xla=double, kernel=negative)
+    options: Any = {"xla": double, "kernel": negative, "unsupported": lambda: None}
+    for name, expected in ((None, 2 * x), ("mosaic_gpu", -x), ("xla", 2 * x)):
+        of = partial(run, "op", name, **options)
         np.testing.assert_array_equal(jax.jit(of)(x), expected)
-        # Outside of a program, `choose` has already chosen by the device of the arrays.
-        np.testing.assert_array_equal(of(x), -x)
+        # Outside of a program the device of the arrays is known.
+        np.testing.assert_array_equal(of(x), 2 * x if name == "xla" else -x)
+    slow = partial(run, "op", None, **options, faster=False)
+    np.testing.assert_array_equal(slow(x), 2 * x)
+    # An array that the forms hold is traced, too.
+    held = jax.jit(lambda y: run("op", None, x, **options, held=(y,)))
+    np.testing.assert_array_equal(held(x), 2 * x)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, kind_of
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes, vary_alike
 from .block_mask.mask import BlockMask
@@ -169,15 +169,16 @@ def block_sparse_attention(
     check_flag(op, return_lse=return_lse)
     _check_mask(op, mask, query, key)
     scale = check_scale(op, scale, query.shape[-1])
-    unsupported = partial(_unsupported, query, value, mask)
-    faster = query.shape[1] >= LEAST_QUERIES
-    arrays = query, key, value
     out, lse = run(
-        choose(op, implementation, arrays, unsupported, faster),
-        *arrays,
-        implementation=implementation,
+        op,
+        implementation,
+        query,
+        key,
+        value,
         xla=partial(_attend_by_xla, mask=mask, scale=scale),
         kernel=partial(_attend_in_kernel, mask=mask, scale=scale),
+        unsupported=partial(_unsupported, query, value, mask),
+        faster=query.shape[1] >= LEAST_QUERIES,
     )
     return (out, with_infinity(lse)) if return_lse else out
 

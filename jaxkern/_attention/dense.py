@@ -1,5 +1,6 @@
 """Softmax attention with its log-sum-exp, and the merge of two partial results."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, overload
 
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag, check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from .block_mask.mask import BlockMask, band_mask, with_keys
@@ -198,14 +199,15 @@ def attention(
             implementation="cudnn",
         )
     options = {"mask": mask, "is_causal": is_causal, "scale": scale}
-    out, lse = run(
-        choose_dense(op, implementation, query, key, value, mask=mask),
+    out, lse = run_dense(
+        op,
+        implementation,
         query,
         key,
         value,
-        implementation=implementation,
         xla=partial(_attend_rounded, **options),
         kernel=partial(_attend_in_kernel, **options),
+        mask=mask,
     )
     return (out, with_infinity(lse)) if return_lse else out
 
@@ -224,19 +226,24 @@ def _attend_in_kernel(query, key, value, *, mask, is_causal, scale):
     return attend.attend(query, key, value, mask=blocks, scale=scale)
 
 
-def choose_dense(
+def run_dense[Out](
     op: str,
     implementation: Implementation | None,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     *,
+    xla: Callable[[jax.Array, jax.Array, jax.Array], Out],
+    kernel: Callable[[jax.Array, jax.Array, jax.Array], Out],
     mask: jax.Array | None = None,
     rows: int | None = None,
-) -> Implementation:
-    """Choose the implementation of attention to all keys, or to the keys of a mask.
+) -> Out:
+    """Run attention to all keys, or to the keys of a mask, in the kernel or by XLA.
 
     Args:
+        xla: As in `run`.
+        kernel: As in `run`.
+        mask: The mask that both hold.
         rows: The number of queries that attend to each other, where a segment has fewer
             than the arrays.
 
@@ -257,7 +264,18 @@ def choose_dense(
 
     queries, keys = rows or query.shape[1], rows or key.shape[1]
     faster = queries >= LEAST_QUERIES and not _is_small(queries, keys)
-    return choose(op, implementation, (query, key, value), unsupported, faster)
+    return run(
+        op,
+        implementation,
+        query,
+        key,
+        value,
+        xla=xla,
+        kernel=kernel,
+        unsupported=unsupported,
+        faster=faster,
+        held=() if mask is None else (mask,),
+    )
 
 
 def dense_blocks(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._core.checks import check_flag
-from .._core.dispatch import Implementation, check_implementation, run
+from .._core.dispatch import Implementation, check_implementation
 from .._core.precision import widen
 from .checks import (
     check_key_mask,
@@ -19,7 +19,7 @@ from .checks import (
     check_scale,
     check_whole_sequence,
 )
-from .dense import attend_by_xla, choose_dense, dense_blocks
+from .dense import attend_by_xla, dense_blocks, run_dense
 from .dilation import (
     Dilation,
     Pattern,
@@ -247,20 +247,20 @@ def attend_pattern(
         # `select` gives padded rows False, as masked rows have.
         valid = jnp.ones(query.shape[:2], bool) if key_mask is None else key_mask
         mask = pattern.select(valid[:, :, None]).swapaxes(2, 3)[:, :, :, None]
-    options = {"pattern": pattern, "is_causal": is_causal, "scale": scale}
-    return run(
-        choose_dense(op, implementation, query, key, value, rows=pattern.rows),
+    options = {"mask": mask, "pattern": pattern, "is_causal": is_causal, "scale": scale}
+    return run_dense(
+        op,
+        implementation,
         query,
         key,
         value,
-        mask,
-        implementation=implementation,
         xla=partial(_attend_selected, **options),
         kernel=partial(_attend_in_strides, **options),
+        rows=pattern.rows,
     )
 
 
-def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
+def _attend_selected(query, key, value, *, mask, pattern, is_causal, scale):
     selected = select_rows(query, key, value, pattern)
     attend = partial(attend_by_xla, is_causal=is_causal, scale=scale)
 
@@ -272,7 +272,7 @@ def _attend_selected(query, key, value, mask, *, pattern, is_causal, scale):
     return attend_segment(*selected, mask)
 
 
-def _attend_in_strides(query, key, value, mask, *, pattern, is_causal, scale):
+def _attend_in_strides(query, key, value, *, mask, pattern, is_causal, scale):
     """Run the kernel on segments as a batch; it reads the rows that each head takes."""
     # Mosaic is imported on first use of a kernel.
     from .hopper import attend

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from .._core.checks import check_flag, check_integer, kind_of, raise_unknown
-from .._core.dispatch import Implementation, check_implementation, run
+from .._core.dispatch import Implementation, check_implementation
 from .checks import check_one_length, check_query_key_value, check_scale
-from .dense import choose_dense
+from .dense import run_dense
 from .dilated import attend_pattern, mix, select_rows
 from .dilation import Dilation, Pattern, check_dilation, make_patterns
 from .ring_steps import DeviceRing, Layout, attend_around
@@ -279,12 +279,12 @@ def _attend_across(
 
 def _run_around(op, implementation, query, key, value, **options):
     """Run `attend_around` by the implementation that `attention` would choose."""
-    return run(
-        choose_dense(op, implementation, query, key, value),
+    return run_dense(
+        op,
+        implementation,
         query,
         key,
         value,
-        implementation=implementation,
         xla=partial(attend_around, implementation="xla", **options),
         kernel=partial(attend_around, implementation="mosaic_gpu", **options),
     )

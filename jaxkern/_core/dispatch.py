@@ -61,24 +61,36 @@ def choose(
 
 
 def run[*Arrays, Out](
-    chosen: Implementation,
-    *arrays: *Arrays,
+    op: str,
     implementation: Implementation | None,
+    *arrays: *Arrays,
     xla: Callable[[*Arrays], Out],
     kernel: Callable[[*Arrays], Out],
+    unsupported: Callable[[], str | None],
+    faster: bool = True,
+    held: Sequence[Any] = (),
 ) -> Out:
-    """Apply `kernel` or `xla` to the arrays, as `choose` has chosen.
+    """Apply `kernel` or `xla` to the arrays, as `choose` says.
 
     A traced array has no device yet. A program that is traced where the default device
     is a Hopper GPU may still be compiled for arrays on the CPU, or be exported for it.
-    Therefore, if `implementation` is None and an array is traced, the program holds
-    both forms, and the platform that JAX lowers it for picks one. XLA never sees the
-    other form, so it costs no time and no memory. JAX lowers no Mosaic kernel for
-    several platforms at once.
+    Therefore, if None picks the kernel and an array is traced, the program holds both
+    forms, and the platform that JAX lowers it for picks one. XLA never sees the other
+    form, so it costs no time and no memory. JAX lowers no Mosaic kernel for several
+    platforms at once.
+
+    Args:
+        arrays: The arguments of `xla` and `kernel`, arrays or trees of them.
+        unsupported: As in `choose`.
+        faster: As in `choose`.
+        held: Arrays that `xla` and `kernel` hold themselves.
+
+    Raises:
+        NotImplementedError: As in `choose`.
     """
-    if chosen == "xla":
+    leaves = [*jax.tree.leaves(arrays), *held]
+    if choose(op, implementation, leaves, unsupported, faster) == "xla":
         return xla(*arrays)
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(arrays))
-    if implementation is None and traced:
+    if implementation is None and any(isinstance(x, Tracer) for x in leaves):
         return lax.platform_dependent(*arrays, cpu=xla, default=kernel)
     return kernel(*arrays)

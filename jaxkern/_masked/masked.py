@@ -19,7 +19,7 @@ from .._core.checks import (
     kind_of,
     raise_unknown,
 )
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
 from .estimators import (
@@ -168,14 +168,28 @@ def _run(
     implementation: Implementation | None,
 ) -> jax.Array:
     """Run the layer in the kernels or by one of XLA's forms."""
+
+    def unsupported() -> str | None:
+        # Mosaic is imported on first use of a kernel.
+        from .hopper.multiply import unsupported
+
+        if method not in (None, "fused"):
+            return f"method must be None or 'fused' for mosaic_gpu, got {method!r}"
+        return unsupported(x.dtype, [one.dtype for one in masks.arrays])
+
+    tokens = len(x) * x.shape[1] // max(masks.samples, 1)
+    enough = KERNEL_LEAST_TOKENS <= tokens <= KERNEL_MOST_TOKENS
     form = method or _fastest_method(x, parameters[0], masks)
     return run(
-        _choose(op, x, parameters[0], masks, method, implementation),
+        op,
+        implementation,
         x,
         parameters,
-        implementation=implementation,
         xla=partial(_by_xla, layer, masks=masks, method=form),
         kernel=partial(_in_kernels, layer, masks=masks),
+        unsupported=unsupported,
+        faster=masks.samples >= KERNEL_LEAST_SAMPLES and enough,
+        held=masks.arrays,
     )
 
 
@@ -236,31 +250,6 @@ def _sample_by_sample(layer, x, parameters, masks, method):
 _compiled_sample_by_sample = jax.jit(
     _sample_by_sample, static_argnames=("layer", "method")
 )
-
-
-def _choose(
-    op: str,
-    x: jax.Array,
-    weights: Sequence[jax.Array],
-    masks: _Masks,
-    method: Method | None,
-    implementation: Implementation | None,
-) -> Implementation:
-    """Choose the implementation, from shapes, dtypes, method and devices alone."""
-    arrays = x, *weights, *masks.arrays
-
-    def unsupported() -> str | None:
-        # Mosaic is imported on first use of a kernel.
-        from .hopper.multiply import unsupported
-
-        if method not in (None, "fused"):
-            return f"method must be None or 'fused' for mosaic_gpu, got {method!r}"
-        return unsupported(x.dtype, [one.dtype for one in masks.arrays])
-
-    tokens = len(x) * x.shape[1] // max(masks.samples, 1)
-    enough = KERNEL_LEAST_TOKENS <= tokens <= KERNEL_MOST_TOKENS
-    faster = masks.samples >= KERNEL_LEAST_SAMPLES and enough
-    return choose(op, implementation, arrays, unsupported, faster)
 
 
 def _fastest_method(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from .._core.activations import ACTIVATIONS, ActivationName, get_activation
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from . import thresholds
@@ -105,16 +105,16 @@ def flash_mlp(
         check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
     ups = *gates, w1
     gated = w_gate is not None
-    faster = thresholds.flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated)
-    unsupported = partial(_unsupported, x, w1, gated=gated)
     return run(
-        choose(op, implementation, (x, *ups, w2), unsupported, faster),
+        op,
+        implementation,
         x,
         ups,
         w2,
-        implementation=implementation,
         xla=partial(_reference, activation=activation),
         kernel=partial(_in_kernel, activation=activation),
+        unsupported=partial(_unsupported, x, w1, gated=gated),
+        faster=thresholds.flash_mlp_is_faster(heads, batch, dim, hidden, gated=gated),
     )
 
 

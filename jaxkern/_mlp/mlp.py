@@ -19,7 +19,7 @@ from .._core.checks import (
     check_shape,
     raise_unknown,
 )
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import matmul, relu2, widen
 from .._sparsity.packed import Packed24
 from .._sparsity.select import GROUP, KEPT, sparsify_2_4
@@ -211,13 +211,17 @@ def swiglu(
     faster = thresholds.kernel_is_faster(
         op, math.prod(batch), (d_in, d_out), hidden_size
     )
-    arrays, unsupported = (x, w_gate, w_up, w_down), partial(_unsupported, x)
     return run(
-        choose(op, implementation, arrays, unsupported, faster),
-        *arrays,
-        implementation=implementation,
+        op,
+        implementation,
+        x,
+        w_gate,
+        w_up,
+        w_down,
         xla=_swiglu,
         kernel=_swiglu_in_kernels,
+        unsupported=partial(_unsupported, x),
+        faster=faster,
     )
 
 
@@ -400,16 +404,17 @@ def low_rank_swiglu(
     *batch, d_in = x.shape
     ranks = gate[1].shape[0], up[1].shape[0], down[0].shape[1]
     faster = thresholds.kernel_is_faster(op, math.prod(batch), ranks, hidden_size)
-    arrays, unsupported = (x, *gate, *up, *down), partial(_unsupported, x, ranks)
     return run(
-        choose(op, implementation, arrays, unsupported, faster),
+        op,
+        implementation,
         x,
         gate,
         up,
         down,
-        implementation=implementation,
         xla=_low_rank_swiglu,
         kernel=_low_rank_swiglu_in_kernels,
+        unsupported=partial(_unsupported, x, ranks),
+        faster=faster,
     )
 
 
@@ -611,17 +616,17 @@ def _dense_low_rank_relu2(
     if (sparsity, gradient) == ("2:4", "straight_through"):
         name = "2:4 straight_through"
     faster = thresholds.kernel_is_faster(name, math.prod(batch), ranks, hidden_size)
-    arrays = x, *up, *down
-    unsupported = partial(_unsupported, x, ranks, sparsity, gradient)
     options = {"sparsity": sparsity, "gradient": gradient}
     return run(
-        choose(op, implementation, arrays, unsupported, faster),
+        op,
+        implementation,
         x,
         up,
         down,
-        implementation=implementation,
         xla=partial(_low_rank_relu2, **options),
         kernel=partial(_low_rank_relu2_in_kernels, **options),
+        unsupported=partial(_unsupported, x, ranks, sparsity, gradient),
+        faster=faster,
     )
 
 

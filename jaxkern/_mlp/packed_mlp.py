@@ -9,7 +9,7 @@ import jax
 
 from .._core import device
 from .._core.checks import check_batched, check_floating, check_pair
-from .._core.dispatch import Implementation, choose, run
+from .._core.dispatch import Implementation, run
 from .._core.precision import matmul, relu2
 from .._sparsity.packed import Packed24, check_packed_24, unpack
 from .thresholds import PACKED_RELU2_TOKENS
@@ -32,17 +32,15 @@ def packed_low_rank_relu2(
     (x,) = check_floating(op, x=x)
     check_batched(op, "x", x)
     factors = _factors(op, x, up, down)
-    tokens = math.prod(x.shape[:-1])
-    arrays = x, *jax.tree.leaves(factors)
-    unsupported = partial(device.unsupported_array, "x", x)
-    faster = tokens >= PACKED_RELU2_TOKENS
     return run(
-        choose(op, implementation, arrays, unsupported, faster),
+        op,
+        implementation,
         x,
         factors,
-        implementation=implementation,
         xla=_unpacked,
         kernel=_packed,
+        unsupported=partial(device.unsupported_array, "x", x),
+        faster=math.prod(x.shape[:-1]) >= PACKED_RELU2_TOKENS,
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from .._core import device
 from .._core.checks import check_floating, check_shape
-from .._core.dispatch import Implementation, check_implementation, choose, run
+from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import matmul
 from .packed import Packed24, check_packed_24, unpack
 
@@ -82,18 +82,17 @@ def matmul_2_4(
     op = "matmul_2_4"
     check_implementation(op, implementation)
     packed = check_packed_24(op, packed)
-    indices = packed.indices
     values, w = check_floating(op, values=packed.values, w=w)
     check_shape(op, "w", w, (packed.features, "d_out"))
-    faster = math.prod(values.shape[:-1]) >= LEAST_ROWS
-    unsupported = partial(device.unsupported_array, "values", values)
     return run(
-        choose(op, implementation, (values, indices, w), unsupported, faster),
+        op,
+        implementation,
         packed,
         w,
-        implementation=implementation,
         xla=_multiply_unpacked,
         kernel=_multiply_packed,
+        unsupported=partial(device.unsupported_array, "values", values),
+        faster=math.prod(values.shape[:-1]) >= LEAST_ROWS,
     )
 
 

@@ -268,8 +268,8 @@ MUTANTS = (
         "one-platform",
         "A program traced beside a GPU holds the kernel alone, and fails on the CPU.",
         "jaxkern/_core/dispatch.py",
-        "if implementation is None and traced:",
-        "if implementation is None and not traced:",
+        "if implementation is None and any(isinstance(x, Tracer) for x in leaves):",
+        "if implementation is None and False:",
         ("tests/test_platforms.py", "swiglu or own_form"),
     ),
     Mutant(

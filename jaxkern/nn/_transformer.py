@@ -881,7 +881,7 @@ def _kinds(
             f"positions, got {dim}"
         )
     if kind.scaling is not None:
-        check_scaling(op, "rope_scaling", kind.scaling, turned // 2)
+        check_scaling(op, "rope_scaling", kind.scaling, kind.rope_theta, turned // 2)
     if kind.window is None:
         given = {"local_rope_theta": local_rope_theta, "full_attention_every": every}
         for name, value in given.items():

@@ -250,6 +250,11 @@ def lm(**options):
         ({"activation": "elu"}, ValueError, "activation must be one of 'silu'"),
         ({"qkv_bias": 1}, TypeError, "qkv_bias must be True or False"),
         ({"rope_scaling": 8}, TypeError, "rope_scaling must be a RotaryScaling or N"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": FAMILIES["Qwen 2"]["rope_scaling"]},
+            ValueError,
+            "rope_theta must be above 1 for a rope_scaling of kind 'yarn', got 1.0",
+        ),
         ({"logit_softcap": "30"}, TypeError, "logit_softcap must be one number"),
         ({"window": 0}, ValueError, "window must be an integer of at least 1, got 0"),
         (

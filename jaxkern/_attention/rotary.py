@@ -128,7 +128,7 @@ def rotary_embedding(
         check_scaling(op, "scaling", scaling, rope_theta, turned // 2)
     if positions is None:
         positions = jnp.arange(seq)
-    positions = _check_positions(op, positions, batch, seq)
+    positions = read_positions(op, positions, batch, seq)
     wide = widen(x[..., :turned])
     if positions.ndim == 1:
         positions = positions[None]
@@ -212,7 +212,7 @@ def _turns(
     return whole, rest
 
 
-def _check_positions(
+def read_positions(
     op: str, positions: jax.Array | np.ndarray, batch: int, seq: int
 ) -> jax.Array:
     """Return the positions as a JAX array of at least 32 bits.

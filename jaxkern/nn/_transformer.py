@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._attention.rotary import Pairs, check_rotary_dim
+from .._attention.rotary import Pairs, check_rotary_dim, read_positions
 from .._attention.rotary_scaling import RotaryScaling, check_scaling
 from .._core.activations import ActivationName, get_activation
 from .._core.checks import (
@@ -490,14 +490,16 @@ class TransformerLM(nnx.Module):
         Raises:
             TypeError: An array has another dtype, or an option another type, than in
                 the call and in `jaxkern.cross_entropy`.
-            ValueError: A shape does not fit, a token or an option is out of range, or
-                the sequence is too long.
+            ValueError: A shape does not fit, an option is out of range, or the sequence
+                is too long; or a token or a target that counts is out of range, which
+                is checked outside of `jit` only.
         """
         op = "TransformerLM.loss"
-        self._check_tokens("TransformerLM", "tokens", tokens)
+        self._check_tokens(op, "tokens", tokens)
         given = f" for tokens of shape {tokens.shape}"
         check_targets(op, targets, where, ignore_index, tokens.shape, given)
         check_loss_options(op, chunk, z_loss, label_smoothing, softcap, return_lse)
+        _check_counted(op, targets, where, ignore_index, self.vocab_size)
         loss_options: dict[str, Any] = {
             "z_loss": z_loss,
             "label_smoothing": label_smoothing,
@@ -513,8 +515,9 @@ class TransformerLM(nnx.Module):
     def _mean_loss_and_lse(
         self, tokens, targets, where, ignore_index, positions, loss_options, options
     ):
-        tokens, order, inverse = self._order(tokens)
-        features = self._features(tokens, positions, order, options)
+        op = "TransformerLM.loss"
+        tokens, order, inverse = self._order(op, tokens)
+        features = self._features(op, tokens, positions, order, options)
         targets, where = read_targets(targets, where, ignore_index)
         targets, where = _take(targets, order), _take(where, order)
         losses, lse = cross_entropy(
@@ -552,11 +555,15 @@ class TransformerLM(nnx.Module):
             TypeError: As in the call.
             ValueError: As in the call.
         """
-        tokens, order, inverse = self._order(tokens)
-        return _take(self._features(tokens, positions, order, options), inverse)
+        op = "TransformerLM"
+        self._check_tokens(op, "tokens", tokens)
+        tokens, order, inverse = self._order(op, tokens)
+        return _take(self._features(op, tokens, positions, order, options), inverse)
 
-    def _features(self, tokens, positions, order, options):
+    def _features(self, op, tokens, positions, order, options):
         """Return the features of tokens in the order in which devices share them."""
+        if positions is not None:
+            positions = read_positions(op, positions, *tokens.shape)
         if order is not None:
             positions = order if positions is None else positions[..., order]
 
@@ -780,13 +787,11 @@ class TransformerLM(nnx.Module):
             outputs.append(output)
         return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
-    def _order(self, tokens):
+    def _order(self, op, tokens):
         """Return the tokens, the order in which devices share them, and its inverse.
 
         Both orders are None where the tokens stay in order.
         """
-        op = "TransformerLM"
-        self._check_tokens(op, "tokens", tokens)
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         if self.mesh is None:
             return tokens, None, None
@@ -829,6 +834,23 @@ def _part(tree: Any, i: int) -> Any:
 def _take(x: Any, order: jax.Array | None) -> Any:
     """Take tokens (axis 1) in this order; None changes nothing."""
     return x if x is None or order is None else jnp.take(x, order, axis=1)
+
+
+def _check_counted(
+    op: str, targets: Any, where: Any, ignore_index: int | None, vocab_size: int
+) -> None:
+    """Check that targets that count are in the vocabulary, if their values are known.
+
+    Inside `jit` the loss of other targets is NaN.
+    """
+    values, counts = known(targets), None if where is None else known(where)
+    if values is None or (where is not None and counts is None):
+        return
+    if counts is not None:
+        values = values[counts]
+    if ignore_index is not None:
+        values = values[values != ignore_index]
+    check_range(op, "targets", values, 0, vocab_size - 1)
 
 
 def _check_heads(

@@ -37,7 +37,7 @@ from .._cross_entropy import (
     cross_entropy,
     read_targets,
 )
-from ._attention import QKNorm
+from ._attention import QKNorm, check_heads
 from ._common import (
     check_arguments,
     check_callable,
@@ -288,21 +288,18 @@ class TransformerLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = "TransformerLM"
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        vocab_size, context_length, embed_dim, num_layers = check_arguments(
+        vocab_size, context_length, num_layers, hidden_dim = check_arguments(
             op,
             None,
             vocab_size=vocab_size,
             context_length=context_length,
-            embed_dim=embed_dim,
             num_layers=num_layers,
+            hidden_dim=hidden_dim,
         )
-        hidden_dim, num_heads, kv_heads = check_arguments(
-            op, None, hidden_dim=hidden_dim, num_heads=num_heads, num_kv_heads=kv_heads
+        embed_dim, num_heads, kv_heads, dim = check_heads(
+            op, embed_dim, num_heads, num_kv_heads, head_dim
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        _check_heads(embed_dim, num_heads, kv_heads, head_dim)
-        dim = embed_dim // num_heads if head_dim is None else head_dim
         _check_numbers(
             op,
             rope_theta=rope_theta,
@@ -340,7 +337,7 @@ class TransformerLM(nnx.Module):
             num_heads,
             hidden_dim=hidden_dim,
             num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            head_dim=dim,
             attention_fn=choose_attention(attention_fn, mesh, options),
             attention_options=options,
             qk_norm=qk_norm,
@@ -851,23 +848,6 @@ def _check_counted(
     if ignore_index is not None:
         values = values[values != ignore_index]
     check_range(op, "targets", values, 0, vocab_size - 1)
-
-
-def _check_heads(
-    embed_dim: int, num_heads: int, kv_heads: int, head_dim: int | None
-) -> None:
-    op = "TransformerLM"
-    if head_dim is not None:
-        check_integer(op, "head_dim", head_dim)
-    elif embed_dim % num_heads:
-        raise ValueError(
-            f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
-            f"given, got {num_heads}"
-        )
-    if num_heads % kv_heads:
-        raise ValueError(
-            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
-        )
 
 
 def _check_numbers(op: str, **numbers: Any) -> None:

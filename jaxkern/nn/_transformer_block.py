@@ -106,7 +106,7 @@ class TransformerBlock(nnx.Module):
         *,
         hidden_dim: int,
         num_kv_heads: int,
-        head_dim: int | None,
+        head_dim: int,
         attention_fn: Callable[..., Any],
         attention_options: dict[str, Any],
         qk_norm: QKNorm | None,

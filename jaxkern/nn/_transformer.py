@@ -175,7 +175,8 @@ class TransformerLM(nnx.Module):
         rope_scaling: A change of the rotary frequencies for long contexts (Llama 3.1,
             Gemma 3, Phi-3, Qwen).
         local_rope_theta: The `rope_theta` of the layers with a window, without
-            `rope_scaling`; None for that of the others. Gemma 3.
+            `rope_scaling`, where others have none; None for that of the others. Gemma
+            3.
         embedding_scale: Multiply the embeddings by it, rounded to `dtype`; sqrt(
             embed_dim) in Gemma.
         attention_scale: The factor of the logits of attention; None for head_dim **
@@ -313,10 +314,13 @@ class TransformerLM(nnx.Module):
         _check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
         check_flag(
             op,
+            tie_embeddings=tie_embeddings,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
             mlp_bias=mlp_bias,
             gated_mlp=gated_mlp,
+            remat=remat,
+            scan_layers=scan_layers,
         )
         self.kinds = _kinds(
             LayerKind(window, rope_theta, rope_pairs, rotary_dim, rope_scaling),
@@ -688,7 +692,7 @@ class TransformerLM(nnx.Module):
                 be any integers: the new tokens come right behind the prompt, as if it
                 were alone, and zeros fill the row.
             temperature: The number that divides the logits, or one for each prompt. 0
-                takes the likeliest token.
+                takes the likeliest token, which `top_k`, `top_p` and `min_p` keep.
             top_k: Sample from this many likeliest tokens, and from any that are as
                 likely as the last of them. None samples from all.
             top_p: Sample from the fewest tokens whose probabilities sum to at least
@@ -711,8 +715,8 @@ class TransformerLM(nnx.Module):
 
         Raises:
             TypeError: `prompt` or `prompt_lengths` is not an integer array, a number is
-                not a number, `stop_tokens` is not a sequence, a key is missing, or
-                there is a key at temperature 0.
+                not a number, `stop_tokens` is not a sequence, a key is missing, there
+                is a key at temperature 0, or `cache` is neither True nor False.
             ValueError: A shape does not fit; a token, a length or a number is out of
                 range; or `cache` is True and the model has an `attention_fn`.
 
@@ -725,6 +729,7 @@ class TransformerLM(nnx.Module):
         """
         op = "TransformerLM.generate"
         (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
+        check_flag(op, cache=cache)
         self._check_tokens(op, "prompt", prompt)
         sampling, top_k = check_sampling(
             op,
@@ -892,13 +897,17 @@ def _kinds(
                     f"{op}: {name} must be None without a window, got {value}"
                 )
         return (kind,)
-    check_integer(op, "window", kind.window)
-    local = kind
-    if local_rope_theta is not None:
-        local = kind._replace(rope_theta=local_rope_theta, scaling=None)
+    local = kind._replace(window=check_integer(op, "window", kind.window))
     if every is None:
+        if local_rope_theta is not None:
+            raise ValueError(
+                f"{op}: local_rope_theta must be None without full_attention_every, "
+                f"where rope_theta is that of all layers, got {local_rope_theta}"
+            )
         return (local,)
-    check_integer(op, "full_attention_every", every)
+    every = check_integer(op, "full_attention_every", every, least=2)
+    if local_rope_theta is not None:
+        local = local._replace(rope_theta=local_rope_theta, scaling=None)
     return (*(local,) * (every - 1), kind._replace(window=None))
 
 

@@ -263,6 +263,19 @@ def lm(**options):
             "full_attention_every must be None without a window, got 2",
         ),
         (
+            {"window": 4, "full_attention_every": 1},
+            ValueError,
+            "full_attention_every must be an integer of at least 2, got 1",
+        ),
+        (
+            {"window": 4, "local_rope_theta": 20.0},
+            ValueError,
+            "local_rope_theta must be None without full_attention_every, where .* 20.0",
+        ),
+        ({"scan_layers": 0}, TypeError, "scan_layers must be True or False"),
+        ({"remat": "all"}, TypeError, "remat must be True or False"),
+        ({"tie_embeddings": None}, TypeError, "tie_embeddings must be True or False"),
+        (
             {"window": 4, "attention_fn": jax.nn.dot_product_attention},
             ValueError,
             "window must be None with an attention_fn, got 4",

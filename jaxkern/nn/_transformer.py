@@ -2,32 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax import export, lax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.ring import ring_permutation
-from .._attention.rotary import Pairs, check_rotary_dim, read_positions
-from .._attention.rotary_scaling import RotaryScaling, check_scaling
-from .._core.activations import ActivationName, get_activation
+from .._attention.rotary import Pairs, read_positions
+from .._attention.rotary_scaling import RotaryScaling
+from .._core.activations import ActivationName
 from .._core.checks import (
     Number,
     as_int32,
     check_array,
     check_flag,
     check_integer,
-    check_number,
-    check_shape,
-    raise_unknown,
 )
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
@@ -38,9 +33,9 @@ from .._cross_entropy import (
     read_targets,
 )
 from ._attention import QKNorm, check_heads
+from ._cache import KVCache, places_with_cache
 from ._common import (
     check_arguments,
-    check_callable,
     check_dtypes,
     check_range,
     check_tokens,
@@ -48,9 +43,8 @@ from ._common import (
     make_kernel,
     read_tokens,
 )
-from ._dense_mlp import MLP
-from ._generate import check_sampling, generate
-from ._mlp import SwiGLU
+from ._generate import check_sampling, generate, read_prompt_lengths
+from ._layers import make_layers, run_layers
 from ._norms import NormKind, make_norm
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
@@ -60,59 +54,14 @@ from ._transformer_block import (
     choose_attention,
     embedding_init,
     linear_init,
-    make_layers,
 )
-
-
-class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, of all layers, and their number.
-
-    `TransformerLM.make_cache` makes an empty one, and `TransformerLM.extend` returns
-    one with more tokens. It is a named tuple, a pytree, and `jax.export` serializes it.
-    Two are equal if their arrays are.
-
-    Attributes:
-        keys: The rotated keys.
-        values: The values.
-        length: The number of tokens, one for all sequences or one for each.
-
-    Examples:
-        ```python
-        import jax.numpy as jnp
-        from jaxkern import nn
-
-        empty = jnp.zeros((1, 2, 8, 2, 4))  # (layers, batch, capacity, kv_heads, dim)
-        cache = nn.KVCache(empty, empty, jnp.int32(0))
-        print(cache.keys.shape, cache.length)
-        ```
-        ```text
-        (1, 2, 8, 2, 4) 0
-        ```
-    """
-
-    keys: Float[Array, "layers batch capacity kv_heads dim"]
-    values: Float[Array, "layers batch capacity kv_heads dim"]
-    length: Integer[Array, ""] | Integer[Array, " batch"]
-
-    # Without these methods a comparison of named tuples would ask arrays for their
-    # truth value, which they do not have.
-    def __eq__(self, other: object) -> bool:
-        """Whether all arrays are equal; not under `jit`."""
-        return isinstance(other, KVCache) and all(map(np.array_equal, self, other))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        raise TypeError("unhashable type: 'KVCache'")
-
-
-export.register_namedtuple_serialization(KVCache, serialized_name="jaxkern.nn.KVCache")
-
-
-def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
-    batch = tokens[:1]
-    return P(*batch), KVCache._make([P(None, *batch), P(None, *batch), P()])
+from ._transformer_options import (
+    check_capped,
+    check_names,
+    check_numbers,
+    choose_mlp,
+    layer_kinds,
+)
 
 
 class TransformerLM(nnx.Module):
@@ -301,7 +250,7 @@ class TransformerLM(nnx.Module):
             op, embed_dim, num_heads, num_kv_heads, head_dim
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        _check_numbers(
+        check_numbers(
             op,
             rope_theta=rope_theta,
             norm_epsilon=norm_epsilon,
@@ -311,7 +260,7 @@ class TransformerLM(nnx.Module):
             attention_softcap=attention_softcap,
             logit_softcap=logit_softcap,
         )
-        _check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
+        check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
         check_flag(
             op,
             tie_embeddings=tie_embeddings,
@@ -322,7 +271,7 @@ class TransformerLM(nnx.Module):
             remat=remat,
             scan_layers=scan_layers,
         )
-        self.kinds = _kinds(
+        self.kinds = layer_kinds(
             LayerKind(window, rope_theta, rope_pairs, rotary_dim, rope_scaling),
             dim,
             local_rope_theta,
@@ -332,7 +281,7 @@ class TransformerLM(nnx.Module):
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
         capped = {"window": window, "attention_softcap": attention_softcap}
-        _check_capped(attention_fn, mesh, capped)
+        check_capped(attention_fn, mesh, capped)
         options = {"scale": attention_scale, "softcap": attention_softcap}
         options = {name: x for name, x in options.items() if x is not None}
         make_block = partial(
@@ -349,7 +298,7 @@ class TransformerLM(nnx.Module):
             out_bias=out_bias,
             norm=partial(make_norm, kind=norm, epsilon=norm_epsilon),
             norm_placement=norm_placement,
-            mlp=_choose_mlp(mlp, activation, gated_mlp, mlp_bias),
+            mlp=choose_mlp(mlp, activation, gated_mlp, mlp_bias),
             dtype=dtype,
             param_dtype=param_dtype,
         )
@@ -577,7 +526,7 @@ class TransformerLM(nnx.Module):
             step = jax.checkpoint(step, prevent_cse=not in_scan, static_argnums=0)
         tokens = self._share(_take(tokens, order), BATCH, "context")
         x = self._share(self._embed(tokens), BATCH, "context", None)
-        x, _ = self._run_layers(step, x, None)
+        x, _ = run_layers(self.layers, self.kinds, step, x, None)
         return self.norm(x)
 
     @on_automatic_axes(lambda features: P(*features[:-1], None))
@@ -626,7 +575,7 @@ class TransformerLM(nnx.Module):
         keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
         return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
-    @on_automatic_axes(_places_with_cache)
+    @on_automatic_axes(places_with_cache)
     def extend(
         self, tokens: Integer[Array, "batch seq"], cache: KVCache
     ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
@@ -660,7 +609,9 @@ class TransformerLM(nnx.Module):
             return x, grown
 
         x = self._embed(tokens)
-        x, (keys, values) = self._run_layers(step, x, (cache.keys, cache.values))
+        x, (keys, values) = run_layers(
+            self.layers, self.kinds, step, x, (cache.keys, cache.values)
+        )
         return self.norm(x), KVCache(keys, values, length + seq)
 
     def generate(
@@ -747,47 +698,9 @@ class TransformerLM(nnx.Module):
         _check_length(op, "prompt and max_new_tokens", total, self.context_length)
         lengths = prompt_lengths
         if lengths is not None:
-            lengths = _read_prompt_lengths(op, lengths, prompt)
+            lengths = read_prompt_lengths(op, lengths, prompt)
         prompt = read_tokens(op, "prompt", prompt, self.vocab_size, lengths)
         return generate(self, prompt, lengths, sampling, top_k, count, cache)
-
-    def _run_layers(self, step, x, inputs):
-        """Scan `step` over the layers, each with its kind and its part of the inputs.
-
-        Layers of several kinds are scanned in groups of one of each.
-        """
-        if not self.scan_layers:
-            parts = enumerate(self.layers)
-            parts = [(layer, _part(inputs, i)) for i, layer in parts]
-            return self._run_each(step, x, parts)
-        layers = self.layers, inputs
-        if len(self.kinds) == 1:
-            return lax.scan(partial(step, self.kinds[0]), x, layers)
-        size, count = len(self.kinds), self.cache_shape[0]
-        groups = count // size
-        outputs = []
-
-        def run(x, group):
-            return self._run_each(step, x, [_part(group, i) for i in range(size)])
-
-        if groups:
-            stacked = jax.tree.map(
-                lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), layers
-            )
-            x, output = lax.scan(run, x, stacked)
-            outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output))
-        if rest := range(groups * size, count):
-            x, output = self._run_each(step, x, [_part(layers, i) for i in rest])
-            outputs.append(output)
-        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-
-    def _run_each(self, step, x, layers):
-        """Run `step` for one layer after another, the first of the first kind."""
-        outputs = []
-        for i, layer in enumerate(layers):
-            x, output = step(self.kinds[i % len(self.kinds)], x, layer)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
     def _order(self, op, tokens):
         """Return the tokens, the order in which devices share them, and its inverse.
@@ -829,10 +742,6 @@ class TransformerLM(nnx.Module):
         return x * jnp.asarray(self.embedding_scale, x.dtype)
 
 
-def _part(tree: Any, i: int) -> Any:
-    return jax.tree.map(itemgetter(i), tree)
-
-
 def _take(x: Any, order: jax.Array | None) -> Any:
     """Take tokens (axis 1) in this order; None changes nothing."""
     return x if x is None or order is None else jnp.take(x, order, axis=1)
@@ -855,97 +764,6 @@ def _check_counted(
     check_range(op, "targets", values, 0, vocab_size - 1)
 
 
-def _check_numbers(op: str, **numbers: Any) -> None:
-    for name, number in numbers.items():
-        if number is not None:
-            check_number(op, name, number, positive=True)
-
-
-def _check_names(norm, norm_placement, qk_norm, rope_pairs, activation) -> None:
-    op = "TransformerLM"
-    for name, got, valid in [
-        ("norm", norm, get_args(NormKind)),
-        ("norm_placement", norm_placement, get_args(NormPlacement)),
-        ("qk_norm", qk_norm, (None, *get_args(QKNorm))),
-        ("rope_pairs", rope_pairs, get_args(Pairs)),
-    ]:
-        if got not in valid:
-            raise_unknown(op, name, got, valid)
-    get_activation(op, activation)
-
-
-def _kinds(
-    kind: LayerKind, dim: int, local_rope_theta: float | None, every: int | None
-) -> tuple[LayerKind, ...]:
-    """Return the kinds of layers, in the order in which they repeat."""
-    op = "TransformerLM"
-    turned = dim
-    if kind.rotary_dim is not None:
-        turned = check_rotary_dim(op, kind.rotary_dim, dim)
-    elif dim % 2:
-        raise ValueError(
-            f"{op}: embed_dim / num_heads or head_dim must be even, for rotary "
-            f"positions, got {dim}"
-        )
-    if kind.scaling is not None:
-        check_scaling(op, "rope_scaling", kind.scaling, kind.rope_theta, turned // 2)
-    if kind.window is None:
-        given = {"local_rope_theta": local_rope_theta, "full_attention_every": every}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"{op}: {name} must be None without a window, got {value}"
-                )
-        return (kind,)
-    local = kind._replace(window=check_integer(op, "window", kind.window))
-    if every is None:
-        if local_rope_theta is not None:
-            raise ValueError(
-                f"{op}: local_rope_theta must be None without full_attention_every, "
-                f"where rope_theta is that of all layers, got {local_rope_theta}"
-            )
-        return (local,)
-    every = check_integer(op, "full_attention_every", every, least=2)
-    if local_rope_theta is not None:
-        local = local._replace(rope_theta=local_rope_theta, scaling=None)
-    return (*(local,) * (every - 1), kind._replace(window=None))
-
-
-def _check_capped(attention_fn: Any, mesh: Mesh | None, options: dict) -> None:
-    """Check that a window or a softcap goes with the attention and the mesh."""
-    op = "TransformerLM"
-    for name, value in options.items():
-        if value is None:
-            continue
-        if attention_fn is not None:
-            raise ValueError(
-                f"{op}: {name} must be None with an attention_fn, got {value}"
-            )
-        if mesh is not None and mesh.shape["context"] > 1:
-            raise ValueError(
-                f"{op}: {name} must be None for context={mesh.shape['context']}, where "
-                f"tokens go round in ring_attention, got {value}"
-            )
-
-
-def _choose_mlp(mlp, activation, gated, use_bias) -> Callable[..., nnx.Module]:
-    """Return what makes the MLP of a block."""
-    op = "TransformerLM"
-    options = {"activation": activation, "gated": gated, "use_bias": use_bias}
-    default = {"activation": "silu", "gated": True, "use_bias": False}
-    if mlp is None:
-        if options == default:
-            return partial(SwiGLU, kernel_init=linear_init)
-        return partial(MLP, kernel_init=linear_init, **options)
-    check_callable(op, "mlp", mlp)
-    if options != default:
-        raise ValueError(
-            f"{op}: activation, gated_mlp and mlp_bias must be left out with an mlp of "
-            f"your own, got {activation!r}, {gated} and {use_bias}"
-        )
-    return mlp
-
-
 def _check_length(
     op: str, name: str, length: int, most: int, limit: str = "context_length"
 ) -> None:
@@ -953,11 +771,3 @@ def _check_length(
         raise ValueError(
             f"{op}: {name} must be at most {limit}={most} tokens, got {length}"
         )
-
-
-def _read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:
-    check_array(op, "prompt_lengths", lengths, "integer")
-    given = f" for prompt of shape {prompt.shape}"
-    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
-    check_range(op, "prompt_lengths", known(lengths), 1, prompt.shape[1])
-    return as_int32(lengths)

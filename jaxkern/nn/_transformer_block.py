@@ -237,18 +237,3 @@ def _put(kept, new, length):
 
     new = new.astype(kept.dtype)
     return jax.vmap(put)(kept, new, length) if length.ndim else put(kept, new, length)
-
-
-def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
-    """Make the layers, stacked or in a list.
-
-    Each has a key of its own, which is the same in both forms.
-    """
-
-    def make(key):
-        return make_block(rngs=nnx.Rngs(key))
-
-    keys = jax.random.split(rngs.params(), num_layers)
-    if not scan_layers:
-        return nnx.List(make(key) for key in keys)
-    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)

@@ -15,11 +15,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
+from .._attention.decoder import decoder_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._attention.rotary_scaling import RotaryScaling
 from ._attention import MultiHeadAttention, QKNorm
 from ._common import bind, check_callable
-from ._decoder_attention import decoder_attention
 from ._sharding import attend_on_mesh
 
 NormPlacement = Literal["pre", "post", "both"]

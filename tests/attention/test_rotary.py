@@ -277,6 +277,13 @@ def test_scalings_of_the_first_features(name):
             "scaling must have 4 factors, one for each pair of features, got 5",
         ),
         (
+            lambda: untyped.rotary_embedding(
+                normal(0, SHAPE), rope_theta=1.0, scaling=SCALINGS["yarn"]
+            ),
+            ValueError,
+            "rope_theta must be above 1 for a scaling of kind 'yarn', got 1.0",
+        ),
+        (
             lambda: untyped.rotary_embedding(normal(0, SHAPE), rotary_dim=12),
             ValueError,
             "rotary_dim must be even and at most dim=10, got 12",

@@ -360,6 +360,7 @@ def generate(prompt=PROMPT, **options):
             "top_p must be above 0 and at most 1, got 0.0",
         ),
         (generate(top_p="0.5"), TypeError, "top_p must be one number, got '0.5'"),
+        (generate(cache=1), TypeError, "cache must be True or False, and known when"),
         (generate(top_k=0), ValueError, "top_k must be an integer of at least 1"),
         (generate(min_p=1.5), ValueError, "min_p must be at most 1, got 1.5"),
         (

@@ -168,3 +168,6 @@ def test_each_platform_runs_its_own_form():
         np.testing.assert_array_equal(jax.jit(of)(x), expected)
         # Outside of a program, `choose` has already chosen by the device of the arrays.
         np.testing.assert_array_equal(of(x), -x)
+    # One traced array is enough; the others may be constants of the program.
+    of = partial(either, x, xla=jnp.add, kernel=jnp.subtract)
+    np.testing.assert_array_equal(jax.jit(of)(x), 2 * x)

@@ -20,7 +20,7 @@ from attention_definitions import (
     plain_attention,
     seen_args,
 )
-from helpers import assert_as_close, mesh, value_and_vjp, with_vjp
+from helpers import assert_as_close, mesh, to_float64, value_and_vjp, with_vjp
 
 from jaxkern import BlockMask, block_sparse_attention
 from jaxkern._attention.hopper import attend as kernels
@@ -142,6 +142,26 @@ def test_the_kernels_scale_is_positive(scale):
     scaled, factor = kernels._positive(query, scale)
     assert factor > 0
     np.testing.assert_array_equal(scaled * factor, query * scale)
+
+
+def test_cotangents_are_enlarged_as_far_as_float16_allows():
+    """The gradient of a logit, here the largest one possible, does not overflow."""
+    (_, _, value), _ = attention_args((4, 6, 6, 2, 2, 8, 8), F16)
+    d_out = (jnp.array([1.0, 1e-3, 0.0, jnp.inf])[:, None, None, None] * value).astype(
+        F16
+    )
+    delta = jnp.array([0.5, -3.0, 0.0, 0.0])[:, None, None] * jnp.ones((4, 2, 6))
+    *enlarged, inverse = kernels._enlarged(value, d_out, delta)
+    power = 1 / np.asarray(inverse, np.float64)
+    for got, plain in zip(
+        to_float64(enlarged), to_float64((d_out, delta)), strict=True
+    ):
+        np.testing.assert_array_equal(got.T, plain.T * power)
+    norms = np.linalg.norm(to_float64(value), axis=-1).max((1, 2))
+    largest = norms[:2] * norms[:2] * [1, 1e-3] + [0.5, 3]
+    assert (largest * power[:2] > 2**13.99).all()
+    assert (largest * power[:2] < 2**15.01).all()
+    np.testing.assert_array_equal(power[2:], 1)
 
 
 @pytest.mark.usefixtures("hopper")

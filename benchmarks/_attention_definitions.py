@@ -13,7 +13,7 @@ import jaxkern
 from jaxkern.testing import plain
 
 from ._attention_model import Dilated, Shape, Task
-from ._harness import Check, check_against, with_gradients
+from ._harness import Check, check_against, in_both, with_gradients
 
 # Queries that are checked: all of a short sequence, else so many of each row's; fewer
 # where all heads together have more logits, which float64 holds at once.
@@ -146,7 +146,6 @@ def rows_of(shape: Shape) -> np.ndarray:
     return checked_rows(shape.seq, shape.batch * shape.heads)
 
 
-@partial(jax.jit, static_argnames="backward")
 def define(rows, counts, *args, backward: bool):
     """Attend from some queries: one softmax over all keys, each met so many times."""
 
@@ -173,11 +172,7 @@ def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any
     counts = task.pattern.counts(task.shape, rows)
     if backward:
         args = (args[0][:, rows], *args[1:])
-    run = partial(define, backward=backward)
-    in_dtype = jax.tree.map(np.asarray, run(rows, counts, *args))
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
-        return in_dtype, jax.tree.map(np.asarray, run(rows, counts, *wide))
+    return in_both(dtype, partial(define, backward=backward), rows, counts, *args)
 
 
 def gradient_error(got: Any, exact: Any) -> float:

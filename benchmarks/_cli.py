@@ -55,24 +55,20 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
-class _Names:
-    """Comma-separated names out of those there are."""
+def names(valid: Sequence[object]) -> Callable[[str], list[str]]:
+    """Reads comma-separated names out of those there are, for argparse."""
+    known = [str(name) for name in valid]
 
-    def __init__(self, valid: Sequence[str]):
-        self.valid = valid
-
-    def __call__(self, text: str) -> list[str]:
+    def read(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]
-        unknown = [name for name in names if name not in self.valid]
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"must be among {', '.join(self.valid)}, got {', '.join(unknown)!r}"
+                f"must be among {', '.join(known)}, got {', '.join(unknown)!r}"
             )
         return list(dict.fromkeys(names))
 
-
-def names(valid: Sequence[object]) -> _Names:
-    return _Names([str(v) for v in valid])
+    return read
 
 
 def writable(text: str) -> Path:

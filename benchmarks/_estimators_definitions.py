@@ -15,7 +15,7 @@ from jaxkern.nn import MaskLogits, QuadraticTransformer
 from jaxkern.testing import plain as plain_forms
 from jaxkern.testing import relative_error
 
-from ._harness import Check
+from ._harness import Check, allowed_error, in_both, with_gradients
 
 VOCAB, EMBED, HEADS, LAYERS, HIDDEN, SEQ = 4096, 512, 8, 3, 2048, 256
 KERNELS = ("left", "right", "down")
@@ -93,19 +93,22 @@ def token_losses(logits, ids):
     return -jnp.take_along_axis(losses, ids[..., None], -1)[..., 0]
 
 
-@lru_cache(maxsize=1)
-def base_model(seed: int) -> tuple[Any, Any]:
-    """The frozen weights, as a state and as nested dicts."""
-    model = QuadraticTransformer(
+def _make_model(seed: int, **options: Any) -> QuadraticTransformer:
+    return QuadraticTransformer(
         VOCAB,
         EMBED,
         num_heads=HEADS,
         num_layers=LAYERS,
         hidden_dim=HIDDEN,
-        kernel_init=INIT,
         rngs=nnx.Rngs(seed),
+        **options,
     )
-    state = nnx.state(model, nnx.Param)
+
+
+@lru_cache(maxsize=1)
+def base_model(seed: int) -> tuple[Any, Any]:
+    """The frozen weights, as a state and as nested dicts."""
+    state = nnx.state(_make_model(seed, kernel_init=INIT), nnx.Param)
     return state, nnx.to_pure_dict(state)
 
 
@@ -117,18 +120,13 @@ def masked_model(estimator: str, method: Form, batch: int, dtype: Any) -> Any:
     shared = method == "current"
 
     def make() -> Any:
-        return QuadraticTransformer(
-            VOCAB,
-            EMBED,
-            num_heads=HEADS,
-            num_layers=LAYERS,
-            hidden_dim=HIDDEN,
+        return _make_model(
+            0,
             masked_layers=[0],
             num_masks=None if shared else batch,
             estimator=ESTIMATORS[estimator],
             **options_of(method),
             dtype=dtype,
-            rngs=nnx.Rngs(0),
         )
 
     graph, _, logits = nnx.split(nnx.eval_shape(make), nnx.Param, MaskLogits)
@@ -187,39 +185,17 @@ def hard(logits: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: (x > 0).astype(dtype), logits)
 
 
-def _widened(dtype: Any, fn: Any, *args: Any) -> Any:
-    """`fn` on the arguments in `dtype`, and in float64."""
-
-    def run(dtype):
-        def cast(x):
-            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        return jax.tree.map(np.asarray, jax.jit(fn)(*jax.tree.map(cast, args)))
-
-    plain = run(dtype)
-    with jax.enable_x64(True):
-        return plain, run(jnp.float64)
-
-
 # Rows of one batch follow each other.
 @lru_cache(maxsize=1)
 def layer_results(seed: int, batch: int, sizes: Sizes, dtype: Any) -> tuple[Any, Any]:
     """Twice: y, and the gradients of h, weights, biases, masks."""
     dy, h, weights, biases, logits = layer_inputs(seed, batch, sizes, dtype)
 
-    def run(dy, h, weights, biases, masks):
-        y, vjp = jax.vjp(
-            lambda h, weights, biases, masks: plain_forms.masked_bilinear(
-                h, weights, masks, biases
-            ),
-            h,
-            weights,
-            biases,
-            masks,
-        )
-        return y, vjp(dy)
+    def plain(h, weights, biases, masks):
+        return plain_forms.masked_bilinear(h, weights, masks, biases)
 
-    return _widened(dtype, run, dy, h, weights, biases, hard(logits, dtype))
+    arguments = dy, h, weights, biases, hard(logits, dtype)
+    return in_both(dtype, with_gradients(plain), *arguments)
 
 
 @lru_cache(maxsize=1)
@@ -243,16 +219,14 @@ def model_results(seed: int, batch: int, dtype: Any) -> tuple[Any, Any]:
 
         return lax.map(sample, (masks, ids))
 
-    return _widened(dtype, run, state, masks, token_ids(seed, batch))
+    return in_both(dtype, run, state, masks, token_ids(seed, batch))
 
 
 class Expected:
     """Exact results, and the error that the plain form in the same dtype has."""
 
     def __init__(self, plain: Any, exact: Any, dtype: Any):
-        self.exact = exact
-        rounding = float(jnp.finfo(dtype).eps) / 2
-        self.bound = 2 * relative_error(plain, exact) + rounding
+        self.exact, self.bound = exact, allowed_error(plain, exact, dtype)
 
     def check(self, got: Any) -> Check:
         return Check(relative_error(got, self.exact), self.bound)

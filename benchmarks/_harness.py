@@ -141,11 +141,34 @@ class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
 
 
+def allowed_error(plain: Any, exact: Any, dtype: Any) -> float:
+    """Twice the error of the plain form in the same dtype, plus one rounding."""
+    return 2 * relative_error(plain, exact) + float(jnp.finfo(dtype).eps) / 2
+
+
 def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:
-    """Allow twice the error of the plain form in the same dtype, plus one rounding."""
-    rounding = float(jnp.finfo(dtype).eps) / 2
-    bound = 2 * relative_error(plain, exact) + rounding
-    return Check(relative_error(got, exact), bound)
+    """Compare with the exact result, within `allowed_error`."""
+    return Check(relative_error(got, exact), allowed_error(plain, exact, dtype))
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """A tree of arrays, of which the floating-point ones have this dtype."""
+
+    def convert(a):
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(convert, tree)
+
+
+def in_both(dtype: Any, fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Results of a plain form for arguments in this dtype, and in float64."""
+
+    def run(dtype):
+        return jax.tree.map(np.asarray, jax.jit(fn)(*cast(args, dtype)))
+
+    in_dtype = run(dtype)
+    with jax.enable_x64(True):
+        return in_dtype, run(jnp.float64)
 
 
 def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,15 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._harness import Check, check_against, with_gradients
+from ._harness import Check, cast, check_against, with_gradients
 
 # Tokens whose float64 definition is computed at a time.
 CHUNK = 2048
-
-
-def _widen(a):
-    is_float = jnp.issubdtype(a.dtype, jnp.floating)
-    return a.astype(jnp.float64) if is_float else a
 
 
 def _in_float64(
@@ -23,10 +18,10 @@ def _in_float64(
 ) -> list[Any]:
     """`fn` on some tokens after the others, since float64 takes room."""
     with jax.enable_x64(True):
-        weights = jax.tree.map(_widen, weights)
+        weights = cast(weights, jnp.float64)
         jitted, parts = jax.jit(fn), []
         for i in range(0, len(rows[0]), CHUNK):
-            chunk = (r[i : i + CHUNK].astype(jnp.float64) for r in rows)
+            chunk = cast([r[i : i + CHUNK] for r in rows], jnp.float64)
             parts.append(jax.tree.map(np.asarray, jitted(*chunk, *weights)))
     return parts
 

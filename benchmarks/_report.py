@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -206,44 +205,33 @@ class RowProgress:
     """A bar on a terminal; elsewhere a line a row. On stderr: stdout is for tables."""
 
     def __init__(self, total: int, describe: Read):
-        self.describe = describe
-        self.total = total
-        self.done = 0
-        self.bar = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-            )
-            console = Console(stderr=True)
-            self.bar = Progress(
-                *columns, TimeElapsedColumn(), console=console, transient=True
-            )
-            self.task = self.bar.add_task("", total=total)
+        self.describe, self.total, self.done = describe, total, 0
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not self.on_terminal,
+        )
+        self.task = self.bar.add_task("", total=total)
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ):
-        if self.bar:
-            self.bar.stop()
+    def __exit__(self, *error: object):
+        self.bar.stop()
 
     def start(self, case: Case) -> None:
-        if self.bar:
-            self.bar.update(self.task, description=self.describe(dict(case.labels)))
+        self.bar.update(self.task, description=self.describe(dict(case.labels)))
 
     def finish(self, row: Row) -> None:
         self.done += 1
-        if self.bar:
-            self.bar.advance(self.task)
+        self.bar.advance(self.task)
+        if self.on_terminal:
             return
         result = f"{row['status']}: {row['reason']}"
         if row["status"] == "ok":

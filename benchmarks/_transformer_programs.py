@@ -25,7 +25,7 @@ from jaxkern.nn import (
 )
 from jaxkern.testing.plain import transformer as definitions
 
-from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
+from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, cast, check_against
 
 VOCAB = 10_000
 # Layers of the model whose gradients are checked; further ones repeat them.
@@ -283,8 +283,7 @@ def _our_loss(graph, state, tokens, targets):
 
 
 def _plain_loss(dtype, weights, tokens, targets):
-    weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-    return definitions.loss(weights, tokens, targets)
+    return definitions.loss(cast(weights, dtype), tokens, targets)
 
 
 def _check(task: Task, by: str, layers: Layers, found: float) -> Check:
@@ -351,8 +350,7 @@ def _compute(loss, arguments, ids):
 def _in_float64(loss, arguments, ids):
     static, weights = arguments
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
-        return _compute(loss, (static, wide), ids)
+        return _compute(loss, (static, cast(weights, jnp.float64)), ids)
 
 
 def _unstack(state):

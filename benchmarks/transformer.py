@@ -337,14 +337,12 @@ def _memory_mb(row: Row) -> float | None:
 
 
 def _spread(row: Row) -> str:
-    text = f"{number(row['mean_ms'], 4)} ± {number(row['std_ms'], 2)}"
-    mean, _ = published_ms(row)
-    return text if mean is None else f"{text} ({number(mean, 4)})"
+    return _mean(row, f" ± {number(row['std_ms'], 2)}")
 
 
-def _mean(row: Row) -> str:
+def _mean(row: Row, spread: str = "") -> str:
     mean, _ = published_ms(row)
-    text = number(row["mean_ms"], 4)
+    text = f"{number(row['mean_ms'], 4)}{spread}"
     return text if mean is None else f"{text} ({number(mean, 4)})"
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -86,7 +87,9 @@ def command(benchmark: str, arguments: Sequence[str]) -> str:
     A relative path stays as it was given. An absolute one is given by its name alone,
     since the folders of one machine mean nothing on another.
     """
-    names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    # In --json=FILE as well, where the option is a part of the argument.
+    folders = re.compile(r"^(--[\w-]+=)?/(?:.*/)?(?=[^/])")
+    names = [folders.sub(r"\1", argument) for argument in arguments]
     return shlex.join([*program(benchmark).split(), *names])
 
 

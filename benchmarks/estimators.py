@@ -220,7 +220,7 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
             yield _times(estimator, group)
             yield _costs(estimator, group)
     if layer:
-        yield floors()
+        yield floors(sorted({row["batch"] for row in layer}))
 
 
 def _samples(row: Row) -> str:
@@ -382,10 +382,10 @@ def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
     return floors_of(flops, moved) | stored
 
 
-def floors() -> Table:
-    """The published layer, whatever was measured."""
+def floors(batches: Sequence[int]) -> Table:
+    """The floors of the published layer, of which a CPU computes a part."""
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
-    found = {str(batch): floors_us(sizes, batch) for batch in BATCHES}
+    found = {str(batch): floors_us(sizes, batch) for batch in batches}
     lines = [[name, *map(number, us.values())] for name, us in found.items()]
     title = "Layer, forward and all gradients: floors of one H200 in us by matmuls "
     title += "(tensor), bytes moved, and those with masks in memory (stored masks)"

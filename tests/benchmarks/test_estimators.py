@@ -182,6 +182,11 @@ def test_command(tiny, tmp_path, capsys):
     start = next(i for i, line in enumerate(lines) if "error of outputs" in line)
     assert max(map(len, lines[start:])) <= 80
     assert start < next(i for i, s in enumerate(lines) if "(published: ste)" in s)
+    # The only layer that was measured has two samples.
+    floors = next(
+        i for i, s in enumerate(lines) if s.split()[:2] == ["samples", "tensor"]
+    )
+    assert lines[floors + 2].split()[0] == "2" and not lines[floors + 3]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] and len(saved["rows"]) == 2 + 2 * 3
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -110,6 +110,24 @@ def pattern(text: str) -> str:
     return text
 
 
+def refuse(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    reason: str,
+    *names: str,
+) -> None:
+    """Refuse options that another one leaves without a meaning.
+
+    Args:
+        reason: What the message begins with: the other option, and why.
+        names: Of the options, as the arguments have them.
+    """
+    options = {"peers": "--no-peers", "warmups": "--warmup"}
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"{reason}: leave out {options.get(name, f'--{name}')}")
+
+
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has; one that adds its own of a name wins."""
     parser = argparse.ArgumentParser(

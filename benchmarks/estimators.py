@@ -16,14 +16,13 @@ from functools import partial
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jaxkern._masked.masked import Method
 
 from . import _estimators_definitions as definitions
 from . import _estimators_study as study
 from . import frame
-from ._cli import run_program
+from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._h200 import floors_us as floors_of
 from ._harness import (
@@ -158,16 +157,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", action="store_true", help=help_study)
 
 
+def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    refuse(parser, args, "all rows are ours", "peers")
+    if args.study:
+        refuse(parser, args, "--study has no other size", "full")
+        refuse(parser, args, "--study is in float32", "dtype")
+        refuse(parser, args, "--study times nothing", "warmup", "iterations", "timing")
+        args.dtype = "float32"
+
+
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.study and args.full:
-        parser.error("--study has no other size: leave out --full")
     args.whole = args.on_device or args.full
     args.batches = BATCHES if args.whole else CPU_BATCHES
     part = 1 if args.whole else CPU_PART
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     args.layer_sizes = tuple(size // part for size in sizes)
-    if args.study:
-        args.dtype = jnp.dtype("float32")
 
 
 def _line(estimator: str, form: str, batch: int) -> dict[str, str]:
@@ -428,6 +432,7 @@ BENCHMARK = frame.Benchmark(
     tables=tables,
     describe=("op", "variant", "batch", "by", "method", *STUDIED, "pass"),
     options=add_options,
+    start=start,
     settle=settle,
     notes=notes,
     figure=figure,

@@ -346,6 +346,8 @@ def test_why_peers_are_left_out():
         (["--only", "("], "must be a regular expression, got '('"),
         (["--only", "triton"], "must be found in a row of --list, got 'triton'"),
         (["--grid", "published", "--plot", "a.png"], "--plot draws the real grid"),
+        (["--grid", "published", "--full"], "leave out --full"),
+        (["--grid", "real", "--devices", "2"], "leave out --devices"),
         (["--plot", "a.txt"], "must end in .png, .svg or .pdf"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "",

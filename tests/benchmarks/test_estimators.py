@@ -263,7 +263,10 @@ def test_no_figure_of_a_gpu_is_cut_off(tmp_path, printed):
     [
         (["--only", "("], "must be a regular expression, got '('"),
         (["--only", "triton"], "must be found in a row of --list, got 'triton'"),
+        (["--no-peers"], "all rows are ours: leave out --no-peers"),
         (["--study", "--full"], "--study has no other size"),
+        (["--study", "--dtype", "bfloat16"], "--study is in float32"),
+        (["--study", "--iterations", "2"], "--study times nothing"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "",
 )

@@ -18,7 +18,6 @@ from ._harness import (
     check_against,
     device_time,
     in_both,
-    with_gradients,
 )
 
 Call = Callable[..., Any]
@@ -161,7 +160,7 @@ def arguments(
 def results(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
     """Results of `plain.flash_mlp` in the dtype and in float64."""
     args = arguments(shape, dtype, seed, backward)
-    fn = with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
+    fn = plain.with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
     return in_both(dtype, fn, *args)
 
 

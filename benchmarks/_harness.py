@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
-from jaxkern.testing import relative_error
+from jaxkern.testing import plain, relative_error
 
 Row = dict[str, Any]
 Timing = Literal["amortised", "per-call"]
@@ -141,44 +141,20 @@ class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
 
 
-def allowed_error(plain: Any, exact: Any, dtype: Any) -> float:
+def allowed_error(in_dtype: Any, exact: Any, dtype: Any) -> float:
     """Twice the error of the plain form in the same dtype, plus one rounding."""
-    return 2 * relative_error(plain, exact) + float(jnp.finfo(dtype).eps) / 2
+    return 2 * relative_error(in_dtype, exact) + float(jnp.finfo(dtype).eps) / 2
 
 
-def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:
+def check_against(got: Any, in_dtype: Any, exact: Any, dtype: Any) -> Check:
     """Compare with the exact result, within `allowed_error`."""
-    return Check(relative_error(got, exact), allowed_error(plain, exact, dtype))
-
-
-def cast(tree: Any, dtype: Any) -> Any:
-    """A tree of arrays, of which the floating-point ones have this dtype."""
-
-    def convert(a):
-        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-    return jax.tree.map(convert, tree)
+    return Check(relative_error(got, exact), allowed_error(in_dtype, exact, dtype))
 
 
 def in_both(dtype: Any, fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     """Results of a plain form for arguments in this dtype, and in float64."""
-
-    def run(dtype):
-        return jax.tree.map(np.asarray, jax.jit(fn)(*cast(args, dtype)))
-
-    in_dtype = run(dtype)
-    with jax.enable_x64(True):
-        return in_dtype, run(jnp.float64)
-
-
-def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """From the result's cotangent and the arguments to result and all gradients."""
-
-    def forward_and_backward(cotangent, *args):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(cotangent)
-
-    return forward_and_backward
+    in_dtype = jax.tree.map(np.asarray, jax.jit(fn)(*plain.cast(args, dtype)))
+    return in_dtype, plain.in_float64(fn, *args)
 
 
 def measure(program: Program, options: Options, iterations: int, row: Row) -> None:

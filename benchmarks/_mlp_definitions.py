@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ._harness import Check, cast, check_against, with_gradients
+from jaxkern.testing.plain import in_float64, with_gradients
+
+from ._harness import Check, check_against
 
 # Tokens whose float64 definition is computed at a time.
 CHUNK = 2048
@@ -17,13 +18,8 @@ def _in_float64(
     fn: Callable[..., Any], rows: tuple[Any, ...], weights: Any
 ) -> list[Any]:
     """`fn` on some tokens after the others, since float64 takes room."""
-    with jax.enable_x64(True):
-        weights = cast(weights, jnp.float64)
-        jitted, parts = jax.jit(fn), []
-        for i in range(0, len(rows[0]), CHUNK):
-            chunk = cast([r[i : i + CHUNK] for r in rows], jnp.float64)
-            parts.append(jax.tree.map(np.asarray, jitted(*chunk, *weights)))
-    return parts
+    chunks = ([r[i : i + CHUNK] for r in rows] for i in range(0, len(rows[0]), CHUNK))
+    return [in_float64(fn, *chunk, *weights) for chunk in chunks]
 
 
 def check_forward(

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import jax
 
 from jaxkern._masked.masked import Method
+from jaxkern.testing import plain
 
 from . import _estimators_definitions as definitions
 from . import _estimators_study as study
@@ -36,7 +37,6 @@ from ._harness import (
     Row,
     labels,
     skip_unsupported,
-    with_gradients,
 )
 from ._report import (
     Table,
@@ -87,7 +87,7 @@ def build_layer(estimator: str, form, batch: int, args) -> Program:
 
     layer = definitions.layer(estimator, form)
     skip_unsupported(layer, inputs[1:])
-    run = with_gradients(layer)
+    run = plain.with_gradients(layer)
     return Program(run, inputs, check, figures=figures, warmed=1)
 
 

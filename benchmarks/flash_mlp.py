@@ -37,7 +37,6 @@ from ._harness import (
     Row,
     labels,
     skip_unsupported,
-    with_gradients,
 )
 from ._report import (
     Table,
@@ -89,7 +88,7 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
         skip_unsupported(fn, inputs[-3:])
     if backward:
-        return Program(with_gradients(fn), inputs, check)
+        return Program(plain.with_gradients(fn), inputs, check)
     # The sweep does not print memory, and this compiles once more.
     figures = dict if args.sweep else partial(definitions.recorded, fn, inputs)
     return Program(fn, inputs, check, figures=figures)

@@ -19,8 +19,9 @@ from benchmarks._attention_model import (
     Task,
 )
 from benchmarks._attention_programs import Entry
-from benchmarks._harness import PLAIN, XLA, Options, Skip, labels, run, with_gradients
+from benchmarks._harness import PLAIN, XLA, Options, Skip, labels, run
 from benchmarks.attention import PASSES
+from jaxkern.testing.plain import with_gradients
 
 SMALL = Shape(1, 256, 4)
 QUARTERS = Dilated((64, 128, 256), (1, 2, 4))

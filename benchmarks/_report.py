@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -87,7 +87,9 @@ def command(benchmark: str, arguments: Sequence[str]) -> str:
     A relative path stays as it was given. An absolute one is given by its name alone,
     since the folders of one machine mean nothing on another.
     """
-    names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    # In --json=FILE as well, where the option is a part of the argument.
+    folders = re.compile(r"^(--[\w-]+=)?/(?:.*/)?(?=[^/])")
+    names = [folders.sub(r"\1", argument) for argument in arguments]
     return shlex.join([*program(benchmark).split(), *names])
 
 
@@ -206,44 +208,33 @@ class RowProgress:
     """A bar on a terminal; elsewhere a line a row. On stderr: stdout is for tables."""
 
     def __init__(self, total: int, describe: Read):
-        self.describe = describe
-        self.total = total
-        self.done = 0
-        self.bar = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-            )
-            console = Console(stderr=True)
-            self.bar = Progress(
-                *columns, TimeElapsedColumn(), console=console, transient=True
-            )
-            self.task = self.bar.add_task("", total=total)
+        self.describe, self.total, self.done = describe, total, 0
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not self.on_terminal,
+        )
+        self.task = self.bar.add_task("", total=total)
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ):
-        if self.bar:
-            self.bar.stop()
+    def __exit__(self, *error: object):
+        self.bar.stop()
 
     def start(self, case: Case) -> None:
-        if self.bar:
-            self.bar.update(self.task, description=self.describe(dict(case.labels)))
+        self.bar.update(self.task, description=self.describe(dict(case.labels)))
 
     def finish(self, row: Row) -> None:
         self.done += 1
-        if self.bar:
-            self.bar.advance(self.task)
+        self.bar.advance(self.task)
+        if self.on_terminal:
             return
         result = f"{row['status']}: {row['reason']}"
         if row["status"] == "ok":

@@ -22,7 +22,7 @@ from jaxkern.testing import plain
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model
 from . import _torch, frame
-from ._cli import run_program
+from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._flash_mlp_model import Shape
 from ._h200 import percent_of_floor
@@ -37,7 +37,6 @@ from ._harness import (
     Row,
     labels,
     skip_unsupported,
-    with_gradients,
 )
 from ._report import (
     Table,
@@ -89,7 +88,7 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
         skip_unsupported(fn, inputs[-3:])
     if backward:
-        return Program(with_gradients(fn), inputs, check)
+        return Program(plain.with_gradients(fn), inputs, check)
     # The sweep does not print memory, and this compiles once more.
     figures = dict if args.sweep else partial(definitions.recorded, fn, inputs)
     return Program(fn, inputs, check, figures=figures)
@@ -138,6 +137,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--full", action="store_true", help="the whole sizes, on a CPU too")
     add("--sweep", action="store_true", help="30 sizes beside the published ones")
+    help_peers = "PyTorch, where it is installed; JAX's rows are there without it too"
+    peers = argparse.BooleanOptionalAction
+    add("--peers", action=peers, default=True, help=help_peers)
     add(
         "--peer",
         type=_torch.peer("flash_mlp"),
@@ -148,8 +150,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.sweep and args.peer:
-        parser.error("--sweep has JAX's rows only: leave out --peer")
+    if args.sweep:
+        refuse(parser, args, "--sweep has JAX's rows only", "peer")
 
 
 def notes(args: argparse.Namespace) -> dict[str, str]:

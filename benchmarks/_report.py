@@ -270,17 +270,25 @@ def listing(
 
     head: the line above all rows for which it is the same.
     """
-    lines: list[list[str]] = []
-    last = None
-    for row in rows:
-        if head and head(row) != last:
-            last = head(row)
-            lines.append([last])
+
+    def line(row: Row) -> list[str]:
         cells = [read(row) for read in columns.values()]
         if row.get("status", "ok") != "ok":
             cells = [row["status"], *("" if c == "-" else c for c in cells[1:])]
-        lines.append([" " * bool(head) + name(row), *cells])
+        return [name(row), *cells]
+
+    if head is None:
+        return Table(title, ["", *columns], [*map(line, rows)], predicted)
+    lines = headed((head(row), line(row)) for row in rows)
     return Table(title, ["", *columns], lines, predicted)
+
+
+def headed(lines: Iterable[tuple[str, Sequence[str]]]) -> list[list[str]]:
+    """Lines under their headings, each of which stands once above all that have it."""
+    groups: dict[str, list[list[str]]] = {}
+    for heading, (name, *cells) in lines:
+        groups.setdefault(heading, [[heading]]).append([f" {name}", *cells])
+    return [line for group in groups.values() for line in group]
 
 
 def pivot(
@@ -302,16 +310,13 @@ def pivot(
         names[column(row)] = None
         key = head(row) if head else "", line(row)
         groups.setdefault(key, {})[column(row)] = row
-    lines: list[list[str]] = []
-    last = None
+    lines: list[tuple[str, list[str]]] = []
     for (heading, name), found in groups.items():
-        if head and heading != last:
-            last = heading
-            lines.append([heading])
         cells = [status_or(cell, found.get(n)) for n in names]
         cells += [read(found) for read in (more or {}).values()]
-        lines.append([" " * bool(head) + name, *cells])
-    return Table(title, ["", *names, *(more or {})], lines)
+        lines.append((heading, [name, *cells]))
+    shown = headed(lines) if head else [line for _, line in lines]
+    return Table(title, ["", *names, *(more or {})], shown)
 
 
 def status_or(read: Read, row: Row | None) -> str:

@@ -570,10 +570,7 @@ BENCHMARK = frame.Benchmark(
     figure=figure,
     cpu_warmup=1,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

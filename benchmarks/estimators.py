@@ -43,6 +43,7 @@ from ._report import (
     allocated_mib,
     field,
     grouped,
+    headed,
     number,
     over,
     pivot,
@@ -300,14 +301,10 @@ def peak_mib(passes: Passes) -> float | None:
 
 
 def _lines(rows: Sequence[Row], cells) -> list[list[str]]:
-    lines: list[list[str]] = []
-    last = None
-    for (batch, form), passes in _by_form(rows).items():
-        if batch != last:
-            last = batch
-            lines.append([f"batch {batch}"])
-        lines.append([f" {form}", *cells(batch, form, passes)])
-    return lines
+    return headed(
+        (f"batch {batch}", [form, *cells(batch, form, passes)])
+        for (batch, form), passes in _by_form(rows).items()
+    )
 
 
 def _times(estimator: str, rows: Sequence[Row]) -> Table:
@@ -438,10 +435,7 @@ BENCHMARK = frame.Benchmark(
     figure=figure,
     cpu_warmup=1,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from ._report import (
     allocated_mib,
     field,
     grouped,
+    headed,
     listing,
     number,
     on_gpu,
@@ -251,24 +252,20 @@ def _memory(rows: Sequence[Row]) -> Iterator[Table]:
     measured = {row["by"] for row in known}
     eager = next((by for by in BASELINES if by in measured), "")
     mib = {(r["shape"], r["pass"], r["by"]): allocated_mib(r) for r in known}
-    lines: list[list[str]] = []
-    for (shape,), group in grouped(known, "shape").items():
-        lines.append([shape])
-        for (by,) in grouped(group, "by"):
-            baseline = "published eager" if by.startswith("published") else eager
-            cells = []
-            for which in PASSES:
-                own = mib.get((shape, which, by))
-                share = over(own, mib.get((shape, which, baseline)))
-                # Without the sign of a zero that was rounded.
-                saved = (
-                    "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
-                )
-                cells += [number(own), saved]
-            lines.append([f" {by}", *cells])
+    lines: list[tuple[str, list[str]]] = []
+    for shape, by in grouped(known, "shape", "by"):
+        baseline = "published eager" if by.startswith("published") else eager
+        cells = []
+        for which in PASSES:
+            own = mib.get((shape, which, by))
+            share = over(own, mib.get((shape, which, baseline)))
+            # Without the sign of a zero that was rounded.
+            saved = "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
+            cells += [number(own), saved]
+        lines.append((shape, [by, *cells]))
     title = "MiB allocated" + f", and percent saved over {eager}" * bool(eager)
     if lines:
-        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], lines)
+        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], headed(lines))
 
 
 def floors(which: str, rows: Sequence[Row]) -> Table:
@@ -387,10 +384,7 @@ BENCHMARK = frame.Benchmark(
     notes=notes,
     figure=figure,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

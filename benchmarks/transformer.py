@@ -466,10 +466,7 @@ BENCHMARK = frame.Benchmark(
     figure=figure,
     peak=peak_tflops,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,10 @@ def test_values_and_gradients(layers, pairs):
 
     value, (d_parameters, d_logits) = pull(parameters, logits)
     masks = {
-        (i, name): logits["blocks"][i]["mlp"][f"{name}_logits"][...][:BATCH] > 0
+        (i, name): jnp.asarray(logits["blocks"][i]["mlp"][f"{name}_logits"][...])[
+            :BATCH
+        ]
+        > 0
         for i in layers
         for name in WEIGHTS
     }

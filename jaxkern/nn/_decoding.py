@@ -1,24 +1,37 @@
 """The language model one token after another, with a cache of keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax.numpy as jnp
+import jax
 from jaxtyping import Array, Float, Integer, Key, UInt32
 
 from .._core.checks import as_int32, check_array, check_flag, check_integer
-from .._core.sharding import on_automatic_axes
-from ._cache import KVCache, places_with_cache
+from .._core.sharding import on_automatic_axes, vary_alike
+from ._cache import KVCache, empty_cache, places_with_cache
 from ._common import check_arguments, known, read_tokens
-from ._generate import check_sampling, generate, read_prompt_lengths
+from ._generate import (
+    check_sampling,
+    generate,
+    read_lengths,
+    stream,
+    without_padding,
+)
 from ._layers import run_layers
 from ._transformer_forward import Forward, check_length
+
+# The places for the shortest prompts. More of them cost little, and each number of
+# places is compiled anew.
+LEAST_PLACES = 16
 
 
 class Decoding(Forward):
     """A language model's cache, and the continuation of prompts."""
 
-    cache_shape: tuple[int, int, int]
-    can_cache: bool
+    windows: Sequence[int | None]
+    cache_shape: tuple[int, int]
+    why_no_cache: str | None
+    any_length: bool
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """Make an empty cache.
@@ -31,62 +44,77 @@ class Decoding(Forward):
             The cache.
 
         Raises:
-            ValueError: The model has an `attention_fn` of its own, a size is negative
-                or not an integer, or `capacity` is 0 or above `context_length`.
+            ValueError: The model's `attention_fn` has an option `axis_name`, a size is
+                negative or not an integer, or `capacity` is 0 or above
+                `context_length`.
         """
         op = "TransformerLM.make_cache"
-        if not self.can_cache:
-            raise ValueError(
-                f"{op}: attention_fn must be None for a cache, got one; "
-                "generate(cache=False) needs none"
-            )
+        if self.why_no_cache is not None:
+            raise ValueError(f"{op}: {self.why_no_cache}")
         batch = check_integer(op, "batch", batch, least=0)
         capacity = check_integer(op, "capacity", capacity)
         check_length(op, "capacity", capacity, self.context_length)
-        layers, kv_heads, dim = self.cache_shape
-        shape = layers, batch, capacity, kv_heads, dim
-        # Two arrays: one array in both fields could not be donated.
-        keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
-        return KVCache(keys, values, jnp.zeros((), jnp.int32))
+        shape = batch, capacity, *self.cache_shape
+        return empty_cache(self.windows, shape, self.dtype)
 
     @on_automatic_axes(places_with_cache)
     def extend(
-        self, tokens: Integer[Array, "batch seq"], cache: KVCache
+        self,
+        tokens: Integer[Array, "batch seq"],
+        cache: KVCache,
+        lengths: Integer[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
         """Return the features of new tokens behind a cache, and the longer cache.
 
         Args:
             tokens: The new tokens.
             cache: The keys and values of the tokens before them.
+            lengths: How many of the new tokens each row has; None for all. What follows
+                them is not read and not kept, and its features mean nothing.
 
         Returns:
             The features of the new tokens, and the cache with their keys and values.
 
         Raises:
-            TypeError: `tokens` is not an integer array.
-            ValueError: A token is out of range, or there are more tokens than the
-                capacity; both are checked outside of `jit` only.
+            TypeError: `tokens` or `lengths` is not an integer array.
+            ValueError: A token or a length is out of range, or there are more tokens
+                than the capacity; both are checked outside of `jit` only.
         """
         op = "TransformerLM.extend"
         self._check_tokens(op, "tokens", tokens)
         check_array(op, "cache.length", cache.length, "integer")
-        lengths, seq = known(cache.length), tokens.shape[1]
+        seq = tokens.shape[1]
         if lengths is not None:
-            length, most = int(lengths.max(initial=0)), cache.keys.shape[2]
-            check_length(op, "tokens and cache", length + seq, most, "capacity")
-        tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
-        length = as_int32(cache.length)
+            lengths = read_lengths(op, "lengths", lengths, "tokens", tokens)
+        before, new = known(cache.length), seq if lengths is None else known(lengths)
+        if before is not None and new is not None:
+            most, limit = self._most_tokens(cache)
+            length = int((before + new).max(initial=0))
+            check_length(op, "tokens and cache", length, most, limit)
+        tokens = read_tokens(op, "tokens", tokens, self.vocab_size, lengths)
+        cache = cache._replace(length=as_int32(cache.length))
+        count = seq
+        if lengths is not None:
+            count, tokens = lengths, without_padding(tokens, lengths)
 
-        def step(kind, x, layer_and_inputs):
-            layer, (keys, values) = layer_and_inputs
-            x, *grown = layer.extend(x, keys, values, length, kind)
-            return x, grown
+        def step(kind, carry, layer, number):
+            return layer.extend(*carry, kind=kind, number=number, count=count)
 
         x = self._embed(tokens)
-        x, (keys, values) = run_layers(
-            self.layers, self.kinds, step, x, (cache.keys, cache.values)
-        )
-        return self.norm(x), KVCache(keys, values, length + seq)
+        x, *leaves = vary_alike(x, *jax.tree.leaves(cache))
+        cache = jax.tree.unflatten(jax.tree.structure(cache), leaves)
+        x, cache = run_layers(self.layers, self.kinds, step, (x, cache))
+        return self.norm(x), cache._replace(length=cache.length + count)
+
+    def _most_tokens(self, cache: KVCache) -> tuple[int, str]:
+        """Return how many tokens a cache can follow, and the name of this limit."""
+        if cache.keys is not None:
+            return cache.keys.shape[2], "capacity"
+        assert cache.window_keys is not None
+        places = cache.window_keys.shape[2]
+        if places < max(window for window in self.windows if window is not None):
+            return places, "capacity"
+        return self.context_length, "context_length"
 
     def generate(
         self,
@@ -105,9 +133,12 @@ class Decoding(Forward):
     ) -> Integer[Array, "batch seq+{max_new_tokens}"]:
         """Continue each prompt, and return the prompts with the new tokens in int32.
 
-        It compiles once for each shape of `prompt`, number of new tokens and `top_k`.
-        The options of sampling apply in the order in which they are listed here, but
-        for `repetition_penalty`, which comes first.
+        With a cache it compiles once for all prompts of 16 tokens at most, of 32, 64
+        and so on, for each size of the batch, number of new tokens and `top_k`. Without
+        one, or with an `attention_fn` that lacks the options `is_causal` and `mask`, it
+        compiles for each length of the prompt. The options of sampling apply in the
+        order in which they are listed here, but for `repetition_penalty`, which comes
+        first.
 
         Args:
             prompt: The tokens to continue.
@@ -143,7 +174,8 @@ class Decoding(Forward):
                 not a number, `stop_tokens` is not a sequence, a key is missing, there
                 is a key at temperature 0, or `cache` is neither True nor False.
             ValueError: A shape does not fit; a token, a length or a number is out of
-                range; or `cache` is True and the model has an `attention_fn`.
+                range; or `cache` is True and the model's `attention_fn` has an option
+                `axis_name`.
 
         References:
             top_k: https://arxiv.org/abs/1805.04833, section 5.3.
@@ -152,15 +184,13 @@ class Decoding(Forward):
             repetition_penalty: CTRL, section 4.1, https://arxiv.org/abs/1909.05858.
                 Negative logits are multiplied, as Hugging Face's code does.
         """
-        op = "TransformerLM.generate"
-        (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
-        check_flag(op, cache=cache)
-        self._check_tokens(op, "prompt", prompt)
-        sampling, top_k = check_sampling(
-            op,
-            prompt.shape[0],
-            self.vocab_size,
+        given = self._read_prompt(
+            "TransformerLM.generate",
+            prompt,
             key,
+            cache,
+            max_new_tokens,
+            prompt_lengths,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -168,10 +198,84 @@ class Decoding(Forward):
             repetition_penalty=repetition_penalty,
             stop_tokens=stop_tokens,
         )
-        total = prompt.shape[1] + count
-        check_length(op, "prompt and max_new_tokens", total, self.context_length)
-        lengths = prompt_lengths
+        return generate(self, *given)
+
+    def stream(
+        self,
+        prompt: Integer[Array, "batch seq"],
+        *,
+        max_new_tokens: int,
+        prompt_lengths: Integer[Array, " batch"] | None = None,
+        temperature: float | Float[Array, " batch"] = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        key: Key[Array, ""] | UInt32[Array, "2"] | None = None,
+        cache: bool = True,
+    ) -> Iterator[Integer[Array, " batch"]]:
+        """Continue each prompt as `generate` does, and yield the tokens one by one.
+
+        A step yields one token for each sequence, and a zero for a sequence that has
+        ended. When all have ended, so does the iterator. The parameters are those that
+        the model has at the first step.
+
+        Args:
+            prompt: As in `generate`, like all arguments.
+            max_new_tokens: The largest number of steps.
+            prompt_lengths: The length of each prompt.
+            temperature: The number that divides the logits.
+            top_k: The number of likeliest tokens.
+            top_p: The probability of the likeliest tokens.
+            min_p: The least probability, relative to the largest.
+            repetition_penalty: The factor of logits of earlier tokens.
+            stop_tokens: Tokens that end a sequence.
+            key: A random key.
+            cache: Keep keys and values.
+
+        Returns:
+            An iterator of the new tokens (batch,) in int32.
+
+        Raises:
+            TypeError: As in `generate`, before the first step.
+            ValueError: As in `generate`, before the first step.
+        """
+        given = self._read_prompt(
+            "TransformerLM.stream",
+            prompt,
+            key,
+            cache,
+            max_new_tokens,
+            prompt_lengths,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop_tokens=stop_tokens,
+        )
+        return stream(self, *given)
+
+    def _read_prompt(
+        self, op, prompt, key, cache, max_new_tokens, lengths, **sampling
+    ) -> tuple[Any, ...]:
+        """Return the checked arguments of `generate`, and the places for a prompt."""
+        (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
+        check_flag(op, cache=cache)
+        self._check_tokens(op, "prompt", prompt)
+        options, top_k = check_sampling(
+            op, prompt.shape[0], self.vocab_size, key, **sampling
+        )
+        seq = prompt.shape[1]
+        check_length(op, "prompt and max_new_tokens", seq + count, self.context_length)
+        if cache and self.why_no_cache is not None:
+            raise ValueError(f"{op}: {self.why_no_cache}")
         if lengths is not None:
-            lengths = read_prompt_lengths(op, lengths, prompt)
+            lengths = read_lengths(op, "prompt_lengths", lengths, "prompt", prompt)
         prompt = read_tokens(op, "prompt", prompt, self.vocab_size, lengths)
-        return generate(self, prompt, lengths, sampling, top_k, count, cache)
+        size = seq
+        if cache and self.any_length:
+            power = 1 << max(seq - 1, LEAST_PLACES - 1).bit_length()
+            size = min(power, self.context_length - count)
+        return prompt, lengths, options, top_k, count, cache, size

@@ -14,6 +14,7 @@ from .._attention.rotary_scaling import RotaryScaling
 from .._core.activations import ActivationName
 from .._core.checks import check_flag
 from ._attention import QKNorm, check_heads
+from ._causal_attention import choose_attention
 from ._common import check_arguments, check_dtypes, make_kernel
 from ._decoding import Decoding
 from ._layers import make_layers
@@ -23,7 +24,6 @@ from ._transformer_block import (
     LayerKind,
     NormPlacement,
     TransformerBlock,
-    choose_attention,
     embedding_init,
     linear_init,
 )
@@ -105,6 +105,8 @@ class TransformerLM(Loss, Decoding):
             -0.5. Gemma 2 and 3.
         attention_softcap: Replace each logit s of attention by c tanh(s / c) of this c.
             Gemma 2 has 50. Such attention runs in XLA.
+        attention_sinks: Add a logit that is learned and has no value to the softmax of
+            each head, so that a head may attend to little (gpt-oss). It starts at 0.
         logit_softcap: The same for the logits of the model. Gemma 2 has 30.
         window: Each query sees the last `window` tokens, its own included; None for all
             (Mistral, Phi-3, Gemma 2 and 3).
@@ -113,7 +115,10 @@ class TransformerLM(Loss, Decoding):
         attention_fn: Called as `attention_fn(query, key, value, **options)` with arrays
             (batch, seq, heads, head_dim), and returns one of the query's shape; None
             for `jaxkern.attention`. A function with an option `is_causal` gets True
-            for it; any other must be causal itself.
+            for it; any other must be causal itself. With options `is_causal` and `mask`
+            (True = attend, as in `jax.nn.dot_product_attention`) it decodes as fast as
+            `jaxkern.attention`. Without them the cache calls it with zeros for earlier
+            queries, on which its result must not depend.
         mlp: Makes the MLP of a block, called as `mlp(embed_dim, hidden_dim, dtype=,
             param_dtype=, rngs=)`; None for `SwiGLU`, or for `MLP` where the arguments
             above ask for it. The MLP is called with features (batch, seq, embed_dim)
@@ -137,7 +142,8 @@ class TransformerLM(Loss, Decoding):
             `embed_dim` and there is no `head_dim`; the number of rotated features is
             odd; `num_kv_heads` does not divide `num_heads`; a number is not positive
             and finite; a name is unknown; an option of the default attention or MLP is
-            given with another one; the mesh cannot share the heads evenly; or the
+            given with another one; there are `attention_sinks` and the `attention_fn`
+            has no option `return_lse`; the mesh cannot share the heads evenly; or the
             tokens are shared along "context" and there is an `attention_fn`, a window
             or an `attention_softcap`.
 
@@ -167,6 +173,7 @@ class TransformerLM(Loss, Decoding):
 
     References:
         LLaMA, section 2.2: https://arxiv.org/abs/2302.13971.
+        attention_sinks: gpt-oss, section 2.2, https://arxiv.org/abs/2508.10925.
     """
 
     def __init__(
@@ -198,6 +205,7 @@ class TransformerLM(Loss, Decoding):
         embedding_scale: float | None = None,
         attention_scale: float | None = None,
         attention_softcap: float | None = None,
+        attention_sinks: bool = False,
         logit_softcap: float | None = None,
         window: int | None = None,
         full_attention_every: int | None = None,
@@ -241,6 +249,7 @@ class TransformerLM(Loss, Decoding):
             out_bias=out_bias,
             mlp_bias=mlp_bias,
             gated_mlp=gated_mlp,
+            attention_sinks=attention_sinks,
             remat=remat,
             scan_layers=scan_layers,
         )
@@ -257,6 +266,7 @@ class TransformerLM(Loss, Decoding):
         check_capped(attention_fn, mesh, capped)
         options = {"scale": attention_scale, "softcap": attention_softcap}
         options = {name: x for name, x in options.items() if x is not None}
+        attention = choose_attention(attention_fn, mesh, options, attention_sinks)
         make_block = partial(
             TransformerBlock,
             embed_dim,
@@ -264,8 +274,8 @@ class TransformerLM(Loss, Decoding):
             hidden_dim=hidden_dim,
             num_kv_heads=kv_heads,
             head_dim=dim,
-            attention_fn=choose_attention(attention_fn, mesh, options),
-            attention_options=options,
+            attention=attention,
+            attention_sinks=attention_sinks,
             qk_norm=qk_norm,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
@@ -287,10 +297,14 @@ class TransformerLM(Loss, Decoding):
         )
         self.vocab_size = vocab_size
         self.context_length = context_length
-        self.cache_shape = num_layers, kv_heads, dim
+        windows = [kind.window for kind in self.kinds]
+        self.windows = tuple(windows[i % len(windows)] for i in range(num_layers))
+        self.cache_shape = kv_heads, dim
         self.embedding_scale = embedding_scale
         self.logit_softcap = logit_softcap
-        self.can_cache = attention_fn is None
+        self.why_no_cache = attention.why_no_cache
+        self.why_no_documents = attention.why_no_documents
+        self.any_length = attention.any_length
         self.dtype = param_dtype if dtype is None else dtype
         self.remat = remat
         self.scan_layers = scan_layers

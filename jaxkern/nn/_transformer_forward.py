@@ -12,8 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
+from .._attention.decoder import number_documents
 from .._attention.ring import ring_permutation
 from .._attention.rotary import read_positions
+from .._core.checks import check_array, check_shape
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from ._common import check_tokens, read_tokens
@@ -41,11 +43,14 @@ class Forward(nnx.Module):
     remat: bool
     scan_layers: bool
     mesh: Mesh | None
+    why_no_documents: str | None
 
     def __call__(
         self,
         tokens: Integer[Array, "batch seq"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
+        *,
+        segment_ids: Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq vocab"]:
         """Return the logits of each next token, in float32.
@@ -53,7 +58,12 @@ class Forward(nnx.Module):
         Args:
             tokens: The tokens, from 0 to vocab_size - 1. Outside of `jit` that is
                 checked; inside, other tokens give NaN.
-            positions: The positions of the tokens; None for 0, 1, 2 and so on.
+            positions: The positions of the tokens; None for 0, 1, 2 and so on, from
+                the beginning of each document.
+            segment_ids: For rows that pack several documents, as all models are
+                trained: the document of each token. Neighbours with equal ids are of
+                one document, whose tokens see no other document's. None for one
+                document a row.
             options: The options of this call to `attention_fn`.
 
         Returns:
@@ -61,16 +71,22 @@ class Forward(nnx.Module):
 
         Raises:
             TypeError: `tokens` is not an integer array.
-            ValueError: `tokens` has another shape, a token is out of range, or the
-                sequence is too long.
+            ValueError: `tokens` has another shape, a token is out of range, the
+                sequence is too long, or there are `segment_ids` and the model cannot
+                keep documents apart: its `attention_fn` has neither an option
+                `segment_ids` nor both `is_causal` and `mask`, or its mesh shares tokens
+                along "context".
         """
-        return self.logits(self.features(tokens, positions, **options))
+        features = self.features(tokens, positions, segment_ids=segment_ids, **options)
+        return self.logits(features)
 
     @on_automatic_axes(lambda tokens: P(*tokens, None))
     def features(
         self,
         tokens: Integer[Array, "batch seq"],
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
+        *,
+        segment_ids: Integer[Array, "batch seq"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch seq embed_dim"]:
         """Return the features that the head is applied to.
@@ -78,6 +94,7 @@ class Forward(nnx.Module):
         Args:
             tokens: As in the call.
             positions: As in the call.
+            segment_ids: As in the call.
             options: As in the call.
 
         Returns:
@@ -89,27 +106,32 @@ class Forward(nnx.Module):
         """
         op = "TransformerLM"
         self._check_tokens(op, "tokens", tokens)
+        if segment_ids is not None:
+            self._check_segment_ids(op, segment_ids, tokens.shape)
         tokens, order, inverse = self._order(op, tokens)
-        return take(self._features(op, tokens, positions, order, options), inverse)
+        features = self._features(op, tokens, positions, segment_ids, order, options)
+        return take(features, inverse)
 
-    def _features(self, op, tokens, positions, order, options):
+    def _features(self, op, tokens, positions, segment_ids, order, options):
         """Return the features of tokens in the order in which devices share them."""
+        if segment_ids is not None:
+            segment_ids, places = number_documents(segment_ids)
+            positions = places if positions is None else positions
+            options = options | {"segment_ids": segment_ids}
         if positions is not None:
             positions = read_positions(op, positions, *tokens.shape)
         if order is not None:
             positions = order if positions is None else positions[..., order]
 
-        def step(kind, x, layer_and_inputs):
-            layer, _ = layer_and_inputs
-            return layer(x, positions, kind=kind, **options), None
+        def step(kind, x, layer, _):
+            return layer(x, positions, kind=kind, **options)
 
         if self.remat:
             in_scan = self.scan_layers and len(self.kinds) == 1
             step = jax.checkpoint(step, prevent_cse=not in_scan, static_argnums=0)
         tokens = self._share(take(tokens, order), BATCH, "context")
         x = self._share(self._embed(tokens), BATCH, "context", None)
-        x, _ = run_layers(self.layers, self.kinds, step, x, None)
-        return self.norm(x)
+        return self.norm(run_layers(self.layers, self.kinds, step, x))
 
     @on_automatic_axes(lambda features: P(*features[:-1], None))
     def logits(
@@ -146,6 +168,14 @@ class Forward(nnx.Module):
     def _check_tokens(self, op: str, name: str, tokens: Any) -> None:
         check_tokens(op, name, tokens)
         check_length(op, name, tokens.shape[1], self.context_length)
+
+    def _check_segment_ids(
+        self, op: str, segment_ids: Any, shape: tuple[int, ...]
+    ) -> None:
+        check_array(op, "segment_ids", segment_ids, "integer")
+        check_shape(op, "segment_ids", segment_ids, shape)
+        if self.why_no_documents is not None:
+            raise ValueError(f"{op}: {self.why_no_documents}")
 
     def _share(self, x: jax.Array, *axes: Any) -> jax.Array:
         if self.mesh is None:

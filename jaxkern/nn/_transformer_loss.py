@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer
 
-from .._core.checks import Number
+from .._core.checks import Number, check_array
 from .._core.sharding import on_automatic_axes
 from .._cross_entropy import (
     check_loss_options,
@@ -58,6 +58,7 @@ class Loss(Forward):
         softcap: float | None = None,
         return_lse: bool = False,
         positions: Integer[Array, " seq"] | Integer[Array, "batch seq"] | None = None,
+        segment_ids: Integer[Array, "batch seq_or_one_more"] | None = None,
         chunk: int = 4096,
         **options: Any,
     ) -> Float[Array, ""] | tuple[Float[Array, ""], Float[Array, "batch seq"]]:
@@ -78,6 +79,11 @@ class Loss(Forward):
             return_lse: Also return the log-sum-exp of each token's logits, which models
                 with a z-loss log.
             positions: As in the call.
+            segment_ids: As in the call. The last token of a document does not count if
+                another follows it in its row, because its target is not of its
+                document. The ids may have one more column, for the target of the last
+                token, so that `segment_ids` goes with `tokens[:, :-1]` and
+                `tokens[:, 1:]`; without it the last token counts.
             chunk: As in `jaxkern.cross_entropy`.
             options: As in the call.
 
@@ -97,6 +103,11 @@ class Loss(Forward):
         given = f" for tokens of shape {tokens.shape}"
         check_targets(op, targets, where, ignore_index, tokens.shape, given)
         check_loss_options(op, chunk, z_loss, label_smoothing, softcap, return_lse)
+        if segment_ids is not None:
+            check_array(op, "segment_ids", segment_ids, "integer")
+            segment_ids, inside = _read_segment_ids(segment_ids, tokens.shape[1])
+            self._check_segment_ids(op, segment_ids, tokens.shape)
+            where = inside if where is None else where & inside
         _check_counted(op, targets, where, ignore_index, self.vocab_size)
         loss_options: dict[str, Any] = {
             "z_loss": z_loss,
@@ -105,17 +116,32 @@ class Loss(Forward):
         softcap = self.logit_softcap if softcap is None else softcap
         loss_options |= {"softcap": softcap, "chunk": chunk}
         pair = self._mean_loss_and_lse(
-            tokens, targets, where, ignore_index, positions, loss_options, options
+            tokens,
+            targets,
+            where,
+            ignore_index,
+            positions,
+            segment_ids,
+            loss_options,
+            options,
         )
         return pair if return_lse else pair[0]
 
     @on_automatic_axes(lambda tokens: (P(), P(*tokens)))
     def _mean_loss_and_lse(
-        self, tokens, targets, where, ignore_index, positions, loss_options, options
+        self,
+        tokens,
+        targets,
+        where,
+        ignore_index,
+        positions,
+        segment_ids,
+        loss_options,
+        options,
     ):
         op = "TransformerLM.loss"
         tokens, order, inverse = self._order(op, tokens)
-        features = self._features(op, tokens, positions, order, options)
+        features = self._features(op, tokens, positions, segment_ids, order, options)
         targets, where = read_targets(targets, where, ignore_index)
         targets, where = take(targets, order), take(where, order)
         losses, lse = cross_entropy(
@@ -131,6 +157,16 @@ class Loss(Forward):
             return losses.mean(), lse
         count = jnp.maximum(where.sum(), 1).astype(losses.dtype)
         return losses.sum() / count, lse
+
+
+def _read_segment_ids(segment_ids: Any, seq: int) -> tuple[Any, Any]:
+    """Return the ids of the tokens, and where a target is of its token's document."""
+    inside = segment_ids[:, 1:] == segment_ids[:, :-1]
+    if segment_ids.shape[1] == seq:
+        inside = jnp.pad(inside, ((0, 0), (0, 1)), constant_values=True)
+    elif segment_ids.shape[1] == seq + 1:
+        segment_ids = segment_ids[:, :-1]
+    return segment_ids, inside
 
 
 def _check_counted(

@@ -11,8 +11,10 @@ from flax.typing import Dtype, Initializer
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from .._attention.decoder import with_sinks
 from .._attention.dense import attention
 from .._core.checks import (
+    check_flag,
     check_floating,
     check_integer,
     check_number,
@@ -28,7 +30,9 @@ from ._common import (
     check_callable,
     check_dtypes,
     default_attention_kernel_init,
+    make_kernel,
     scale_init,
+    takes_return_lse,
 )
 
 QKNorm = Literal["head", "embed"]
@@ -73,6 +77,9 @@ class MultiHeadAttention(nnx.Module):
         qk_norm: Normalize query and key before the attention, each by its own norm:
             "head" over the features of each head, "embed" over the features of all
             heads together. None does not normalize.
+        attention_sinks: Give each head a learned logit that takes part in the softmax
+            and has no value (gpt-oss). `attention_fn` is called with `return_lse=True`
+            and returns a pair, as `attention` does.
         sub_layer_norm: Normalize the outputs of the heads together, before the
             projection back.
         norm: Makes the norms, called as `norm(features, dtype=, param_dtype=, rngs=)`.
@@ -88,7 +95,8 @@ class MultiHeadAttention(nnx.Module):
         TypeError: `attention_fn` or `norm` cannot be called, `gain` is not a number, a
             dtype is not a floating-point dtype, or `rngs` is not an `nnx.Rngs`.
         ValueError: A size is not a positive integer or does not divide, `gain` is not
-            positive and finite, or `qk_norm` is unknown.
+            positive and finite, `qk_norm` is unknown, or `attention_fn` has no option
+            `return_lse` for `attention_sinks`.
 
     Examples:
         ```python
@@ -121,6 +129,7 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = True,
         out_bias: bool | None = None,
         qk_norm: QKNorm | None = None,
+        attention_sinks: bool = False,
         sub_layer_norm: bool = False,
         norm: Callable[..., nnx.Module] = nnx.LayerNorm,
         gain: float = 1.0,
@@ -133,6 +142,12 @@ class MultiHeadAttention(nnx.Module):
             "MultiHeadAttention", embed_dim, num_heads, num_kv_heads, head_dim
         )
         _check_options(attention_fn, norm, qk_norm, gain)
+        check_flag("MultiHeadAttention", attention_sinks=attention_sinks)
+        if attention_sinks and not takes_return_lse(attention_fn):
+            raise ValueError(
+                "MultiHeadAttention: attention_fn must have an option return_lse for "
+                "attention_sinks, got one without"
+            )
         dtypes = check_dtypes("MultiHeadAttention", dtype, param_dtype, rngs)
 
         def project(heads, name, init):
@@ -168,6 +183,12 @@ class MultiHeadAttention(nnx.Module):
         self.query_norm = norm_of(num_heads, across) if qk_norm else None
         self.key_norm = norm_of(kv_heads, across) if qk_norm else None
         self.sub_norm = norm_of(num_heads, True) if sub_layer_norm else None
+        zeros, shape = nnx.initializers.zeros, (num_heads,)
+        self.sinks = (
+            make_kernel(zeros, rngs, shape, param_dtype, ("heads",))
+            if attention_sinks
+            else None
+        )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
@@ -240,8 +261,13 @@ class MultiHeadAttention(nnx.Module):
             across = self.qk_norm == "embed"
             q = _normalize(self.query_norm, q, across)
             k = _normalize(self.key_norm, k, across)
-        heads = attention_fn(q, k, v)
-        _check_result(heads, q.shape)
+        if self.sinks is None:
+            heads = attention_fn(q, k, v)
+            _check_result(heads, q.shape)
+        else:
+            heads, lse = attention_fn(q, k, v, return_lse=True)
+            _check_result(heads, q.shape)
+            heads = with_sinks(heads, lse, self.sinks[...])
         if self.sub_norm is not None:
             heads = _normalize(self.sub_norm, heads, across_heads=True)
         return self.out(heads)

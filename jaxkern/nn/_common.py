@@ -1,5 +1,7 @@
 """How the modules check their arguments and initialize their parameters."""
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -60,6 +62,13 @@ def check_callable(module: str, name: str, function: object) -> None:
     if not callable(function):
         kind = kind_of(function)
         raise TypeError(f"{module}: {name} must be callable, got {kind}")
+
+
+def takes_return_lse(function: Callable[..., Any]) -> bool:
+    """Whether a function has an option `return_lse`, or any option."""
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "return_lse" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 class Bound(partial[Any]):

@@ -1,6 +1,6 @@
 """Generation of tokens with a language model, one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from .._core.checks import (
     kind_of,
 )
 from .._core.sharding import on_automatic_axes
+from ._cache import KVCache, places_with_cache
 from ._common import check_range, known
 
 
@@ -76,13 +77,32 @@ def check_sampling(
     return Sampling(key, temperature, float(top_p), float(min_p), penalty, stop), top_k
 
 
-def read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:
-    """Return the checked lengths of prompts in int32."""
-    check_array(op, "prompt_lengths", lengths, "integer")
-    given = f" for prompt of shape {prompt.shape}"
-    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
-    check_range(op, "prompt_lengths", known(lengths), 1, prompt.shape[1])
+def read_lengths(op: str, name: str, lengths: Any, of: str, tokens: Any) -> jax.Array:
+    """Return the checked lengths of rows of tokens in int32.
+
+    Args:
+        op: The name of the caller.
+        name: The name of the lengths.
+        lengths: The number of tokens of each row.
+        of: The name of the tokens.
+        tokens: The tokens.
+    """
+    check_array(op, name, lengths, "integer")
+    given = f" for {of} of shape {tokens.shape}"
+    check_shape(op, name, lengths, tokens.shape[:1], given)
+    check_range(op, name, known(lengths), 1, tokens.shape[1])
     return as_int32(lengths)
+
+
+def without_padding(
+    tokens: Integer[Array, "batch seq"], lengths: Integer[Array, " batch"]
+) -> Integer[Array, "batch seq"]:
+    """Put zeros where a row has no tokens: there may be any integers."""
+    return jnp.where(_is_read(tokens, lengths), tokens, 0)
+
+
+def _is_read(tokens, lengths):
+    return jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
 
 
 def _read_temperature(op, temperature, batch) -> Any:
@@ -121,10 +141,62 @@ def generate(
     top_k: int | None,
     count: int,
     cache: bool,
+    size: int,
 ) -> Integer[Array, "batch total"]:
-    """Continue each prompt by `count` tokens, in one compiled program."""
+    """Continue each prompt by `count` tokens, in one compiled program.
+
+    Args:
+        model: The model.
+        prompt: The prompts.
+        lengths: The length of each prompt; None for that of the array.
+        sampling: How to choose tokens.
+        top_k: As in `TransformerLM.generate`.
+        count: The number of new tokens.
+        cache: Whether to keep keys and values.
+        size: The number of places for a prompt. Prompts of equal `size` share the
+            program.
+    """
     graph, state = nnx.split(model)
-    return _generate(graph, count, cache, top_k, state, prompt, lengths, sampling)
+    given = *_fill(prompt, lengths, size), sampling
+    tokens = _generate(graph, count, cache, top_k, state, *given)
+    return tokens[:, : prompt.shape[1] + count]
+
+
+def stream(
+    model: nnx.Module,
+    prompt: Integer[Array, "batch seq"],
+    lengths: Integer[Array, " batch"] | None,
+    sampling: Sampling,
+    top_k: int | None,
+    count: int,
+    cache: bool,
+    size: int,
+) -> Iterator[Integer[Array, " batch"]]:
+    """Yield the new tokens of `generate` one after another.
+
+    The arguments are those of `generate`.
+    """
+    graph, state = nnx.split(model)
+    prompt, lengths = _fill(prompt, lengths, size)
+    token, memory, chosen = _begin(
+        graph, count, cache, top_k, state, prompt, lengths, sampling
+    )
+    yield token
+    for _ in range(count - 1):
+        if sampling.stop_tokens is not None and chosen.stopped.all():
+            return
+        token, memory, chosen = _next(
+            graph, top_k, state, token, memory, chosen, lengths, sampling
+        )
+        yield token
+
+
+def _fill(prompt, lengths, size):
+    """Fill prompts up with zeros, and return the length of each."""
+    batch, seq = prompt.shape
+    if lengths is None:
+        lengths = jnp.full(batch, seq, jnp.int32)
+    return (prompt if seq == size else _pad(prompt, size - seq)), lengths
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -133,31 +205,103 @@ def _generate(graph, count, cache, top_k, state, prompt, lengths, sampling):
     return _go_on(model, prompt, lengths, sampling, top_k, count, cache)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _begin(graph, count, cache, top_k, state, prompt, lengths, sampling):
+    model = nnx.merge(graph, state)
+    place = partial(_places, cache=cache)
+    return on_automatic_axes(place)(_start)(
+        model, prompt, lengths, sampling, top_k, count, cache
+    )
+
+
+@partial(
+    jax.jit, static_argnames=("graph", "top_k"), donate_argnames=("memory", "chosen")
+)
+def _next(graph, top_k, state, token, memory, chosen, lengths, sampling):
+    model = nnx.merge(graph, state)
+    return _step(model, _Decoding(token, memory, chosen), lengths, sampling, top_k)
+
+
 @on_automatic_axes(lambda prompt: PartitionSpec(*prompt[:1]))
 def _go_on(model, prompt, lengths, sampling, top_k, count, cache):
-    run = _with_cache if cache else _without_cache
-    is_read = None
-    if lengths is not None:
-        # Zeros replace whatever follows a shorter prompt: it need not be tokens.
-        places = jnp.arange(prompt.shape[1], dtype=lengths.dtype)[None]
-        is_read = places < lengths[:, None]
-        prompt = jnp.where(is_read, prompt, 0)
-    choose = partial(_choose, sampling=sampling, top_k=top_k)
+    decoding = _start(model, prompt, lengths, sampling, top_k, count, cache)
+    decoding = lax.while_loop(
+        lambda decoding: decoding.chosen.go_on(),
+        lambda decoding: _step(model, decoding, lengths, sampling, top_k),
+        decoding,
+    )
+    prompt = without_padding(prompt, lengths)
+    return _put(_pad(prompt, count), lengths, decoding.chosen.tokens)
+
+
+class _Decoding(NamedTuple):
+    """The state between two tokens.
+
+    Attributes:
+        token: The newest token.
+        memory: The cache of all tokens before it; without a cache these tokens
+            themselves, and zeros.
+        chosen: The new tokens so far.
+    """
+
+    token: Integer[Array, " batch"]
+    memory: KVCache | Integer[Array, "batch total"]
+    chosen: "_Chosen"
+
+
+def _places(prompt: PartitionSpec, *, cache: bool) -> _Decoding:
+    """Say where the state lies, by the placement of the prompt."""
+    batch = PartitionSpec(*prompt[:1])
+    memory = places_with_cache(prompt)[1] if cache else batch
+    chosen = _Chosen._make([batch, PartitionSpec(), batch, batch])
+    return _Decoding._make([batch, memory, chosen])
+
+
+def _start(model, prompt, lengths, sampling, top_k, count, cache) -> _Decoding:
+    """Read the prompts, and choose the first new token of each."""
+    batch, seq = prompt.shape
+    is_read = _is_read(prompt, lengths)
+    prompt = without_padding(prompt, lengths)
     seen = None
     if sampling.repetition_penalty is not None:
-        rows = jnp.arange(len(prompt))[:, None]
-        seen = jnp.zeros((len(prompt), model.vocab_size), bool)
-        seen = seen.at[rows, prompt].max(True if is_read is None else is_read)
+        rows = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, model.vocab_size), bool)
+        seen = seen.at[rows, prompt].max(is_read)
     chosen = _Chosen(
-        jnp.zeros((len(prompt), count), jnp.int32),
+        jnp.zeros((batch, count), jnp.int32),
         jnp.zeros((), jnp.int32),
-        jnp.zeros(len(prompt), bool),
+        jnp.zeros(batch, bool),
         seen,
     )
-    new = run(model, prompt, lengths, choose, chosen)
-    if lengths is None:
-        return jnp.concatenate([prompt, new], axis=1)
-    return _put(jnp.pad(prompt, ((0, 0), (0, count))), lengths, new)
+    if cache:
+        memory = model.make_cache(batch, seq + count)
+        features, memory = model.extend(prompt, memory, lengths)
+    else:
+        memory = _pad(prompt, count)
+        features = model.features(memory)
+    return _choose_from(model, features, lengths - 1, memory, chosen, sampling, top_k)
+
+
+@on_automatic_axes(lambda decoding: decoding)
+def _step(model, decoding, lengths, sampling, top_k) -> _Decoding:
+    """Read the newest token of each sequence, and choose the next."""
+    token, memory, chosen = decoding
+    if isinstance(memory, KVCache):
+        places = 0
+        features, memory = model.extend(token[:, None], memory)
+    else:
+        places = lengths + chosen.number - 1
+        memory = _put(memory, places, token[:, None])
+        # The model is causal, so later places, which hold no tokens yet, do not matter.
+        features = model.features(memory)
+    return _choose_from(model, features, places, memory, chosen, sampling, top_k)
+
+
+def _choose_from(model, features, places, memory, chosen, sampling, top_k):
+    """Choose the token that follows the one at a place of each row."""
+    last = features[jnp.arange(len(features)), places]
+    token, chosen = _choose(model.logits(last), chosen, sampling=sampling, top_k=top_k)
+    return _Decoding(token, memory, chosen)
 
 
 class _Chosen(NamedTuple):
@@ -200,57 +344,14 @@ def _choose(logits, chosen, *, sampling, top_k):
     return token, _Chosen(tokens, chosen.number + 1, stopped, seen)
 
 
-def _with_cache(model, prompt, lengths, choose, chosen):
-    """Return the new tokens, from a cache of keys and values."""
-
-    def step(carry):
-        token, cache, chosen = carry
-        features, cache = model.extend(token[:, None], cache)
-        token, chosen = choose(model.logits(features[:, -1]), chosen)
-        return token, cache, chosen
-
-    batch, seq = prompt.shape
-    # The last new token needs no place in the cache: no token attends to it.
-    cache = model.make_cache(batch, seq + chosen.tokens.shape[1] - 1)
-    features, cache = model.extend(prompt, cache)
-    # The keys of what follows a shorter prompt are overwritten before any token sees
-    # them.
-    lengths = seq if lengths is None else lengths
-    cache = cache._replace(length=jnp.asarray(lengths, cache.length.dtype))
-    token, chosen = choose(model.logits(_take(features, lengths - 1)), chosen)
-    carry = lax.while_loop(
-        lambda carry: carry[-1].go_on(), step, (token, cache, chosen)
-    )
-    return carry[-1].tokens
-
-
-def _without_cache(model, prompt, lengths, choose, chosen):
-    """Return the new tokens, from a run over the whole sequence for each."""
-    lengths = prompt.shape[1] if lengths is None else lengths
-
-    def step(carry):
-        tokens, chosen = carry
-        places = lengths + chosen.number
-        # The model is causal, so later places, which hold no tokens yet, do not matter.
-        last = _take(model.features(tokens), places - 1)
-        token, chosen = choose(model.logits(last), chosen)
-        return _put(tokens, places, token[:, None]), chosen
-
-    tokens = jnp.pad(prompt, ((0, 0), (0, chosen.tokens.shape[1])))
-    carry = lax.while_loop(lambda carry: carry[-1].go_on(), step, (tokens, chosen))
-    return carry[-1].tokens
-
-
-def _take(x, places):
-    """Return `x[i, places[i]]` of each row i; `places` may be one number."""
-    return x[jnp.arange(len(x)), places]
+def _pad(tokens, more):
+    return jnp.pad(tokens, ((0, 0), (0, more)))
 
 
 def _put(tokens, places, new):
-    """Write `new` into each row, from its place on; `places` may be one number."""
+    """Write `new` into each row, from its place on."""
     rows = jnp.arange(len(tokens))[:, None]
-    first = jnp.reshape(jnp.asarray(places, jnp.int32), (-1, 1))
-    columns = first + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
+    columns = places[:, None] + jnp.arange(new.shape[1], dtype=jnp.int32)[None]
     return tokens.at[rows, columns].set(new)
 
 

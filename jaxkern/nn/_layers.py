@@ -29,59 +29,53 @@ def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
 
 
 def run_layers(
-    layers: Any,
-    kinds: Sequence[LayerKind],
-    step: Callable[..., tuple[Any, Any]],
-    x: jax.Array,
-    inputs: Any,
-) -> tuple[jax.Array, Any]:
-    """Scan `step` over the layers, each with its kind and its part of the inputs.
+    layers: Any, kinds: Sequence[LayerKind], step: Callable[..., Any], carry: Any
+) -> Any:
+    """Run `step` for one layer after another.
 
-    Layers of several kinds are scanned in groups of one of each.
+    Stacked layers are scanned, in groups of one of each kind if there are several.
 
     Args:
         layers: The layers, as `make_layers` makes them.
         kinds: The kinds of the layers, in the order in which they repeat.
-        step: Called as `step(kind, x, (layer, input))`; returns the next x and an
-            output.
-        x: The first x.
-        inputs: A tree of arrays with one part for each layer along their first axis.
+        step: Called as `step(kind, carry, layer, number)`, with the number of the layer
+            among those of its kind; returns the next carry.
+        carry: The first carry, a tree of arrays.
 
     Returns:
-        The last x, and the outputs, stacked.
+        The last carry.
     """
+    size = len(kinds)
+
+    def run(carry, group, members, layer_of):
+        """Run the first members of a group."""
+        for i in range(members):
+            kind = kinds[i]
+            number = group * kinds.count(kind) + kinds[:i].count(kind)
+            carry = step(kind, carry, layer_of(i), number)
+        return carry
+
     if isinstance(layers, nnx.List):
-        parts = [(layer, _part(inputs, i)) for i, layer in enumerate(layers)]
-        return _run_each(kinds, step, x, parts)
-    stacked = layers, inputs
-    if len(kinds) == 1:
-        return lax.scan(partial(step, kinds[0]), x, stacked)
-    size, count = len(kinds), len(jax.tree.leaves(layers)[0])
-    groups = count // size
-    outputs = []
-
-    def run(x, group):
-        return _run_each(kinds, step, x, [_part(group, i) for i in range(size)])
-
-    if groups:
-        grouped = jax.tree.map(
-            lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), stacked
+        for first in range(0, len(layers), size):
+            members = layers[first : first + size]
+            carry = run(carry, first // size, len(members), members.__getitem__)
+        return carry
+    count = len(jax.tree.leaves(layers)[0])
+    groups, rest = divmod(count, size)
+    stacked = layers
+    if size > 1:
+        stacked = jax.tree.map(
+            lambda x: x[: groups * size].reshape(groups, size, *x.shape[1:]), layers
         )
-        x, output = lax.scan(run, x, grouped)
-        outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output))
-    if rest := range(groups * size, count):
-        x, output = _run_each(kinds, step, x, [_part(stacked, i) for i in rest])
-        outputs.append(output)
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
+    def run_group(carry, numbered):
+        group, members = numbered
+        layer_of = partial(_part, members) if size > 1 else lambda _: members
+        return run(carry, group, size, layer_of), None
 
-def _run_each(kinds, step, x, layers):
-    """Run `step` for one layer after another, the first of the first kind."""
-    outputs = []
-    for i, layer in enumerate(layers):
-        x, output = step(kinds[i % len(kinds)], x, layer)
-        outputs.append(output)
-    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    numbers = jnp.arange(groups, dtype=jnp.int32)
+    carry, _ = lax.scan(run_group, carry, (numbers, stacked))
+    return run(carry, groups, rest, lambda i: _part(layers, groups * size + i))
 
 
 def _part(tree: Any, i: int) -> Any:

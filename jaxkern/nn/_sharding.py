@@ -268,9 +268,10 @@ def attend_on_mesh(
     *,
     mesh: Mesh,
     mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
     is_causal: bool = False,
     **options: Any,
-) -> jax.Array:
+) -> Any:
     """Attend on each device to its part, so that a kernel can run in it.
 
     With a "context" axis the tokens are in zigzag order, and keys and values go round
@@ -278,11 +279,15 @@ def attend_on_mesh(
     """
     spec = P(BATCH, "context", "tensor")
     attend: Any = partial(decoder_attention, is_causal=is_causal, **options)
-    arrays, specs = (query, key, value), (spec, spec, spec)
+    shared: dict[str, jax.Array] = {}
+    specs: dict[str, P] = {}
     if mask is not None:
         batch, heads, *_ = mask.shape
-        arrays += (mask,)
-        specs += (P(None if batch == 1 else BATCH, None if heads == 1 else "tensor"),)
+        shared["mask"] = mask
+        axes = None if batch == 1 else BATCH, None if heads == 1 else "tensor"
+        specs["mask"] = P(*axes)
+    if segment_ids is not None:
+        shared["segment_ids"], specs["segment_ids"] = segment_ids, P(BATCH)
     if mesh.shape["context"] > 1:
         if mask is not None:
             raise ValueError(
@@ -292,9 +297,9 @@ def attend_on_mesh(
         options |= {"axis_name": "context", "layout": "zigzag"}
         attend = partial(ring_attention, is_causal=is_causal, **options)
 
-    def local(query, key, value, *mask):
-        named = {"mask": mask[0]} if mask else {}
-        return attend(query, key, value, **named)
+    def local(query, key, value, shared):
+        return attend(query, key, value, **shared)
 
-    shared = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
-    return shared(*arrays)
+    in_specs = (spec, spec, spec, specs)
+    on_devices = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=spec)
+    return on_devices(query, key, value, shared)

@@ -1,26 +1,22 @@
 """One layer of the language model, and the initial values of its parameters."""
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
-from jax import lax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
-from .._attention.decoder import decoder_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._attention.rotary_scaling import RotaryScaling
 from ._attention import MultiHeadAttention, QKNorm
-from ._common import bind, check_callable
-from ._sharding import attend_on_mesh
+from ._cache import KVCache, remember
+from ._causal_attention import CausalAttention
+from ._common import bind
 
 NormPlacement = Literal["pre", "post", "both"]
 # Standard deviations at which the initial normal distributions are cut.
@@ -61,28 +57,6 @@ class LayerKind(NamedTuple):
         )
 
 
-def choose_attention(
-    attention_fn: Any, mesh: Mesh | None, options: dict[str, Any]
-) -> Callable[..., Any]:
-    """Return the given function or ours, causal, and on the mesh if any.
-
-    Args:
-        options: The scale and the softcap, where they are given.
-    """
-    if attention_fn is not None:
-        return bind(_causal(attention_fn), **options)
-    if mesh is not None:
-        return bind(attend_on_mesh, mesh=mesh, is_causal=True, **options)
-    return bind(decoder_attention, is_causal=True, **options)
-
-
-def _causal(attention_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Bind `is_causal=True` to a function that has such an option."""
-    check_callable("TransformerLM", "attention_fn", attention_fn)
-    has_option = "is_causal" in inspect.signature(attention_fn).parameters
-    return bind(attention_fn, **({"is_causal": True} if has_option else {}))
-
-
 def _attend(query, key, value, *, positions, kind, attention_fn, **options):
     """Rotate query and key, and attend."""
     if kind.window is not None:
@@ -94,9 +68,8 @@ def _attend(query, key, value, *, positions, kind, attention_fn, **options):
 class TransformerBlock(nnx.Module):
     """Attention and an MLP, each beside a residual connection, with norms.
 
-    The arguments are those of `TransformerLM`, but for two: `attention_fn` is a choice
-    of `choose_attention`, whose `attention_options` attend to cached keys as well, and
-    `norm` makes a norm.
+    The arguments are those of `TransformerLM`, but for two: `attention` is a choice of
+    `choose_attention`, and `norm` makes a norm.
     """
 
     def __init__(
@@ -107,8 +80,8 @@ class TransformerBlock(nnx.Module):
         hidden_dim: int,
         num_kv_heads: int,
         head_dim: int,
-        attention_fn: Callable[..., Any],
-        attention_options: dict[str, Any],
+        attention: CausalAttention,
+        attention_sinks: bool,
         qk_norm: QKNorm | None,
         qkv_bias: bool,
         out_bias: bool,
@@ -128,8 +101,8 @@ class TransformerBlock(nnx.Module):
 
         self.attention_norm, self.mlp_norm = norm_if(before), norm_if(before)
         self.attention_post_norm, self.mlp_post_norm = norm_if(after), norm_if(after)
-        self.attention_fn = bind(_attend, attention_fn=attention_fn)
-        self.cached_attention_fn = bind(decoder_attention, **attention_options)
+        self.attention_fn = bind(_attend, attention_fn=attention.within)
+        self.attend_to_cache = attention.to_cache
         self.attention = MultiHeadAttention(
             embed_dim,
             num_heads,
@@ -139,6 +112,7 @@ class TransformerBlock(nnx.Module):
             use_bias=qkv_bias,
             out_bias=out_bias,
             qk_norm=qk_norm,
+            attention_sinks=attention_sinks,
             # The features of a head are no features of the model.
             norm=partial(norm, axis=None),
             kernel_init=linear_init,
@@ -167,26 +141,24 @@ class TransformerBlock(nnx.Module):
     def extend(
         self,
         x: Float[Array, "batch seq embed_dim"],
-        keys: Float[Array, "batch capacity kv_heads dim"],
-        values: Float[Array, "batch capacity kv_heads dim"],
-        length: Integer[Array, ""] | Integer[Array, " batch"],
+        cache: KVCache,
+        *,
         kind: LayerKind,
-    ) -> tuple[
-        Float[Array, "batch seq embed_dim"],
-        Float[Array, "batch capacity kv_heads dim"],
-        Float[Array, "batch capacity kv_heads dim"],
-    ]:
-        """Attend from new tokens to the cached keys and values and to themselves.
+        number: int | Integer[Array, ""],
+        count: int | Integer[Array, " batch"],
+    ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
+        """Attend from new tokens to the cached ones and to themselves.
 
         Args:
             x: The features of the new tokens.
-            keys: The keys of the tokens before them, in the first `length` places.
-            values: Their values.
-            length: Their number, one for all sequences or one for each.
+            cache: The keys and values of the tokens before them.
             kind: As in the call.
+            number: The number of this layer among those of its kind.
+            count: How many of the new tokens the cache keeps.
 
         Returns:
-            The output of the block, and keys and values with those of the new tokens.
+            The output of the block, and the cache with the new keys and values of this
+            layer, but with the length that it had.
 
         Raises:
             ValueError: The attention was given an `attention_fn` other than the
@@ -197,43 +169,29 @@ class TransformerBlock(nnx.Module):
                 "TransformerLM: attention_fn of a block must be the model's own for a "
                 "cache, got another one; generate(cache=False) needs no cache"
             )
-        # (seq,), or (batch, seq) where sequences differ in length
-        order = jnp.arange(x.shape[1], dtype=length.dtype)
-        order = jnp.expand_dims(order, range(length.ndim))
-        positions = length[..., None] + order
-        grown = []
+        positions = cache.positions(x.shape[1])  # (batch or 1, seq)
 
-        def attend_to_cache(query, key, value):
-            query, key = kind.rotate(query, positions), kind.rotate(key, positions)
-            grown.extend((_put(keys, key, length), _put(values, value, length)))
-            places = jnp.arange(keys.shape[1], dtype=length.dtype)
-            behind = positions[..., None] - jnp.expand_dims(
-                places, range(positions.ndim)
+        def attend_to_cache(query, key, value, **options):
+            nonlocal cache
+            # Positions of one row have no axis of rows.
+            turns = positions if len(positions) == len(x) else positions[0]
+            query, key = kind.rotate(query, turns), kind.rotate(key, turns)
+            cache, keys, values, at = remember(
+                cache, key, value, window=kind.window, number=number, count=count
             )
-            seen = behind >= 0
+            behind = positions[:, :, None] - at[:, None]
+            seen = (behind >= 0) & (at >= 0)[:, None]
             if kind.window is not None:
                 seen &= behind < kind.window
-            mask = seen.reshape(-1, 1, *seen.shape[-2:])
-            args = promote_dtype((query, *grown), dtype=query.dtype)
-            return self.cached_attention_fn(*args, mask=mask)
+            args = promote_dtype((query, keys, values), dtype=query.dtype)
+            return self.attend_to_cache(
+                *args, seen=seen[:, None], positions=positions, **options
+            )
 
         attend = partial(self.attention.attend, attention_fn=attend_to_cache)
         x = self._add_mlp(self._add_attention(x, attend))
-        return x, *grown
+        return x, cache
 
 
 def _apply(norm, x):
     return x if norm is None else norm(x)
-
-
-def _put(kept, new, length):
-    """Put `new` behind the first `length` tokens of `kept`.
-
-    `length` is one for all sequences, or one for each.
-    """
-
-    def put(kept, new, length):
-        return lax.dynamic_update_slice_in_dim(kept, new, length, axis=kept.ndim - 3)
-
-    new = new.astype(kept.dtype)
-    return jax.vmap(put)(kept, new, length) if length.ndim else put(kept, new, length)

@@ -26,7 +26,8 @@ INTEGERS += ("hidden_dim", "num_kv_heads", "head_dim", "rotary_dim", "window")
 INTEGERS += ("full_attention_every",)
 NUMBERS = ("rope_theta", "norm_epsilon", "local_rope_theta", "embedding_scale")
 NUMBERS += ("attention_scale", "attention_softcap", "logit_softcap")
-FLAGS = "tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "gated_mlp"
+FLAGS = ("tie_embeddings", "qkv_bias", "out_bias", "mlp_bias", "gated_mlp")
+FLAGS += ("attention_sinks",)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class TransformerConfig:
             -0.5. Gemma 2 and 3.
         attention_softcap: Replace each logit s of attention by c tanh(s / c) of this c.
             Gemma 2 has 50. Such attention runs in XLA.
+        attention_sinks: Add a logit that is learned and has no value to the softmax of
+            each head, so that a head may attend to little (gpt-oss). It starts at 0.
         logit_softcap: The same for the logits of the model. Gemma 2 has 30.
         window: Each query sees the last `window` tokens, its own included; None for all
             (Mistral, Phi-3, Gemma 2 and 3).
@@ -144,6 +147,7 @@ class TransformerConfig:
     embedding_scale: float | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     logit_softcap: float | None = None
     window: int | None = None
     full_attention_every: int | None = None

@@ -215,7 +215,12 @@ def frame_attention(x, weights, is_local, options):
     seen = behind >= 0
     if is_local:
         seen &= behind < options["window"]
-    p = softmax(np.where(seen, logits, -np.inf))
+    logits = np.where(seen, logits, -np.inf)
+    if "sinks" in weights:
+        # A last key, whose value is left out.
+        sinks = np.broadcast_to(weights["sinks"][:, None, None], logits[..., :1].shape)
+        logits = np.concatenate([logits, sinks], -1)
+    p = softmax(logits)[..., : x.shape[1]]
     heads = np.einsum("bhqk,bkhe->bqhe", p, v)
     out = weights["out"]
     return np.einsum("bthe,hed->btd", heads, out["kernel"]) + out.get("bias", 0)
@@ -264,8 +269,30 @@ def tree_map(f, tree):
     return f(tree)
 
 
-def frame_loss(state, tokens, targets, options) -> Any:
+def frame_losses(state, tokens, targets, options) -> Any:
     logits = frame_logits(state, tokens, options)
     top = logits.max(-1, keepdims=True)
     lse = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
-    return (lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]).mean()
+    return lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
+def frame_loss(state, tokens, targets, options) -> Any:
+    return frame_losses(state, tokens, targets, options).mean()
+
+
+def packed_loss(state, tokens, targets, lengths, goes_on, options) -> Any:
+    """Return the mean loss of documents, each computed alone.
+
+    The last token of a document counts in the last one of a row that goes on, only.
+    `lengths` are those of the documents of each row.
+    """
+    losses = []
+    for i, parts in enumerate(lengths):
+        start = 0
+        for length in parts:
+            place = slice(i, i + 1), slice(start, start + length)
+            found = frame_losses(state, tokens[place], targets[place], options)[0]
+            start += length
+            is_whole = goes_on[i] and start == tokens.shape[1]
+            losses.extend(found if is_whole else found[:-1])
+    return np.mean(losses)

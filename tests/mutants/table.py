@@ -334,8 +334,8 @@ MUTANTS = (
         "prompt-lengths",
         "New tokens follow the longest prompt also in rows whose prompt is shorter.",
         "jaxkern/nn/_generate.py",
-        "cache._replace(length=jnp.asarray(lengths, cache.length.dtype))",
-        "cache",
+        "features, memory = model.extend(prompt, memory, lengths)",
+        "features, memory = model.extend(prompt, memory)",
         (
             "tests/nn/test_generate.py",
             "test_prompts_of_unequal_length_are_as_alone and not dilated",
@@ -347,7 +347,7 @@ MUTANTS = (
         "jaxkern/nn/_generate.py",
         "before < top_p, after > 1 - top_p",
         "before <= top_p, after >= 1 - top_p",
-        ("tests/nn/test_generate.py", "test_top_p"),
+        ("tests/nn/test_sampling.py", "test_top_p"),
     ),
     Mutant(
         "sharded-rows",

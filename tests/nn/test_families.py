@@ -96,6 +96,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "gated_mlp": False,
         "scan_layers": False,
     },
+    "gpt-oss": LLAMA
+    | {
+        "head_dim": 8,
+        "qkv_bias": True,
+        "out_bias": True,
+        "attention_sinks": True,
+        "window": 5,
+        "full_attention_every": 2,
+        "rope_scaling": RotaryScaling(
+            "yarn", 4.0, original_context_length=64, beta_fast=8.0, truncate=False
+        ),
+    },
     "gated with biases": LLAMA
     | {"num_layers": 1, "mlp_bias": True, "activation": "relu2"},
 }
@@ -139,7 +151,16 @@ def test_values_and_gradients(name):
     exact = definitions.frame_logits(weights, given[0], options)
     assert_near(logits, exact, 1e-5)
     assert abs(loss - definitions.frame_loss(weights, *given, options)) < 1e-5 * loss
-    # Along a random direction, an error of the gradient shows in any of its elements.
+    check_gradients(
+        weights, gradients, lambda: definitions.frame_loss(weights, *given, options)
+    )
+
+
+def check_gradients(weights, gradients, loss):
+    """Compare gradients with differences of `loss()`, which reads the weights.
+
+    Along a random direction, an error of a gradient shows in any of its elements.
+    """
     for (path, weight), gradient in zip(
         paths(weights), jax.tree.leaves(nnx.to_pure_dict(gradients)), strict=True
     ):
@@ -147,7 +168,7 @@ def test_values_and_gradients(name):
         plain, ends = weight.copy(), []
         for step in (1e-5, -1e-5):
             weight[...] = plain + step * direction
-            ends.append(definitions.frame_loss(weights, *given, options))
+            ends.append(loss())
         weight[...] = plain
         slope = (ends[0] - ends[1]) / 2e-5
         error = abs((to_float64(gradient) * direction).sum() - slope)
@@ -155,6 +176,33 @@ def test_values_and_gradients(name):
         assert error <= 3e-5 * np.linalg.norm(to_float64(gradient)) + 1e-8, where
         is_shift = "key" in where and "bias" in where
         assert np.linalg.norm(gradient) > 1e-4 or is_shift, where
+
+
+@pytest.mark.parametrize("name", ["Qwen 3", "gpt-oss"])
+def test_packed_documents_are_as_alone(name):
+    """Values and gradients; the ids have one more column in the second case."""
+    options, lengths, goes_on = FAMILIES[name], [[5, 4, 3], [2, 10]], [True, True]
+    graph, state = nnx.split(build(**options))
+    tokens, targets = batch()
+    ids = jnp.array([np.repeat([3, 1, 2][: len(row)], row) for row in lengths])
+    if name == "gpt-oss":
+        ids, goes_on = jnp.concatenate([ids, jnp.array([[2], [9]])], 1), [True, False]
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(state):
+        return nnx.merge(graph, state).loss(tokens, targets, segment_ids=ids)
+
+    loss, gradients = run(state)
+    weights = to_float64(nnx.to_pure_dict(state))
+    given = np.asarray(tokens), np.asarray(targets)
+
+    def plain():
+        return definitions.packed_loss(weights, *given, lengths, goes_on, options)
+
+    exact = plain()
+    assert abs(loss - exact) < 1e-5 * exact
+    check_gradients(weights, gradients, plain)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -285,6 +333,12 @@ def lm(**options):
             ValueError,
             "activation, gated_mlp and mlp_bias must be left out with an mlp of your",
         ),
+        (
+            {"attention_sinks": True, "attention_fn": jax.nn.dot_product_attention},
+            ValueError,
+            "attention_fn must have an option return_lse for attention_sinks, got one",
+        ),
+        ({"attention_sinks": 1}, TypeError, "attention_sinks must be True or False"),
         (
             {"attention_softcap": 50.0, "mesh": 2},
             ValueError,

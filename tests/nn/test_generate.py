@@ -1,6 +1,5 @@
-"""Generation with `TransformerLM`, and the layer `MultiHeadMLP`."""
+"""Generation with `TransformerLM`, with a cache, in steps and without."""
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -9,26 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_near, normal, untyped
+from helpers import assert_near
 
-from jaxkern import Dilation, dilated_attention
+from jaxkern import Dilation, attention, dilated_attention, ring_attention
 from jaxkern.nn import (
-    FlashMLP,
     LowRankSwiGLU,
     MultiHeadAttention,
-    MultiHeadMLP,
     TransformerLM,
 )
-from jaxkern.nn._generate import (
-    Sampling,
-    _choose,
-    _Chosen,
-    _generate,
-    _go_on,
-    _keep_top,
-    _sample,
-    check_sampling,
-)
+from jaxkern.nn._generate import _generate
 
 VOCAB, CONTEXT = 50, 16
 dilated = partial(dilated_attention, dilation=Dilation((8, 16), (1, 2)))
@@ -71,7 +59,8 @@ def test_greedy_equals_the_whole_forward_token_by_token(options):
 
 
 def test_features_with_a_cache_equal_those_without():
-    model = build(num_kv_heads=2)
+    """A layer with a window keeps the keys of the window only."""
+    model = build(num_kv_heads=2, window=4, full_attention_every=2)
     tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, VOCAB)
     expected = nnx.jit(TransformerLM.features)(model, tokens)
     cache = model.make_cache(2, 13)
@@ -80,8 +69,33 @@ def test_features_with_a_cache_equal_those_without():
         features, cache = extend(model, part, cache)
         got.append(features)
     assert_near(jnp.concatenate(got, axis=1), expected)
-    assert cache.length == 11 and cache.keys.shape == (2, 2, 13, 2, 6)
+    assert cache.length == 11 and cache.keys.shape == (1, 2, 13, 2, 6)
     assert not np.any(cache.values[:, :, 11:])
+    assert cache.window_keys.shape == cache.window_values.shape == (1, 2, 4, 2, 6)
+    # Rows of 2 and 5 tokens, and then of 5 and 1; the padding are no tokens.
+    cache, at = model.make_cache(2, 13), np.zeros(2, int)
+    for lengths in ([2, 5], [5, 1]):
+        read = np.arange(5)[None] < np.array(lengths)[:, None]
+        part = np.stack([row[i : i + 5] for row, i in zip(tokens, at, strict=True)])
+        part = jnp.asarray(np.where(read, part, -1))
+        features, cache = extend(model, part, cache, jnp.array(lengths))
+        for row, whole, i, count in zip(features, expected, at, lengths, strict=True):
+            assert_near(row[:count], whole[i : i + count])
+        at = at + lengths
+    np.testing.assert_array_equal(cache.length, [7, 6])
+
+
+def test_a_window_needs_no_capacity():
+    """With a window in all layers only the window is kept, up to context_length."""
+    model = build(window=3)
+    cache = model.make_cache(3, 4)
+    assert cache.keys is None and cache.window_keys.shape == (2, 3, 3, 4, 6)
+    features, cache = model.extend(jnp.tile(PROMPT, (1, 2)), cache)
+    assert_near(features, model.features(jnp.tile(PROMPT, (1, 2))))
+    with pytest.raises(ValueError, match="at most context_length=16 tokens, got 17"):
+        model.extend(jnp.zeros((3, 9), int), cache)
+    with pytest.raises(ValueError, match="must be at most capacity=2 tokens, got 4"):
+        model.extend(PROMPT, model.make_cache(3, 2))
 
 
 @pytest.mark.usefixtures("promoting")
@@ -96,7 +110,7 @@ def test_bfloat16_cache():
 
 @pytest.mark.parametrize(
     "options, cache",
-    [({"num_kv_heads": 2}, True), ({"attention_fn": dilated}, False)],
+    [({"num_kv_heads": 2, "window": 3}, True), ({"attention_fn": dilated}, False)],
     ids=["cache", "dilated, no cache"],
 )
 def test_prompts_of_unequal_length_are_as_alone(options, cache):
@@ -148,11 +162,33 @@ def test_refused_prompt_lengths():
             run(prompt_lengths=jnp.array([1, 2, wrong]))
 
 
-def test_another_attention_without_a_cache():
-    model = build(attention_fn=dilated)
-    tokens = model.generate(PROMPT, max_new_tokens=5, cache=False)
-    logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
-    np.testing.assert_array_equal(logits[:, 3:-1].argmax(-1), tokens[:, 4:])
+@pytest.mark.parametrize(
+    "attention_fn, lengths",
+    [(attention, None), (dilated, [2, 4, 1])],
+    ids=["with a mask", "dilated"],
+)
+def test_a_cache_for_another_attention(attention_fn, lengths):
+    model = build(attention_fn=attention_fn)
+    lengths = None if lengths is None else jnp.array(lengths)
+    run: Any = partial(model.generate, PROMPT, max_new_tokens=5, prompt_lengths=lengths)
+    np.testing.assert_array_equal(run(), run(cache=False))
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_a_stream_is_what_generate_returns(cache):
+    model, lengths = build(), jnp.array([2, 4, 1])
+    options: Any = {"max_new_tokens": 5, "prompt_lengths": lengths, "cache": cache}
+    options |= {"temperature": 0.7, "key": jax.random.key(0), "top_k": 20}
+    options |= {"repetition_penalty": 1.5}
+    got = np.asarray(model.generate(PROMPT, **options))
+    steps = list(model.stream(PROMPT, **options))
+    assert len(steps) == 5 and all(step.dtype == jnp.int32 for step in steps)
+    for row, new, length in zip(got, np.stack(steps, 1), [2, 4, 1], strict=True):
+        np.testing.assert_array_equal(row[length : length + 5], new)
+    # It ends when all sequences have, and zeros stand for those that end before.
+    stops = [int(steps[0][0]), *map(int, steps[1])]
+    short = list(model.stream(PROMPT, **options, stop_tokens=stops))
+    assert len(short) == 2 and short[1][0] == 0 and steps[1][0] != 0
 
 
 def test_sampling():
@@ -191,89 +227,6 @@ def test_stop_tokens(cache):
     assert min(ends) < 5 and max(ends) == 5
 
 
-def test_repetition_penalty():
-    """A penalty of 1e9 forbids all tokens of the prompt and those that were new."""
-    model, lengths = build(), jnp.array([2, 4, 1])
-    run: Any = partial(model.generate, PROMPT, max_new_tokens=5, prompt_lengths=lengths)
-    got = np.asarray(run(repetition_penalty=1e9))
-    for row, length in zip(got, [2, 4, 1], strict=True):
-        new = row[length : length + 5]
-        assert len({*new.tolist()}) == 5 and not set(new) & set(row[:length])
-    logits = jnp.array([[3.0, -2.0, 1.0, 0.5]])
-    seen = jnp.array([[True, True, False, False]])
-    chosen = _Chosen(jnp.zeros((1, 1), int), jnp.int32(0), jnp.zeros(1, bool), seen)
-    sampling = Sampling(None, 0.0, 1.0, 0.0, 2.0, None)
-    for first, expected in [(3.0, 0), (1.9, 2), (-2.0, 2)]:
-        changed = logits.at[0, 0].set(first)
-        token, after = _choose(changed, chosen, sampling=sampling, top_k=None)
-        assert token[0] == expected
-        assert after.seen is not None and after.seen[0, expected]
-
-
-def test_a_token_of_padding_is_not_repeated():
-    """Zeros replace what follows a shorter prompt, and 0 stays the likeliest token."""
-
-    class Constant:
-        vocab_size = 4
-
-        def features(self, tokens):
-            return tokens[..., None]
-
-        def logits(self, features):
-            return jnp.tile(jnp.array([[3.0, 2.0, 1.0, 0.5]]), (len(features), 1))
-
-    sampling = Sampling(None, 0.0, 1.0, 0.0, 1e9, None)
-    prompt, lengths = jnp.array([[1, 2], [1, 0]]), jnp.array([1, 2])
-    got = _go_on(Constant(), prompt, lengths, sampling, None, 2, False)
-    np.testing.assert_array_equal(got, [[1, 0, 2, 0], [1, 0, 2, 3]])
-
-
-def test_nothing_is_computed_once_all_sequences_have_stopped():
-    tokens, seen = jnp.zeros((2, 3), int), None
-    for number, stopped, expected in [
-        (0, [False, False], True),
-        (1, [True, False], True),
-        (1, [True, True], False),
-        (3, [False, False], False),
-    ]:
-        chosen = _Chosen(tokens, jnp.int32(number), jnp.array(stopped), seen)
-        assert bool(chosen.go_on()) == expected
-
-
-def test_temperatures_of_each_prompt():
-    """Rows at 0 are greedy, and another row is as with its number alone."""
-    model, key = build(), jax.random.key(3)
-    run: Any = partial(model.generate, PROMPT, max_new_tokens=5)
-    got = run(temperature=jnp.array([0.0, 0.9, 1e-5]), key=key)
-    greedy, warm = run(), run(temperature=0.9, key=key)
-    np.testing.assert_array_equal(got[::2], greedy[::2])
-    np.testing.assert_array_equal(got[1], warm[1])
-    assert not np.array_equal(warm[1], greedy[1])
-
-
-def test_top_k_and_min_p():
-    """Of 200 samples, all are among the tokens that stay, and each of these is."""
-    logits = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]))
-    for options, top_k, kept in [
-        ({}, 1, [{1}, {0, 1, 2, 3}]),
-        ({}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
-        ({"min_p": 0.6}, None, [{1, 2}, {0, 1, 2, 3}]),
-        ({"min_p": 1.0}, None, [{1}, {0, 1, 2, 3}]),
-        ({"min_p": 0.4}, 2, [{1, 2}, {0, 1, 2, 3}]),
-        ({"top_p": 0.7}, 3, [{1, 2}, {0, 1, 2, 3}]),
-        ({"top_p": 0.95}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
-    ]:
-        plain = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": None}
-        sampling = Sampling(jax.random.key(0), 1.0, **plain | options, stop_tokens=None)
-        sample: Any = jax.vmap(lambda i, s=sampling, k=top_k: _sample(logits, s, k, i))
-        got = np.asarray(sample(jnp.arange(200)))
-        assert [set(row) for row in got.T.tolist()] == kept
-    # A `top_k` above the size of the vocabulary samples from all tokens.
-    options = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "stop_tokens": ()}
-    options |= {"top_k": 5, "repetition_penalty": 1.0}
-    assert check_sampling("op", 2, 4, None, **options)[1] == 4
-
-
 def test_a_cache_can_be_donated():
     model = build()
     extend = jax.jit(TransformerLM.extend, donate_argnums=2)
@@ -281,39 +234,6 @@ def test_a_cache_can_be_donated():
     features, longer = extend(model, PROMPT, cache)
     assert cache.keys.is_deleted() and cache.values.is_deleted()
     assert longer.length == 4 and np.isfinite(features).all()
-
-
-def test_sampled_frequencies():
-    model, many = build(), jnp.tile(PROMPT[:1], (4000, 1))
-    options: Any = {"max_new_tokens": 1, "temperature": 2.0, "key": jax.random.key(0)}
-    got = Counter(np.asarray(model.generate(many, **options))[:, -1].tolist())
-    p = np.asarray(jax.nn.softmax(model(PROMPT[:1])[0, -1] / 2))
-    for token in range(VOCAB):
-        spread = (4000 * p[token] * (1 - p[token])) ** 0.5
-        assert abs(got[token] - 4000 * p[token]) < 4 * spread + 1
-
-
-def test_top_p():
-    logits = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]))
-    for top_p, kept in [(0.39, 1), (0.41, 2), (0.75, 3), (0.95, 4), (1.0, 4)]:
-        one, equal = np.isfinite(_keep_top(logits, top_p))
-        assert one.sum() == kept and one[1]
-        # Tokens that are as likely as the last one that is needed stay.
-        assert equal.all()
-    # The probabilities of the likelier tokens add up to top_p exactly.
-    halves = jnp.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]])
-    for top_p, kept in [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 3), (0.9375, 5)]:
-        assert np.isfinite(_keep_top(jnp.log(halves), top_p)).sum() == kept
-    # A sum in float32 loses the last of so many probabilities.
-    many = 3 * normal(0, (1, 131072))
-    assert np.isfinite(_keep_top(many, 1.0)).all()
-    weights = np.exp(-np.sort(-np.asarray(many[0], np.float64)))
-    sums = weights.cumsum() / weights.sum()
-    for top_p in (1e-3, 0.3, 0.9, 0.9999, 0.999999):
-        kept = np.isfinite(_keep_top(many, top_p)).sum()
-        # The margin is the float32 rounding of top_p and of the sums.
-        low, high = (np.searchsorted(sums, top_p + d) for d in (-1e-6, 1e-6))
-        assert low <= kept <= high + 1
 
 
 def test_compiles_once():
@@ -327,11 +247,28 @@ def test_compiles_once():
         model.generate(PROMPT, key=jax.random.key(1), **again)
 
 
+def test_prompts_of_many_lengths_share_a_program():
+    model, compiled = build(num_kv_heads=4), _generate
+    before = compiled._cache_size()
+    for length in (1, 2, 3, 4):
+        model.generate(PROMPT[:, :length], max_new_tokens=5)
+    lengths = jnp.array([2, 1, 3])
+    model.generate(PROMPT[:, :3], max_new_tokens=5, prompt_lengths=lengths)
+    assert compiled._cache_size() <= before + 1
+    # Another number of places is another program.
+    long = jnp.zeros((3, 17), int)
+    model.context_length = 64
+    model.generate(long, max_new_tokens=5)
+    now = compiled._cache_size()
+    model.generate(jnp.zeros((3, 32), int), max_new_tokens=5)
+    assert compiled._cache_size() == now
+
+
 def generate(prompt=PROMPT, **options):
     arguments = {"max_new_tokens": 2} | options
 
     def call():
-        attention_fn = dilated if arguments.pop("dilated", False) else None
+        attention_fn = arguments.pop("attention_fn", None)
         build(attention_fn=attention_fn).generate(prompt, **arguments)
 
     return call
@@ -427,9 +364,19 @@ def generate(prompt=PROMPT, **options):
             "key must be a key, as from jax.random.key for an array of temperatures",
         ),
         (
-            generate(dilated=True),
+            generate(attention_fn=partial(ring_attention, axis_name="context")),
             ValueError,
-            "attention_fn must be None for a cache, got one; generate.cache=False",
+            "generate: attention_fn must have all tokens in one place for a cache, got",
+        ),
+        (
+            lambda: build().stream(PROMPT, max_new_tokens=2, top_p=0.0),
+            ValueError,
+            "stream: top_p must be above 0 and at most 1, got 0.0",
+        ),
+        (
+            lambda: build().extend(PROMPT, build().make_cache(3, 9), jnp.array([1, 5])),
+            ValueError,
+            r"extend: lengths must have shape \(3,\) for tokens of shape \(3, 4\)",
         ),
         (
             lambda: build().make_cache(1, 17),
@@ -441,36 +388,11 @@ def generate(prompt=PROMPT, **options):
             ValueError,
             "extend: tokens and cache must be at most capacity=3 tokens, got 4",
         ),
-        (
-            lambda: untyped.nn.MultiHeadMLP(24, 40, num_heads=5, rngs=nnx.Rngs(0)),
-            ValueError,
-            "MultiHeadMLP: num_heads must divide embed_dim=24, got 5",
-        ),
-        (
-            lambda: untyped.nn.MultiHeadMLP(24, 0, num_heads=4, rngs=nnx.Rngs(0)),
-            ValueError,
-            "hidden_dim must be an integer of at least 1, got 0",
-        ),
     ],
 )
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-def test_multi_head_mlp(gated):
-    module = MultiHeadMLP(24, 10, num_heads=4, gated=gated, rngs=nnx.Rngs(0))
-    heads: Any = FlashMLP(4, 6, hidden_dim=10, gated=gated, rngs=nnx.Rngs(1))
-    nnx.update(heads, nnx.state(module.heads))
-    x = normal(0, (2, 3, 24))
-    by_head = jnp.einsum("btd,dhe->hbte", x, module.w_in.kernel[...])
-    by_head = heads(by_head.reshape(4, 6, 6)).reshape(4, 2, 3, 6)
-    expected = jnp.einsum("hbte,hed->btd", by_head, module.w_out.kernel[...])
-    assert_near(nnx.jit(lambda m, x: m(x))(module, x), expected)
-    assert module(x[0, 0]).shape == (24,)
-    size = sum(p.size for p in jax.tree.leaves(nnx.state(module.heads)))
-    assert size == (3 if gated else 2) * 24 * 10
 
 
 @pytest.mark.parametrize("qk_norm", ["head", "embed"])

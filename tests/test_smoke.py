@@ -152,6 +152,7 @@ LM: dict[str, Any] = {
     "hidden_dim": 16,
 }
 IDS = jnp.arange(32).reshape(8, 4) % 16
+ENCODES: dict[str, Any] = {"decode": False}
 
 
 def prune():
@@ -189,6 +190,10 @@ def mask():
 # Each name of `jaxkern.nn`, a module of that name or that uses it, and an input.
 MODULES: dict[str, tuple[Any, jax.Array]] = {
     "MultiHeadAttention": (partial(nn.MultiHeadAttention, 16, 2), SAMPLES),
+    "attention_fn": (
+        partial(nnx.MultiHeadAttention, 2, 16, attention_fn=nn.attention_fn, **ENCODES),
+        SAMPLES,
+    ),
     "LowRankLinear": (partial(nn.LowRankLinear, 16, 16, rank=4), X),
     "LongNet": (partial(nn.LongNet, 16, 2, num_layers=1, **DILATED), SAMPLES),
     "Bilinear": (partial(nn.Bilinear, 16, 16), X),

@@ -1,6 +1,7 @@
 """Flax NNX modules, which own parameters and call the ops of jaxkern."""
 
 from ._attention import MultiHeadAttention as MultiHeadAttention
+from ._attention_fn import attention_fn as attention_fn
 from ._cache import KVCache as KVCache
 from ._dense_mlp import MLP as MLP
 from ._linear import LowRankLinear as LowRankLinear
@@ -46,6 +47,7 @@ __all__ = [
     "SwiGLU",
     "TransformerConfig",
     "TransformerLM",
+    "attention_fn",
     "get_sharding",
     "make_mesh",
     "mask_sparsity",

@@ -19,10 +19,20 @@ from .._core.checks import (
     check_integer,
     check_number,
     check_shape,
-    kind_of,
     raise_unknown,
 )
 from .._core.sharding import on_automatic_axes
+from ._attention_fn import check_dropout_rate, check_heads_of, in_flax_form
+from ._attention_state import (
+    CACHED,
+    Result,
+    Sown,
+    attend_to_cache,
+    dropout_options,
+    empty_cache,
+    first_flag,
+    read_cache,
+)
 from ._common import (
     axis_metadata,
     bind,
@@ -44,7 +54,8 @@ class MultiHeadAttention(nnx.Module):
     $$y = \mathrm{concat}_h(\mathrm{attention}(x W_Q^h, z W_K^h, z W_V^h)) W_O$$
 
     with biases unless `use_bias` is False; self-attention has $z = x$. The call maps x
-    (batch, seq_q, embed_dim) and z (batch, seq_kv, embed_dim) to the shape of x.
+    (batch, seq_q, embed_dim) and z (batch, seq_kv, in_kv_features) to
+    (batch, seq_q, out_features).
 
     `attention_fn(query, key, value, **options)` gets arrays (batch, seq, heads,
     head_dim), where key and value have `num_kv_heads`, and returns one of the query's
@@ -60,14 +71,23 @@ class MultiHeadAttention(nnx.Module):
     - `attention_fn=partial(ring_attention, axis_name="seq")` runs ring attention, if
       the module is called inside `jax.shard_map`.
 
+    Dropout, `sow_weights` and `decode` have flax's names and meanings, and need
+    `jaxkern.attention` or a function with the arguments of `nn.attention_fn`. Dropout
+    and `sow_weights` keep all weights in memory. The parameters of
+    `flax.nnx.MultiHeadAttention` fit: its `query`, `key`, `value` and `out` are ours.
+
     Logical axes for `nnx.get_partition_spec` are "embed", "heads" and "kv_heads".
 
     Args:
-        embed_dim: The size of the last axis of the inputs and the output.
+        embed_dim: The size of the last axis of the query.
         num_heads: The number of heads of the query.
         num_kv_heads: The number of heads of key and value, a divisor of `num_heads`;
             None for as many.
-        head_dim: The size of a head; None for embed_dim / num_heads.
+        head_dim: The size of a head; None for embed_dim / num_heads. flax's
+            `qkv_features` is head_dim * num_heads.
+        out_features: The size of the last axis of the output; None for `embed_dim`.
+        in_kv_features: The size of the last axis of key and value, which in
+            encoder-decoder models is the encoder's; None for `embed_dim`.
         attention_fn: The attention function, see above.
         is_causal: Pass `is_causal=True` to `attention_fn`. False passes no such option,
             so a function without it fits.
@@ -85,18 +105,29 @@ class MultiHeadAttention(nnx.Module):
         norm: Makes the norms, called as `norm(features, dtype=, param_dtype=, rngs=)`.
         gain: The factor of the initial kernels of value and output. Magneto's is
             sqrt(log(2 layers)).
+        dropout_rate: The probability that an attention weight is dropped, which is 0.1
+            in BERT, GPT-2 and ViT, and 0 in today's language models.
+        broadcast_dropout: Drop the same weights in all sequences and heads.
+        deterministic: Drop no weight. The call, `module.eval()` and `module.train()`
+            change it; with a dropout rate one of them must set it.
+        decode: Attend to the tokens of the cache, which `init_cache` makes. The call
+            and `nnx.view` change it.
+        keep_rngs: Keep a stream of random keys for the dropout, `rngs.dropout.fork()`,
+            where `dropout_rate` is not 0; otherwise each call needs `rngs`.
         dtype: The dtype of the computation; None promotes the dtypes of inputs and
             parameters.
         param_dtype: The dtype of the parameters.
         kernel_init: The initializer of each kernel, as a matrix of all its heads.
-        rngs: The random keys for the parameters.
+        rngs: The random keys for the parameters, and for the dropout.
 
     Raises:
         TypeError: `attention_fn` or `norm` cannot be called, `gain` is not a number, a
-            dtype is not a floating-point dtype, or `rngs` is not an `nnx.Rngs`.
+            flag is neither True nor False, a dtype is not a floating-point dtype, or
+            `rngs` is not an `nnx.Rngs`.
         ValueError: A size is not a positive integer or does not divide, `gain` is not
-            positive and finite, `qk_norm` is unknown, or `attention_fn` has no option
-            `return_lse` for `attention_sinks`.
+            positive and finite, `qk_norm` is unknown, `dropout_rate` is not in [0, 1),
+            `attention_fn` has no dropout, or it has no option `return_lse` for
+            `attention_sinks`, which go without dropout.
 
     Examples:
         ```python
@@ -105,7 +136,13 @@ class MultiHeadAttention(nnx.Module):
         from jaxkern import nn
 
         layer = nn.MultiHeadAttention(8, 2, is_causal=True, rngs=nnx.Rngs(0))
-        print(layer(jnp.ones((2, 3, 8))).shape)
+        x = jnp.ones((2, 3, 8))
+        print(layer(x).shape)
+
+        layer.init_cache(x.shape)
+        for i in range(3):
+            token = layer(x[:, i : i + 1], decode=True)
+        assert jnp.allclose(token[:, 0], layer(x)[:, 2], atol=1e-6)
         ```
         ```text
         (2, 3, 8)
@@ -124,6 +161,8 @@ class MultiHeadAttention(nnx.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        out_features: int | None = None,
+        in_kv_features: int | None = None,
         attention_fn: Callable[..., Any] = attention,
         is_causal: bool = False,
         use_bias: bool = True,
@@ -133,26 +172,47 @@ class MultiHeadAttention(nnx.Module):
         sub_layer_norm: bool = False,
         norm: Callable[..., nnx.Module] = nnx.LayerNorm,
         gain: float = 1.0,
+        dropout_rate: float = 0.0,
+        broadcast_dropout: bool = True,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        keep_rngs: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_attention_kernel_init,
         rngs: nnx.Rngs,
     ):
+        op = "MultiHeadAttention"
         embed_dim, num_heads, kv_heads, dim = check_heads(
-            "MultiHeadAttention", embed_dim, num_heads, num_kv_heads, head_dim
+            op, embed_dim, num_heads, num_kv_heads, head_dim
         )
+        given = {"out_features": out_features, "in_kv_features": in_kv_features}
+        sizes = {name: embed_dim if x is None else x for name, x in given.items()}
+        out_features, in_kv_features = check_arguments(op, None, **sizes)
         _check_options(attention_fn, norm, qk_norm, gain)
-        check_flag("MultiHeadAttention", attention_sinks=attention_sinks)
+        rate = check_dropout_rate(op, dropout_rate)
+        if rate:
+            in_flax_form(op, attention_fn, f"for dropout_rate={rate}")
+        check_flag(
+            op,
+            broadcast_dropout=broadcast_dropout,
+            keep_rngs=keep_rngs,
+            attention_sinks=attention_sinks,
+        )
         if attention_sinks and not takes_return_lse(attention_fn):
             raise ValueError(
-                "MultiHeadAttention: attention_fn must have an option return_lse for "
+                f"{op}: attention_fn must have an option return_lse for "
                 "attention_sinks, got one without"
             )
-        dtypes = check_dtypes("MultiHeadAttention", dtype, param_dtype, rngs)
+        if attention_sinks and rate:
+            raise ValueError(
+                f"{op}: attention_sinks must be False for dropout_rate={rate}, got True"
+            )
+        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
 
-        def project(heads, name, init):
+        def project(features, heads, name, init):
             return nnx.LinearGeneral(
-                embed_dim,
+                features,
                 (heads, dim),
                 use_bias=use_bias,
                 kernel_init=init,
@@ -162,12 +222,12 @@ class MultiHeadAttention(nnx.Module):
             )
 
         scaled_init = scale_init(kernel_init, gain)
-        self.query = project(num_heads, "heads", kernel_init)
-        self.key = project(kv_heads, "kv_heads", kernel_init)
-        self.value = project(kv_heads, "kv_heads", scaled_init)
+        self.query = project(embed_dim, num_heads, "heads", kernel_init)
+        self.key = project(in_kv_features, kv_heads, "kv_heads", kernel_init)
+        self.value = project(in_kv_features, kv_heads, "kv_heads", scaled_init)
         self.out = nnx.LinearGeneral(
             (num_heads, dim),
-            embed_dim,
+            out_features,
             axis=(-2, -1),
             use_bias=use_bias if out_bias is None else out_bias,
             kernel_init=scaled_init,
@@ -190,50 +250,151 @@ class MultiHeadAttention(nnx.Module):
             else None
         )
         self.embed_dim = embed_dim
+        self.out_features = out_features
+        self.in_kv_features = in_kv_features
         self.num_heads = num_heads
         self.num_kv_heads = kv_heads
         self.head_dim = dim
         self.qk_norm: QKNorm | None = qk_norm
         options = {"is_causal": True} if is_causal else {}
         self.attention_fn = bind(attention_fn, **options)
+        self.dropout_rate = rate
+        self.broadcast_dropout = broadcast_dropout
+        self.deterministic = deterministic
+        self.decode = decode
+        self.rngs = rngs.dropout.fork() if keep_rngs and rate else None
+        self.cached_key: nnx.Cache[jax.Array] | None = nnx.data(None)
+        self.cached_value: nnx.Cache[jax.Array] | None = nnx.data(None)
+        self.cache_index: nnx.Cache[jax.Array] | None = nnx.data(None)
 
-    @on_automatic_axes(lambda query: P(*query[:-1], None))
     def __call__(
         self,
         query: Float[Array, "batch seq_q embed"],
-        key: Float[Array, "batch seq_kv embed"] | None = None,
-        value: Float[Array, "batch seq_kv embed"] | None = None,
+        key: Float[Array, "batch seq_kv embed_kv"] | None = None,
+        value: Float[Array, "batch seq_kv embed_kv"] | None = None,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
         **options: Any,
-    ) -> Float[Array, "batch seq_q embed"]:
+    ) -> Float[Array, "batch seq_q out_features"]:
         """Attend from `query` to `key`, and return the sums of `value`.
 
         Args:
             query: The features that attend.
             key: The features to attend to; None for `query`.
             value: The features to sum; None for `key`.
+            deterministic: Drop no weight; None for the module's.
+            rngs: The random keys of the dropout; None for the module's.
+            sow_weights: Store the weights before dropout, (batch, heads, seq_q,
+                seq_kv), as the `nnx.Intermediate` "attention_weights", which
+                `nnx.capture` and `nnx.pop` collect.
+            decode: Put the tokens behind those of the cache, and attend to all of them
+                causally; None for the module's. A mask in the options has the
+                cache's length as its last axis.
             options: The options of this call to `attention_fn`.
 
         Returns:
             The features of the query's tokens.
 
         Raises:
-            TypeError: An input is not a floating-point array, or `attention_fn` does
-                not take an option or does not return an array.
-            ValueError: A shape does not fit, or there is a value without a key.
+            TypeError: An input is not a floating-point array, a flag is neither True
+                nor False, or `attention_fn` does not take an option or does not return
+                an array.
+            ValueError: A shape does not fit, there is a value without a key, dropout
+                lacks `deterministic` or `rngs`, the cache is missing or full (as far as
+                its length is known), or `attention_fn` has no such option.
         """
+        op = "MultiHeadAttention"
         if key is None and value is not None:
-            raise ValueError(
-                "MultiHeadAttention: key must be given with value, got value alone"
-            )
+            raise ValueError(f"{op}: key must be given with value, got value alone")
+        sizes = {"query": self.embed_dim} | dict.fromkeys(
+            ["key", "value"], self.in_kv_features
+        )
         key = query if key is None else key
         value = key if value is None else value
         given = {"query": query, "key": key, "value": value}
         for name, x in given.items():
             # Checked one by one, since their dtypes may differ: projections promote.
-            (given[name],) = check_floating("MultiHeadAttention", **{name: x})
-            shape = "batch", "seq", self.embed_dim
-            check_shape("MultiHeadAttention", name, x, shape)
-        return self.attend(**given, attention_fn=partial(self.attention_fn, **options))
+            (given[name],) = check_floating(op, **{name: x})
+            check_shape(op, name, x, ("batch", "seq", sizes[name]))
+        decode = bool(first_flag(op, "decode", decode, self.decode, False))
+        check_flag(op, sow_weights=sow_weights)
+        added = dropout_options(self, deterministic, rngs)
+        if decode or sow_weights or added:
+            because = f"for decode={decode}, sow_weights={sow_weights} and dropout"
+            in_flax_form(op, self.attention_fn, because)
+            if self.sinks is not None:
+                raise ValueError(
+                    f"{op}: attention_sinks must be False {because}, got True"
+                )
+        cache = read_cache(self, given["query"], given["key"]) if decode else None
+        result = self._call(given, options | added, sow_weights, cache)
+        # Results are stored here, since on explicit mesh axes the call has copies of
+        # the module.
+        for weights in result.weights:
+            self.sow(nnx.Intermediate, "attention_weights", weights)
+        for name, x in zip(CACHED, result.cache, strict=False):
+            getattr(self, name).set_value(x)
+        return result.out
+
+    @on_automatic_axes(
+        lambda given: Result(
+            P(*given["query"][:-1], None),
+            P(given["query"][0]),
+            P(given["query"][0]),
+        )
+    )
+    def _call(self, given, options, sow_weights, cache) -> "Result":
+        """Attend, without a change to the module."""
+        sown, function = Sown([]), self.attention_fn
+        if sow_weights:
+            options = options | {"module": sown}
+        if {"dropout_rng", "module"} & options.keys():
+            function = in_flax_form("MultiHeadAttention", function, "")
+        function = partial(function, **options)
+        if cache is None:
+            return Result(self.attend(**given, attention_fn=function), sown.weights, [])
+        grown = []
+
+        def attend(query, key, value):
+            out, cached = attend_to_cache(function, query, key, value, cache)
+            grown.extend(cached)
+            return out
+
+        return Result(self.attend(**given, attention_fn=attend), sown.weights, grown)
+
+    def init_cache(
+        self, input_shape: tuple[int, ...], dtype: Dtype = jnp.float32
+    ) -> None:
+        """Make an empty cache, in place of the one that there is.
+
+        Args:
+            input_shape: The shape of all tokens, (batch, seq, embed).
+            dtype: The dtype in which keys and values are stored.
+
+        Raises:
+            TypeError: `dtype` is not a floating-point dtype.
+            ValueError: A size is not an integer, or is negative.
+        """
+        arrays = empty_cache(input_shape, dtype, self.num_kv_heads, self.head_dim)
+        self.cached_key, self.cached_value, self.cache_index = map(nnx.Cache, arrays)
+
+    def set_view(
+        self,
+        deterministic: bool | None = None,
+        decode: bool | None = None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Set the flags for `nnx.view`, and make a cache where both sizes are given."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+        if decode is not None:
+            self.decode = decode
+        if decode and batch_size is not None and max_length is not None:
+            self.init_cache((batch_size, max_length, self.embed_dim))
 
     def attend(
         self,
@@ -263,10 +424,10 @@ class MultiHeadAttention(nnx.Module):
             k = _normalize(self.key_norm, k, across)
         if self.sinks is None:
             heads = attention_fn(q, k, v)
-            _check_result(heads, q.shape)
+            check_heads_of("MultiHeadAttention", heads, q.shape)
         else:
             heads, lse = attention_fn(q, k, v, return_lse=True)
-            _check_result(heads, q.shape)
+            check_heads_of("MultiHeadAttention", heads, q.shape)
             heads = with_sinks(heads, lse, self.sinks[...])
         if self.sub_norm is not None:
             heads = _normalize(self.sub_norm, heads, across_heads=True)
@@ -317,15 +478,3 @@ def _check_options(attention_fn, norm, qk_norm, gain) -> None:
     if qk_norm not in (None, *get_args(QKNorm)):
         raise_unknown(op, "qk_norm", qk_norm, (None, *get_args(QKNorm)))
     check_number(op, "gain", gain, positive=True)
-
-
-def _check_result(heads, shape) -> None:
-    op = "MultiHeadAttention"
-    if not isinstance(heads, jax.Array):
-        kind = kind_of(heads)
-        raise TypeError(f"{op}: attention_fn must return one array, got {kind}")
-    if heads.shape != shape:
-        raise ValueError(
-            f"{op}: attention_fn must return the query's shape {shape}, "
-            f"got {heads.shape}"
-        )

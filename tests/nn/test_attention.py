@@ -52,44 +52,6 @@ def flat_parameters(module):
     return {".".join(map(str, path)): p[...] for path, p in state}
 
 
-@pytest.mark.parametrize(
-    "use_bias, kv_heads, normed",
-    [(True, HEADS, False), (False, 2, False), (True, 2, True)],
-    ids=["bias", "no bias, two heads a key", "qk norm"],
-)
-def test_equals_flax_with_the_same_weights(use_bias, kv_heads, normed):
-    ours = build(
-        use_bias=use_bias,
-        num_kv_heads=kv_heads,
-        qk_norm="head" if normed else None,
-        norm=partial(nnx.LayerNorm, use_bias=False),
-    )
-    theirs = nnx.MultiHeadAttention(
-        num_heads=HEADS,
-        in_features=EMBED,
-        num_kv_heads=kv_heads,
-        use_bias=use_bias,
-        normalize_qk=normed,
-        decode=False,
-        rngs=nnx.Rngs(1),
-    )
-    randomize(ours)
-    for name in ("query", "key", "value", "out"):
-        nnx.update(getattr(theirs, name), nnx.state(getattr(ours, name)))
-    if normed:
-        nnx.update(theirs.query_ln, nnx.state(ours.query_norm))
-        nnx.update(theirs.key_ln, nnx.state(ours.key_norm))
-    x, z = normal(0, (2, SEQ, EMBED)), normal(1, (2, 7, EMBED))
-    mask = jax.random.bernoulli(jax.random.key(2), 0.7, (2, 1, SEQ, 7))
-    mask = mask.at[..., 0].set(True)
-
-    @nnx.jit
-    def of_itself_and_of_another(module):
-        return module(x), module(x, z, -z, mask=mask)
-
-    assert_near(of_itself_and_of_another(ours), of_itself_and_of_another(theirs))
-
-
 def test_is_projections_around_the_function():
     module = randomize(build(attention_fn=dilated, num_kv_heads=2, is_causal=True))
     x = normal(0, (2, SEQ, EMBED))

@@ -358,6 +358,16 @@ REFUSALS = [
     (build(in_kv_features=1.5), ValueError, "in_kv_features must be an integer of at"),
     (build(keep_rngs=1), TypeError, "keep_rngs must be True or False"),
     (
+        build(dropout_rate=0.5, attention_sinks=True),
+        ValueError,
+        "attention_sinks must be False for dropout_rate=0.5, got True",
+    ),
+    (
+        call(built={"attention_sinks": True}, sow_weights=True),
+        ValueError,
+        "attention_sinks must be False for decode=False, sow_weights=True and dropout",
+    ),
+    (
         call(built={"dropout_rate": 0.5}),
         ValueError,
         "deterministic must be True or False for dropout_rate=0.5, got None in the",

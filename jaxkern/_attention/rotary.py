@@ -30,6 +30,8 @@ Pairs = Literal["interleaved", "halves", "mismatched"]
 TURNS_A_RADIAN = Decimal("0.15915494309189533576888376337251436203445964574046")
 # Decimal digits of the exact arithmetic on it.
 DIGITS = 50
+# The constant of XPOS's decay, section 3.2 of its paper.
+GAMMA = 0.4
 
 
 def rotary_embedding(
@@ -40,6 +42,7 @@ def rotary_embedding(
     pairs: Pairs = "interleaved",
     rotary_dim: int | None = None,
     scaling: RotaryScaling | None = None,
+    decay: float | None = None,
 ) -> Float[Array, "batch seq heads dim"]:
     r"""Rotate pairs of features by angles proportional to the position of the token.
 
@@ -80,17 +83,26 @@ def rotary_embedding(
             were all, and leave the others, as Phi-4-mini and GPT-NeoX do; None rotates
             all.
         scaling: A change of the frequencies for long contexts, see `RotaryScaling`.
+        decay: Also multiply pair $i$ by $\zeta_i^{p / \mathrm{decay}}$, where
+            $\zeta_i = (2i / \mathrm{dim} + 0.4) / 1.4$, as XPOS does in LongNet and
+            RetNet: with $c$ for queries and $-c$ for keys, the logits decay by
+            $\zeta_i^{(p - p') / c}$. XPOS has $c = 512$. The factors grow in one
+            direction: $p / c$ from -69 to 69 fits in float32, so let positions count
+            from the middle of a long sequence. A factor is off by
+            $10^{-7} |p / c|$ of itself.
 
     Returns:
         The rotated features, in the shape and dtype of `x`.
 
     Raises:
         TypeError: `x` is not a floating-point array, `positions` is not an integer
-            array, `rope_theta` is not a number, or `scaling` is not a `RotaryScaling`.
+            array, `rope_theta` or `decay` is not a number, or `scaling` is not a
+            `RotaryScaling`.
         ValueError: The shapes do not fit, dim or `rotary_dim` is odd, `rotary_dim`
             exceeds dim, `rope_theta` is not positive and finite, or not above 1 for
-            "yarn", `pairs` is unknown, `scaling` is for another number of pairs, or a
-            position does not fit in 32 bits.
+            "yarn", `pairs` is unknown, `scaling` is for another number of pairs, a
+            position does not fit in 32 bits, or `decay` is 0, not finite or given for
+            "mismatched".
 
     Examples:
         Three tokens of one head with two features, rotated by 0, 1 and 2 radians:
@@ -111,6 +123,7 @@ def rotary_embedding(
 
     References:
         RoFormer, eq. 34: https://arxiv.org/abs/2104.09864.
+        XPOS, section 3.2 and algorithm 1: https://arxiv.org/abs/2212.10554.
     """
     op = "rotary_embedding"
     (x,) = check_floating(op, x=x)
@@ -126,6 +139,8 @@ def rotary_embedding(
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if scaling is not None:
         check_scaling(op, "scaling", scaling, rope_theta, turned // 2)
+    if decay is not None:
+        check_decay(op, decay, pairs)
     if positions is None:
         positions = jnp.arange(seq)
     positions = read_positions(op, positions, batch, seq)
@@ -137,7 +152,12 @@ def rotary_embedding(
     turns = _turns(float(rope_theta), scaling, turned // 2, _bits(positions, wide))
     angles = _angles(positions, *turns, order, wide.dtype)[:, :, None]
     cos, sin = (attention_factor(scaling) * f(angles) for f in (jnp.cos, jnp.sin))
-    rotated = (wide * cos + _quarter_turn(wide, pairs) * sin).astype(x.dtype)
+    rotated = wide * cos + _quarter_turn(wide, pairs) * sin
+    if decay is not None:
+        logs = (log_decays(turned // 2)[order] / decay).astype(wide.dtype)
+        exponents = positions.astype(wide.dtype)[..., None] * logs[None, None]
+        rotated = rotated * jnp.exp(exponents)[:, :, None]
+    rotated = rotated.astype(x.dtype)
     return jnp.concatenate([rotated, x[..., turned:]], -1) if turned < dim else rotated
 
 
@@ -149,6 +169,20 @@ def check_rotary_dim(op: str, rotary_dim: object, dim: int) -> int:
             f"{op}: rotary_dim must be even and at most dim={dim}, got {rotary_dim}"
         )
     return rotary_dim
+
+
+def check_decay(op: str, decay: object, pairs: Pairs) -> None:
+    """Check that the decay is a number other than 0, for pairs that are rotated."""
+    check_number(op, "decay", decay)
+    if decay == 0:
+        raise ValueError(f"{op}: decay must not be 0, got {decay}")
+    if pairs == "mismatched":
+        raise ValueError(f"{op}: decay must be None for pairs={pairs!r}, got {decay}")
+
+
+def log_decays(count: int) -> np.ndarray:
+    """Return the logarithms of the bases of XPOS's decay, one for each pair."""
+    return np.log((np.arange(count) / count + GAMMA) / (1 + GAMMA))
 
 
 def _quarter_turn(x: jax.Array, pairs: Pairs) -> jax.Array:

@@ -21,8 +21,8 @@ PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
 
 
-def rotary_float64(x, positions, theta, pairs):
-    """Rotate pair by pair, in NumPy."""
+def rotary_float64(x, positions, theta, pairs, decay=None):
+    """Rotate and scale pair by pair, in NumPy."""
     x = np.asarray(x).astype(np.float64)
     half = x.shape[-1] // 2
     positions = np.broadcast_to(np.asarray(positions, np.float64), x.shape[:2])
@@ -34,6 +34,9 @@ def rotary_float64(x, positions, theta, pairs):
             angle = positions[..., None] * theta ** (-frequency / half)
             y[..., out] = x[..., out] * np.cos(angle)
             y[..., out] += sign * x[..., other] * np.sin(angle)
+            if decay is not None:
+                zeta = (i / half + 0.4) / 1.4
+                y[..., out] *= zeta ** (positions[..., None] / decay)
     return y
 
 
@@ -130,6 +133,33 @@ def test_products_depend_on_the_distance_only(pairs):
     assert_near(logits(100_000), logits(0), 3e-6)
 
 
+@pytest.mark.parametrize("pairs", ["interleaved", "halves"])
+@pytest.mark.parametrize("decay", [7.0, -7.0])
+def test_decay(pairs, decay):
+    """Both features of a pair shrink alike; so do gradients, which rotate back."""
+    x, g, at = normal(0, SHAPE), normal(1, SHAPE), BY_SEQUENCE[1:]
+    options: dict[str, Any] = {"pairs": pairs, "decay": decay}
+
+    def run(x):
+        return rotary_embedding(x, jnp.asarray(at[0]), **options)
+
+    got, (gradient,) = value_and_vjp(run, (x,), g)
+    assert_near(got, rotary_float64(x, at, 1e4, pairs, decay), 1e-6)
+    assert_near(gradient, rotary_float64(g, -at, 1e4, pairs, -decay), 1e-6)
+
+
+def test_logits_decay_with_the_distance():
+    """XPOS: queries and keys have opposite decays, and their products one of both."""
+    query, key = normal(0, SHAPE), normal(1, SHAPE)
+
+    def logits(shift):
+        at = jnp.arange(SHAPE[1]) + shift
+        q = rotary_embedding(query, at, decay=16.0)
+        return jnp.einsum("bqhd,bkhd->bhqk", q, rotary_embedding(key, at, decay=-16.0))
+
+    assert_near(logits(-300), logits(0), 3e-6)
+
+
 def test_halves_are_interleaved_pairs_in_another_order():
     x = normal(0, SHAPE)
     order = np.arange(10).reshape(5, 2).T.reshape(-1)
@@ -184,6 +214,15 @@ X = jnp.ones(SHAPE)
             "rope_theta must be one number, got '10'",
         ),
         ((X,), {"pairs": "half"}, ValueError, "pairs must be one of 'interleaved', 'h"),
+        ((X,), {"decay": 0}, ValueError, "decay must not be 0, got 0"),
+        ((X,), {"decay": np.inf}, ValueError, "decay must be finite, got inf"),
+        ((X,), {"decay": True}, TypeError, "decay must be one number, got True"),
+        (
+            (X,),
+            {"decay": 512, "pairs": "mismatched"},
+            ValueError,
+            "decay must be None for pairs='mismatched', got 512",
+        ),
     ],
 )
 def test_refusals(args, options, error, message):

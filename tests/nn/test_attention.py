@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import Dilation, attention, dilated_attention
-from jaxkern.nn import LongNet, MultiHeadAttention
+from jaxkern.nn import MultiHeadAttention
 from jaxkern.testing import plain
 
 EMBED, HEADS, SEQ = 24, 4, 10
@@ -214,79 +214,6 @@ def test_in_linen():
     assert y.shape == x.shape and not np.array_equal(y, apply(variables, x))
 
 
-def longnet(**options) -> Any:
-    options = PATTERNS | options
-    return randomize(LongNet(EMBED, HEADS, num_layers=2, rngs=nnx.Rngs(0), **options))
-
-
-@pytest.mark.usefixtures("promoting")
-def test_longnet():
-    module, x = longnet(), normal(0, (2, SEQ, EMBED))
-    assert len(module.blocks) == 2
-    expected, attend = x, jax.jit(dilated)
-    for block in module.blocks:
-        heads = attend(
-            *(
-                layer(block.attention_norm(expected))
-                for layer in (
-                    block.attention.query,
-                    block.attention.key,
-                    block.attention.value,
-                )
-            )
-        )
-        heads = block.attention.sub_norm(heads.reshape(x.shape)).reshape(heads.shape)
-        expected += block.attention.out(heads)
-        hidden = jax.nn.gelu(block.up(block.mlp_norm(expected)))
-        expected += block.down(block.hidden_norm(hidden))
-    assert_near(call(module, x), module.norm(expected))
-    low = jax.eval_shape(module, x.astype(jnp.bfloat16))
-    assert low.dtype == jnp.float32
-    low = LongNet(
-        EMBED, HEADS, num_layers=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **PATTERNS
-    )
-    y = call(low, x)
-    assert y.dtype == jnp.bfloat16 and np.isfinite(y.astype(jnp.float32)).all()
-    full = LongNet(EMBED, HEADS, num_layers=1, rngs=nnx.Rngs(0), **PATTERNS)
-    assert_near(y, call(full, x), 0.05)
-
-
-def test_longnet_starts_with_magnetos_gain():
-    module = LongNet(256, 4, num_layers=3, rngs=nnx.Rngs(0))
-    gain = np.log(6) ** 0.5
-    attend = (2 / (256 + 256)) ** 0.5
-    feed = (2 / (256 + 1024)) ** 0.5
-    block = module.blocks[2]
-    for layer, std in [
-        (block.attention.query, attend),
-        (block.attention.value, gain * attend),
-        (block.attention.out, gain * attend),
-        (block.up, gain * feed),
-        (block.down, gain * feed),
-    ]:
-        assert float(layer.kernel[...].std()) == pytest.approx(std, rel=0.02)
-
-
-def test_longnet_is_causal_only_on_request():
-    x = normal(0, (1, SEQ, EMBED))
-    changed = x.at[:, 6].set(normal(1, (EMBED,)))
-    for is_causal in (True, False):
-        module = longnet(is_causal=is_causal)
-        moved = np.asarray(abs(call(module, x) - call(module, changed))).max((0, 2))
-        assert moved[6] > 1e-4
-        assert (moved[:6] == 0).all() if is_causal else (moved[:6] > 1e-6).any()
-
-
-def test_longnet_does_not_see_padding():
-    module, x = longnet(), normal(0, (2, SEQ, EMBED))
-    key_mask = jnp.broadcast_to(jnp.arange(SEQ) < 7, (2, SEQ))
-    got = call(module, x, key_mask)
-    changed = call(module, x.at[:, 7:].set(9.0), key_mask)
-    np.testing.assert_array_equal(got[:, :7], changed[:, :7])
-    short = call(module, x[:, :7])
-    assert_near(got[:, :7], short)
-
-
 def mha(*sizes, **options):
     sizes = sizes or (EMBED, HEADS)
     return lambda: untyped.nn.MultiHeadAttention(*sizes, rngs=nnx.Rngs(0), **options)
@@ -356,16 +283,6 @@ X = jnp.ones((2, SEQ, EMBED))
             lambda: build(attention_fn=lambda q, k, v: v[:, :1])(X),
             ValueError,
             r"attention_fn must return the query's shape \(2, 10, 4, 6\), got \(2, 1, ",
-        ),
-        (
-            lambda: untyped.nn.LongNet(EMBED, HEADS, num_layers=0, rngs=nnx.Rngs(0)),
-            ValueError,
-            "LongNet: num_layers must be an integer of at least 1, got 0",
-        ),
-        (
-            lambda: longnet()(X[..., 1:]),
-            ValueError,
-            r"LongNet: x must have shape \(..., 24\), got \(2, 10, 23\)",
         ),
     ],
 )

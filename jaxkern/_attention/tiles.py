@@ -185,11 +185,16 @@ def cotangents_of(
     Args:
         out: not rounded to 16 bits. Most of a query's gradient cancels where it sees
             few keys, and the rounding error of `out` would be what is left.
-        dtype: the dtype of the op's arguments, to which `d_out` is rounded unless it is
-            float16.
+        dtype: the dtype of the op's arguments, to which `d_out` is rounded. For float16
+            it keeps its own range, since it may be too small. Kernels multiply a
+            rounded `d_out`, and `delta` must be of the same one: in rows that see few
+            keys the two cancel.
     """
     seen = sees(lse)
-    if dtype != jnp.float16:
+    if dtype == jnp.float16:
+        # The digits of float16, and the range of float32.
+        d_out = lax.reduce_precision(d_out, exponent_bits=8, mantissa_bits=10)
+    else:
         d_out = d_out.astype(dtype)
     d_out = jnp.where(seen[..., None], d_out, 0)
     # Without this barrier XLA fuses the sum with the transposition and stacking that

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
-from .._attention.ring import ring_permutation
+from .._attention.context_parallel import ring_permutation
 from .._attention.rotary import Pairs, check_rotary_dim
 from .._attention.rotary_scaling import RotaryScaling, check_scaling
 from .._core.activations import ActivationName, get_activation

@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "zigzag-order",
         "The second half of a zigzag is in ascending order.",
-        "jaxkern/_attention/ring.py",
+        "jaxkern/_attention/context_parallel.py",
         "parts[: devices - 1 : -1]",
         "parts[devices:]",
         ("tests/attention/test_ring.py", "test_permutation"),

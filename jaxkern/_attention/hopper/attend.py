@@ -366,9 +366,9 @@ def _enlarged(
     """Multiply `d_out` and `delta` by a power of two that float16 needs.
 
     The kernels round the gradients of logits, which would underflow in float16 where
-    cotangents are small or sequences long. The power of two is the largest at which
-    they cannot overflow: the gradient of a logit is at most the product of the norms of
-    its rows of `d_out` and `value`, plus `delta`.
+    cotangents are small or sequences long. They cannot overflow: the gradient of a
+    logit is at most the product of the norms of its rows of `d_out` and `value`, plus
+    `delta`. A batch with a NaN or an infinity is not multiplied.
 
     Returns:
         `d_out`, `delta`, and the inverse of the power for each batch, (batch,).
@@ -382,10 +382,12 @@ def _enlarged(
 
     rows = largest(norm(d_out))
     bound = jnp.maximum(rows, rows * largest(norm(value)) + largest(delta))
-    # 2**15 is half of the largest float16, as a rounding may go upwards.
     usable = (bound > 0) & jnp.isfinite(bound)
-    bits = jnp.floor(jnp.log2(2**15 / jnp.where(usable, bound, 2**15)))
-    power = jnp.exp2(jnp.minimum(bits, 64))
+    power = jnp.minimum(2**14 / jnp.where(usable, bound, 2**14), 2.0**64)
+    # This leaves a power of two, at most 4/3 of its argument, so that all stays below
+    # 2**15, half of the largest float16. XLA computes exp2 by exp, which is not exact:
+    # `delta` would no longer fit the `d_out` that is rounded to float16.
+    power = lax.reduce_precision(power, exponent_bits=8, mantissa_bits=0)
     d_out = widen(d_out) * power[:, None, None, None]
     return d_out.astype(value.dtype), delta * power[:, None, None], 1 / power
 

@@ -25,6 +25,7 @@ from helpers import assert_as_close, mesh, value_and_vjp, with_vjp
 from jaxkern import BlockMask, block_sparse_attention
 from jaxkern._attention.hopper import attend as kernels
 from jaxkern._attention.hopper.attend import attend
+from jaxkern._attention.tiles import cotangents_of
 from jaxkern._core import device
 from jaxkern._mosaic.launch import WalkTiles
 from jaxkern.testing.compiler import lower
@@ -142,6 +143,34 @@ def test_the_kernels_scale_is_positive(scale):
     scaled, factor = kernels._positive(query, scale)
     assert factor > 0
     np.testing.assert_array_equal(scaled * factor, query * scale)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 65504.0])
+def test_float16_cotangents_are_enlarged_exactly(size):
+    """Gradients of logits come near the largest float16; `delta` fits what is rounded.
+
+    The cotangent is float32, as in a ring of dilated attention.
+    """
+    digits = np.random.default_rng(0).uniform(0.5, 1, (1, 3, 2, 256))
+    value, lse = jnp.full(digits.shape, 65504, F16), jnp.zeros((1, 3, 2))
+    of_ring = jnp.asarray(size * digits, jnp.float32), lse, jnp.dtype(F16)
+    d_out, delta = cotangents_of(value.astype(jnp.float32), lse, *of_ring)
+    got, of_row, inverse = kernels._enlarged(value, d_out, delta.mT)
+    assert np.frexp(inverse)[0] == 0.5
+    got, want = (np.asarray(x, np.float64) for x in (got, d_out))
+    np.testing.assert_array_equal(got * np.asarray(inverse, np.float64), want)
+    np.testing.assert_allclose(delta, (want * 65504).sum(-1), rtol=1e-6)
+    largest = (got * 65504).sum(-1).max() + np.asarray(of_row).max()
+    assert 2**13 < largest < 2**15
+
+
+def test_a_batch_with_a_nan_or_an_infinity_is_not_enlarged():
+    d_out = jnp.full((3, 3, 2, 16), 1e-3, F16)
+    d_out = d_out.at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
+    delta = jnp.zeros((3, 2, 3))
+    got, _, inverse = kernels._enlarged(jnp.ones_like(d_out), d_out, delta)
+    np.testing.assert_array_equal(got[:2], d_out[:2])
+    assert inverse[0] == inverse[1] == 1 > inverse[2]
 
 
 @pytest.mark.usefixtures("hopper")

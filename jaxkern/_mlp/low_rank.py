@@ -1,4 +1,4 @@
-"""Gated and low-rank MLPs."""
+"""MLPs whose weights are kept as two thin factors."""
 
 import math
 import warnings
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .._core.activations import ACTIVATIONS
 from .._core.checks import (
     check_batched,
     check_floating,
@@ -20,30 +19,19 @@ from .._core.checks import (
     raise_unknown,
 )
 from .._core.dispatch import Implementation, check_implementation, run
-from .._core.precision import matmul, relu2, widen
+from .._core.precision import matmul, relu2
 from .._sparsity.packed import Packed24
 from .._sparsity.select import GROUP, KEPT, sparsify_2_4
 from . import feature_wise, thresholds
 from .packed_mlp import is_packed, packed_low_rank_relu2
+from .swiglu import given, recompute, rows_of, silu_gate
 
 Sparsity = Literal["2:4", "2:4-soft", "2:4-static"]
 Gradient = Literal["exact", "straight_through", "feature_wise"]
 Pair = tuple[jax.Array, jax.Array]
 
-# The backward computes the activations again from the matmuls' results: that is cheap,
-# and keeping their float32 intermediates costs up to 16 bytes an element.
-_recompute = partial(jax.checkpoint, prevent_cse=False)
 
-
-@_recompute
-def _silu_gate(
-    gate: Float[Array, "*batch hidden"], up: Float[Array, "*batch hidden"]
-) -> Float[Array, "*batch hidden"]:
-    silu = ACTIVATIONS["silu"].value(widen(gate))
-    return (silu * widen(up)).astype(gate.dtype)
-
-
-@partial(_recompute, static_argnums=(1, 2))
+@partial(recompute, static_argnums=(1, 2))
 def _sparse_relu2(
     z: Float[Array, "*batch hidden"],
     sparsity: Sparsity | None,
@@ -105,10 +93,6 @@ def _check_low_rank(
         )
 
 
-def _given(x: jax.Array) -> str:
-    return f" for x of shape {x.shape}"
-
-
 def check_sparsity(op: str, sparsity: object) -> None:
     valid = (None, *get_args(Sparsity))
     if sparsity not in valid:
@@ -135,123 +119,9 @@ def check_gradient(op: str, sparsity: Sparsity | None, gradient: object) -> None
         )
 
 
-def swiglu(
-    x: Float[Array, "*batch d_in"],
-    w_gate: Float[Array, "d_in hidden"],
-    w_up: Float[Array, "d_in hidden"],
-    w_down: Float[Array, "hidden d_out"],
-    *,
-    implementation: Implementation | None = None,
-) -> Float[Array, "*batch d_out"]:
-    r"""Compute LLaMA's gated MLP, without biases.
-
-    $$y = (\mathrm{silu}(x W_{gate}) \odot (x W_{up})) W_{down}$$
-
-    Matmuls accumulate in float32, the activation is computed in float32, and each
-    result is rounded once to the dtype of `x`.
-
-    Implementations:
-
-    - "xla" runs on every device and supports every derivative.
-    - "mosaic_gpu" applies the gate inside the matmuls, on an H100 or H200, in bfloat16
-      and float16. Nothing is padded by copies if the number of tokens is a multiple of
-      8 and all other sizes are multiples of 64. Silu uses the hardware's approximate
-      tanh. Gradients are in reverse mode and of first order only: `jax.jvp` and `grad`
-      of `grad` need "xla". Under `vmap` samples run one by one; put them in leading
-      axes of `x` instead.
-    - `None` uses the kernels if they support the inputs and all sizes are multiples of
-      64: for `d_in` and `d_out` up to 1024 from 512 tokens on, and up to 4096 from 8192
-      tokens on. On an H200, 8192 tokens of (4096, 11008, 4096) took 9906 us of the
-      device, forward and backward, and XLA 10432 us at an earlier revision; the other
-      sizes are predicted.
-
-    Args:
-        x: The tokens, with any leading axes.
-        w_gate: The weight of the gate.
-        w_up: The weight of the features that the gate multiplies.
-        w_down: The weight of the output.
-        implementation: See above.
-
-    Returns:
-        The outputs, in the dtype of `x`.
-
-    Raises:
-        TypeError: An argument is not a floating-point array, or the dtypes differ.
-        ValueError: The shapes do not fit, or `implementation` is unknown.
-        NotImplementedError: "mosaic_gpu" cannot run these arguments here; the message
-            says why.
-
-    Examples:
-        ```python
-        import jax.numpy as jnp
-        import jaxkern
-
-        x, w = jnp.ones((2, 3, 4)), jnp.ones((4, 8))
-        y = jaxkern.swiglu(x, 100 * w, w, w.T)
-        print(y.shape, y[0, 0])
-        ```
-        ```text
-        (2, 3, 4) [12800. 12800. 12800. 12800.]
-        ```
-
-    References:
-        GLU Variants Improve Transformer, eq. 6: https://arxiv.org/abs/2002.05202.
-    """
-    op = "swiglu"
-    check_implementation(op, implementation)
-    x, w_gate, w_up, w_down = check_floating(
-        op, x=x, w_gate=w_gate, w_up=w_up, w_down=w_down
-    )
-    check_batched(op, "x", x)
-    check_shape(op, "w_gate", w_gate, (x.shape[-1], "hidden"), _given(x))
-    check_shape(op, "w_up", w_up, w_gate.shape)
-    check_shape(op, "w_down", w_down, (w_gate.shape[1], "d_out"))
-    *batch, d_in = x.shape
-    hidden_size, d_out = w_down.shape
-    faster = thresholds.kernel_is_faster(
-        op, math.prod(batch), (d_in, d_out), hidden_size
-    )
-    return run(
-        op,
-        implementation,
-        x,
-        w_gate,
-        w_up,
-        w_down,
-        xla=_swiglu,
-        kernel=_swiglu_in_kernels,
-        unsupported=partial(_unsupported, x),
-        faster=faster,
-    )
-
-
-# Without this `jit`, each eager call would compile the checkpointed gate again.
-@jax.jit
-def _swiglu(
-    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
-) -> jax.Array:
-    hidden = _silu_gate(matmul(x, w_gate), matmul(x, w_up))
-    return matmul(hidden, w_down)
-
-
-def _swiglu_in_kernels(
-    x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array
-) -> jax.Array:
-    # Mosaic is imported on first use of a kernel.
-    from .hopper import fused
-
-    y = fused.gated_mlp(_rows(x), w_gate, w_up, w_down)
-    return y.reshape(*x.shape[:-1], y.shape[1])
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    """Return `x` with all batch axes in one."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _unsupported(
     x: jax.Array,
-    ranks: Sequence[int] = (),
+    ranks: Sequence[int],
     sparsity: Sparsity | None = None,
     gradient: Gradient | None = None,
 ) -> str | None:
@@ -311,7 +181,7 @@ def low_rank_matmul(
     check_implementation(op, implementation)
     x, weight = _check_pairs(op, x, weight=weight)
     check_batched(op, "x", x)
-    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", _given(x))
+    _check_low_rank(op, "weight", weight, x.shape[-1], "d_out", given(x))
     if implementation == "mosaic_gpu":
         raise NotImplementedError(
             f"{op}: implementation must be None or 'xla', got 'mosaic_gpu', for which "
@@ -397,9 +267,9 @@ def low_rank_swiglu(
     check_implementation(op, implementation)
     x, gate, up, down = _check_pairs(op, x, gate=gate, up=up, down=down)
     check_batched(op, "x", x)
-    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", _given(x))
+    _check_low_rank(op, "gate", gate, x.shape[-1], "hidden", given(x))
     hidden_size = gate[1].shape[1]
-    _check_low_rank(op, "up", up, x.shape[-1], hidden_size, _given(x))
+    _check_low_rank(op, "up", up, x.shape[-1], hidden_size, given(x))
     _check_low_rank(op, "down", down, hidden_size, "d_out")
     *batch, d_in = x.shape
     ranks = gate[1].shape[0], up[1].shape[0], down[0].shape[1]
@@ -420,7 +290,7 @@ def low_rank_swiglu(
 
 @jax.jit
 def _low_rank_swiglu(x: jax.Array, gate: Pair, up: Pair, down: Pair) -> jax.Array:
-    hidden = _silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
+    hidden = silu_gate(_low_rank_matmul(x, gate), _low_rank_matmul(x, up))
     return _low_rank_matmul(hidden, down)
 
 
@@ -428,7 +298,7 @@ def _low_rank_swiglu_in_kernels(
     x: jax.Array, gate: Pair, up: Pair, down: Pair
 ) -> jax.Array:
     # One matmul multiplies by the first factors of gate and up.
-    core = matmul(_rows(x), jnp.concatenate([gate[0], up[0]], axis=1))
+    core = matmul(rows_of(x), jnp.concatenate([gate[0], up[0]], axis=1))
     core = _gated_in_kernels(core, gate[1], up[1], down[0])
     return matmul(core, down[1]).reshape(*x.shape[:-1], down[1].shape[1])
 
@@ -606,7 +476,7 @@ def _dense_low_rank_relu2(
     """Compute `low_rank_relu2` with factors that are arrays."""
     x, up, down = _check_pairs(op, x, up=up, down=down)
     check_batched(op, "x", x)
-    _check_low_rank(op, "up", up, x.shape[-1], "hidden", _given(x))
+    _check_low_rank(op, "up", up, x.shape[-1], "hidden", given(x))
     _check_low_rank(op, "down", down, up[1].shape[1], "d_out")
     if sparsity == "2:4-static":
         up, down = _drop_static(up, down)
@@ -652,7 +522,7 @@ def _low_rank_relu2_in_kernels(
     sparsity: Sparsity | None,
     gradient: Gradient | None,
 ) -> jax.Array:
-    core = matmul(_rows(x), up[0])
+    core = matmul(rows_of(x), up[0])
     core = _relu2_in_kernels(core, up[1], down[0], sparsity, gradient)
     return matmul(core, down[1]).reshape(*x.shape[:-1], down[1].shape[1])
 

@@ -12,16 +12,13 @@ from flax import nnx
 import jaxkern
 from jaxkern.testing import plain
 
-from ._attention_model import Dilated, Shape, Task
-from ._harness import Check, check_against, with_gradients
+from ._attention_model import Shape, Task
+from ._harness import Check, check_against, in_both
 
 # Queries that are checked: all of a short sequence, else so many of each row's; fewer
 # where all heads together have more logits, which float64 holds at once.
 ALL_ROWS, SOME_ROWS = 512, 256
 MOST_LOGITS = 2**28
-
-# Epsilon of the published norms.
-EPSILON = 1e-5
 
 # Allowed beside twice the plain form's error, of a gradient's usual norm: a query that
 # sees one key in each of several patterns sums terms that are 0 only together.
@@ -37,57 +34,6 @@ def attend(query, key, value, is_causal=False):
     return _weigh_out(query, key, value, bias)
 
 
-def attend_dilated(query, key, value, pattern: Dilated):
-    """Each pattern by gathering its rows, all logits of a segment at once."""
-    batch, seq, heads, dim = query.shape
-    head, outs, lses = jnp.arange(heads), [], []
-    for w, r in zip(pattern.segment_lengths, pattern.dilation_rates, strict=True):
-        w = min(w, seq)
-        first = w * jnp.arange(seq // w)[:, None, None] + head % r
-        rows = first + r * jnp.arange(w // r)[:, None]  # (segments, rows, heads)
-        q, k, v = (
-            x[:, rows, head].reshape(-1, w // r, heads, dim)
-            for x in (query, key, value)
-        )
-        bias = plain.causal_bias(w // r) if pattern.is_causal else None
-        out, lse = plain.attention(q, k, v, bias)
-        out = out.reshape(batch, *rows.shape, dim)
-        lse = lse.swapaxes(1, 2).reshape(batch, *rows.shape)
-        outs.append(jnp.zeros_like(query).at[:, rows, head].set(out))
-        empty = jnp.full(query.shape[:3], -jnp.inf, lse.dtype)
-        lses.append(empty.at[:, rows, head].set(lse))
-    shares = jax.nn.softmax(jnp.stack(lses), axis=0)[..., None]
-    return (shares * jnp.stack(outs)).sum(0).astype(value.dtype)
-
-
-def _project(x, layer):
-    return jnp.einsum("bse,ehd->bshd", x, layer["kernel"][...]) + layer["bias"][...]
-
-
-def _layer_norm(x, layer):
-    """Over all heads together, as all of the published norms."""
-    flat = x.reshape(*x.shape[:2], -1)
-    wide = flat.astype(np.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + EPSILON)
-    y = scaled.astype(x.dtype) * layer["scale"][...] + layer["bias"][...]
-    return y.reshape(x.shape)
-
-
-def multihead(core: Call, query, key, value, state):
-    """Projections, `core`, and the projection back; norms where `state` has any."""
-    inputs = {"query": query, "key": key, "value": value}
-    q, k, v = (_project(x, state[name]) for name, x in inputs.items())
-    if "query_norm" in state:
-        q = _layer_norm(q, state["query_norm"])
-        k = _layer_norm(k, state["key_norm"])
-    heads = core(q, k, v)
-    if "sub_norm" in state:
-        heads = _layer_norm(heads, state["sub_norm"])
-    kernel, bias = (state["out"][x][...] for x in ("kernel", "bias"))
-    return jnp.einsum("bshd,hde->bse", heads, kernel) + bias
-
-
 def make_module(
     shape: Shape, module: str, core: Call, dtype: Any, seed: int
 ) -> jaxkern.nn.MultiHeadAttention:
@@ -99,7 +45,7 @@ def make_module(
         attention_fn=core,
         qk_norm="embed" if norms else None,
         sub_layer_norm=norms,
-        norm=partial(nnx.LayerNorm, epsilon=EPSILON),
+        norm=partial(nnx.LayerNorm, epsilon=plain.EPSILON),
         param_dtype=dtype,
         rngs=nnx.Rngs(seed),
     )
@@ -146,7 +92,6 @@ def rows_of(shape: Shape) -> np.ndarray:
     return checked_rows(shape.seq, shape.batch * shape.heads)
 
 
-@partial(jax.jit, static_argnames="backward")
 def define(rows, counts, *args, backward: bool):
     """Attend from some queries: one softmax over all keys, each met so many times."""
 
@@ -154,10 +99,10 @@ def define(rows, counts, *args, backward: bool):
         wide = np.promote_types(query.dtype, jnp.float32)
         core = partial(_weigh_out, bias=jnp.log(counts.astype(wide)))
         if state:
-            return multihead(core, query[:, rows], key, value, *state)
+            return plain.multihead(core, query[:, rows], key, value, *state)
         return core(query[:, rows], key, value)
 
-    return (with_gradients(result) if backward else result)(*args)
+    return (plain.with_gradients(result) if backward else result)(*args)
 
 
 def _weigh_out(query, key, value, bias):
@@ -173,11 +118,7 @@ def results(task: Task, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any
     counts = task.pattern.counts(task.shape, rows)
     if backward:
         args = (args[0][:, rows], *args[1:])
-    run = partial(define, backward=backward)
-    in_dtype = jax.tree.map(np.asarray, run(rows, counts, *args))
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
-        return in_dtype, jax.tree.map(np.asarray, run(rows, counts, *wide))
+    return in_both(dtype, partial(define, backward=backward), rows, counts, *args)
 
 
 def gradient_error(got: Any, exact: Any) -> float:

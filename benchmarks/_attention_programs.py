@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
+from jaxkern.testing import plain
 
 from . import _attention_definitions as definitions
 from . import _torch
@@ -29,7 +30,6 @@ from ._harness import (
     Row,
     Skip,
     skip_unsupported,
-    with_gradients,
 )
 from ._torch import CUDNN
 
@@ -88,7 +88,7 @@ def build(entry: Entry, args: Any) -> Program:
         graph = nnx.graphdef(nnx.eval_shape(make))
         fn = partial(_call_module, graph)
     if backward:
-        fn = with_gradients(fn)
+        fn = plain.with_gradients(fn)
     if entry.by in IMPLEMENTATIONS:
         skip_unsupported(fn, inputs)
     figures = partial(_mask_figures, task) if isinstance(task.pattern, Blocks) else dict
@@ -131,7 +131,12 @@ def core(entry: Entry) -> Callable[..., Any]:
         return partial(getattr(jaxkern, entry.op), **options)
     if by == PLAIN:
         if isinstance(pattern, Dilated):
-            return partial(definitions.attend_dilated, pattern=pattern)
+            return partial(
+                plain.dilated_attention,
+                segment_lengths=pattern.segment_lengths,
+                dilation_rates=pattern.dilation_rates,
+                is_causal=pattern.is_causal,
+            )
         return partial(definitions.attend, **options)
     if by == "tokamax":
         tokamax = importlib.import_module("tokamax")
@@ -172,7 +177,7 @@ def _ring(entry: Entry, key: tuple[Any, ...]) -> Program:
         return definitions.check(key, whole)
 
     inputs = tuple(map(place, definitions.make_arguments(*key)))
-    return Program(with_gradients(fn) if key[-1] else fn, inputs, check)
+    return Program(plain.with_gradients(fn) if key[-1] else fn, inputs, check)
 
 
 def _torch_program(entry: Entry, key: tuple[Any, ...]) -> Program:

@@ -55,24 +55,20 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
-class _Names:
-    """Comma-separated names out of those there are."""
+def names(valid: Sequence[object]) -> Callable[[str], list[str]]:
+    """Reads comma-separated names out of those there are, for argparse."""
+    known = [str(name) for name in valid]
 
-    def __init__(self, valid: Sequence[str]):
-        self.valid = valid
-
-    def __call__(self, text: str) -> list[str]:
+    def read(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]
-        unknown = [name for name in names if name not in self.valid]
+        unknown = [name for name in names if name not in known]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"must be among {', '.join(self.valid)}, got {', '.join(unknown)!r}"
+                f"must be among {', '.join(known)}, got {', '.join(unknown)!r}"
             )
         return list(dict.fromkeys(names))
 
-
-def names(valid: Sequence[object]) -> _Names:
-    return _Names([str(v) for v in valid])
+    return read
 
 
 def writable(text: str) -> Path:
@@ -112,6 +108,24 @@ def pattern(text: str) -> str:
             f"must be a regular expression, got {text!r}: {error}"
         ) from None
     return text
+
+
+def refuse(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    reason: str,
+    *names: str,
+) -> None:
+    """Refuse options that another one leaves without a meaning.
+
+    Args:
+        reason: What the message begins with: the other option, and why.
+        names: Of the options, as the arguments have them.
+    """
+    options = {"peers": "--no-peers", "warmups": "--warmup"}
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"{reason}: leave out {options.get(name, f'--{name}')}")
 
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:

@@ -12,13 +12,14 @@ from jax import lax
 import jaxkern
 from jaxkern._masked.masked import Method
 from jaxkern.nn import MaskLogits, QuadraticTransformer
-from jaxkern.testing import plain as plain_forms
-from jaxkern.testing import relative_error
+from jaxkern.testing import plain, relative_error
+from jaxkern.testing.plain import quadratic
+from jaxkern.testing.plain.transformer import token_losses
 
-from ._harness import Check
+from ._harness import Check, allowed_error, in_both
 
 VOCAB, EMBED, HEADS, LAYERS, HIDDEN, SEQ = 4096, 512, 8, 3, 2048, 256
-KERNELS = ("left", "right", "down")
+KERNELS = quadratic.WEIGHTS
 Sizes = tuple[int, int, int]  # (seq, d_in, hidden)
 # A method by XLA, one mask for all samples, or the kernels.
 Form = Method | Literal["current", "kernel"]
@@ -34,11 +35,6 @@ def options_of(form: Form) -> dict[str, Any]:
     return {"method": "fused" if form == "current" else form, "implementation": "xla"}
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-# Our names, and by hand the factor by which each multiplies the gradient of the mask.
 ESTIMATORS: dict[str, Any] = {
     "straight_through": jaxkern.straight_through,
     "one_plus_sigmoid": partial(
@@ -46,66 +42,24 @@ ESTIMATORS: dict[str, Any] = {
     ),
     "reinmax": jaxkern.reinmax,
 }
-SLOPES: dict[str, Any] = {
-    "straight_through": lambda x: 1.0,
-    "one_plus_sigmoid": lambda x: 1 + sigmoid(x) * sigmoid(-x),
-    "reinmax": lambda x: sigmoid(-abs(x)) / 2,
-}
 
 
-def transformer(state, masks, ids, key_mask=None, rotate=plain_forms.rotary):
-    """The language model in the dtype of `state`; masks by (layer, kernel)."""
-
-    def normed(x, weight):
-        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23) * weight
-
-    embedding = state["embed"]["embedding"]
-    batch, seq = ids.shape
-    seen = jnp.tri(seq, dtype=embedding.dtype)[None, None]
-    if key_mask is not None:
-        seen = seen * key_mask[:, None, None, :]
-    h = embedding[ids]
-    for i, block in state["blocks"].items():
-        attention, mlp = block["attention"], block["mlp"]
-        q, k, v = (
-            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"][None, None]
-            for p in (attention["query"], attention["key"], attention["value"])
-        )
-        weight = attention["norm"]["scale"]
-        q, k = rotate(normed(q, weight)), rotate(normed(k, weight))
-        pattern = (jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1]) ** 2
-        z = jnp.einsum("bhqk,bkhd->bqhd", pattern * seen, v)
-        h = h + jnp.einsum("bshd,hde->bse", z, attention["out"]["kernel"])
-        one = jnp.ones((batch, 1, 1), h.dtype)
-        h = h + plain_forms.masked_bilinear(
-            h,
-            [mlp[name]["kernel"] for name in KERNELS],
-            [masks.get((i, name), one) for name in KERNELS],
-            [mlp[name]["bias"] for name in KERNELS],
-        )
-    return h @ embedding.T
-
-
-def token_losses(logits, ids):
-    """Cross-entropy with the token itself, as published."""
-    wide = logits.astype(np.promote_types(logits.dtype, jnp.float32))
-    losses = jax.nn.log_softmax(wide)
-    return -jnp.take_along_axis(losses, ids[..., None], -1)[..., 0]
-
-
-@lru_cache(maxsize=1)
-def base_model(seed: int) -> tuple[Any, Any]:
-    """The frozen weights, as a state and as nested dicts."""
-    model = QuadraticTransformer(
+def _make_model(seed: int, **options: Any) -> QuadraticTransformer:
+    return QuadraticTransformer(
         VOCAB,
         EMBED,
         num_heads=HEADS,
         num_layers=LAYERS,
         hidden_dim=HIDDEN,
-        kernel_init=INIT,
         rngs=nnx.Rngs(seed),
+        **options,
     )
-    state = nnx.state(model, nnx.Param)
+
+
+@lru_cache(maxsize=1)
+def base_model(seed: int) -> tuple[Any, Any]:
+    """The frozen weights, as a state and as nested dicts."""
+    state = nnx.state(_make_model(seed, kernel_init=INIT), nnx.Param)
     return state, nnx.to_pure_dict(state)
 
 
@@ -117,18 +71,13 @@ def masked_model(estimator: str, method: Form, batch: int, dtype: Any) -> Any:
     shared = method == "current"
 
     def make() -> Any:
-        return QuadraticTransformer(
-            VOCAB,
-            EMBED,
-            num_heads=HEADS,
-            num_layers=LAYERS,
-            hidden_dim=HIDDEN,
+        return _make_model(
+            0,
             masked_layers=[0],
             num_masks=None if shared else batch,
             estimator=ESTIMATORS[estimator],
             **options_of(method),
             dtype=dtype,
-            rngs=nnx.Rngs(0),
         )
 
     graph, _, logits = nnx.split(nnx.eval_shape(make), nnx.Param, MaskLogits)
@@ -187,39 +136,17 @@ def hard(logits: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: (x > 0).astype(dtype), logits)
 
 
-def _widened(dtype: Any, fn: Any, *args: Any) -> Any:
-    """`fn` on the arguments in `dtype`, and in float64."""
-
-    def run(dtype):
-        def cast(x):
-            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        return jax.tree.map(np.asarray, jax.jit(fn)(*jax.tree.map(cast, args)))
-
-    plain = run(dtype)
-    with jax.enable_x64(True):
-        return plain, run(jnp.float64)
-
-
 # Rows of one batch follow each other.
 @lru_cache(maxsize=1)
 def layer_results(seed: int, batch: int, sizes: Sizes, dtype: Any) -> tuple[Any, Any]:
     """Twice: y, and the gradients of h, weights, biases, masks."""
     dy, h, weights, biases, logits = layer_inputs(seed, batch, sizes, dtype)
 
-    def run(dy, h, weights, biases, masks):
-        y, vjp = jax.vjp(
-            lambda h, weights, biases, masks: plain_forms.masked_bilinear(
-                h, weights, masks, biases
-            ),
-            h,
-            weights,
-            biases,
-            masks,
-        )
-        return y, vjp(dy)
+    def layer(h, weights, biases, masks):
+        return plain.masked_bilinear(h, weights, masks, biases)
 
-    return _widened(dtype, run, dy, h, weights, biases, hard(logits, dtype))
+    arguments = dy, h, weights, biases, hard(logits, dtype)
+    return in_both(dtype, plain.with_gradients(layer), *arguments)
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +162,9 @@ def model_results(seed: int, batch: int, dtype: Any) -> tuple[Any, Any]:
 
             def loss(masks):
                 named = {(0, n): m[None] for n, m in zip(KERNELS, masks, strict=True)}
-                tokens = token_losses(transformer(state, named, ids[None]), ids[None])
+                tokens = token_losses(
+                    quadratic.logits(state, named, ids[None]), ids[None]
+                )
                 return tokens.mean(), tokens[0]
 
             gradients, tokens = jax.grad(loss, has_aux=True)(one)
@@ -243,16 +172,14 @@ def model_results(seed: int, batch: int, dtype: Any) -> tuple[Any, Any]:
 
         return lax.map(sample, (masks, ids))
 
-    return _widened(dtype, run, state, masks, token_ids(seed, batch))
+    return in_both(dtype, run, state, masks, token_ids(seed, batch))
 
 
 class Expected:
     """Exact results, and the error that the plain form in the same dtype has."""
 
-    def __init__(self, plain: Any, exact: Any, dtype: Any):
-        self.exact = exact
-        rounding = float(jnp.finfo(dtype).eps) / 2
-        self.bound = 2 * relative_error(plain, exact) + rounding
+    def __init__(self, in_dtype: Any, exact: Any, dtype: Any):
+        self.exact, self.bound = exact, allowed_error(in_dtype, exact, dtype)
 
     def check(self, got: Any) -> Check:
         return Check(relative_error(got, self.exact), self.bound)
@@ -263,7 +190,7 @@ def _slopes(
     estimator: str, seed: int, batch: int, widths: tuple[int, int] | None = None
 ) -> tuple[Any, ...]:
     logits = mask_logits(seed, batch, widths)
-    return tuple(SLOPES[estimator](np.asarray(x, np.float64)) for x in logits)
+    return tuple(plain.SLOPES[estimator](np.asarray(x, np.float64)) for x in logits)
 
 
 def _estimated(slopes: Any, masks: Any) -> Any:
@@ -282,8 +209,8 @@ def expected_layer(
         y, (d_h, d_weights, d_biases, d_masks) = results
         return y, (d_h, d_weights, d_biases, _estimated(slopes, d_masks))
 
-    plain, exact = map(estimated, layer_results(seed, batch, sizes, dtype))
-    return Expected(plain, exact, dtype)
+    in_dtype, exact = map(estimated, layer_results(seed, batch, sizes, dtype))
+    return Expected(in_dtype, exact, dtype)
 
 
 @lru_cache(maxsize=2)
@@ -299,8 +226,8 @@ def expected_model(
         masks = tuple(d[:batch] / batch for d in d_masks)
         return _estimated(_slopes(estimator, seed, batch), masks)
 
-    plain, exact = map(first, model_results(seed, most, dtype))
-    return Expected(plain, exact, dtype)
+    in_dtype, exact = map(first, model_results(seed, most, dtype))
+    return Expected(in_dtype, exact, dtype)
 
 
 class Passes:

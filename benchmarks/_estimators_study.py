@@ -15,7 +15,7 @@ import jaxkern
 
 from ._figures import Figure, Panel, Point
 from ._harness import BACKWARD, PLAIN, XLA, Case, Row, labels
-from ._report import Table, grouped, number
+from ._report import Table, grouped, headed, number
 
 ENTRIES, DRAWS = 6, 2**16
 SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -170,18 +170,16 @@ def tables(rows: Sequence[Row]) -> Iterator[Table | str]:
 
 def _table(title: str, rows: Sequence[Row], head, line) -> Table:
     """A line an estimator or temperature, three cells a loss."""
-    lines: list[list[str]] = []
+    lines: list[tuple[str, list[str]]] = []
     keyed = [row | {"head": head(row), "line": line(row)} for row in rows]
-    for (heading,), group in grouped(keyed, "head").items():
-        lines.append([heading])
-        for (name,), of_line in grouped(group, "line").items():
-            found = {row["loss"]: row for row in of_line if row["status"] == "ok"}
-            shown = name.replace("straight_through, ", "  ")
-            cells = [cell for loss in LOSSES for cell in _cells(found.get(loss))]
-            lines.append([f" {shown}", *cells])
+    for (heading, name), group in grouped(keyed, "head", "line").items():
+        found = {row["loss"]: row for row in group if row["status"] == "ok"}
+        shown = name.replace("straight_through, ", "  ")
+        cells = [cell for loss in LOSSES for cell in _cells(found.get(loss))]
+        lines.append((heading, [shown, *cells]))
     short = ("linear", "quadr.", "quart.")
     columns = [c for name in short for c in (name, "±", "cos")]
-    return Table(title, ["", *columns], lines)
+    return Table(title, ["", *columns], headed(lines))
 
 
 def _cells(row: Row | None) -> list[str]:

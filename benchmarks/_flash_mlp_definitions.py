@@ -2,17 +2,23 @@
 
 import weakref
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxkern.testing import plain
 
 from ._flash_mlp_model import Shape
-from ._harness import Check, Program, Row, check_against, device_time, with_gradients
+from ._harness import (
+    Check,
+    Program,
+    Row,
+    check_against,
+    device_time,
+    in_both,
+)
 
 Call = Callable[..., Any]
 
@@ -21,9 +27,7 @@ def matmul(a, w):
     return jnp.einsum("hbi,hij->hbj", a, w)
 
 
-def activate(z):
-    wide = np.promote_types(z.dtype, jnp.float32)
-    return jax.nn.silu(z.astype(wide)).astype(z.dtype)
+activate = partial(plain.activate, jax.nn.silu)
 
 
 def torch_module(F, x, w1, w2):
@@ -57,16 +61,10 @@ def op_by_op_with_gradients(call: Call, dy, x, w1, w2):
     return y, (dx, dw1, dw2)
 
 
-class _Programs:
+def _programs() -> Call:
     """Runs every function as a program of its own, which it compiles once."""
-
-    def __init__(self):
-        self.jitted: dict[Call, Call] = {}
-
-    def __call__(self, fn: Call, *args: Any) -> Any:
-        if fn not in self.jitted:
-            self.jitted[fn] = jax.jit(lambda *args: fn(*args))
-        return self.jitted[fn](*args)
+    program = cache(lambda fn: jax.jit(lambda *args: fn(*args)))
+    return lambda fn, *args: program(fn)(*args)
 
 
 class _Ledger:
@@ -110,7 +108,7 @@ def naive(
     fn = op_by_op_with_gradients if backward else op_by_op
 
     def make():
-        return partial(fn, _Programs())
+        return partial(fn, _programs())
 
     def figures():
         ledger = _Ledger(jax.default_backend() == "gpu")
@@ -140,20 +138,21 @@ def recorded(fn: Call, inputs: tuple[Any, ...]) -> Row:
     return {"allocated_bytes": planned_bytes(compiled)}
 
 
-def make_inputs(shape: Shape, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
-    """As published: x ~ N(0, 1/dim), w1 ~ N(0, 1/hidden), w2 ~ N(0, 1/dim); then dy."""
+def arguments(
+    shape: Shape, dtype: Any, seed: int, backward: bool
+) -> tuple[jax.Array, ...]:
+    """As published: x ~ N(0, 1/dim), w1 ~ N(0, 1/hidden), w2 ~ N(0, 1/dim).
+
+    For a backward they follow dy ~ N(0, 1).
+    """
     h, b, d, e = vars(shape).values()
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes, scales = [(h, b, d), (h, d, e), (h, e, d), (h, b, d)], [d, e, d, 1]
-    return tuple(
+    *inputs, dy = (
         jax.random.normal(key, shape, dtype) * jnp.asarray(scale**-0.5, dtype)
         for key, shape, scale in zip(keys, shapes, scales, strict=True)
     )
-
-
-def arguments(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any, ...]:
-    x, w1, w2, dy = make_inputs(shape, dtype, seed)
-    return (dy, x, w1, w2) if backward else (x, w1, w2)
+    return (dy, *inputs) if backward else tuple(inputs)
 
 
 # The rows of one shape and pass follow each other.
@@ -161,11 +160,8 @@ def arguments(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any,
 def results(shape: Shape, dtype: Any, seed: int, backward: bool) -> tuple[Any, Any]:
     """Results of `plain.flash_mlp` in the dtype and in float64."""
     args = arguments(shape, dtype, seed, backward)
-    fn = with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
-    in_dtype = jax.tree.map(np.asarray, jax.jit(fn)(*args))
-    with jax.enable_x64(True):
-        wide = [a.astype(jnp.float64) for a in args]
-        return in_dtype, jax.tree.map(np.asarray, jax.jit(fn)(*wide))
+    fn = plain.with_gradients(plain.flash_mlp) if backward else plain.flash_mlp
+    return in_both(dtype, fn, *args)
 
 
 def check(key: tuple[Any, ...], args: tuple[Any, ...], run: Call) -> Check:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
-from jaxkern.testing import relative_error
+from jaxkern.testing import plain, relative_error
 
 Row = dict[str, Any]
 Timing = Literal["amortised", "per-call"]
@@ -141,21 +141,20 @@ class WrongValues(Exception):
     """The program does not compute what it should, so its time means nothing."""
 
 
-def check_against(got: Any, plain: Any, exact: Any, dtype: Any) -> Check:
-    """Allow twice the error of the plain form in the same dtype, plus one rounding."""
-    rounding = float(jnp.finfo(dtype).eps) / 2
-    bound = 2 * relative_error(plain, exact) + rounding
-    return Check(relative_error(got, exact), bound)
+def allowed_error(in_dtype: Any, exact: Any, dtype: Any) -> float:
+    """Twice the error of the plain form in the same dtype, plus one rounding."""
+    return 2 * relative_error(in_dtype, exact) + float(jnp.finfo(dtype).eps) / 2
 
 
-def with_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """From the result's cotangent and the arguments to result and all gradients."""
+def check_against(got: Any, in_dtype: Any, exact: Any, dtype: Any) -> Check:
+    """Compare with the exact result, within `allowed_error`."""
+    return Check(relative_error(got, exact), allowed_error(in_dtype, exact, dtype))
 
-    def forward_and_backward(cotangent, *args):
-        value, vjp = jax.vjp(fn, *args)
-        return value, vjp(cotangent)
 
-    return forward_and_backward
+def in_both(dtype: Any, fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Results of a plain form for arguments in this dtype, and in float64."""
+    in_dtype = jax.tree.map(np.asarray, jax.jit(fn)(*plain.cast(args, dtype)))
+    return in_dtype, plain.in_float64(fn, *args)
 
 
 def measure(program: Program, options: Options, iterations: int, row: Row) -> None:

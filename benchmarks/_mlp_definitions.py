@@ -4,31 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ._harness import Check, check_against, with_gradients
+from jaxkern.testing.plain import in_float64, with_gradients
+
+from ._harness import Check, check_against
 
 # Tokens whose float64 definition is computed at a time.
 CHUNK = 2048
-
-
-def _widen(a):
-    is_float = jnp.issubdtype(a.dtype, jnp.floating)
-    return a.astype(jnp.float64) if is_float else a
 
 
 def _in_float64(
     fn: Callable[..., Any], rows: tuple[Any, ...], weights: Any
 ) -> list[Any]:
     """`fn` on some tokens after the others, since float64 takes room."""
-    with jax.enable_x64(True):
-        weights = jax.tree.map(_widen, weights)
-        jitted, parts = jax.jit(fn), []
-        for i in range(0, len(rows[0]), CHUNK):
-            chunk = (r[i : i + CHUNK].astype(jnp.float64) for r in rows)
-            parts.append(jax.tree.map(np.asarray, jitted(*chunk, *weights)))
-    return parts
+    chunks = ([r[i : i + CHUNK] for r in rows] for i in range(0, len(rows[0]), CHUNK))
+    return [in_float64(fn, *chunk, *weights) for chunk in chunks]
 
 
 def check_forward(

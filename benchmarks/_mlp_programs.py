@@ -23,7 +23,6 @@ from ._harness import (
     Program,
     Row,
     skip_unsupported,
-    with_gradients,
 )
 from ._mlp_model import SELECTION, Model
 from ._mlp_peers import TOKAMAX
@@ -129,7 +128,7 @@ def build(
         key = jax.random.key(args.seed + 1)
         shape = jax.eval_shape(fn, *inputs).shape
         inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
-        fn, check = with_gradients(fn), definitions.check_backward
+        fn, check = plain.with_gradients(fn), definitions.check_backward
     check = partial(check, impl.plain, inputs)
     if by.startswith("torch"):
         return peers.torch_program(name, by, inputs, check, args.backward)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -87,7 +87,9 @@ def command(benchmark: str, arguments: Sequence[str]) -> str:
     A relative path stays as it was given. An absolute one is given by its name alone,
     since the folders of one machine mean nothing on another.
     """
-    names = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    # In --json=FILE as well, where the option is a part of the argument.
+    folders = re.compile(r"^(--[\w-]+=)?/(?:.*/)?(?=[^/])")
+    names = [folders.sub(r"\1", argument) for argument in arguments]
     return shlex.join([*program(benchmark).split(), *names])
 
 
@@ -206,44 +208,33 @@ class RowProgress:
     """A bar on a terminal; elsewhere a line a row. On stderr: stdout is for tables."""
 
     def __init__(self, total: int, describe: Read):
-        self.describe = describe
-        self.total = total
-        self.done = 0
-        self.bar = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-            )
-            console = Console(stderr=True)
-            self.bar = Progress(
-                *columns, TimeElapsedColumn(), console=console, transient=True
-            )
-            self.task = self.bar.add_task("", total=total)
+        self.describe, self.total, self.done = describe, total, 0
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not self.on_terminal,
+        )
+        self.task = self.bar.add_task("", total=total)
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
+        self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ):
-        if self.bar:
-            self.bar.stop()
+    def __exit__(self, *error: object):
+        self.bar.stop()
 
     def start(self, case: Case) -> None:
-        if self.bar:
-            self.bar.update(self.task, description=self.describe(dict(case.labels)))
+        self.bar.update(self.task, description=self.describe(dict(case.labels)))
 
     def finish(self, row: Row) -> None:
         self.done += 1
-        if self.bar:
-            self.bar.advance(self.task)
+        self.bar.advance(self.task)
+        if self.on_terminal:
             return
         result = f"{row['status']}: {row['reason']}"
         if row["status"] == "ok":
@@ -279,17 +270,25 @@ def listing(
 
     head: the line above all rows for which it is the same.
     """
-    lines: list[list[str]] = []
-    last = None
-    for row in rows:
-        if head and head(row) != last:
-            last = head(row)
-            lines.append([last])
+
+    def line(row: Row) -> list[str]:
         cells = [read(row) for read in columns.values()]
         if row.get("status", "ok") != "ok":
             cells = [row["status"], *("" if c == "-" else c for c in cells[1:])]
-        lines.append([" " * bool(head) + name(row), *cells])
+        return [name(row), *cells]
+
+    if head is None:
+        return Table(title, ["", *columns], [*map(line, rows)], predicted)
+    lines = headed((head(row), line(row)) for row in rows)
     return Table(title, ["", *columns], lines, predicted)
+
+
+def headed(lines: Iterable[tuple[str, Sequence[str]]]) -> list[list[str]]:
+    """Lines under their headings, each of which stands once above all that have it."""
+    groups: dict[str, list[list[str]]] = {}
+    for heading, (name, *cells) in lines:
+        groups.setdefault(heading, [[heading]]).append([f" {name}", *cells])
+    return [line for group in groups.values() for line in group]
 
 
 def pivot(
@@ -311,16 +310,13 @@ def pivot(
         names[column(row)] = None
         key = head(row) if head else "", line(row)
         groups.setdefault(key, {})[column(row)] = row
-    lines: list[list[str]] = []
-    last = None
+    lines: list[tuple[str, list[str]]] = []
     for (heading, name), found in groups.items():
-        if head and heading != last:
-            last = heading
-            lines.append([heading])
         cells = [status_or(cell, found.get(n)) for n in names]
         cells += [read(found) for read in (more or {}).values()]
-        lines.append([" " * bool(head) + name, *cells])
-    return Table(title, ["", *names, *(more or {})], lines)
+        lines.append((heading, [name, *cells]))
+    shown = headed(lines) if head else [line for _, line in lines]
+    return Table(title, ["", *names, *(more or {})], shown)
 
 
 def status_or(read: Read, row: Row | None) -> str:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from jaxkern.nn import (
     make_mesh,
     parse_mesh_sizes,
 )
+from jaxkern.testing.plain import cast, in_float64
 from jaxkern.testing.plain import transformer as definitions
 
 from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
@@ -283,8 +283,7 @@ def _our_loss(graph, state, tokens, targets):
 
 
 def _plain_loss(dtype, weights, tokens, targets):
-    weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-    return definitions.loss(weights, tokens, targets)
+    return definitions.loss(cast(weights, dtype), tokens, targets)
 
 
 def _check(task: Task, by: str, layers: Layers, found: float) -> Check:
@@ -333,35 +332,23 @@ def _references(task: Task) -> tuple[Any, Any]:
     if task.is_dense:
         weights = definitions.from_state(nnx.to_pure_dict(state))
         plain = _compute(_plain_loss, (task.dtype, weights), ids)
-        exact = _in_float64(_plain_loss, ("float64", weights), ids)
+        exact = _compute(_plain_loss, ("float64", weights), ids, in_float64)
         return _leaves(plain, lambda x: x), _leaves(exact, lambda x: x)
     plain = _compute(_our_loss, (graph, state), ids)
     with jax.enable_x64(True):
         wide = replace(task, dtype="float64")
         graph = nnx.graphdef(nnx.eval_shape(partial(wide.model, "unrolled")))
-    exact = _in_float64(_our_loss, (graph, state), ids)
+    exact = _compute(_our_loss, (graph, state), ids, in_float64)
     return _leaves(plain, _unstack), _leaves(exact, _unstack)
 
 
-def _compute(loss, arguments, ids):
+def _compute(loss, arguments, ids, run=lambda fn, *args: jax.jit(fn)(*args)):
     static, weights = arguments
-    return jax.jit(jax.value_and_grad(partial(loss, static)))(weights, *ids)
-
-
-def _in_float64(loss, arguments, ids):
-    static, weights = arguments
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda w: w.astype(jnp.float64), weights)
-        return _compute(loss, (static, wide), ids)
+    return run(jax.value_and_grad(partial(loss, static)), weights, *ids)
 
 
 def _unstack(state):
-    layers = state["layers"]
-    if "attention" not in layers:
-        return state
-    count = len(layers["attention_norm"]["scale"])
-    each = {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
-    return state | {"layers": each}
+    return state | {"layers": definitions.unscanned(state["layers"])}
 
 
 def _leaves(result, convert) -> list[np.ndarray]:

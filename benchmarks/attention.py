@@ -37,7 +37,7 @@ from ._attention_model import (
     Task,
 )
 from ._attention_programs import FLEX, Entry
-from ._cli import positive, run_program
+from ._cli import positive, refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._h200 import percent_of_floor
 from ._harness import BOTH, FORWARD, KERNEL, PICKED, PLAIN, XLA, Case, Row
@@ -247,6 +247,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.plot and args.grid in ("published", KERNELS):
         parser.error(f"--plot draws the real grid: leave out --grid {args.grid}")
+    if args.grid == "published":
+        refuse(parser, args, "--grid published has no other size", "full")
+    if args.grid in ("real", KERNELS):
+        refuse(parser, args, "--devices are of the published grid", "devices")
     shortest = min(shape.seq for _, shape in PUBLISHED)
     if shortest % args.devices:
         parser.error(f"--devices must divide {shortest} tokens, got {args.devices}")
@@ -566,10 +570,7 @@ BENCHMARK = frame.Benchmark(
     figure=figure,
     cpu_warmup=1,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

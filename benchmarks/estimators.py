@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
 from jaxkern._masked.masked import Method
+from jaxkern.testing import plain
 
 from . import _estimators_definitions as definitions
 from . import _estimators_study as study
 from . import frame
-from ._cli import run_program
+from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._h200 import floors_us as floors_of
 from ._harness import (
@@ -37,13 +37,13 @@ from ._harness import (
     Row,
     labels,
     skip_unsupported,
-    with_gradients,
 )
 from ._report import (
     Table,
     allocated_mib,
     field,
     grouped,
+    headed,
     number,
     over,
     pivot,
@@ -88,7 +88,7 @@ def build_layer(estimator: str, form, batch: int, args) -> Program:
 
     layer = definitions.layer(estimator, form)
     skip_unsupported(layer, inputs[1:])
-    run = with_gradients(layer)
+    run = plain.with_gradients(layer)
     return Program(run, inputs, check, figures=figures, warmed=1)
 
 
@@ -158,16 +158,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", action="store_true", help=help_study)
 
 
+def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    refuse(parser, args, "all rows are ours", "peers")
+    if args.study:
+        refuse(parser, args, "--study has no other size", "full")
+        refuse(parser, args, "--study is in float32", "dtype")
+        refuse(parser, args, "--study times nothing", "warmup", "iterations", "timing")
+        args.dtype = "float32"
+
+
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.study and args.full:
-        parser.error("--study has no other size: leave out --full")
     args.whole = args.on_device or args.full
     args.batches = BATCHES if args.whole else CPU_BATCHES
     part = 1 if args.whole else CPU_PART
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     args.layer_sizes = tuple(size // part for size in sizes)
-    if args.study:
-        args.dtype = jnp.dtype("float32")
 
 
 def _line(estimator: str, form: str, batch: int) -> dict[str, str]:
@@ -220,7 +225,7 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
             yield _times(estimator, group)
             yield _costs(estimator, group)
     if layer:
-        yield floors()
+        yield floors(sorted({row["batch"] for row in layer}))
 
 
 def _samples(row: Row) -> str:
@@ -296,14 +301,10 @@ def peak_mib(passes: Passes) -> float | None:
 
 
 def _lines(rows: Sequence[Row], cells) -> list[list[str]]:
-    lines: list[list[str]] = []
-    last = None
-    for (batch, form), passes in _by_form(rows).items():
-        if batch != last:
-            last = batch
-            lines.append([f"batch {batch}"])
-        lines.append([f" {form}", *cells(batch, form, passes)])
-    return lines
+    return headed(
+        (f"batch {batch}", [form, *cells(batch, form, passes)])
+        for (batch, form), passes in _by_form(rows).items()
+    )
 
 
 def _times(estimator: str, rows: Sequence[Row]) -> Table:
@@ -382,10 +383,10 @@ def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
     return floors_of(flops, moved) | stored
 
 
-def floors() -> Table:
-    """The published layer, whatever was measured."""
+def floors(batches: Sequence[int]) -> Table:
+    """The floors of the published layer, of which a CPU computes a part."""
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
-    found = {str(batch): floors_us(sizes, batch) for batch in BATCHES}
+    found = {str(batch): floors_us(sizes, batch) for batch in batches}
     lines = [[name, *map(number, us.values())] for name, us in found.items()]
     title = "Layer, forward and all gradients: floors of one H200 in us by matmuls "
     title += "(tensor), bytes moved, and those with masks in memory (stored masks)"
@@ -428,15 +429,13 @@ BENCHMARK = frame.Benchmark(
     tables=tables,
     describe=("op", "variant", "batch", "by", "method", *STUDIED, "pass"),
     options=add_options,
+    start=start,
     settle=settle,
     notes=notes,
     figure=figure,
     cpu_warmup=1,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jaxkern.testing import plain
 from . import _flash_mlp_definitions as definitions
 from . import _flash_mlp_model as model
 from . import _torch, frame
-from ._cli import run_program
+from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._flash_mlp_model import Shape
 from ._h200 import percent_of_floor
@@ -37,13 +37,13 @@ from ._harness import (
     Row,
     labels,
     skip_unsupported,
-    with_gradients,
 )
 from ._report import (
     Table,
     allocated_mib,
     field,
     grouped,
+    headed,
     listing,
     number,
     on_gpu,
@@ -89,7 +89,7 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
         skip_unsupported(fn, inputs[-3:])
     if backward:
-        return Program(with_gradients(fn), inputs, check)
+        return Program(plain.with_gradients(fn), inputs, check)
     # The sweep does not print memory, and this compiles once more.
     figures = dict if args.sweep else partial(definitions.recorded, fn, inputs)
     return Program(fn, inputs, check, figures=figures)
@@ -138,6 +138,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--full", action="store_true", help="the whole sizes, on a CPU too")
     add("--sweep", action="store_true", help="30 sizes beside the published ones")
+    help_peers = "PyTorch, where it is installed; JAX's rows are there without it too"
+    peers = argparse.BooleanOptionalAction
+    add("--peers", action=peers, default=True, help=help_peers)
     add(
         "--peer",
         type=_torch.peer("flash_mlp"),
@@ -148,8 +151,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.sweep and args.peer:
-        parser.error("--sweep has JAX's rows only: leave out --peer")
+    if args.sweep:
+        refuse(parser, args, "--sweep has JAX's rows only", "peer")
 
 
 def notes(args: argparse.Namespace) -> dict[str, str]:
@@ -249,24 +252,20 @@ def _memory(rows: Sequence[Row]) -> Iterator[Table]:
     measured = {row["by"] for row in known}
     eager = next((by for by in BASELINES if by in measured), "")
     mib = {(r["shape"], r["pass"], r["by"]): allocated_mib(r) for r in known}
-    lines: list[list[str]] = []
-    for (shape,), group in grouped(known, "shape").items():
-        lines.append([shape])
-        for (by,) in grouped(group, "by"):
-            baseline = "published eager" if by.startswith("published") else eager
-            cells = []
-            for which in PASSES:
-                own = mib.get((shape, which, by))
-                share = over(own, mib.get((shape, which, baseline)))
-                # Without the sign of a zero that was rounded.
-                saved = (
-                    "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
-                )
-                cells += [number(own), saved]
-            lines.append([f" {by}", *cells])
+    lines: list[tuple[str, list[str]]] = []
+    for shape, by in grouped(known, "shape", "by"):
+        baseline = "published eager" if by.startswith("published") else eager
+        cells = []
+        for which in PASSES:
+            own = mib.get((shape, which, by))
+            share = over(own, mib.get((shape, which, baseline)))
+            # Without the sign of a zero that was rounded.
+            saved = "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
+            cells += [number(own), saved]
+        lines.append((shape, [by, *cells]))
     title = "MiB allocated" + f", and percent saved over {eager}" * bool(eager)
     if lines:
-        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], lines)
+        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], headed(lines))
 
 
 def floors(which: str, rows: Sequence[Row]) -> Table:
@@ -385,10 +384,7 @@ BENCHMARK = frame.Benchmark(
     notes=notes,
     figure=figure,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

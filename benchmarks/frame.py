@@ -22,8 +22,7 @@ To add a benchmark, write one file beside this one, of about 150 lines:
             describe=("op", "shape", "by"),
         )
 
-        def main(argv=None):
-            return frame.main(BENCHMARK, argv)
+        main = partial(frame.main, BENCHMARK)
 
         if __name__ == "__main__":
             run_program(main)

@@ -95,35 +95,30 @@ SHOWN = {
 }
 
 
+Array = tuple[int, ...] | tuple[tuple[int, ...], Any]
+
+
+def _case(make: Callable[..., Any], *arrays: Array):
+    """A function and its arguments: shapes of 16 bits, or shapes with a dtype."""
+    pairs = (a if isinstance(a[0], tuple) else (a, jnp.bfloat16) for a in arrays)
+    return make, tuple(jax.ShapeDtypeStruct(*pair) for pair in pairs)
+
+
 def _attention(
-    kernel: str,
-    wanted: tuple[str, ...] | None,
+    run: Callable[..., Any],
     dim: int,
     mask: Callable[[], BlockMask],
     rate: int = 1,
+    backward: bool = True,
 ):
     """With two query heads a key head, of two batches."""
-    query, key, d_out, numbers = (
-        jax.ShapeDtypeStruct((2, *shape), dtype)
-        for shape, dtype in [
-            ((SEQ, rate * 4, dim), jnp.bfloat16),
-            ((SEQ, rate * 2, dim), jnp.bfloat16),
-            ((SEQ, 4, dim), jnp.bfloat16),
-            ((4, 2, SEQ), jnp.float32),
-        ]
-    )
-    inputs = query, key, key
-    scale = dim**-0.5
-    match kernel:
-        case "forward":
-            run = partial(attend.forward, exact=True)
-        case "backward_q":
-            run = attend.backward_q
-        case _:
-            run = partial(attend.backward_kv, wanted=wanted or ())
+    key = 2, SEQ, rate * 2, dim
+    arrays: list[Array] = [(2, SEQ, rate * 4, dim), key, key]
+    if backward:
+        arrays += [(2, SEQ, 4, dim), ((2, 4, 2, SEQ), jnp.float32)]
     dilation = HeadStride(rate, heads=4, run=2) if rate > 1 else None
-    run = partial(run, mask=mask(), scale=scale, dilation=dilation)
-    return run, inputs if kernel == "forward" else (*inputs, d_out, numbers)
+    run = partial(run, mask=mask(), scale=dim**-0.5, dilation=dilation)
+    return _case(run, *arrays)
 
 
 def _attention_masks() -> dict[str, tuple[Sequence[int], Callable[[], BlockMask]]]:
@@ -157,14 +152,16 @@ def attention_cases() -> Cases:
     for name, (dims, mask) in masks.items():
         rate = 4 if name == "dilated" else 1
         for dim in dims:
-            launches = attend.kv_launches(dim)
-            wanted = [("forward", None), ("backward_q", None)]
-            wanted += [("backward_kv", x) for x in launches]
-            for kernel, grads in wanted:
-                label = {"forward": "forward", "backward_q": "dq"}.get(kernel, "")
-                label = label or " ".join(f"d{x[0]}" for x in grads or ())
+            launches: dict[str, Any] = {
+                "forward": partial(attend.forward, exact=True),
+                "dq": attend.backward_q,
+            }
+            for wanted in attend.kv_launches(dim):
+                label = " ".join(f"d{x[0]}" for x in wanted)
+                launches[label] = partial(attend.backward_kv, wanted=wanted)
+            for label, run in launches.items():
                 cases[f"attention {label} {dim} {name}"] = partial(
-                    _attention, kernel, grads, dim, mask, rate
+                    _attention, run, dim, mask, rate, backward=label != "forward"
                 )
     return cases
 
@@ -173,9 +170,8 @@ def _masked(make: Callable[..., Any], kind: str, dtype: Any, wide: tuple[int, ..
     """Arguments of four samples with 256 tokens, of `wide` features each."""
     samples, seq, d_in, d_out = 4, 256, 512, 2048
     rows = d_in // WORD if kind == "bits" else d_in
-    arrays = [((samples, seq, n), jnp.bfloat16) for n in wide]
-    arrays += [((1, d_in, d_out), jnp.bfloat16), ((samples, rows, d_out), dtype)]
-    return make, tuple(jax.ShapeDtypeStruct(*a) for a in arrays)
+    features = [(samples, seq, n) for n in wide]
+    return _case(make, *features, (1, d_in, d_out), ((samples, rows, d_out), dtype))
 
 
 def masked_cases() -> Cases:
@@ -246,19 +242,18 @@ def _flash_mlp(
         shapes = [(BATCH, inputs * dim), *[(dim, HIDDEN)] * ups, (HIDDEN, dim)]
         if kernel != "forward":
             shapes.append((BATCH, dim))
-        args = [jax.ShapeDtypeStruct((HEADS, *s), jnp.bfloat16) for s in shapes]
         for config in flash.configs(kernel, dim, ups, inputs):
             size = f"{config.rows}x{config.columns}"
             if config.split:
                 size += " split"
             make = partial(getattr(flash, kernel), activation, *wanted, config)
             case = f"flash_mlp {label}{name} {dim} {size}"
-            cases[case] = partial(_made, make, tuple(args))
+            cases[case] = partial(_made, make, [(HEADS, *shape) for shape in shapes])
     return cases
 
 
-def _made(make: Callable[[], Any], args: tuple[Any, ...]):
-    return make(), args
+def _made(make: Callable[[], Any], shapes: Sequence[Array]):
+    return _case(make(), *shapes)
 
 
 def flash_mlp_cases() -> Cases:
@@ -288,35 +283,26 @@ TOKENS, RANK, WIDTH = 2048, 1024, 16512
 PACKED_PRODUCTS = ((True, "identity"), (False, "relu2"), (False, "identity"))
 
 
-def _low_rank(make: Callable[..., Any], *shapes: tuple[int, ...], words: bool = False):
-    """With a core, weights and hidden features of those shapes, in 16 bits."""
-    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    if words:
-        blocks = shapes[0][0] // 64, shapes[0][1] // 32, 128
-        args.insert(1, jax.ShapeDtypeStruct(blocks, jnp.int32))
-    return make, tuple(args)
-
-
 def matmul_cases() -> Cases:
     """Dense, with every epilogue: of low-rank MLPs."""
-    kernels, cases = fused, {}
+    cases = {}
     core, up, down = (TOKENS, RANK), (RANK, WIDTH), (WIDTH, RANK)
     hidden = TOKENS, WIDTH
 
     def add(name, make, *shapes):
-        cases[name] = partial(_low_rank, make, *shapes)
+        cases[name] = partial(_case, make, *shapes)
 
     for columns in TILE_COLUMNS:
-        add(f"relu2 forward {columns}", kernels.relu2_forward(columns), core, up)
-        make = kernels.relu2_backward(columns)
+        add(f"relu2 forward {columns}", fused.relu2_forward(columns), core, up)
+        make = fused.relu2_backward(columns)
         add(f"relu2 backward {columns}", make, core, down, hidden)
     pair = TOKENS, 2 * RANK
     for columns in GATED_COLUMNS:
         for keep, label in ((False, ""), (True, " kept")):
-            make = kernels.gated_forward(keep, columns)
+            make = fused.gated_forward(keep, columns)
             add(f"gated forward{label} {columns}", make, pair, up, up)
             add(f"swiglu forward{label} {columns}", make, core, up, up)
-        make = kernels.gated_backward(columns)
+        make = fused.gated_backward(columns)
         add(f"gated backward {columns}", make, core, down, hidden, hidden)
     return cases
 
@@ -325,12 +311,13 @@ def sparse_cases() -> Cases:
     """2:4: selections, and products on sparse tensor cores."""
     cases = {}
     core, up, values = (TOKENS, RANK), (RANK, WIDTH), (TOKENS, WIDTH // 2)
+    words = (TOKENS // 64, WIDTH // 64, 128), jnp.int32
     for columns in sparse.SELECT_COLUMNS:
         for shrink, method in ((False, "top2"), (True, "soft")):
             for keep, label in ((False, ""), (True, " kept")):
                 make = sparse.select_forward(shrink, keep, columns)
                 name = f"select {method}{label} {columns}"
-                cases[name] = partial(_low_rank, make, core, up)
+                cases[name] = partial(_case, make, core, up)
     # Those that a packed MLP launches.
     for columns in TILE_COLUMNS:
         for transposed, activation in PACKED_PRODUCTS:
@@ -338,7 +325,7 @@ def sparse_cases() -> Cases:
             right = up if transposed else up[::-1]
             kind = "sparse T" if transposed else "sparse"
             name = f"{kind} {activation} {columns}"
-            cases[name] = partial(_low_rank, make, values, right, words=True)
+            cases[name] = partial(_case, make, values, words, right)
     return cases
 
 

@@ -266,10 +266,7 @@ BENCHMARK = frame.Benchmark(
     notes=notes,
     figure=figure,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from jaxkern.nn import make_mesh, parse_mesh_sizes
 
 from . import _transformer_memory as memory
 from . import frame
-from ._cli import DTYPES, names, positive, run_program
+from ._cli import DTYPES, names, positive, refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._harness import BOTH, FORWARD, PICKED, PLAIN, XLA, Case, Row, labels
 from ._harness import matmul_peak_tflops as gpu_peak_tflops
@@ -208,9 +208,11 @@ def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.warmup = 0
     if not args.memory:
         return
-    for name in ("batch", "dtype", "mesh", "attention", "mlp", "sizes", "optimizer"):
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--memory has its own models: leave out --{name}")
+    models = "batch", "dtype", "mesh", "attention", "mlp", "sizes", "contexts", "layers"
+    more = "remat", "optimizer", "full", "seed", "peers"
+    refuse(parser, args, "--memory has its own models", *models, *more)
+    clocks = "warmups", "iterations", "timing", "trace", "plot"
+    refuse(parser, args, "--memory times nothing", *clocks)
     memory.start()
 
 
@@ -337,14 +339,12 @@ def _memory_mb(row: Row) -> float | None:
 
 
 def _spread(row: Row) -> str:
-    text = f"{number(row['mean_ms'], 4)} ± {number(row['std_ms'], 2)}"
-    mean, _ = published_ms(row)
-    return text if mean is None else f"{text} ({number(mean, 4)})"
+    return _mean(row, f" ± {number(row['std_ms'], 2)}")
 
 
-def _mean(row: Row) -> str:
+def _mean(row: Row, spread: str = "") -> str:
     mean, _ = published_ms(row)
-    text = number(row["mean_ms"], 4)
+    text = f"{number(row['mean_ms'], 4)}{spread}"
     return text if mean is None else f"{text} ({number(mean, 4)})"
 
 
@@ -466,10 +466,7 @@ BENCHMARK = frame.Benchmark(
     figure=figure,
     peak=peak_tflops,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return frame.main(BENCHMARK, argv)
+main = partial(frame.main, BENCHMARK)
 
 
 if __name__ == "__main__":

@@ -14,27 +14,22 @@ srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder r
 """
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import math
 import os
-import platform
-import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from _program import add_plot, check_plot, replacing, run_program, save_figure
+from _checkpoints import Checkpoints, is_first, say
+from _program import add_plot, check_plot, run_program, save_figure
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -42,7 +37,6 @@ from jaxkern import nn
 
 HELD_OUT = 0.05
 EVALUATIONS = 8
-KEPT_CHECKPOINTS = 3
 MLPS = {
     "swiglu": lambda embed_dim: None,
     "low-rank": lambda embed_dim: partial(nn.LowRankSwiGLU, rank=embed_dim // 4),
@@ -50,8 +44,6 @@ MLPS = {
         nn.LowRankReLU2, rank=embed_dim // 2, sparsity="2:4"
     ),
 }
-# The options that may change when a run is resumed.
-HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,11 +52,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--steps", type=int, default=400)
-    add("--context", type=int, default=128)
+    add("--context-length", type=int, default=128)
     add("--batch", type=int, default=16)
     add("--embed-dim", type=int, default=128)
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=4)
+    add("--num-layers", type=int, default=4)
+    add("--num-heads", type=int, default=4)
     add("--mlp", choices=[*MLPS], default="swiglu")
     add("--compare", action="store_true", help="train one with each --mlp there is")
     add("--learning-rate", type=float, default=3e-3)
@@ -86,8 +78,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse at once what would fail late."""
-    for name in ("steps", "context", "batch", "embed_dim", "layers", "heads", "every"):
-        least = 2 if name == "context" else 1  # one half to write on from
+    for name in (
+        "steps",
+        "context_length",
+        "batch",
+        "embed_dim",
+        "num_layers",
+        "num_heads",
+        "every",
+    ):
+        least = 2 if name == "context_length" else 1  # one half to write on from
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 <= args.seed < 2**32:
@@ -113,16 +113,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     check_plot(parser, args.plot)
 
 
-def is_first() -> bool:
-    """Tell if this process is the one that prints and that writes losses."""
-    return jax.process_index() == 0
-
-
-def say(*texts: object, **options: Any) -> None:
-    if is_first():
-        print(*texts, **options, flush=True)
-
-
 def read_bytes(path: Path | None) -> np.ndarray:
     """Read a file, or all modules of the standard library one after another."""
     if path is not None:
@@ -138,7 +128,7 @@ def split(text: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     if min(len(train), len(held_out)) < context + 1:
         sys.exit(
             f"the text must have at least {math.ceil((context + 1) / HELD_OUT)} bytes "
-            f"for --context {context}, got {len(text)}"
+            f"for --context-length {context}, got {len(text)}"
         )
     return train, held_out
 
@@ -151,8 +141,8 @@ def make_batch(
     A process reads the rows of its own devices only.
     """
     rng = np.random.default_rng((args.seed, *at))
-    starts = rng.integers(0, len(text) - args.context, args.batch)
-    shape = args.batch, args.context + 1
+    starts = rng.integers(0, len(text) - args.context_length, args.batch)
+    shape = args.batch, args.context_length + 1
     rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
 
     def read(part: Any) -> np.ndarray:
@@ -171,10 +161,10 @@ def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
 def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.TransformerLM:
     return nn.TransformerLM(
         vocab_size=256,
-        context_length=args.context,
+        context_length=args.context_length,
         embed_dim=args.embed_dim,
-        num_layers=args.layers,
-        num_heads=args.heads,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
         hidden_dim=4 * args.embed_dim,
         mlp=MLPS[args.mlp](args.embed_dim),
         mesh=mesh,
@@ -222,7 +212,7 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
         weights = optax.apply_updates(weights, updates)
         return {"weights": weights, "moments": moments}, value
 
-    batch = jax.ShapeDtypeStruct((args.batch, args.context + 1), np.int32)
+    batch = jax.ShapeDtypeStruct((args.batch, args.context_length + 1), np.int32)
     jax.eval_shape(loss, jax.eval_shape(init)["weights"], batch)
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     return graph, jax.jit(init, out_shardings=places), step, jax.jit(loss)
@@ -247,176 +237,6 @@ def pure(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: nnx.to_pure_dict(x) if is_state(x) else x, tree, is_leaf=is_state
     )
-
-
-@contextmanager
-def to_write() -> Iterator[None]:
-    """End the run with the reason if a file cannot be written to the folder."""
-    try:
-        yield
-    except OSError as error:
-        sys.exit(f"--folder must be a folder to write to: {error}")
-
-
-def keep_settings(path: Path, settings: dict[str, str]) -> None:
-    """Write the settings of a new run; a resumed run must have the same settings."""
-    try:
-        old = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        sys.exit(f"{path} cannot be read: {error}")
-    changed = [k for k in settings if settings[k] != old.get(k, settings[k])]
-    if changed:
-        text = ", ".join(f"{k} {old[k]}, now {settings[k]}" for k in changed)
-        sys.exit(f"{path.parent} holds a run with other settings: {text}")
-    if is_first() and settings != old:
-        with replacing(path) as part:
-            part.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def take(folder: Path) -> TextIO | None:
-    """Lock the folder while the returned file is open, or until the process dies."""
-    lock = (folder / "lock").open("a+")
-    # Windows has no fcntl, and no lock is taken there.
-    if importlib.util.find_spec("fcntl") is None:
-        return lock
-    import fcntl
-
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        sys.exit(f"--folder must be of no other run, got {folder}, held by {holder}")
-    except OSError as error:
-        say(f"{folder} cannot be locked, so start no second run in it: {error}")
-        return lock
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
-    lock.flush()
-    return lock
-
-
-class Checkpoints:
-    """Checkpoints, losses and settings of a run in its folder; without one, nothing.
-
-    No other run can use the folder until `with` ends.
-    """
-
-    def __init__(self, args: argparse.Namespace, text: np.ndarray):
-        self.manager, self.lock, self.args = None, None, args
-        if args.folder is None:
-            return
-        settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in HOW}
-        # Without this, a run could resume with another text of the same name.
-        settings["text_sha256"] = hashlib.sha256(text).hexdigest()
-        folder = args.folder.resolve()
-        self.losses = folder / "losses.csv"
-        try:
-            # A folder that cannot be written to is an error before training starts.
-            with to_write():
-                folder.mkdir(parents=True, exist_ok=True)
-                self.losses.touch()
-                self.lock = take(folder) if is_first() else None
-                keep_settings(folder / "settings.json", settings)
-        except BaseException:
-            self.__exit__()
-            raise
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
-        )
-        # Without this, orbax asks the newest checkpoint, which may be damaged.
-        handler = ocp.StandardCheckpointHandler()
-        self.manager = ocp.CheckpointManager(
-            folder / "checkpoints", options=options, item_handlers=handler
-        )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self.lock is not None:
-            self.lock.close()
-
-    def check_room(self, first: int, bytes_each: int) -> None:
-        """End the run at once if the disk cannot hold what is still to be saved."""
-        if self.manager is None:
-            return
-        saves = -(-(self.args.steps - first) // self.args.every)
-        kept = min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
-        # A checkpoint is written before the oldest one is deleted.
-        more = min(saves, KEPT_CHECKPOINTS + 1 - kept)
-        free = shutil.disk_usage(self.losses.parent).free
-        if free < more * bytes_each:
-            sys.exit(
-                f"--folder must be on a disk with {more * bytes_each / 1e6:.1f} MB "
-                f"free, for {more} checkpoints, got {free / 1e6:.1f} MB"
-            )
-
-    def restore(self, state):
-        """Return the latest state that can be read, and its step.
-
-        A new run gets the given state and 0. A checkpoint that cannot be read is moved
-        aside; if none can be read, the run ends and changes nothing. Checkpoints can be
-        read on another mesh.
-        """
-        if self.manager is None:
-            return state, 0
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        unreadable = []
-        for step in steps:
-            try:
-                args = ocp.args.StandardRestore(shapes)
-                state = self.manager.restore(step, args=args)
-            # Whatever is wrong with its files, an older checkpoint may be whole.
-            except Exception as error:
-                first_line = (str(error).splitlines() or [""])[0]
-                say(f"checkpoint {step} cannot be read: {first_line}")
-                unreadable.append(step)
-                continue
-            self._move_aside(unreadable)
-            self._keep_losses(step)
-            say(f"going on from step {step}")
-            return state, step
-        if steps:
-            sys.exit(f"no checkpoint in {self.manager.directory} can be read")
-        self._keep_losses(0)
-        return state, 0
-
-    def _move_aside(self, steps: list[int]) -> None:
-        """Move checkpoints away, so that later ones can take their places."""
-        if self.manager is None or not steps:
-            return
-        if is_first():
-            aside = self.losses.parent / "unreadable"
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                target = aside / f"{step}-{time.time_ns()}"
-                (self.losses.parent / "checkpoints" / str(step)).rename(target)
-                say(f"moved to {target}")
-        multihost_utils.sync_global_devices("moved aside")
-        self.manager.reload()
-
-    def _keep_losses(self, count: int) -> None:
-        if not is_first():
-            return
-        lines = self.losses.read_text().splitlines(keepends=True)
-        if len(lines) > count:
-            with to_write(), replacing(self.losses) as part:
-                part.write_text("".join(lines[:count]))
-
-    def save(self, step: int, state, losses: list[float]) -> None:
-        if self.manager is None:
-            return
-        # Losses come first: a kill in between leaves too many, and a resumed run drops
-        # these.
-        if is_first():
-            with to_write(), self.losses.open("a") as file:
-                file.writelines(f"{loss!r}\n" for loss in losses)
-                file.flush()
-                os.fsync(file.fileno())
-        self.manager.save(step, args=ocp.args.StandardSave(state))
 
 
 class Progress:
@@ -449,7 +269,7 @@ class Progress:
             self.bar.stop()
 
     def show(self, step: int, losses: list[float], seconds: float) -> None:
-        rate = len(losses) * self.args.batch * self.args.context / seconds
+        rate = len(losses) * self.args.batch * self.args.context_length / seconds
         text = f"loss {np.mean(losses):.3f}  {rate:.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
@@ -469,7 +289,7 @@ class Run(NamedTuple):
 
 def train(args: argparse.Namespace) -> Run:
     text = read_bytes(args.text)
-    split(text, args.context)
+    split(text, args.context_length)
     mesh, programs = prepare(args)
     with Checkpoints(args, text) as checkpoints:
         return train_on(text, args, mesh, programs, checkpoints)
@@ -482,7 +302,7 @@ def train_on(
     programs: Any,
     checkpoints: Checkpoints,
 ) -> Run:
-    train_text, held_out = split(text, args.context)
+    train_text, held_out = split(text, args.context_length)
     graph, init, step, loss = programs
     shapes = jax.tree.leaves(jax.eval_shape(init))
     state, first = checkpoints.restore(init())
@@ -516,9 +336,9 @@ def train_on(
 
 def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
     """Print the text with which the model continues `def `."""
-    prompt = np.array([list(b"def ")], np.int32)[:, : args.context // 2]
+    prompt = np.array([list(b"def ")], np.int32)[:, : args.context_length // 2]
     prompt = jax.device_put(prompt, jax.NamedSharding(mesh, jax.P()))
-    count = args.context - prompt.shape[1]
+    count = args.context_length - prompt.shape[1]
     options = {"temperature": 0.7, "top_p": 0.95, "key": jax.random.key(args.seed)}
     written = model.generate(prompt, max_new_tokens=count, **options)
     written = multihost_utils.process_allgather(written, tiled=True)

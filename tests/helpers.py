@@ -56,12 +56,8 @@ def with_vjp(fn, **options):
     are any trees of arrays. `options` are passed to `fn` and not differentiated.
     """
 
-    @jax.jit
-    def run(args, cotangent):
-        value, vjp = jax.vjp(partial(fn, **options), *args)
-        return value, vjp(cotangent)
-
-    return run
+    run = definitions.with_gradients(partial(fn, **options))
+    return jax.jit(lambda args, cotangent: run(cotangent, *args))
 
 
 def value_and_vjp(fn, args, cotangent):

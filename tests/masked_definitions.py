@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, sigmoid, to_float64
+from helpers import normal, to_float64
 
 from jaxkern import (
     masked_bilinear,
@@ -26,9 +26,9 @@ one_plus_sigmoid = partial(straight_through, derivative="one_plus_sigmoid")
 SIZES = [(3, 5, 7, 11, 4), (1, 1, 1, 1, 1), (5, 2, 8, 3, 6)]
 # The derivative of a mask by its logits, for each estimator without a key.
 SLOPES = {
-    straight_through: np.ones_like,
-    one_plus_sigmoid: lambda x: 1 + sigmoid(x) * sigmoid(-x),
-    reinmax: lambda x: sigmoid(-abs(x)) / 2,
+    straight_through: definitions.SLOPES["straight_through"],
+    one_plus_sigmoid: definitions.SLOPES["one_plus_sigmoid"],
+    reinmax: definitions.SLOPES["reinmax"],
 }
 
 

@@ -149,11 +149,13 @@ def test_tokens_that_do_not_count():
     padded = jnp.where(where, targets, -100)
 
     counted = jnp.where(where, g, 0)
-    # The first options leave out some tokens, and the second ones all of them.
+    # `where` of the first options leaves out a token whose target is a word, and
+    # `ignore_index` the others. `where` of the second options leaves out all of them.
+    mixed = padded.at[1, 4].set(targets[1, 4])
     some: dict[str, Any] = {"where": where.at[1, 5:].set(True), "ignore_index": -100}
     for left_out in (some, {"where": where}):
         options = left_out | ALL | {"return_lse": True, "chunk": 20}
-        got = run(hidden, head, padded, (g, g), **options)
+        got = run(hidden, head, mixed, (g, g), **options)
         values, gradients = float64(hidden, head, targets, counted, counted, **ALL)
         assert_near(got, (tuple(np.where(where, x, 0) for x in values), gradients))
     assert (np.asarray(got[1][0])[~np.asarray(where)] == 0).all()

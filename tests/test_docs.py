@@ -106,6 +106,13 @@ def test_examples_print_what_the_page_says(page):
     run_examples(str(page), page.read_text())
 
 
+def test_an_example_that_prints_something_else_fails():
+    text = "```python\nprint(6 * 7)\n```\n\n```text\n{}\n```\n"
+    run_examples("page.md", text.format(42))
+    with pytest.raises(AssertionError, match="page.md:1 printed\n42\n"):
+        run_examples("page.md", text.format(43))
+
+
 def test_every_block_is_of_a_kind_that_is_checked():
     texts = {str(page): page.read_text() for page in PAGES} | docstrings()
     unknown = [
@@ -256,14 +263,22 @@ def test_faults_of_a_page_are_found(tmp_path):
         '<link rel="stylesheet" href="https://fonts.example/x.css">'
         '<a href="other.html#there"></a><img src="none.png"><p>$x$ <code>$y$</code></p>'
         '<a href="page.html"></a><span class="arithmatex">\\(x^2\\)</span>'
+        '<div class="arithmatex">\\[\\wrong\\]</div>'
     )
     read = check.Page(page)
-    assert read.formulas == ["\\(x^2\\)"]
-    assert [*check.page_faults(tmp_path, page, read)] == [
+    assert read.formulas == ["\\(x^2\\)", "\\[\\wrong\\]"]
+    katex = tmp_path / "katex.js"
+    katex.write_text(
+        "exports.renderToString = (formula, {displayMode, strict}) => {"
+        '  if (formula !== "x^2") throw Error([formula, displayMode, strict]);'
+        "};"
+    )
+    assert check.site_faults(tmp_path, katex) == [
         "page.html: Markdown sees no formula in '$x$'",
         "page.html: a browser would load https://fonts.example/x.css",
         "page.html: none.png does not exist",
         "page.html: other.html#there does not exist",
+        "page.html: \\wrong,true,error",
     ]
     assert check.navigation_faults(["a.md", {"B": ["b.md"]}], ["a.md", "c.md"]) == [
         "mkdocs.yml: no entry for c.md",

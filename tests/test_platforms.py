@@ -185,3 +185,7 @@ def test_each_platform_runs_its_own_form():
     # An array that the forms hold is traced, too.
     held = jax.jit(lambda y: run("op", None, x, **options, held=(y,)))
     np.testing.assert_array_equal(held(x), 2 * x)
+    # One traced array is enough; the others may be constants of the program.
+    two: Any = {"xla": jnp.add, "kernel": jnp.subtract, "unsupported": lambda: None}
+    add_to_constant = jax.jit(lambda y: run("op", None, x, y, **two))
+    np.testing.assert_array_equal(add_to_constant(x), 2 * x)

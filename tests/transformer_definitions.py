@@ -153,9 +153,12 @@ def frequencies(theta, dim, scaling):
     if scaling.truncate:
         first, last = np.floor(first), np.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    kept = 1 - np.clip((pairs - first) / (last - first), 0, 1)
+    # A ramp without a width is a step.
+    steps = np.where(pairs > first, 1.0, 0.0)
+    ramp = (pairs - first) / (last - first) if last != first else steps
+    kept = 1 - np.clip(ramp, 0, 1)
     mixed = plain / factor * (1 - kept) + plain * kept
-    return mixed, given or 0.1 * np.log(factor) + 1
+    return mixed, given or 0.1 * np.log(max(factor, 1)) + 1
 
 
 def turn(x, theta, pairs, rotary_dim, scaling):

@@ -88,9 +88,9 @@ def rotary_embedding(
         TypeError: `x` is not a floating-point array, `positions` is not an integer
             array, `rope_theta` is not a number, or `scaling` is not a `RotaryScaling`.
         ValueError: The shapes do not fit, dim or `rotary_dim` is odd, `rotary_dim`
-            exceeds dim, `rope_theta` is not positive and finite, `pairs` is unknown,
-            `scaling` is for another number of pairs, or a position does not fit in 32
-            bits.
+            exceeds dim, `rope_theta` is not positive and finite, or not above 1 for
+            "yarn", `pairs` is unknown, `scaling` is for another number of pairs, or a
+            position does not fit in 32 bits.
 
     Examples:
         Three tokens of one head with two features, rotated by 0, 1 and 2 radians:
@@ -125,10 +125,10 @@ def rotary_embedding(
     if pairs not in get_args(Pairs):
         raise_unknown(op, "pairs", pairs, get_args(Pairs))
     if scaling is not None:
-        check_scaling(op, "scaling", scaling, turned // 2)
+        check_scaling(op, "scaling", scaling, rope_theta, turned // 2)
     if positions is None:
         positions = jnp.arange(seq)
-    positions = _check_positions(op, positions, batch, seq)
+    positions = read_positions(op, positions, batch, seq)
     wide = widen(x[..., :turned])
     if positions.ndim == 1:
         positions = positions[None]
@@ -212,7 +212,7 @@ def _turns(
     return whole, rest
 
 
-def _check_positions(
+def read_positions(
     op: str, positions: jax.Array | np.ndarray, batch: int, seq: int
 ) -> jax.Array:
     """Return the positions as a JAX array of at least 32 bits.

@@ -127,8 +127,10 @@ class RotaryScaling:
         object.__setattr__(self, "factors", factors)
 
 
-def check_scaling(op: str, name: str, scaling: object, pairs: int) -> None:
-    """Check that the argument is a `RotaryScaling` for this number of pairs."""
+def check_scaling(
+    op: str, name: str, scaling: object, rope_theta: float, pairs: int
+) -> None:
+    """Check that the argument is a `RotaryScaling` for these frequencies."""
     if not isinstance(scaling, RotaryScaling):
         kind = kind_of(scaling)
         raise TypeError(f"{op}: {name} must be a RotaryScaling or None, got {kind}")
@@ -136,6 +138,11 @@ def check_scaling(op: str, name: str, scaling: object, pairs: int) -> None:
         raise ValueError(
             f"{op}: {name} must have {pairs} factors, one for each pair of features, "
             f"got {len(scaling.factors)}"
+        )
+    if scaling.kind == "yarn" and not rope_theta > 1:
+        raise ValueError(
+            f"{op}: rope_theta must be above 1 for a {name} of kind 'yarn', "
+            f"got {rope_theta}"
         )
 
 

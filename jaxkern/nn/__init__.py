@@ -1,6 +1,7 @@
 """Flax NNX modules, which own parameters and call the ops of jaxkern."""
 
 from ._attention import MultiHeadAttention as MultiHeadAttention
+from ._cache import KVCache as KVCache
 from ._dense_mlp import MLP as MLP
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
@@ -21,7 +22,6 @@ from ._sharding import SHARDING_RULES as SHARDING_RULES
 from ._sharding import get_sharding as get_sharding
 from ._sharding import make_mesh as make_mesh
 from ._sharding import parse_mesh_sizes as parse_mesh_sizes
-from ._transformer import KVCache as KVCache
 from ._transformer import TransformerLM as TransformerLM
 
 __all__ = [

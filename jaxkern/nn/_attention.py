@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from .._attention.dense import attention
 from .._core.checks import (
     check_floating,
+    check_integer,
     check_number,
     check_shape,
     kind_of,
@@ -128,9 +129,8 @@ class MultiHeadAttention(nnx.Module):
         kernel_init: Initializer = default_attention_kernel_init,
         rngs: nnx.Rngs,
     ):
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        embed_dim, num_heads, kv_heads, dim = _check_heads(
-            embed_dim, num_heads, kv_heads, head_dim
+        embed_dim, num_heads, kv_heads, dim = check_heads(
+            "MultiHeadAttention", embed_dim, num_heads, num_kv_heads, head_dim
         )
         _check_options(attention_fn, norm, qk_norm, gain)
         dtypes = check_dtypes("MultiHeadAttention", dtype, param_dtype, rngs)
@@ -255,9 +255,19 @@ def _normalize(norm, x, across_heads):
     return norm(x.reshape(*tokens, heads * dim)).reshape(x.shape)
 
 
-def _check_heads(embed_dim, num_heads, kv_heads, head_dim) -> tuple[int, ...]:
-    """Return the sizes as Python integers, and `head_dim` also where it was None."""
-    op = "MultiHeadAttention"
+def check_heads(
+    op: str,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+) -> tuple[int, int, int, int]:
+    """Return the sizes as Python integers, and the last two also where they are None.
+
+    Returns:
+        `embed_dim`, `num_heads`, `num_kv_heads` and `head_dim`.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     embed_dim, num_heads, kv_heads = check_arguments(
         op, None, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads
     )
@@ -271,7 +281,7 @@ def _check_heads(embed_dim, num_heads, kv_heads, head_dim) -> tuple[int, ...]:
             f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
         )
     dim = embed_dim // num_heads if head_dim is None else head_dim
-    return embed_dim, num_heads, kv_heads, *check_arguments(op, None, head_dim=dim)
+    return embed_dim, num_heads, kv_heads, check_integer(op, "head_dim", dim)
 
 
 def _check_options(attention_fn, norm, qk_norm, gain) -> None:

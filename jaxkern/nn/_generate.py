@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._core.checks import (
+    as_int32,
+    check_array,
     check_floating,
     check_integer,
     check_key,
@@ -72,6 +74,15 @@ def check_sampling(
     penalty = None if repetition_penalty == 1 else float(repetition_penalty)
     stop = _read_stop_tokens(op, stop_tokens, vocab_size)
     return Sampling(key, temperature, float(top_p), float(min_p), penalty, stop), top_k
+
+
+def read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:
+    """Return the checked lengths of prompts in int32."""
+    check_array(op, "prompt_lengths", lengths, "integer")
+    given = f" for prompt of shape {prompt.shape}"
+    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
+    check_range(op, "prompt_lengths", known(lengths), 1, prompt.shape[1])
+    return as_int32(lengths)
 
 
 def _read_temperature(op, temperature, batch) -> Any:

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .._attention.decoder import decoder_attention
 from .._attention.ring import ring_attention
 from .._core.checks import check_integer, kind_of
-from ._decoder_attention import decoder_attention
 
 # Neighbouring devices are along the last axis, so the axes are in the order of how much
 # they communicate, the least first.

@@ -2,32 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
-from jax import export, lax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt32
 
 from .._attention.context_parallel import ring_permutation
-from .._attention.rotary import Pairs, check_rotary_dim
-from .._attention.rotary_scaling import RotaryScaling, check_scaling
-from .._core.activations import ActivationName, get_activation
+from .._attention.rotary import Pairs, read_positions
+from .._attention.rotary_scaling import RotaryScaling
+from .._core.activations import ActivationName
 from .._core.checks import (
     Number,
     as_int32,
     check_array,
     check_flag,
     check_integer,
-    check_number,
-    check_shape,
-    raise_unknown,
 )
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
@@ -37,10 +32,10 @@ from .._cross_entropy import (
     cross_entropy,
     read_targets,
 )
-from ._attention import QKNorm
+from ._attention import QKNorm, check_heads
+from ._cache import KVCache, places_with_cache
 from ._common import (
     check_arguments,
-    check_callable,
     check_dtypes,
     check_range,
     check_tokens,
@@ -48,9 +43,8 @@ from ._common import (
     make_kernel,
     read_tokens,
 )
-from ._dense_mlp import MLP
-from ._generate import check_sampling, generate
-from ._mlp import SwiGLU
+from ._generate import check_sampling, generate, read_prompt_lengths
+from ._layers import make_layers, run_layers
 from ._norms import NormKind, make_norm
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
@@ -60,59 +54,14 @@ from ._transformer_block import (
     choose_attention,
     embedding_init,
     linear_init,
-    make_layers,
 )
-
-
-class KVCache(NamedTuple):
-    """The keys and values of the tokens so far, of all layers, and their number.
-
-    `TransformerLM.make_cache` makes an empty one, and `TransformerLM.extend` returns
-    one with more tokens. It is a named tuple, a pytree, and `jax.export` serializes it.
-    Two are equal if their arrays are.
-
-    Attributes:
-        keys: The rotated keys.
-        values: The values.
-        length: The number of tokens, one for all sequences or one for each.
-
-    Examples:
-        ```python
-        import jax.numpy as jnp
-        from jaxkern import nn
-
-        empty = jnp.zeros((1, 2, 8, 2, 4))  # (layers, batch, capacity, kv_heads, dim)
-        cache = nn.KVCache(empty, empty, jnp.int32(0))
-        print(cache.keys.shape, cache.length)
-        ```
-        ```text
-        (1, 2, 8, 2, 4) 0
-        ```
-    """
-
-    keys: Float[Array, "layers batch capacity kv_heads dim"]
-    values: Float[Array, "layers batch capacity kv_heads dim"]
-    length: Integer[Array, ""] | Integer[Array, " batch"]
-
-    # Without these methods a comparison of named tuples would ask arrays for their
-    # truth value, which they do not have.
-    def __eq__(self, other: object) -> bool:
-        """Whether all arrays are equal; not under `jit`."""
-        return isinstance(other, KVCache) and all(map(np.array_equal, self, other))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        raise TypeError("unhashable type: 'KVCache'")
-
-
-export.register_namedtuple_serialization(KVCache, serialized_name="jaxkern.nn.KVCache")
-
-
-def _places_with_cache(tokens: P) -> tuple[P, KVCache]:
-    batch = tokens[:1]
-    return P(*batch), KVCache._make([P(None, *batch), P(None, *batch), P()])
+from ._transformer_options import (
+    check_capped,
+    check_names,
+    check_numbers,
+    choose_mlp,
+    layer_kinds,
+)
 
 
 class TransformerLM(nnx.Module):
@@ -175,7 +124,8 @@ class TransformerLM(nnx.Module):
         rope_scaling: A change of the rotary frequencies for long contexts (Llama 3.1,
             Gemma 3, Phi-3, Qwen).
         local_rope_theta: The `rope_theta` of the layers with a window, without
-            `rope_scaling`; None for that of the others. Gemma 3.
+            `rope_scaling`, where others have none; None for that of the others. Gemma
+            3.
         embedding_scale: Multiply the embeddings by it, rounded to `dtype`; sqrt(
             embed_dim) in Gemma.
         attention_scale: The factor of the logits of attention; None for head_dim **
@@ -288,22 +238,19 @@ class TransformerLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = "TransformerLM"
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        vocab_size, context_length, embed_dim, num_layers = check_arguments(
+        vocab_size, context_length, num_layers, hidden_dim = check_arguments(
             op,
             None,
             vocab_size=vocab_size,
             context_length=context_length,
-            embed_dim=embed_dim,
             num_layers=num_layers,
+            hidden_dim=hidden_dim,
         )
-        hidden_dim, num_heads, kv_heads = check_arguments(
-            op, None, hidden_dim=hidden_dim, num_heads=num_heads, num_kv_heads=kv_heads
+        embed_dim, num_heads, kv_heads, dim = check_heads(
+            op, embed_dim, num_heads, num_kv_heads, head_dim
         )
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        _check_heads(embed_dim, num_heads, kv_heads, head_dim)
-        dim = embed_dim // num_heads if head_dim is None else head_dim
-        _check_numbers(
+        check_numbers(
             op,
             rope_theta=rope_theta,
             norm_epsilon=norm_epsilon,
@@ -313,15 +260,18 @@ class TransformerLM(nnx.Module):
             attention_softcap=attention_softcap,
             logit_softcap=logit_softcap,
         )
-        _check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
+        check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
         check_flag(
             op,
+            tie_embeddings=tie_embeddings,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
             mlp_bias=mlp_bias,
             gated_mlp=gated_mlp,
+            remat=remat,
+            scan_layers=scan_layers,
         )
-        self.kinds = _kinds(
+        self.kinds = layer_kinds(
             LayerKind(window, rope_theta, rope_pairs, rotary_dim, rope_scaling),
             dim,
             local_rope_theta,
@@ -331,7 +281,7 @@ class TransformerLM(nnx.Module):
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
         capped = {"window": window, "attention_softcap": attention_softcap}
-        _check_capped(attention_fn, mesh, capped)
+        check_capped(attention_fn, mesh, capped)
         options = {"scale": attention_scale, "softcap": attention_softcap}
         options = {name: x for name, x in options.items() if x is not None}
         make_block = partial(
@@ -340,7 +290,7 @@ class TransformerLM(nnx.Module):
             num_heads,
             hidden_dim=hidden_dim,
             num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            head_dim=dim,
             attention_fn=choose_attention(attention_fn, mesh, options),
             attention_options=options,
             qk_norm=qk_norm,
@@ -348,7 +298,7 @@ class TransformerLM(nnx.Module):
             out_bias=out_bias,
             norm=partial(make_norm, kind=norm, epsilon=norm_epsilon),
             norm_placement=norm_placement,
-            mlp=_choose_mlp(mlp, activation, gated_mlp, mlp_bias),
+            mlp=choose_mlp(mlp, activation, gated_mlp, mlp_bias),
             dtype=dtype,
             param_dtype=param_dtype,
         )
@@ -490,14 +440,16 @@ class TransformerLM(nnx.Module):
         Raises:
             TypeError: An array has another dtype, or an option another type, than in
                 the call and in `jaxkern.cross_entropy`.
-            ValueError: A shape does not fit, a token or an option is out of range, or
-                the sequence is too long.
+            ValueError: A shape does not fit, an option is out of range, or the sequence
+                is too long; or a token or a target that counts is out of range, which
+                is checked outside of `jit` only.
         """
         op = "TransformerLM.loss"
-        self._check_tokens("TransformerLM", "tokens", tokens)
+        self._check_tokens(op, "tokens", tokens)
         given = f" for tokens of shape {tokens.shape}"
         check_targets(op, targets, where, ignore_index, tokens.shape, given)
         check_loss_options(op, chunk, z_loss, label_smoothing, softcap, return_lse)
+        _check_counted(op, targets, where, ignore_index, self.vocab_size)
         loss_options: dict[str, Any] = {
             "z_loss": z_loss,
             "label_smoothing": label_smoothing,
@@ -513,8 +465,9 @@ class TransformerLM(nnx.Module):
     def _mean_loss_and_lse(
         self, tokens, targets, where, ignore_index, positions, loss_options, options
     ):
-        tokens, order, inverse = self._order(tokens)
-        features = self._features(tokens, positions, order, options)
+        op = "TransformerLM.loss"
+        tokens, order, inverse = self._order(op, tokens)
+        features = self._features(op, tokens, positions, order, options)
         targets, where = read_targets(targets, where, ignore_index)
         targets, where = _take(targets, order), _take(where, order)
         losses, lse = cross_entropy(
@@ -552,11 +505,15 @@ class TransformerLM(nnx.Module):
             TypeError: As in the call.
             ValueError: As in the call.
         """
-        tokens, order, inverse = self._order(tokens)
-        return _take(self._features(tokens, positions, order, options), inverse)
+        op = "TransformerLM"
+        self._check_tokens(op, "tokens", tokens)
+        tokens, order, inverse = self._order(op, tokens)
+        return _take(self._features(op, tokens, positions, order, options), inverse)
 
-    def _features(self, tokens, positions, order, options):
+    def _features(self, op, tokens, positions, order, options):
         """Return the features of tokens in the order in which devices share them."""
+        if positions is not None:
+            positions = read_positions(op, positions, *tokens.shape)
         if order is not None:
             positions = order if positions is None else positions[..., order]
 
@@ -569,7 +526,7 @@ class TransformerLM(nnx.Module):
             step = jax.checkpoint(step, prevent_cse=not in_scan, static_argnums=0)
         tokens = self._share(_take(tokens, order), BATCH, "context")
         x = self._share(self._embed(tokens), BATCH, "context", None)
-        x, _ = self._run_layers(step, x, None)
+        x, _ = run_layers(self.layers, self.kinds, step, x, None)
         return self.norm(x)
 
     @on_automatic_axes(lambda features: P(*features[:-1], None))
@@ -618,7 +575,7 @@ class TransformerLM(nnx.Module):
         keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
         return KVCache(keys, values, jnp.zeros((), jnp.int32))
 
-    @on_automatic_axes(_places_with_cache)
+    @on_automatic_axes(places_with_cache)
     def extend(
         self, tokens: Integer[Array, "batch seq"], cache: KVCache
     ) -> tuple[Float[Array, "batch seq embed_dim"], KVCache]:
@@ -652,7 +609,9 @@ class TransformerLM(nnx.Module):
             return x, grown
 
         x = self._embed(tokens)
-        x, (keys, values) = self._run_layers(step, x, (cache.keys, cache.values))
+        x, (keys, values) = run_layers(
+            self.layers, self.kinds, step, x, (cache.keys, cache.values)
+        )
         return self.norm(x), KVCache(keys, values, length + seq)
 
     def generate(
@@ -684,7 +643,7 @@ class TransformerLM(nnx.Module):
                 be any integers: the new tokens come right behind the prompt, as if it
                 were alone, and zeros fill the row.
             temperature: The number that divides the logits, or one for each prompt. 0
-                takes the likeliest token.
+                takes the likeliest token, which `top_k`, `top_p` and `min_p` keep.
             top_k: Sample from this many likeliest tokens, and from any that are as
                 likely as the last of them. None samples from all.
             top_p: Sample from the fewest tokens whose probabilities sum to at least
@@ -707,8 +666,8 @@ class TransformerLM(nnx.Module):
 
         Raises:
             TypeError: `prompt` or `prompt_lengths` is not an integer array, a number is
-                not a number, `stop_tokens` is not a sequence, a key is missing, or
-                there is a key at temperature 0.
+                not a number, `stop_tokens` is not a sequence, a key is missing, there
+                is a key at temperature 0, or `cache` is neither True nor False.
             ValueError: A shape does not fit; a token, a length or a number is out of
                 range; or `cache` is True and the model has an `attention_fn`.
 
@@ -721,6 +680,7 @@ class TransformerLM(nnx.Module):
         """
         op = "TransformerLM.generate"
         (count,) = check_arguments(op, None, max_new_tokens=max_new_tokens)
+        check_flag(op, cache=cache)
         self._check_tokens(op, "prompt", prompt)
         sampling, top_k = check_sampling(
             op,
@@ -738,55 +698,15 @@ class TransformerLM(nnx.Module):
         _check_length(op, "prompt and max_new_tokens", total, self.context_length)
         lengths = prompt_lengths
         if lengths is not None:
-            lengths = _read_prompt_lengths(op, lengths, prompt)
+            lengths = read_prompt_lengths(op, lengths, prompt)
         prompt = read_tokens(op, "prompt", prompt, self.vocab_size, lengths)
         return generate(self, prompt, lengths, sampling, top_k, count, cache)
 
-    def _run_layers(self, step, x, inputs):
-        """Scan `step` over the layers, each with its kind and its part of the inputs.
-
-        Layers of several kinds are scanned in groups of one of each.
-        """
-        if not self.scan_layers:
-            parts = enumerate(self.layers)
-            parts = [(layer, _part(inputs, i)) for i, layer in parts]
-            return self._run_each(step, x, parts)
-        layers = self.layers, inputs
-        if len(self.kinds) == 1:
-            return lax.scan(partial(step, self.kinds[0]), x, layers)
-        size, count = len(self.kinds), self.cache_shape[0]
-        groups = count // size
-        outputs = []
-
-        def run(x, group):
-            return self._run_each(step, x, [_part(group, i) for i in range(size)])
-
-        if groups:
-            stacked = jax.tree.map(
-                lambda a: a[: groups * size].reshape(groups, size, *a.shape[1:]), layers
-            )
-            x, output = lax.scan(run, x, stacked)
-            outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), output))
-        if rest := range(groups * size, count):
-            x, output = self._run_each(step, x, [_part(layers, i) for i in rest])
-            outputs.append(output)
-        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-
-    def _run_each(self, step, x, layers):
-        """Run `step` for one layer after another, the first of the first kind."""
-        outputs = []
-        for i, layer in enumerate(layers):
-            x, output = step(self.kinds[i % len(self.kinds)], x, layer)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
-
-    def _order(self, tokens):
+    def _order(self, op, tokens):
         """Return the tokens, the order in which devices share them, and its inverse.
 
         Both orders are None where the tokens stay in order.
         """
-        op = "TransformerLM"
-        self._check_tokens(op, "tokens", tokens)
         tokens = read_tokens(op, "tokens", tokens, self.vocab_size)
         if self.mesh is None:
             return tokens, None, None
@@ -822,117 +742,26 @@ class TransformerLM(nnx.Module):
         return x * jnp.asarray(self.embedding_scale, x.dtype)
 
 
-def _part(tree: Any, i: int) -> Any:
-    return jax.tree.map(itemgetter(i), tree)
-
-
 def _take(x: Any, order: jax.Array | None) -> Any:
     """Take tokens (axis 1) in this order; None changes nothing."""
     return x if x is None or order is None else jnp.take(x, order, axis=1)
 
 
-def _check_heads(
-    embed_dim: int, num_heads: int, kv_heads: int, head_dim: int | None
+def _check_counted(
+    op: str, targets: Any, where: Any, ignore_index: int | None, vocab_size: int
 ) -> None:
-    op = "TransformerLM"
-    if head_dim is not None:
-        check_integer(op, "head_dim", head_dim)
-    elif embed_dim % num_heads:
-        raise ValueError(
-            f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
-            f"given, got {num_heads}"
-        )
-    if num_heads % kv_heads:
-        raise ValueError(
-            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
-        )
+    """Check that targets that count are in the vocabulary, if their values are known.
 
-
-def _check_numbers(op: str, **numbers: Any) -> None:
-    for name, number in numbers.items():
-        if number is not None:
-            check_number(op, name, number, positive=True)
-
-
-def _check_names(norm, norm_placement, qk_norm, rope_pairs, activation) -> None:
-    op = "TransformerLM"
-    for name, got, valid in [
-        ("norm", norm, get_args(NormKind)),
-        ("norm_placement", norm_placement, get_args(NormPlacement)),
-        ("qk_norm", qk_norm, (None, *get_args(QKNorm))),
-        ("rope_pairs", rope_pairs, get_args(Pairs)),
-    ]:
-        if got not in valid:
-            raise_unknown(op, name, got, valid)
-    get_activation(op, activation)
-
-
-def _kinds(
-    kind: LayerKind, dim: int, local_rope_theta: float | None, every: int | None
-) -> tuple[LayerKind, ...]:
-    """Return the kinds of layers, in the order in which they repeat."""
-    op = "TransformerLM"
-    turned = dim
-    if kind.rotary_dim is not None:
-        turned = check_rotary_dim(op, kind.rotary_dim, dim)
-    elif dim % 2:
-        raise ValueError(
-            f"{op}: embed_dim / num_heads or head_dim must be even, for rotary "
-            f"positions, got {dim}"
-        )
-    if kind.scaling is not None:
-        check_scaling(op, "rope_scaling", kind.scaling, turned // 2)
-    if kind.window is None:
-        given = {"local_rope_theta": local_rope_theta, "full_attention_every": every}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"{op}: {name} must be None without a window, got {value}"
-                )
-        return (kind,)
-    check_integer(op, "window", kind.window)
-    local = kind
-    if local_rope_theta is not None:
-        local = kind._replace(rope_theta=local_rope_theta, scaling=None)
-    if every is None:
-        return (local,)
-    check_integer(op, "full_attention_every", every)
-    return (*(local,) * (every - 1), kind._replace(window=None))
-
-
-def _check_capped(attention_fn: Any, mesh: Mesh | None, options: dict) -> None:
-    """Check that a window or a softcap goes with the attention and the mesh."""
-    op = "TransformerLM"
-    for name, value in options.items():
-        if value is None:
-            continue
-        if attention_fn is not None:
-            raise ValueError(
-                f"{op}: {name} must be None with an attention_fn, got {value}"
-            )
-        if mesh is not None and mesh.shape["context"] > 1:
-            raise ValueError(
-                f"{op}: {name} must be None for context={mesh.shape['context']}, where "
-                f"tokens go round in ring_attention, got {value}"
-            )
-
-
-def _choose_mlp(mlp, activation, gated, use_bias) -> Callable[..., nnx.Module]:
-    """Return what makes the MLP of a block."""
-    op = "TransformerLM"
-    options = {"activation": activation, "gated": gated, "use_bias": use_bias}
-    default = {"activation": "silu", "gated": True, "use_bias": False}
-    if mlp is None:
-        if options == default:
-            return partial(SwiGLU, kernel_init=linear_init)
-        return partial(MLP, kernel_init=linear_init, **options)
-    check_callable(op, "mlp", mlp)
-    if options != default:
-        raise ValueError(
-            f"{op}: activation, gated_mlp and mlp_bias must be left out with an mlp of "
-            f"your own, got {activation!r}, {gated} and {use_bias}"
-        )
-    return mlp
+    Inside `jit` the loss of other targets is NaN.
+    """
+    values, counts = known(targets), None if where is None else known(where)
+    if values is None or (where is not None and counts is None):
+        return
+    if counts is not None:
+        values = values[counts]
+    if ignore_index is not None:
+        values = values[values != ignore_index]
+    check_range(op, "targets", values, 0, vocab_size - 1)
 
 
 def _check_length(
@@ -942,11 +771,3 @@ def _check_length(
         raise ValueError(
             f"{op}: {name} must be at most {limit}={most} tokens, got {length}"
         )
-
-
-def _read_prompt_lengths(op: str, lengths: Any, prompt: Any) -> jax.Array:
-    check_array(op, "prompt_lengths", lengths, "integer")
-    given = f" for prompt of shape {prompt.shape}"
-    check_shape(op, "prompt_lengths", lengths, prompt.shape[:1], given)
-    check_range(op, "prompt_lengths", known(lengths), 1, prompt.shape[1])
-    return as_int32(lengths)

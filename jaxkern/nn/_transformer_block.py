@@ -15,11 +15,11 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Integer
 
+from .._attention.decoder import decoder_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._attention.rotary_scaling import RotaryScaling
 from ._attention import MultiHeadAttention, QKNorm
 from ._common import bind, check_callable
-from ._decoder_attention import decoder_attention
 from ._sharding import attend_on_mesh
 
 NormPlacement = Literal["pre", "post", "both"]
@@ -106,7 +106,7 @@ class TransformerBlock(nnx.Module):
         *,
         hidden_dim: int,
         num_kv_heads: int,
-        head_dim: int | None,
+        head_dim: int,
         attention_fn: Callable[..., Any],
         attention_options: dict[str, Any],
         qk_norm: QKNorm | None,
@@ -237,18 +237,3 @@ def _put(kept, new, length):
 
     new = new.astype(kept.dtype)
     return jax.vmap(put)(kept, new, length) if length.ndim else put(kept, new, length)
-
-
-def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
-    """Make the layers, stacked or in a list.
-
-    Each has a key of its own, which is the same in both forms.
-    """
-
-    def make(key):
-        return make_block(rngs=nnx.Rngs(key))
-
-    keys = jax.random.split(rngs.params(), num_layers)
-    if not scan_layers:
-        return nnx.List(make(key) for key in keys)
-    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import Dilation, attention, dilated_attention
+from jaxkern.testing import plain as plain_forms
 
 # seq, heads, kv_heads, segment_lengths, dilation_rates
 CASES: dict[str, Any] = {
@@ -112,6 +113,17 @@ def exact(args, g, count, scale=None):
     return (out, lse.swapaxes(1, 2)), (d_q, d_k, d_v)
 
 
+def with_multiplicities(count):
+    """Return the plain form with log(count) added to the logits."""
+
+    def run(query, key, value):
+        bias = jnp.log(jnp.asarray(count, jnp.float32))
+        out, lse = plain_forms.attention(query, key, value, bias)
+        return out, lse.swapaxes(1, 2)
+
+    return run
+
+
 def with_lse(**options):
     """Return `dilated_attention` with EMPTY as the lse of rows without keys."""
 
@@ -176,17 +188,25 @@ def test_low_precision_is_within_twice_the_plain_form(dtype):
     args, g, patterns = inputs(case, dtype, dim=32, dim_v=32)
     count = allowed(multiplicity(case[0], case[1], *case[3:]), False)
 
-    def plain(q, k, v):
-        group = q.shape[2] // k.shape[2]
-        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
-        logits = logits * q.shape[-1] ** -0.5 + jnp.log(count)
-        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-        lse = jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, v), lse
-
+    plain = with_multiplicities(count)
     got = value_and_vjp(with_lse(**patterns), args, g)
     assert_as_close(got, value_and_vjp(plain, args, g), exact(args, g, count))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_plain_form_is_one_softmax_with_multiplicities(is_causal):
+    case = CASES["all divides"]
+    args, g, _ = inputs(case, dim_v=4)
+
+    plain = partial(
+        plain_forms.dilated_attention,
+        segment_lengths=case[3],
+        dilation_rates=case[4],
+        is_causal=is_causal,
+    )
+    count = allowed(multiplicity(*case[:2], *case[3:]), is_causal)
+    (out, _), gradients = exact(args, (g[0], np.zeros(g[1].shape)), count)
+    assert_near(value_and_vjp(plain, args, g[0]), (out, gradients), 3e-5)
 
 
 @settings(max_examples=8)
@@ -302,14 +322,7 @@ def test_jacobian(name):
     args, _, patterns = inputs(case, batch=1, dim=2, dim_v=2)
     count = allowed(multiplicity(*case[:2], *case[3:]), True, batch=1)
 
-    def plain(q, k, v):
-        group = q.shape[2] // k.shape[2]
-        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        logits = logits + jnp.log(jnp.asarray(count, logits.dtype))
-        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v)
-        return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
-
+    plain = with_multiplicities(count)
     run = with_lse(is_causal=True, **patterns)
     every = [jax.jit(jax.jacrev(f, argnums=(0, 1, 2)))(*args) for f in (run, plain)]
     assert_close(*every)

@@ -15,6 +15,7 @@ from helpers import (
 )
 
 from jaxkern import RotaryScaling, rotary_embedding
+from jaxkern._attention import rotary_scaling
 
 PAIRS = ("interleaved", "halves", "mismatched")
 SHAPE = (2, 7, 3, 10)
@@ -228,6 +229,27 @@ def test_scalings_of_the_first_features(name):
     assert_near(got[..., :10], exact, 3e-7)
 
 
+@pytest.mark.parametrize(
+    "kind, factor, length",
+    [
+        # The original length does not change "linear".
+        ("linear", 4.0, 64),
+        # The first limit of "yarn" would be below 0 here, and here both limits are 0.
+        ("yarn", 4.0, 16),
+        ("yarn", 4.0, 5),
+        # A shorter context needs no attention factor.
+        ("yarn", 0.5, 256),
+    ],
+)
+def test_scalings_at_their_limits(kind, factor, length):
+    scaling = RotaryScaling(kind, factor, original_context_length=length, beta_fast=8.0)
+    plain, _ = definitions.frequencies(50.0, 10, None)
+    scaled, attention = definitions.frequencies(50.0, 10, scaling)
+    got = rotary_scaling.multipliers(scaling, 50.0, 5)
+    np.testing.assert_allclose(got, scaled / plain, rtol=1e-12)
+    assert rotary_scaling.attention_factor(scaling) == pytest.approx(attention)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "call, error, message",
@@ -275,6 +297,13 @@ def test_scalings_of_the_first_features(name):
             ),
             ValueError,
             "scaling must have 4 factors, one for each pair of features, got 5",
+        ),
+        (
+            lambda: untyped.rotary_embedding(
+                normal(0, SHAPE), rope_theta=1.0, scaling=SCALINGS["yarn"]
+            ),
+            ValueError,
+            "rope_theta must be above 1 for a scaling of kind 'yarn', got 1.0",
         ),
         (
             lambda: untyped.rotary_embedding(normal(0, SHAPE), rotary_dim=12),

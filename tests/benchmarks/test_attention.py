@@ -19,8 +19,9 @@ from benchmarks._attention_model import (
     Task,
 )
 from benchmarks._attention_programs import Entry
-from benchmarks._harness import PLAIN, XLA, Options, Skip, labels, run, with_gradients
+from benchmarks._harness import PLAIN, XLA, Options, Skip, labels, run
 from benchmarks.attention import PASSES
+from jaxkern.testing.plain import with_gradients
 
 SMALL = Shape(1, 256, 4)
 QUARTERS = Dilated((64, 128, 256), (1, 2, 4))
@@ -346,6 +347,8 @@ def test_why_peers_are_left_out():
         (["--only", "("], "must be a regular expression, got '('"),
         (["--only", "triton"], "must be found in a row of --list, got 'triton'"),
         (["--grid", "published", "--plot", "a.png"], "--plot draws the real grid"),
+        (["--grid", "published", "--full"], "leave out --full"),
+        (["--grid", "real", "--devices", "2"], "leave out --devices"),
         (["--plot", "a.txt"], "must end in .png, .svg or .pdf"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "",

@@ -12,6 +12,7 @@ from benchmarks import _estimators_study as study
 from benchmarks import estimators, frame
 from benchmarks._harness import Options, run
 from jaxkern.nn import _masked as nn_masked
+from jaxkern.testing.plain import quadratic
 
 OURS = jaxkern.masked_bilinear
 
@@ -135,9 +136,7 @@ def test_definition_of_the_model_is_not_blind_to_masks(tiny):
     ids = definitions.token_ids(0, 2)
     masks = definitions.hard(definitions.mask_logits(0, 2), jnp.float32)
     named = {(0, n): m for n, m in zip(definitions.KERNELS, masks, strict=True)}
-    masked, whole = (
-        np.asarray(definitions.transformer(state, m, ids)) for m in (named, {})
-    )
+    masked, whole = (np.asarray(quadratic.logits(state, m, ids)) for m in (named, {}))
     assert np.abs(masked - whole).max() > 1e-4 * np.abs(whole).max()
 
 
@@ -182,6 +181,11 @@ def test_command(tiny, tmp_path, capsys):
     start = next(i for i, line in enumerate(lines) if "error of outputs" in line)
     assert max(map(len, lines[start:])) <= 80
     assert start < next(i for i, s in enumerate(lines) if "(published: ste)" in s)
+    # The only layer that was measured has two samples.
+    floors = next(
+        i for i, s in enumerate(lines) if s.split()[:2] == ["samples", "tensor"]
+    )
+    assert lines[floors + 2].split()[0] == "2" and not lines[floors + 3]
     saved = json.loads(path.read_text())
     assert saved["meta"]["complete"] and len(saved["rows"]) == 2 + 2 * 3
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -258,7 +262,10 @@ def test_no_figure_of_a_gpu_is_cut_off(tmp_path, printed):
     [
         (["--only", "("], "must be a regular expression, got '('"),
         (["--only", "triton"], "must be found in a row of --list, got 'triton'"),
+        (["--no-peers"], "all rows are ours: leave out --no-peers"),
         (["--study", "--full"], "--study has no other size"),
+        (["--study", "--dtype", "bfloat16"], "--study is in float32"),
+        (["--study", "--iterations", "2"], "--study times nothing"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else "",
 )

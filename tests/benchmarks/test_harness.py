@@ -305,9 +305,12 @@ def test_commands_can_be_run_again_and_do_not_tell_where():
         "/secret/rows.json",
         "--plot",
         "p/q.png",
+        "--json=/secret/rows.json",
+        "--trace=/secret/folder/",
     ]
     expected = (
-        "python -m benchmarks.mlp --only 'a (b|c)$' --json rows.json --plot p/q.png"
+        "python -m benchmarks.mlp --only 'a (b|c)$' --json rows.json --plot p/q.png "
+        "--json=rows.json --trace=folder/"
     )
     assert command("mlp", arguments) == expected
 

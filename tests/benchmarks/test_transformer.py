@@ -281,9 +281,10 @@ def test_memory_on_paper(monkeypatch, printed, capsys):
     lines = printed(transformer.BENCHMARK, [found, failed]).splitlines()
     assert lines[5].split()[-2] == "H100" and lines[6].split()[2] == "failed"
     assert failed["reason"].startswith("ValueError: make_mesh")
-    with pytest.raises(SystemExit):
-        cases("--memory", "--batch", "2")
-    assert "leave out --batch" in capsys.readouterr().err
+    for option, *value in ["--batch", "2"], ["--no-peers"], ["--warmup", "1"]:
+        with pytest.raises(SystemExit):
+            cases("--memory", option, *value)
+        assert f"leave out {option}" in capsys.readouterr().err
 
 
 def test_list_measures_nothing(capsys):

@@ -45,6 +45,8 @@ def block_masks(seed):
     return {
         "causal": BlockMask.causal(8, 8 + seed, block_size=4),
         "document": BlockMask.document(ids, block_size=4),
+        # A tuple in the tuple of its static fields.
+        "dilated": BlockMask.dilated(8, 8 + seed, rates=(1, 2), block_size=4),
         "dense": BlockMask.from_dense(rng.random((8, 8)) < 0.5, block_size=4),
         "both": BlockMask.causal(8, 8, block_size=4)
         & BlockMask.document(ids, block_size=4),

@@ -13,11 +13,11 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import free_port, run_together
 
-from examples import train_lm
+from examples import _checkpoints, train_lm
 from jaxkern import nn
 
-SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context", "8"]
-SMALL += ["--embed-dim", "8", "--layers", "1", "--heads", "2"]
+SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context-length", "8"]
+SMALL += ["--embed-dim", "8", "--num-layers", "1", "--num-heads", "2"]
 
 
 def run(*argv):
@@ -111,7 +111,7 @@ def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
     argv, files = ("--folder", str(folder)), [folder / "losses.csv"]
     files.append(folder / "settings.json")
     before = [file.read_bytes() for file in files]
-    lock = train_lm.take(folder)
+    lock = _checkpoints.take(folder)
     holder = f"held by process {os.getpid()} on "
     with pytest.raises(SystemExit, match=f"must be of no other run, got .*{holder}"):
         run("--text", text, *argv)
@@ -185,7 +185,7 @@ def test_batches_depend_on_their_place_only():
     [
         (["--text", sys.executable + "x"], "--text must be a file to read"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--context", "1"], "--context must be at least 2"),
+        (["--context-length", "1"], "--context-length must be at least 2"),
         (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
         (["--learning-rate", "nan"], "--learning-rate must be positive and finite"),
         (["--learning-rate", "0"], "must be positive and finite, got 0.0"),
@@ -205,7 +205,7 @@ def test_refusals(argv, message, capsys):
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
-    sizes = "--embed-dim", "2", "--heads", "1", "--mesh", "data=8"
+    sizes = "--embed-dim", "2", "--num-heads", "1", "--mesh", "data=8"
     with pytest.raises(SystemExit, match="rank must be an integer of at least 1"):
         run("--text", text, "--compare", *sizes)
     assert capsys.readouterr().out == ""

@@ -360,7 +360,7 @@ MUTANTS = (
     Mutant(
         "checkpoint-first",
         "A checkpoint is written before the losses up to it.",
-        "examples/train_lm.py",
+        "examples/_checkpoints.py",
         LOSSES + SAVE,
         SAVE + LOSSES,
         ("tests/examples/test_train_lm.py", "beside_the_write_of_a_checkpoint"),

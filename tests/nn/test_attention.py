@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkern import Dilation, attention, dilated_attention
 from jaxkern.nn import LongNet, MultiHeadAttention
+from jaxkern.testing import plain
 
 EMBED, HEADS, SEQ = 24, 4, 10
 PATTERNS: dict[str, Any] = {"dilation": Dilation((4, 8, 16), (1, 2, 4))}
@@ -94,18 +95,11 @@ def test_is_projections_around_the_function():
     x = normal(0, (2, SEQ, EMBED))
     key_mask = jax.random.bernoulli(jax.random.key(1), 0.7, (2, SEQ))
 
-    def project(layer):
-        return (
-            jnp.einsum("bse,ehd->bshd", x, layer.kernel[...])
-            + layer.bias[...][None, None]
-        )
+    def core(query, key, value):
+        return dilated(query, key, value, is_causal=True, key_mask=key_mask)
 
-    q, k, v = map(project, (module.query, module.key, module.value))
-    heads = jax.jit(partial(dilated, is_causal=True))(q, k, v, key_mask=key_mask)
-    expected = jnp.einsum("bshd,hde->bse", heads, module.out.kernel[...])
-    assert_near(
-        call(module, x, key_mask=key_mask), expected + module.out.bias[...][None, None]
-    )
+    expected = plain.multihead(jax.jit(core), x, x, x, nnx.state(module))
+    assert_near(call(module, x, key_mask=key_mask), expected)
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["head", "embed"])

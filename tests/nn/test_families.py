@@ -250,6 +250,11 @@ def lm(**options):
         ({"activation": "elu"}, ValueError, "activation must be one of 'silu'"),
         ({"qkv_bias": 1}, TypeError, "qkv_bias must be True or False"),
         ({"rope_scaling": 8}, TypeError, "rope_scaling must be a RotaryScaling or N"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": FAMILIES["Qwen 2"]["rope_scaling"]},
+            ValueError,
+            "rope_theta must be above 1 for a rope_scaling of kind 'yarn', got 1.0",
+        ),
         ({"logit_softcap": "30"}, TypeError, "logit_softcap must be one number"),
         ({"window": 0}, ValueError, "window must be an integer of at least 1, got 0"),
         (
@@ -257,6 +262,19 @@ def lm(**options):
             ValueError,
             "full_attention_every must be None without a window, got 2",
         ),
+        (
+            {"window": 4, "full_attention_every": 1},
+            ValueError,
+            "full_attention_every must be an integer of at least 2, got 1",
+        ),
+        (
+            {"window": 4, "local_rope_theta": 20.0},
+            ValueError,
+            "local_rope_theta must be None without full_attention_every, where .* 20.0",
+        ),
+        ({"scan_layers": 0}, TypeError, "scan_layers must be True or False"),
+        ({"remat": "all"}, TypeError, "remat must be True or False"),
+        ({"tie_embeddings": None}, TypeError, "tie_embeddings must be True or False"),
         (
             {"window": 4, "attention_fn": jax.nn.dot_product_attention},
             ValueError,

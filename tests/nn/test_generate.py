@@ -24,8 +24,10 @@ from jaxkern.nn._generate import (
     _choose,
     _Chosen,
     _generate,
+    _go_on,
     _keep_top,
     _sample,
+    check_sampling,
 )
 
 VOCAB, CONTEXT = 50, 16
@@ -208,6 +210,36 @@ def test_repetition_penalty():
         assert after.seen is not None and after.seen[0, expected]
 
 
+def test_a_token_of_padding_is_not_repeated():
+    """Zeros replace what follows a shorter prompt, and 0 stays the likeliest token."""
+
+    class Constant:
+        vocab_size = 4
+
+        def features(self, tokens):
+            return tokens[..., None]
+
+        def logits(self, features):
+            return jnp.tile(jnp.array([[3.0, 2.0, 1.0, 0.5]]), (len(features), 1))
+
+    sampling = Sampling(None, 0.0, 1.0, 0.0, 1e9, None)
+    prompt, lengths = jnp.array([[1, 2], [1, 0]]), jnp.array([1, 2])
+    got = _go_on(Constant(), prompt, lengths, sampling, None, 2, False)
+    np.testing.assert_array_equal(got, [[1, 0, 2, 0], [1, 0, 2, 3]])
+
+
+def test_nothing_is_computed_once_all_sequences_have_stopped():
+    tokens, seen = jnp.zeros((2, 3), int), None
+    for number, stopped, expected in [
+        (0, [False, False], True),
+        (1, [True, False], True),
+        (1, [True, True], False),
+        (3, [False, False], False),
+    ]:
+        chosen = _Chosen(tokens, jnp.int32(number), jnp.array(stopped), seen)
+        assert bool(chosen.go_on()) == expected
+
+
 def test_temperatures_of_each_prompt():
     """Rows at 0 are greedy, and another row is as with its number alone."""
     model, key = build(), jax.random.key(3)
@@ -226,6 +258,7 @@ def test_top_k_and_min_p():
         ({}, 1, [{1}, {0, 1, 2, 3}]),
         ({}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
         ({"min_p": 0.6}, None, [{1, 2}, {0, 1, 2, 3}]),
+        ({"min_p": 1.0}, None, [{1}, {0, 1, 2, 3}]),
         ({"min_p": 0.4}, 2, [{1, 2}, {0, 1, 2, 3}]),
         ({"top_p": 0.7}, 3, [{1, 2}, {0, 1, 2, 3}]),
         ({"top_p": 0.95}, 3, [{1, 2, 3}, {0, 1, 2, 3}]),
@@ -235,6 +268,10 @@ def test_top_k_and_min_p():
         sample: Any = jax.vmap(lambda i, s=sampling, k=top_k: _sample(logits, s, k, i))
         got = np.asarray(sample(jnp.arange(200)))
         assert [set(row) for row in got.T.tolist()] == kept
+    # A `top_k` above the size of the vocabulary samples from all tokens.
+    options = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "stop_tokens": ()}
+    options |= {"top_k": 5, "repetition_penalty": 1.0}
+    assert check_sampling("op", 2, 4, None, **options)[1] == 4
 
 
 def test_a_cache_can_be_donated():
@@ -360,6 +397,7 @@ def generate(prompt=PROMPT, **options):
             "top_p must be above 0 and at most 1, got 0.0",
         ),
         (generate(top_p="0.5"), TypeError, "top_p must be one number, got '0.5'"),
+        (generate(cache=1), TypeError, "cache must be True or False, and known when"),
         (generate(top_k=0), ValueError, "top_k must be an integer of at least 1"),
         (generate(min_p=1.5), ValueError, "min_p must be at most 1, got 1.5"),
         (

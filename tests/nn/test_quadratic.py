@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkern import reinmax
 from jaxkern.nn import MaskLogits, QuadraticTransformer
+from jaxkern.testing.plain import in_float64, quadratic, with_gradients
 
 VOCAB, EMBED, HEADS, LAYERS, BATCH, SEQ = 11, 12, 3, 2, 3, 7
 IDS = jax.random.randint(jax.random.key(9), (BATCH, SEQ), 0, VOCAB)
 KEY = jax.random.key(5)
-WEIGHTS = "left", "right", "down"
+WEIGHTS = quadratic.WEIGHTS
 
 
 def build(**options: Any) -> QuadraticTransformer:
@@ -61,37 +62,6 @@ def rotate(x, pairs):
     return parts.reshape(x.shape)
 
 
-def transformer_float64(state, masks, ids, key_mask, pairs="interleaved"):
-    """The model's equations; `masks[layer, name]` has a mask for each sample."""
-
-    def normed(x, weight):
-        scale = jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 2.0**-23)
-        return x / scale * weight
-
-    def affine(x, layer, mask=1.0):
-        product = jnp.einsum("bsd,bdm->bsm", x, layer["kernel"] * jnp.atleast_3d(mask))
-        return product + layer["bias"]
-
-    h = state["embed"]["embedding"][ids]
-    seen = np.tri(ids.shape[1]) * np.asarray(key_mask)[:, None, :]
-    for i in range(LAYERS):
-        attention, mlp = state["blocks"][i]["attention"], state["blocks"][i]["mlp"]
-        q, k, v = (
-            jnp.einsum("bse,ehd->bshd", h, p["kernel"]) + p["bias"]
-            for p in (attention["query"], attention["key"], attention["value"])
-        )
-        weight = attention["norm"]["scale"]
-        q, k = rotate(normed(q, weight), pairs), rotate(normed(k, weight), pairs)
-        pattern = (jnp.einsum("bqhd,bkhd->bhqk", q, k) / (EMBED // HEADS)) ** 2
-        z = jnp.einsum("bhqk,bkhd->bqhd", pattern * seen[:, None], v)
-        h = h + jnp.einsum("bshd,hde->bse", z, attention["out"]["kernel"])
-        each = len(ids), 1, 1
-        m = [masks.get((i, name), np.ones(each)) for name in WEIGHTS]
-        left, right = affine(h, mlp["left"], m[0]), affine(h, mlp["right"], m[1])
-        h = h + affine(left * right, mlp["down"], m[2])
-    return h @ state["embed"]["embedding"].T
-
-
 @pytest.mark.usefixtures("promoting")
 @pytest.mark.parametrize(
     "layers, pairs",
@@ -115,20 +85,22 @@ def test_values_and_gradients(layers, pairs):
         return value, vjp(g)
 
     value, (d_parameters, d_logits) = pull(parameters, logits)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), float), parameters)
-        wide = nnx.to_pure_dict(wide)
-        masks = {
-            (i, name): jnp.asarray(
-                np.asarray(logits["blocks"][i]["mlp"][f"{name}_logits"][...]) > 0, float
-            )[:BATCH]
-            for i in layers
-            for name in WEIGHTS
-        }
-        exact, vjp = jax.vjp(
-            lambda p, m: transformer_float64(p, m, IDS, key_mask, pairs), wide, masks
-        )
-        d_wide, d_masks = vjp(jnp.asarray(np.asarray(g), float))
+    masks = {
+        (i, name): jnp.asarray(logits["blocks"][i]["mlp"][f"{name}_logits"][...])[
+            :BATCH
+        ]
+        > 0
+        for i in layers
+        for name in WEIGHTS
+    }
+
+    def plain(parameters, masks):
+        rotary = partial(rotate, pairs=pairs)
+        return quadratic.logits(parameters, masks, IDS, key_mask, rotary)
+
+    masks = jax.tree.map(lambda x: x.astype(float), masks)
+    arguments = g, nnx.to_pure_dict(parameters), masks
+    exact, (d_wide, d_masks) = in_float64(with_gradients(plain), *arguments)
     assert_near(value, exact)
     assert_near(nnx.to_pure_dict(d_parameters), d_wide)
     for (i, name), d_mask in d_masks.items():

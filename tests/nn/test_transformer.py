@@ -327,6 +327,9 @@ def test_tokens_that_do_not_count():
     assert nothing == 0 and not np.any(lse) and not np.any(pure(gradients)["head"])
 
 
+IGNORED = jnp.zeros((2, SEQ), int).at[1, 5:].set(-100)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "options, error, message",
@@ -335,8 +338,27 @@ def test_tokens_that_do_not_count():
         ({"targets": jnp.zeros((2, SEQ - 1), int)}, ValueError, "targets must have"),
         ({"ignore_index": 1.0}, ValueError, "ignore_index must be an integer, got 1.0"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be at least 0, got -1.0"),
+        (
+            {"targets": IGNORED, "ignore_index": -1},
+            ValueError,
+            "targets must be from 0 to 49, got -100",
+        ),
+        (
+            {"targets": IGNORED + VOCAB, "where": IGNORED == 0},
+            ValueError,
+            "targets must be from 0 to 49, got 50",
+        ),
+        (
+            {"tokens": IGNORED, "targets": IGNORED, "ignore_index": -100},
+            ValueError,
+            "tokens must be from 0 to 49, got -100",
+        ),
+        (
+            {"positions": jnp.arange(SEQ + 1)},
+            ValueError,
+            r"positions must have shape \(12,\) or \(2, 12\), got \(13,\)",
+        ),
     ],
-    ids=["list", "shape", "ignore_index", "z_loss"],
 )
 def test_a_loss_refuses_before_it_computes(options, error, message):
     def never(query, key, value):

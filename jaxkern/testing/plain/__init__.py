@@ -15,9 +15,16 @@ Examples:
     ```
 """
 
+from .attention import EPSILON as EPSILON
 from .attention import attention as attention
 from .attention import causal_bias as causal_bias
+from .attention import dilated_attention as dilated_attention
+from .attention import multihead as multihead
 from .attention import rotary as rotary
+from .evaluate import cast as cast
+from .evaluate import in_float64 as in_float64
+from .evaluate import with_gradients as with_gradients
+from .masked import SLOPES as SLOPES
 from .masked import masked_bilinear as masked_bilinear
 from .masked import masked_matmul as masked_matmul
 from .mlp import flash_mlp as flash_mlp

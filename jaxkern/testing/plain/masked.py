@@ -1,6 +1,22 @@
-"""Products of weights with a mask for each sample."""
+"""Products of weights with a mask for each sample, and slopes of the masks."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# The derivative of a mask by its logits, in NumPy, by the name of the estimator.
+SLOPES: dict[str, Callable[[Any], Any]] = {
+    "straight_through": np.ones_like,
+    "one_plus_sigmoid": lambda x: 1 + _sigmoid(x) * _sigmoid(-x),
+    "reinmax": lambda x: _sigmoid(-abs(x)) / 2,
+}
 
 
 def masked_matmul(x, w, mask):

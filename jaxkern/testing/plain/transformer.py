@@ -50,10 +50,14 @@ def loss(
     theta: float = 1e4,
 ) -> Any:
     """Return the mean cross-entropy, with all logits in memory."""
-    found = logits(weights, tokens, theta)
-    found = found.astype(np.promote_types(found.dtype, jnp.float32))
-    each = jnp.take_along_axis(jax.nn.log_softmax(found), targets[..., None], -1)
-    return -each.mean()
+    return token_losses(logits(weights, tokens, theta), targets).mean()
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the cross-entropy of each token, in float32 or wider."""
+    wide = logits.astype(np.promote_types(logits.dtype, jnp.float32))
+    each = jnp.take_along_axis(jax.nn.log_softmax(wide), targets[..., None], -1)
+    return -each[..., 0]
 
 
 # Where the state of a layer has each of its weights.
@@ -70,15 +74,20 @@ PLACES = {
 }
 
 
+def unscanned(layers: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the state of layers by their number, whether they are scanned or not."""
+    if "attention" not in layers:
+        return layers
+    count = len(jax.tree.leaves(layers)[0])
+    return {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
+
+
 def from_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Take the weights from the pure state of a `TransformerLM`.
 
     The layers may be scanned or unrolled.
     """
-    layers = state["layers"]
-    if "attention" in layers:
-        count = len(layers["mlp"]["w_gate"])
-        layers = {i: jax.tree.map(itemgetter(i), layers) for i in range(count)}
+    layers = unscanned(state["layers"])
     return {
         "embedding": state["embedding"],
         "layers": [

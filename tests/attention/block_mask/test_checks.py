@@ -68,6 +68,11 @@ def under_jit(fn, *args):
             r"segment_ids must have shape \(seq,\) or .*, got \(2, 2, 16\)",
         ),
         (
+            lambda: untyped.BlockMask.document(IDS[:0]),
+            ValueError,
+            r"segment_ids must have shape .* and no empty axis, got \(0,\)",
+        ),
+        (
             lambda: untyped.BlockMask.from_blocks(np.ones((2, 2))),
             TypeError,
             "BlockMask.from_blocks: blocks must be a boolean array, got float64",
@@ -145,6 +150,11 @@ def under_jit(fn, *args):
             lambda: BlockMask.causal(2**31, 4),
             ValueError,
             r"seq_q must be less than 2\*\*31, got 2147483648",
+        ),
+        (
+            lambda: BlockMask.causal(4, 4, block_size=2**31),
+            ValueError,
+            r"block_size must be less than 2\*\*31, got 2147483648",
         ),
         (
             under_jit(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from .._attention.block_mask.mask import band_mask
-from .._attention.block_sparse import block_sparse_attention
-from .._attention.dense import attention
-from .._attention.tiles import TILE
 from .._core.precision import widen
+from .block_mask.mask import band_mask
+from .block_sparse import block_sparse_attention
+from .dense import attention
+from .tiles import TILE, group_heads
 
 # Queries whose capped logits are in memory together.
 ROWS = 256
@@ -96,10 +96,7 @@ def _capped(query, key, value, mask, *, is_causal, window, scale, softcap):
             if mask.shape[2] > 1:
                 own = lax.dynamic_slice_in_dim(mask, part * size, size, 2)
             seen = seen & own
-        if seen.shape[1] > 1:
-            seen = seen.reshape(len(seen), kv_heads, -1, *seen.shape[2:])
-        else:
-            seen = seen[:, :, None]
+        seen = group_heads(seen, kv_heads)
         wide = widen(queries)
         logits = jnp.einsum("bqkgd,bskd->bkgqs", wide, widen(key)) * scale
         logits = softcap * jnp.tanh(logits / softcap)

@@ -45,8 +45,8 @@ from ._masked.packed import pack_mask as pack_mask
 from ._masked.packed import unpack_mask as unpack_mask
 from ._mlp.flash_mlp import flash_mlp as flash_mlp
 from ._mlp.low_rank import low_rank_matmul as low_rank_matmul
-from ._mlp.low_rank import low_rank_relu2 as low_rank_relu2
-from ._mlp.low_rank import low_rank_swiglu as low_rank_swiglu
+from ._mlp.relu2 import low_rank_relu2 as low_rank_relu2
+from ._mlp.swiglu import low_rank_swiglu as low_rank_swiglu
 from ._mlp.swiglu import swiglu as swiglu
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24

@@ -16,20 +16,14 @@ from .._core.checks import (
     check_floating,
     check_key,
     check_shape,
+    given,
     kind_of,
     raise_unknown,
 )
 from .._core.dispatch import Implementation, check_implementation, run
 from .._core.precision import add, matmul, widen
 from .._core.sharding import on_automatic_axes, product_spec
-from .estimators import (
-    Estimator,
-    Rule,
-    estimator_of,
-    is_fixed,
-    needs_key,
-    rule_of,
-)
+from .estimators import Estimator, Rule, estimator_of, is_fixed, needs_key, rule_of
 from .packed import WORD, PackedMask, check_packed_mask, unpack_mask
 
 Method = Literal["loop", "einsum", "bmm", "vmap", "fused"]
@@ -436,7 +430,7 @@ def masked_matmul(
     _check_options(op, method, implementation, key)
     x, w = check_floating(op, x=x, w=w)
     check_shape(op, "x", x, ("batch", "seq", "d_in"))
-    check_shape(op, "w", w, (x.shape[2], "d_out"), f" for x of shape {x.shape}")
+    check_shape(op, "w", w, (x.shape[2], "d_out"), given(x))
     shared = getattr(mask_logits, "ndim", None) == 2
     logits = _check_logits(op, "mask_logits", mask_logits, w, "x", x, shared)
     masks = _check_masks(op, (logits,), estimator, key)
@@ -471,16 +465,15 @@ def _check_bilinear(
     x, *rest = check_floating(op, x=x, **arrays)
     weights, biases = tuple(rest[:3]), tuple(rest[3:]) or None
     check_shape(op, "x", x, ("batch", "seq", "d_in"))
-    given = f" for x of shape {x.shape}"
-    check_shape(op, "weights[0]", weights[0], (x.shape[2], "hidden"), given)
+    check_shape(op, "weights[0]", weights[0], (x.shape[2], "hidden"), given(x))
     check_shape(op, "weights[1]", weights[1], weights[0].shape)
     check_shape(op, "weights[2]", weights[2], (weights[0].shape[1], "d_out"))
     shared, logits = getattr(mask_logits[0], "ndim", None) == 2, []
-    for i, (given, w) in enumerate(zip(mask_logits, weights, strict=True)):
+    for i, (one, w) in enumerate(zip(mask_logits, weights, strict=True)):
         if biases is not None:
             check_shape(op, f"biases[{i}]", biases[i], w.shape[1:])
         name = f"mask_logits[{i}]"
-        logits.append(_check_logits(op, name, given, w, "x", x, shared))
+        logits.append(_check_logits(op, name, one, w, "x", x, shared))
     return x, (weights, biases), tuple(logits)
 
 

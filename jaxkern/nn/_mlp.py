@@ -11,15 +11,14 @@ from jaxtyping import Array, Float
 from .._core.activations import ActivationName, get_activation
 from .._core.dispatch import Implementation
 from .._mlp.flash_mlp import flash_mlp
-from .._mlp.low_rank import (
+from .._mlp.relu2 import (
     Gradient,
     Sparsity,
     check_gradient,
     check_sparsity,
     low_rank_relu2,
-    low_rank_swiglu,
 )
-from .._mlp.swiglu import swiglu
+from .._mlp.swiglu import low_rank_swiglu, swiglu
 from .._sparsity.packed import pack_2_4, unpack_2_4
 from ._common import (
     check_arguments,

@@ -33,11 +33,11 @@ from ._attention.ring import ring_attention as ring_attention
 from ._attention.rotary import rotary_embedding as rotary_embedding
 from ._attention.rotary_scaling import RotaryScaling as RotaryScaling
 from ._cross_entropy import cross_entropy as cross_entropy
-from ._masked.estimators import binary_concrete as binary_concrete
-from ._masked.estimators import gumbel_softmax as gumbel_softmax
-from ._masked.estimators import reinmax as reinmax
-from ._masked.estimators import reinmax_categorical as reinmax_categorical
-from ._masked.estimators import straight_through as straight_through
+from ._masked.bernoulli import binary_concrete as binary_concrete
+from ._masked.bernoulli import reinmax as reinmax
+from ._masked.bernoulli import straight_through as straight_through
+from ._masked.categorical import gumbel_softmax as gumbel_softmax
+from ._masked.categorical import reinmax_categorical as reinmax_categorical
 from ._masked.masked import masked_bilinear as masked_bilinear
 from ._masked.masked import masked_matmul as masked_matmul
 from ._masked.packed import PackedMask as PackedMask

@@ -190,8 +190,8 @@ def _run(
 def _in_kernels(
     layer: Layer, x: jax.Array, parameters: Parameters, masks: _Masks
 ) -> jax.Array:
-    # Mosaic is imported on first use of a kernel.
     """Run the layer with the kernels' product."""
+    # Mosaic is imported on first use of a kernel.
     from .hopper.multiply import add_bias, multiply
 
     kind, made = masks.for_kernels()

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._core.checks import check_floating, check_integer
 from .._core.dispatch import Implementation, check_implementation
 from .._core.sharding import on_automatic_axes
-from .._masked.estimators import Estimator, straight_through
+from .._masked.bernoulli import straight_through
+from .._masked.estimators import Estimator
 from .._masked.masked import Method, masked_bilinear, masked_matmul
 from ._common import (
     axis_metadata,
@@ -98,8 +99,8 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
 
 @on_automatic_axes(lambda: P())
 def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    # Means of one axis at a time: a count in float32 would end at 2^24.
     """Return the fraction of logits that are at most 0, for each and in total."""
+    # Means of one axis at a time: a count in float32 would end at 2^24.
     fractions = {name: (x <= 0).mean(-1).mean(-1) for name, x in logits.items()}
     least = min((len(x) for x in fractions.values() if x.ndim), default=None)
     parts = [x[:least] if x.ndim else x for x in fractions.values()]

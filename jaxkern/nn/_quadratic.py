@@ -14,7 +14,8 @@ from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._core.dispatch import Implementation
 from .._core.sharding import on_automatic_axes
-from .._masked.estimators import Estimator, straight_through
+from .._masked.bernoulli import straight_through
+from .._masked.estimators import Estimator
 from .._masked.masked import Method
 from ._common import (
     axis_metadata,

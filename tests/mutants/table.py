@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant(
         "estimator-gradient",
         "The slope of the straight-through estimator is differentiated too.",
-        "jaxkern/_masked/estimators.py",
+        "jaxkern/_masked/bernoulli.py",
         "soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide",
         "soft = _sigmoid_slope(wide) * wide",
         ("tests/masked/test_estimators.py", "test_closed_forms_of_binary_draws"),

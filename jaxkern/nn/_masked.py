@@ -17,7 +17,8 @@ from .._core.dispatch import Implementation, check_implementation
 from .._core.sharding import on_automatic_axes
 from .._masked.bernoulli import straight_through
 from .._masked.estimators import Estimator
-from .._masked.masked import Method, masked_bilinear, masked_matmul
+from .._masked.forms import Method
+from .._masked.masked import masked_bilinear, masked_matmul
 from ._common import (
     axis_metadata,
     bind,

@@ -16,7 +16,7 @@ from .._core.dispatch import Implementation
 from .._core.sharding import on_automatic_axes
 from .._masked.bernoulli import straight_through
 from .._masked.estimators import Estimator
-from .._masked.masked import Method
+from .._masked.forms import Method
 from ._common import (
     axis_metadata,
     check_arguments,

@@ -250,7 +250,7 @@ MUTANTS = (
     Mutant(
         "one-key-for-all",
         "All samples of a batch draw their masks with one key.",
-        "jaxkern/_masked/masked.py",
+        "jaxkern/_masked/forms.py",
         "jax.random.split(self.key, (self.samples, len(self.logits)))",
         "jax.random.split(self.key, (1, len(self.logits))).repeat(self.samples, 0)",
         ("tests/masked/test_masked.py", "test_draws_are_the_same and fused and matmul"),

@@ -43,7 +43,7 @@ from jaxkern._masked.packed import WORD
 from jaxkern._mlp.hopper import flash, fused, sparse
 from jaxkern._mlp.thresholds import LARGEST_FLASH_RANK
 from jaxkern._mosaic.launch import CONTRACTED_STEP
-from jaxkern._mosaic.matmul import GATED_COLUMNS, TILE_COLUMNS
+from jaxkern._mosaic.work import GATED_COLUMNS, TILE_COLUMNS
 from jaxkern._sparsity.hopper.product import sparse_matmul
 from jaxkern.testing import CompiledKernel, MissingCompiler
 from jaxkern.testing.compiler import (

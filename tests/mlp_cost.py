@@ -18,7 +18,7 @@ from jaxkern._mlp.hopper import flash, fused, sparse
 from jaxkern._mlp.thresholds import FEATURE_STEP, DenseKernel, dense_kernel
 from jaxkern._mosaic.base import round_up
 from jaxkern._mosaic.launch import ROW_STEP
-from jaxkern._mosaic.matmul import (
+from jaxkern._mosaic.work import (
     GATED_COLUMNS,
     TILE_COLUMNS,
     Work,

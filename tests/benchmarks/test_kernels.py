@@ -17,7 +17,7 @@ from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper.product import choose_tiles
 from jaxkern._mlp.hopper import flash, sparse
 from jaxkern._mlp.thresholds import dense_kernel
-from jaxkern._mosaic.matmul import GATED_COLUMNS, Work, choose_columns
+from jaxkern._mosaic.work import GATED_COLUMNS, Work, choose_columns
 from jaxkern.testing import MissingCompiler, compiler
 
 BF16 = jnp.bfloat16

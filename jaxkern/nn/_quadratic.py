@@ -17,6 +17,7 @@ from .._core.sharding import on_automatic_axes
 from .._masked.bernoulli import straight_through
 from .._masked.estimators import Estimator
 from .._masked.forms import Method
+from ._bilinear import Bilinear, MaskedBilinear
 from ._common import (
     axis_metadata,
     check_arguments,
@@ -24,7 +25,7 @@ from ._common import (
     check_tokens,
     read_tokens,
 )
-from ._masked import Bilinear, MaskedBilinear, mask_sparsity
+from ._masked import mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)
 # Added to the mean square in RMSNorm: the spacing of float32 at 1.

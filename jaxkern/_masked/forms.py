@@ -26,13 +26,9 @@ Sum = Callable[[jax.Array, jax.Array], jax.Array]
 Parameters = tuple[Arrays, Arrays | None]
 # Maps an input, parameters, masks, a product and a sum to the output.
 Layer = Callable[[jax.Array, Parameters, Arrays, Product, Sum], jax.Array]
-
-
 # The form "fused" saves the values of this name for its backward pass, and its
 # arguments.
 KEPT_NAME = "jaxkern.masked"
-
-
 # The least number of samples with masks of their own for which None picks the kernels.
 # Device time on an H200 (`nvidia_h200/launches.json`) for the layer of 512 x 2048 with
 # 256 tokens a sample, kernels against "bmm":
@@ -46,8 +42,6 @@ KERNEL_LEAST_TOKENS = 8
 # The largest number: with more, products take so long that masks do not matter.
 # Predicted, not measured.
 KERNEL_MOST_TOKENS = 2048
-
-
 # The share of the device's memory that the masked weights of a batch may take if None
 # is to pick "bmm" on a GPU without our kernels: not measured. "bmm" keeps about 1.1
 # times the bytes of these weights at once, and "fused" the weights of one sample.

@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         "causal-diagonal",
         "A causal query does not see its own token.",
-        "jaxkern/_attention/tiles.py",
+        "jaxkern/_attention/tiling.py",
         "column <= row[:, None] + self.diagonal",
         "column < row[:, None] + self.diagonal",
         BY_TILES,
@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "early-release",
         "A slot of values is given back before the matmul that reads it.",
-        "jaxkern/_attention/hopper/attend.py",
+        "jaxkern/_attention/hopper/kernels.py",
         "summed = add_dots(summed, (rounded, values))\n        tiles.release(1)",
         "tiles.release(1)\n        summed = add_dots(summed, (rounded, values))",
         ("tests/attention/hopper/test_attend.py", "test_sizes and 24"),

@@ -16,8 +16,6 @@ from ..packed import WORD
 Kind = Rule | Literal["mask", "bits"]
 # Features that a warpgroup masks and multiplies: wgmma has 64 rows.
 PIECE = 64
-
-
 LAYOUT = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 

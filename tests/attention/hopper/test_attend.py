@@ -23,8 +23,8 @@ from attention_definitions import (
 from helpers import assert_as_close, mesh, value_and_vjp, with_vjp
 
 from jaxkern import BlockMask, block_sparse_attention
-from jaxkern._attention.hopper import attend as kernels
-from jaxkern._attention.hopper.attend import attend
+from jaxkern._attention.hopper.attend import _enlarged, _positive, attend
+from jaxkern._attention.hopper.kernels import config_of, forward
 from jaxkern._attention.tiles import cotangents_of
 from jaxkern._core import device
 from jaxkern._mosaic.launch import WalkTiles
@@ -140,7 +140,7 @@ def test_sizes(size, block_size, mask, dtype, scale):
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 def test_the_kernels_scale_is_positive(scale):
     query = attention_args((1, 4, 4, 2, 1, 8, 8))[0][0]
-    scaled, factor = kernels._positive(query, scale)
+    scaled, factor = _positive(query, scale)
     assert factor > 0
     np.testing.assert_array_equal(scaled * factor, query * scale)
 
@@ -155,7 +155,7 @@ def test_float16_cotangents_are_enlarged_exactly(size):
     value, lse = jnp.full(digits.shape, 65504, F16), jnp.zeros((1, 3, 2))
     of_ring = jnp.asarray(size * digits, jnp.float32), lse, jnp.dtype(F16)
     d_out, delta = cotangents_of(value.astype(jnp.float32), lse, *of_ring)
-    got, of_row, inverse = kernels._enlarged(value, d_out, delta.mT)
+    got, of_row, inverse = _enlarged(value, d_out, delta.mT)
     assert np.frexp(inverse)[0] == 0.5
     got, want = (np.asarray(x, np.float64) for x in (got, d_out))
     np.testing.assert_array_equal(got * np.asarray(inverse, np.float64), want)
@@ -168,7 +168,7 @@ def test_a_batch_with_a_nan_or_an_infinity_is_not_enlarged():
     d_out = jnp.full((3, 3, 2, 16), 1e-3, F16)
     d_out = d_out.at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
     delta = jnp.zeros((3, 2, 3))
-    got, _, inverse = kernels._enlarged(jnp.ones_like(d_out), d_out, delta)
+    got, _, inverse = _enlarged(jnp.ones_like(d_out), d_out, delta)
     np.testing.assert_array_equal(got[:2], d_out[:2])
     assert inverse[0] == inverse[1] == 1 > inverse[2]
 
@@ -357,16 +357,14 @@ def test_config_that_does_not_fit_says_what_it_needs():
     args, _ = attention_args((1, 128, 128, 1, 1, 256, 256), BF16)
     mask = BlockMask.causal(128, 128)
     with pytest.raises(ValueError, match="attention_forward: .* must fit 232448 bytes"):
-        kernels.forward(
-            *args, mask=mask, scale=0.1, exact=False, config=WalkTiles(64, 128)
-        )
+        forward(*args, mask=mask, scale=0.1, exact=False, config=WalkTiles(64, 128))
 
 
 def test_configs_fit_for_every_dim():
     for dim in range(16, 257, 16):
         for kernel in ("forward", "backward_q", "backward_kv"):
             for block_size in (64, 128, 192, 256):
-                config = kernels.config_of(kernel, dim, block_size)
+                config = config_of(kernel, dim, block_size)
                 assert block_size % config.columns == 0
 
 

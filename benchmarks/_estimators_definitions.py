@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 import jaxkern
-from jaxkern._masked.masked import Method
+from jaxkern._masked.forms import Method
 from jaxkern.nn import MaskLogits, QuadraticTransformer
 from jaxkern.testing import plain, relative_error
 from jaxkern.testing.plain import quadratic

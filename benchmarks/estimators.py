@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import jax
 
-from jaxkern._masked.masked import Method
+from jaxkern._masked.forms import Method
 from jaxkern.testing import plain
 
 from . import _estimators_definitions as definitions

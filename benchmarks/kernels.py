@@ -35,26 +35,19 @@ import jaxkern
 from jaxkern import BlockMask
 from jaxkern._attention.block_mask.mask import with_keys
 from jaxkern._attention.dilation import HeadStride
-from jaxkern._attention.hopper import attend
+from jaxkern._attention.hopper import kernels as _attention_kernels
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper import gradients as _masked_gradients
 from jaxkern._masked.hopper import product as _masked_product
 from jaxkern._masked.packed import WORD
-from jaxkern._mlp.hopper import flash, fused, sparse
+from jaxkern._mlp.hopper import flash, flash_tiles, fused, sparse
 from jaxkern._mlp.thresholds import LARGEST_FLASH_RANK
 from jaxkern._mosaic.launch import CONTRACTED_STEP
-from jaxkern._mosaic.matmul import GATED_COLUMNS, TILE_COLUMNS
+from jaxkern._mosaic.work import GATED_COLUMNS, TILE_COLUMNS
 from jaxkern._sparsity.hopper.product import sparse_matmul
 from jaxkern.testing import CompiledKernel, MissingCompiler
-from jaxkern.testing.compiler import (
-    Tools,
-    build_stub,
-    compile_module,
-    fingerprint,
-    lower,
-    tools,
-    versions,
-)
+from jaxkern.testing.compiler import compile_module, fingerprint, lower, versions
+from jaxkern.testing.tools import Tools, build_stub, tools
 
 from ._cli import pattern, run_program, writable
 from ._harness import KERNEL, Row, labels
@@ -74,7 +67,13 @@ Cases = dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]
 RECORD = RESULTS / "sm_90a/kernels.json"
 PACKAGE = Path(jaxkern.__file__).parent
 # Sources in `jaxkern.testing` that compile a module.
-MEASURING = ("compiler.py", "compiler_process.py", "cuda_stub.c", "order.py")
+MEASURING = (
+    "compiler.py",
+    "compiler_process.py",
+    "cuda_stub.c",
+    "order.py",
+    "tools.py",
+)
 WORKERS = 2
 # So many kernels are lowered before other processes would have started.
 FEW = 16
@@ -153,12 +152,12 @@ def attention_cases() -> Cases:
         rate = 4 if name == "dilated" else 1
         for dim in dims:
             launches: dict[str, Any] = {
-                "forward": partial(attend.forward, exact=True),
-                "dq": attend.backward_q,
+                "forward": partial(_attention_kernels.forward, exact=True),
+                "dq": _attention_kernels.backward_q,
             }
-            for wanted in attend.kv_launches(dim):
+            for wanted in _attention_kernels.kv_launches(dim):
                 label = " ".join(f"d{x[0]}" for x in wanted)
-                launches[label] = partial(attend.backward_kv, wanted=wanted)
+                launches[label] = partial(_attention_kernels.backward_kv, wanted=wanted)
             for label, run in launches.items():
                 cases[f"attention {label} {dim} {name}"] = partial(
                     _attention, run, dim, mask, rate, backward=label != "forward"
@@ -226,7 +225,7 @@ def _flash_mlp_passes(
     yield "forward", "forward", ()
     yield "dx" if inputs == 1 else "dx0 dx1", "backward_x", ()
     names = ("gate", "w1", "w2")[-ups - 1 :]
-    for wanted in flash.weight_passes(dim, ups):
+    for wanted in flash_tiles.weight_passes(dim, ups):
         yield " ".join(f"d{names[n]}" for n in wanted), "backward_w", (wanted,)
 
 
@@ -242,7 +241,7 @@ def _flash_mlp(
         shapes = [(BATCH, inputs * dim), *[(dim, HIDDEN)] * ups, (HIDDEN, dim)]
         if kernel != "forward":
             shapes.append((BATCH, dim))
-        for config in flash.configs(kernel, dim, ups, inputs):
+        for config in flash_tiles.configs(kernel, dim, ups, inputs):
             size = f"{config.rows}x{config.columns}"
             if config.split:
                 size += " split"

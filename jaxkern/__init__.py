@@ -23,31 +23,33 @@ from . import models as models
 from . import nn as nn
 from ._attention.block_mask.mask import BlockMask as BlockMask
 from ._attention.block_sparse import block_sparse_attention as block_sparse_attention
+from ._attention.context_parallel import (
+    context_parallel_attention as context_parallel_attention,
+)
+from ._attention.context_parallel import ring_permutation as ring_permutation
 from ._attention.dense import attention as attention
 from ._attention.dense import merge_attention as merge_attention
 from ._attention.dilated import dilated_attention as dilated_attention
 from ._attention.dilation import Dilation as Dilation
-from ._attention.ring import context_parallel_attention as context_parallel_attention
 from ._attention.ring import ring_attention as ring_attention
-from ._attention.ring import ring_permutation as ring_permutation
 from ._attention.rotary import rotary_embedding as rotary_embedding
 from ._attention.rotary_scaling import RotaryScaling as RotaryScaling
 from ._cross_entropy import cross_entropy as cross_entropy
-from ._masked.estimators import binary_concrete as binary_concrete
-from ._masked.estimators import gumbel_softmax as gumbel_softmax
-from ._masked.estimators import reinmax as reinmax
-from ._masked.estimators import reinmax_categorical as reinmax_categorical
-from ._masked.estimators import straight_through as straight_through
+from ._masked.bernoulli import binary_concrete as binary_concrete
+from ._masked.bernoulli import reinmax as reinmax
+from ._masked.bernoulli import straight_through as straight_through
+from ._masked.categorical import gumbel_softmax as gumbel_softmax
+from ._masked.categorical import reinmax_categorical as reinmax_categorical
 from ._masked.masked import masked_bilinear as masked_bilinear
 from ._masked.masked import masked_matmul as masked_matmul
 from ._masked.packed import PackedMask as PackedMask
 from ._masked.packed import pack_mask as pack_mask
 from ._masked.packed import unpack_mask as unpack_mask
 from ._mlp.flash_mlp import flash_mlp as flash_mlp
-from ._mlp.mlp import low_rank_matmul as low_rank_matmul
-from ._mlp.mlp import low_rank_relu2 as low_rank_relu2
-from ._mlp.mlp import low_rank_swiglu as low_rank_swiglu
-from ._mlp.mlp import swiglu as swiglu
+from ._mlp.low_rank import low_rank_matmul as low_rank_matmul
+from ._mlp.relu2 import low_rank_relu2 as low_rank_relu2
+from ._mlp.swiglu import low_rank_swiglu as low_rank_swiglu
+from ._mlp.swiglu import swiglu as swiglu
 from ._sparsity.matmul import matmul_2_4 as matmul_2_4
 from ._sparsity.packed import Packed24 as Packed24
 from ._sparsity.packed import pack_2_4 as pack_2_4

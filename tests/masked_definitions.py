@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 from helpers import normal, to_float64
 
-from jaxkern import (
-    masked_bilinear,
-    masked_matmul,
-    reinmax,
-    straight_through,
-)
-from jaxkern._masked.masked import Method
+from jaxkern import masked_bilinear, masked_matmul, reinmax, straight_through
+from jaxkern._masked.forms import Method
 from jaxkern.testing import plain as definitions
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32

@@ -14,11 +14,11 @@ from benchmarks import _mlp_model as shapes
 from benchmarks._h200 import MUFU_PER_CLOCK
 from benchmarks._mlp_model import SOFT, SWIGLU, TOP2, Model
 from jaxkern._core import device, h200
-from jaxkern._mlp.hopper import flash, fused, sparse
+from jaxkern._mlp.hopper import flash, flash_tiles, fused, sparse
 from jaxkern._mlp.thresholds import FEATURE_STEP, DenseKernel, dense_kernel
 from jaxkern._mosaic.base import round_up
 from jaxkern._mosaic.launch import ROW_STEP
-from jaxkern._mosaic.matmul import (
+from jaxkern._mosaic.work import (
     GATED_COLUMNS,
     TILE_COLUMNS,
     Work,
@@ -198,7 +198,7 @@ def _flash_launch_us(
     sums: how many gradients a launch for the weights makes.
     """
     heads, dim, ups, inputs = layer.heads, layer.rank_in, layer.products, layer.lefts
-    config = flash.choose_tiles(kernel, heads, held, dim, ups, inputs)
+    config = flash_tiles.choose_tiles(kernel, heads, held, dim, ups, inputs)
     rows = config.rows * config.parts
     blocks = heads * -(-held // rows)
     turns = -(-blocks // device.multiprocessors())
@@ -233,7 +233,7 @@ def flash_us(layer: Layer, backward: bool) -> float:
     us = _flash_launch_us("forward", layer, tokens, hidden) + _flash_padding_us(layer)
     if backward:
         us += _flash_launch_us("backward_x", layer, tokens, hidden)
-        for wanted in flash.weight_passes(dim, layer.products):
+        for wanted in flash_tiles.weight_passes(dim, layer.products):
             us += _flash_launch_us("backward_w", layer, hidden, tokens, len(wanted))
     return us
 

@@ -10,7 +10,7 @@ from helpers import normal
 
 import jaxkern
 from jaxkern import BlockMask, nn
-from jaxkern._masked.masked import Method
+from jaxkern._masked.forms import Method
 
 KEY = jax.random.key(0)
 BLOCKS = BlockMask.local_window(16, 16, window=6, block_size=8)

@@ -217,7 +217,7 @@ def docstrings() -> dict[str, str]:
 def test_examples_of_docstrings(name):
     if name == "jaxkern.testing.compile_for":
         try:
-            jaxkern.testing.compiler.tools()
+            jaxkern.testing.tools.tools()
         except jaxkern.testing.MissingCompiler as missing:
             pytest.skip(str(missing))
     run_examples(name, docstrings()[name])

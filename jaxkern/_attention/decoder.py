@@ -15,7 +15,7 @@ from .._core.precision import widen
 from .block_mask.mask import BlockMask, band_mask
 from .block_sparse import block_sparse_attention
 from .dense import attention
-from .tiles import TILE, group_heads
+from .tiling import TILE, group_heads
 
 # Queries whose capped logits are in memory together.
 ROWS = 256

@@ -23,17 +23,8 @@ from .checks import (
     check_whole_sequence,
     unsupported_by_cudnn,
 )
-from .tiles import (
-    TILE,
-    attention_by_tiles,
-    finite,
-    group_heads,
-    make_tiling,
-    normalize,
-    nothing,
-    sees,
-    with_infinity,
-)
+from .tiles import finite, normalize, nothing, sees, with_infinity
+from .tiling import TILE, attention_by_tiles, group_heads, make_tiling
 
 ImplementationOrCudnn = Literal["xla", "cudnn", "mosaic_gpu"]
 

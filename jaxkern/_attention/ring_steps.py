@@ -12,15 +12,8 @@ from .._core.dispatch import Implementation
 from .._core.sharding import vary_alike
 from .block_mask.mask import BlockMask, band_mask
 from .dense import merge
-from .tiles import (
-    Tiling,
-    attend,
-    attend_gradients,
-    cotangents_of,
-    make_tiling,
-    nothing,
-    pad_axis,
-)
+from .tiles import cotangents_of, nothing, pad_axis
+from .tiling import Tiling, attend, attend_gradients, make_tiling
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 

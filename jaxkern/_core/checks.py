@@ -226,3 +226,8 @@ def raise_unknown(op: str, name: str, got: object, valid: Sequence[object]) -> N
     raise ValueError(
         f"{op}: {name} must be one of {', '.join(map(repr, valid))}, got {got!r}"
     )
+
+
+def given(x: jax.Array) -> str:
+    """Return what a refused shape says about the input that it must fit."""
+    return f" for x of shape {x.shape}"

@@ -1,4 +1,6 @@
-"""Give a value the derivative of another one."""
+"""The derivative of another value, and values that the backward computes again."""
+
+from functools import partial
 
 import jax
 import numpy as np
@@ -25,3 +27,8 @@ def _with_derivative_of(value: Array, soft: Array) -> Array:
 
 
 _with_derivative_of.defjvps(None, lambda soft_dot, out, value, soft: soft_dot)
+
+
+# Of activations: the backward computes them again from the matmuls' results. That is
+# cheap, and keeping their float32 intermediates costs up to 16 bytes an element.
+recompute = partial(jax.checkpoint, prevent_cse=False)

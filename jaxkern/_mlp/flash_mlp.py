@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._core.activations import ACTIVATIONS, ActivationName, get_activation
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_floating, check_shape, given
 from .._core.dispatch import Implementation, check_implementation, run
+from .._core.gradients import recompute
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from . import thresholds
@@ -97,10 +98,11 @@ def flash_mlp(
     if x.ndim != 3:
         raise ValueError(f"{op}: x must have shape (heads, batch, dim), got {x.shape}")
     heads, batch, dim = x.shape
-    given = f" for x of shape {x.shape}"
     hidden = w1.shape[-1] if w1.ndim == 3 else 0
-    check_shape(op, "w1", w1, (heads, dim, hidden if w1.ndim == 3 else "hidden"), given)
-    check_shape(op, "w2", w2, (heads, hidden, dim), given)
+    check_shape(
+        op, "w1", w1, (heads, dim, hidden if w1.ndim == 3 else "hidden"), given(x)
+    )
+    check_shape(op, "w2", w2, (heads, hidden, dim), given(x))
     if w_gate is not None:
         check_shape(op, "w_gate", w_gate, w1.shape, ", that of w1")
     ups = *gates, w1
@@ -151,5 +153,5 @@ def _reference(
         return math.prod(map(widen, up), start=act.value(widen(z))).astype(z.dtype)
 
     # The backward computes the activation again, from its input in the dtype of x.
-    hidden = jax.checkpoint(activate, prevent_cse=False)
+    hidden = recompute(activate)
     return jnp.matmul(hidden(*(jnp.matmul(x, w) for w in ups)), w2)

@@ -12,6 +12,7 @@ from .._core.checks import check_batched, check_floating, check_pair
 from .._core.dispatch import Implementation, run
 from .._core.precision import matmul, relu2
 from .._sparsity.packed import Packed24, check_packed_24, unpack
+from .low_rank import rows_of
 from .thresholds import PACKED_RELU2_TOKENS
 
 
@@ -48,8 +49,7 @@ def _packed(x: jax.Array, factors: tuple[Packed24, ...]) -> jax.Array:
     # Mosaic is imported on first use of a kernel.
     from .hopper import packed
 
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = packed.packed_relu2_mlp(rows, factors, _unpacked)
+    y = packed.packed_relu2_mlp(rows_of(x), factors, _unpacked)
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 
 from .._core import device
 from .._core.sharding import vary_alike
-from .base import SMEM_BYTES, plgpu, slot
+from .base import SMEM_BYTES, pad_to, plgpu, round_up, slot
 
 # Warpgroups of a block that compute; one more loads.
 COMPUTE = 2
@@ -302,3 +302,20 @@ def launch(
     blocks = min(device.multiprocessors(), math.prod(grid))
     shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
     return launch_blocks(kernel, operands, shapes, scratch, blocks, name)
+
+
+def pad_rows(a: jax.Array) -> jax.Array:
+    """Pad a matrix of tokens with zeros to sizes that the kernels take."""
+    rows, columns = a.shape
+    return pad_to(a, round_up(rows, ROW_STEP), round_up(columns, COLUMN_STEP))
+
+
+def pad_weight(w: jax.Array) -> jax.Array:
+    """Pad a weight with zeros, so that kernels can contract either axis."""
+    rows, columns = w.shape
+    return pad_to(w, round_up(rows, COLUMN_STEP), round_up(columns, COLUMN_STEP))
+
+
+def padded(core: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    """Pad a core and weights for the kernels; all vary over the same mesh axes then."""
+    return vary_alike(pad_rows(core), *map(pad_weight, weights))

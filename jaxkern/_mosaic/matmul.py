@@ -42,19 +42,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .._core import device, h200
-from .._core.sharding import vary_alike
-from .base import SMEM_BYTES, buffer, pad_to, plgpu, round_up, slot
-from .launch import (
-    COLUMN_STEP,
-    COMPUTE,
-    ROW_STEP,
-    Ring,
-    Roles,
-    Slots,
-    check_whole,
-    launch,
-)
+from .base import SMEM_BYTES, buffer, plgpu, slot
+from .launch import COLUMN_STEP, COMPUTE, Ring, Roles, Slots, check_whole, launch
 
 # Rows of a warpgroup's part of a tile: wgmma has 64 rows.
 ROWS = 64
@@ -77,18 +66,6 @@ MAX_STEPS = 4
 SPARE_BYTES = 2048
 # Bytes of a piece of both warpgroups, in 16 bits.
 PIECE_BYTES = COMPUTE * ROWS * PIECE * 2
-# Columns of the tiles to choose from, the largest first. The module's docstring has the
-# times of each.
-TILE_COLUMNS = (256, 128, 64)
-# The same with two products: a warpgroup has the sums of both in its registers.
-GATED_COLUMNS = (128, 64)
-# Fraction of the tensor cores' rate that the loop over the contracted axis reaches.
-# Fitted to single launches on an H200.
-LOOP_SHARE = 0.82
-# Clocks of a tile beside that loop, fitted to the same launches.
-TILE_CLOCKS = 1800.0
-# Clocks of a multiprocessor for each number of silu(gate) * up, fitted to the same.
-GATE_CLOCKS = 0.13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,79 +434,3 @@ def _split(refs: Sequence[Any], sizes: Iterator[int]) -> Iterator[Sequence[Any]]
     for size in sizes:
         yield refs[:size]
         refs = refs[size:]
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The work of a launch: (m, depth) by (depth, n), `products` times.
-
-    lefts: how many different left factors there are.
-    moved: numbers that are written, or read beside the factors, for each number of a
-        result.
-    clocks: clocks of the epilogue on a multiprocessor, for each number of a result.
-    density: the fraction of a dense product's multiply-adds that is computed.
-    """
-
-    m: int
-    depth: int
-    n: int
-    products: int = 1
-    lefts: int = 1
-    moved: float = 1.0
-    clocks: float = 0.0
-    density: float = 1.0
-
-
-def choose_columns(work: Work, valid: Sequence[int] = TILE_COLUMNS) -> int:
-    """Return the columns of the tiles whose launch waits least, by `limits_us`.
-
-    Of equal ones the first of `valid`, which is the largest, is chosen.
-    """
-    return min(valid, key=lambda columns: max(limits_us(work, columns).values()))
-
-
-def limits_us(work: Work, columns: int) -> dict[str, float]:
-    """Predict the microseconds that a launch waits for each resource of an H200.
-
-    A launch takes the largest of these. "arithmetic": tiles take turns on the
-    multiprocessors, and each takes its matmuls, at the rate that they reach, and then
-    its epilogue. "L2": every tile reads its factors from there. Both add the time of
-    what is moved beside one result. "memory": each array moves once.
-
-    The prediction is within a tenth of what single launches took on an H200; in
-    programs that keep the chip busy for long they took up to a fifth more.
-    """
-    rows = COMPUTE * ROWS
-    tiles = pl.cdiv(work.m, rows) * pl.cdiv(work.n, columns)
-    turns = pl.cdiv(tiles, device.multiprocessors())
-    macs = rows * columns * work.depth * work.products * work.density
-    clocks = macs / h200.MACS_PER_CLOCK / LOOP_SHARE + TILE_CLOCKS
-    clocks += rows * columns * work.clocks
-    step_numbers = rows * work.density * work.lefts + columns * work.products
-    from_l2 = tiles * 2 * work.depth * step_numbers
-    beside = 2 * max(0.0, work.moved - 1) * work.m * work.n / h200.MEMORY_BYTES_PER_US
-    factors = work.m * work.density * work.lefts + work.n * work.products
-    numbers = work.depth * factors + work.moved * work.m * work.n
-    memory = 2 * numbers / h200.MEMORY_BYTES_PER_US / h200.MEMORY_SHARE
-    return {
-        "arithmetic": turns * clocks / h200.CLOCKS_PER_US + beside,
-        "L2": from_l2 / h200.L2_BYTES_PER_US + beside,
-        "memory": memory,
-    }
-
-
-def pad_rows(a: jax.Array) -> jax.Array:
-    """Pad a matrix of tokens with zeros to sizes that the kernels take."""
-    rows, columns = a.shape
-    return pad_to(a, round_up(rows, ROW_STEP), round_up(columns, COLUMN_STEP))
-
-
-def pad_weight(w: jax.Array) -> jax.Array:
-    """Pad a weight with zeros, so that kernels can contract either axis."""
-    rows, columns = w.shape
-    return pad_to(w, round_up(rows, COLUMN_STEP), round_up(columns, COLUMN_STEP))
-
-
-def padded(core: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """Pad a core and weights for the kernels; all vary over the same mesh axes then."""
-    return vary_alike(pad_rows(core), *map(pad_weight, weights))

@@ -97,8 +97,8 @@ def matmul_2_4(
 
 
 def _multiply_packed(packed: Packed24, w: jax.Array) -> jax.Array:
-    # Mosaic is imported on first use of a kernel.
     """Multiply in the kernel, whose rows are all leading axes in one."""
+    # Mosaic is imported on first use of a kernel.
     from .hopper import product
 
     *batch, kept = packed.values.shape

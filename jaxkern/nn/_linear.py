@@ -12,7 +12,7 @@ from .._core.checks import check_floating, check_shape
 from .._core.dispatch import Implementation
 from .._core.precision import matmul, widen
 from .._core.sharding import on_automatic_axes
-from .._mlp.mlp import low_rank_matmul
+from .._mlp.low_rank import low_rank_matmul
 from ._common import (
     check_arguments,
     check_dtypes,

@@ -2,7 +2,6 @@
 
 from functools import reduce
 from operator import mul
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +12,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._core.checks import check_floating, check_integer
-from .._core.dispatch import Implementation, check_implementation
+from .._core.dispatch import Implementation
 from .._core.sharding import on_automatic_axes
-from .._masked.estimators import Estimator, straight_through
-from .._masked.masked import Method, masked_bilinear, masked_matmul
+from .._masked.bernoulli import straight_through
+from .._masked.estimators import Estimator
+from .._masked.forms import Method
+from .._masked.masked import masked_matmul
 from ._common import (
-    axis_metadata,
     bind,
     check_arguments,
     check_dtypes,
-    check_means,
     default_kernel_init,
     make_kernel,
 )
@@ -98,8 +97,8 @@ def mask_sparsity(module: nnx.Module) -> dict[str, Float[Array, "*masks"]]:
 
 @on_automatic_axes(lambda: P())
 def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    # Means of one axis at a time: a count in float32 would end at 2^24.
     """Return the fraction of logits that are at most 0, for each and in total."""
+    # Means of one axis at a time: a count in float32 would end at 2^24.
     fractions = {name: (x <= 0).mean(-1).mean(-1) for name, x in logits.items()}
     least = min((len(x) for x in fractions.values() if x.ndim), default=None)
     parts = [x[:least] if x.ndim else x for x in fractions.values()]
@@ -109,9 +108,7 @@ def _fractions(logits: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return fractions | {"total": total}
 
 
-def _make_logits(
-    kernel: nnx.Param, num_masks: int | None, initial: float
-) -> MaskLogits:
+def make_logits(kernel: nnx.Param, num_masks: int | None, initial: float) -> MaskLogits:
     """Make logits like the kernel, with its logical axes behind the axis of samples."""
     names = kernel.get_metadata("out_sharding")
     shape = kernel.shape
@@ -122,7 +119,7 @@ def _make_logits(
     )
 
 
-def _check_samples(
+def check_samples(
     module: str, x: jax.Array, features: int, num_masks: int | None
 ) -> jax.Array:
     """Check the shape of `x`, and that there is a mask for each sample."""
@@ -139,21 +136,14 @@ def _check_samples(
     return x
 
 
-def _first(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array:
+def first_logits(logits: MaskLogits, num_masks: int | None, samples: int) -> jax.Array:
     """Return the logits of the first samples, or the logits that all share."""
     return logits[...] if num_masks is None else logits[:samples]
 
 
-def _flatten(x: jax.Array) -> jax.Array:
+def flatten(x: jax.Array) -> jax.Array:
     """Flatten to (batch, seq, features)."""
     return x.reshape(len(x), reduce(mul, x.shape[1:-1], 1), x.shape[-1])
-
-
-def _arrays(name: str, linear: nnx.Linear) -> tuple[jax.Array, jax.Array]:
-    """Return the kernel and the bias of a linear layer."""
-    check_means("MaskedBilinear", linear, nnx.Linear, "an nnx.Linear", name)
-    assert linear.bias is not None
-    return linear.kernel[...], linear.bias[...]
 
 
 class MaskedLinear(nnx.Module):
@@ -225,7 +215,7 @@ class MaskedLinear(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        num_masks = _check_masks("MaskedLinear", num_masks)
+        num_masks = check_num_masks("MaskedLinear", num_masks)
         in_features, out_features = shape = check_arguments(
             "MaskedLinear",
             implementation,
@@ -240,7 +230,7 @@ class MaskedLinear(nnx.Module):
             if use_bias
             else None
         )
-        self.mask_logits = _make_logits(self.kernel, num_masks, initial_logit)
+        self.mask_logits = make_logits(self.kernel, num_masks, initial_logit)
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
@@ -269,12 +259,12 @@ class MaskedLinear(nnx.Module):
             TypeError: `x` is not a floating-point array.
             ValueError: Its shape does not fit, or it has more samples than masks.
         """
-        x = _check_samples("MaskedLinear", x, self.in_features, self.num_masks)
+        x = check_samples("MaskedLinear", x, self.in_features, self.num_masks)
         x, kernel = promote_dtype((x, self.kernel[...]), dtype=self.dtype)
         y = masked_matmul(
-            _flatten(x),
+            flatten(x),
             kernel,
-            _first(self.mask_logits, self.num_masks, len(x)),
+            first_logits(self.mask_logits, self.num_masks, len(x)),
             estimator=self.estimator,
             method=self.method,
             key=key,
@@ -289,207 +279,6 @@ class MaskedLinear(nnx.Module):
         return mask_sparsity(self)
 
 
-def _check_masks(module: str, num_masks: int | None) -> int | None:
+def check_num_masks(module: str, num_masks: int | None) -> int | None:
     """Return the number of masks as a Python integer, or None."""
     return None if num_masks is None else check_integer(module, "num_masks", num_masks)
-
-
-class Bilinear(nnx.Module):
-    r"""The bilinear MLP: a product of two linear layers in place of an activation.
-
-    $$y = ((x W_1 + b_1) \odot (x W_2 + b_2)) W_3 + b_3$$
-
-    The call maps x (..., embed_dim) to the same shape. Logical axes for
-    `nnx.get_partition_spec` are "embed" and "mlp".
-
-    Args:
-        embed_dim: The size of the last axis of the input and the output.
-        hidden_dim: The size of the product.
-        dtype: The dtype of the computation; None promotes the dtypes of input and
-            parameters.
-        param_dtype: The dtype of the parameters.
-        kernel_init: The initializer of each kernel.
-        rngs: The random keys for the parameters.
-
-    Raises:
-        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
-            `nnx.Rngs`.
-        ValueError: A size is not a positive integer.
-
-    Examples:
-        ```python
-        import jax.numpy as jnp
-        from flax import nnx
-        from jaxkern import nn
-
-        mlp = nn.Bilinear(8, 16, rngs=nnx.Rngs(0))
-        print(mlp(jnp.ones((2, 3, 8))).shape)
-        ```
-        ```text
-        (2, 3, 8)
-        ```
-
-    References:
-        Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        hidden_dim: int,
-        *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        kernel_init: Initializer = default_kernel_init,
-        rngs: nnx.Rngs,
-    ):
-        op = type(self).__name__
-        embed_dim, hidden_dim = check_arguments(
-            op, None, embed_dim=embed_dim, hidden_dim=hidden_dim
-        )
-        dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-
-        def linear(d_in: int, d_out: int, *names: str) -> nnx.Linear:
-            return nnx.Linear(
-                d_in,
-                d_out,
-                kernel_init=kernel_init,
-                kernel_metadata=axis_metadata(*names),
-                bias_metadata=axis_metadata(names[1]),
-                **dtypes,
-            )
-
-        self.left = linear(embed_dim, hidden_dim, "embed", "mlp")
-        self.right = linear(embed_dim, hidden_dim, "embed", "mlp")
-        self.down = linear(hidden_dim, embed_dim, "mlp", "embed")
-        self.embed_dim = embed_dim
-        self.hidden_dim = hidden_dim
-        self.dtype = dtype
-
-    @on_automatic_axes(lambda x: x)
-    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        return self.down(self.left(x) * self.right(x))
-
-
-class MaskedBilinear(Bilinear):
-    r"""The bilinear MLP whose three weights each sample masks in its own way.
-
-    $$y_b = ((x_b (W_1 \odot m_{1b}) + b_1) \odot (x_b (W_2 \odot m_{2b}) + b_2))
-      (W_3 \odot m_{3b}) + b_3$$
-
-    It calls `jaxkern.masked_bilinear`. The biases are not masked. The call maps x
-    (batch, ..., embed_dim) to the same shape; a batch with fewer samples than masks
-    uses the first masks. Weights are named as in `Bilinear`, so a trained MLP becomes
-    masked by `nnx.update(masked, nnx.state(bilinear, nnx.Param))`. The logits are the
-    `MaskLogits` `left_logits`, `right_logits` and `down_logits`.
-
-    Logical axes for `nnx.get_partition_spec` are "embed", "mlp", and "batch" for masks.
-
-    Args:
-        embed_dim: The size of the last axis of the input and the output.
-        hidden_dim: The size of the product.
-        num_masks: The number of samples that have masks of their own; None for masks
-            that all samples of a batch share.
-        estimator: As in `jaxkern.masked_bilinear`.
-        method: As in `jaxkern.masked_bilinear`.
-        initial_logit: The first logit of every weight.
-        implementation: As in `jaxkern.masked_bilinear`.
-        options: `dtype`, `param_dtype`, `kernel_init` and `rngs`, as in `Bilinear`.
-
-    Raises:
-        TypeError: A dtype is not a floating-point dtype, or `rngs` is not an
-            `nnx.Rngs`.
-        ValueError: A size is not a positive integer, or `implementation` is unknown.
-
-    Examples:
-        With all logits above 0, as they start, nothing is masked:
-
-        ```python
-        import jax.numpy as jnp
-        from flax import nnx
-        from jaxkern import nn
-
-        mlp = nn.Bilinear(8, 16, rngs=nnx.Rngs(0))
-        masked = nn.MaskedBilinear(8, 16, num_masks=2, rngs=nnx.Rngs(1))
-        nnx.update(masked, nnx.state(mlp, nnx.Param))
-        x = jnp.ones((2, 3, 8))
-        assert jnp.allclose(masked(x), mlp(x), atol=1e-5)
-        ```
-
-    References:
-        Bilinear MLPs, section 2: https://arxiv.org/abs/2410.08417.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        hidden_dim: int,
-        *,
-        num_masks: int | None = None,
-        estimator: Estimator = straight_through,
-        method: Method | None = None,
-        initial_logit: float = 1.0,
-        implementation: Implementation | None = None,
-        **options: Any,
-    ):
-        num_masks = _check_masks("MaskedBilinear", num_masks)
-        check_implementation("MaskedBilinear", implementation)
-        super().__init__(embed_dim, hidden_dim, **options)
-        masks = num_masks, initial_logit
-        self.left_logits = _make_logits(self.left.kernel, *masks)
-        self.right_logits = _make_logits(self.right.kernel, *masks)
-        self.down_logits = _make_logits(self.down.kernel, *masks)
-        self.num_masks = num_masks
-        self.estimator: Estimator = bind(estimator)
-        self.method: Method | None = method
-        self.implementation: Implementation | None = implementation
-
-    @on_automatic_axes(lambda x: x)
-    def __call__(
-        self,
-        x: Float[Array, "batch *seq embed"],
-        *,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "batch *seq embed"]:
-        """Apply the masked MLP.
-
-        Args:
-            x: The samples.
-            key: A random key for estimators that draw.
-
-        Returns:
-            The features of each sample.
-
-        Raises:
-            TypeError: `x` is not a floating-point array, or a layer was replaced by one
-                with another call, such as an `nnx.LoRALinear`.
-            ValueError: The shape of `x` does not fit, or it has more samples than
-                masks.
-        """
-        x = _check_samples("MaskedBilinear", x, self.embed_dim, self.num_masks)
-        layers = {"left": self.left, "right": self.right, "down": self.down}
-        parameters = [array for layer in layers.items() for array in _arrays(*layer)]
-        x, *p = promote_dtype((x, *parameters), dtype=self.dtype)
-
-        def first(logits: MaskLogits) -> jax.Array:
-            return _first(logits, self.num_masks, len(x))
-
-        y = masked_bilinear(
-            _flatten(x),
-            (p[0], p[2], p[4]),
-            (
-                first(self.left_logits),
-                first(self.right_logits),
-                first(self.down_logits),
-            ),
-            biases=(p[1], p[3], p[5]),
-            estimator=self.estimator,
-            method=self.method,
-            key=key,
-            implementation=self.implementation,
-        )
-        return y.reshape(x.shape)
-
-    def sparsity(self) -> dict[str, Float[Array, "*masks"]]:
-        """Return the `mask_sparsity` of this module."""
-        return mask_sparsity(self)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .._core.checks import check_dtype
 from .._core.dispatch import Implementation, check_implementation
-from .._mlp.mlp import low_rank_relu2
+from .._mlp.relu2 import low_rank_relu2
 from .._sparsity.packed import Packed24
 from ._common import check_input
 

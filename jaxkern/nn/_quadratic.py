@@ -14,8 +14,10 @@ from .._attention.quadratic import quadratic_attention
 from .._attention.rotary import Pairs, rotary_embedding
 from .._core.dispatch import Implementation
 from .._core.sharding import on_automatic_axes
-from .._masked.estimators import Estimator, straight_through
-from .._masked.masked import Method
+from .._masked.bernoulli import straight_through
+from .._masked.estimators import Estimator
+from .._masked.forms import Method
+from ._bilinear import Bilinear, MaskedBilinear
 from ._common import (
     axis_metadata,
     check_arguments,
@@ -23,7 +25,7 @@ from ._common import (
     check_tokens,
     read_tokens,
 )
-from ._masked import Bilinear, MaskedBilinear, mask_sparsity
+from ._masked import mask_sparsity
 
 default_transformer_init = nnx.initializers.normal(0.02)
 # Added to the mean square in RMSNorm: the spacing of float32 at 1.

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Integer
 
+from .._attention.context_parallel import ring_permutation
 from .._attention.decoder import number_documents
-from .._attention.ring import ring_permutation
 from .._attention.rotary import read_positions
 from .._core.checks import check_array, check_shape
 from .._core.precision import widen

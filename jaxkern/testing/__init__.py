@@ -13,8 +13,8 @@ from . import plain as plain
 from .closeness import assert_as_close as assert_as_close
 from .closeness import relative_error as relative_error
 from .compiler import CompiledKernel as CompiledKernel
-from .compiler import MissingCompiler as MissingCompiler
 from .compiler import compile_for as compile_for
 from .emulator.emulate import emulate_gpu as emulate_gpu
 from .emulator.errors import DeadlockError as DeadlockError
 from .emulator.errors import RaceError as RaceError
+from .tools import MissingCompiler as MissingCompiler

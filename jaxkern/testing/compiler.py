@@ -6,18 +6,15 @@ writes the machine code that is loaded, and the shared memory that is asked for,
 files.
 """
 
-import glob
 import hashlib
 import io
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,51 +23,19 @@ import jax
 
 from .._core.checks import raise_unknown
 from . import order
+from .tools import (
+    HERE,
+    TOOLS,
+    MissingCompiler,
+    Tools,
+    build_stub,
+    last_words,
+    run_tool,
+    tools,
+    try_tool,
+)
 
-HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_90a",)
-TIMEOUT_SECONDS = 300
-# The environment variable with a folder of packages that is not on Python's path.
-FOLDER = "JAXKERN_COMPILER"
-TOOLS = "pip install 'jaxkern-fused[testing]'"
-
-Ended = subprocess.CompletedProcess[str]
-
-
-class MissingCompiler(ImportError):
-    """A tool or package that `compile_for` needs is not installed.
-
-    The message says which one, and how to install it.
-
-    Examples:
-        A test that skips itself on a machine without these tools:
-
-        ```python
-        import jax
-        import jax.numpy as jnp
-        import pytest
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-        from jaxkern import testing
-
-
-        def kernel(y_gmem):
-            y_gmem[...] = jnp.zeros(128, jnp.float32)
-
-
-        def test_no_spills():
-            zeros = plgpu.kernel(
-                kernel, out_type=jax.ShapeDtypeStruct((128,), jnp.float32)
-            )
-            try:
-                compiled = testing.compile_for("sm_90a", zeros)
-            except testing.MissingCompiler as missing:
-                pytest.skip(str(missing))
-            assert compiled.problem() is None
-
-
-        assert issubclass(testing.MissingCompiler, ImportError)
-        ```
-    """
 
 
 @dataclass(frozen=True)
@@ -250,145 +215,6 @@ def compile_for(arch: str, fn: Callable[..., Any], *args: Any) -> CompiledKernel
         return compile_module(modules[0], found, Path(stub))
 
 
-@dataclass(frozen=True)
-class Tools:
-    """The paths of the tools that compile a kernel.
-
-    Attributes:
-        plugin: JAX's CUDA plugin, which holds the compiler.
-        runtime: Mosaic's library that a module is linked with.
-        ptxas: The assembler.
-        cudart: CUDA's runtime library.
-        disassembler: The program nvdisasm; None if it is not installed.
-    """
-
-    plugin: Path
-    runtime: Path
-    ptxas: Path
-    cudart: Path
-    disassembler: Path | None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables by which the compiler finds the other tools."""
-        return {
-            "MOSAIC_GPU_RUNTIME_LIB_PATH": str(self.runtime),
-            # The toolkit's folder, which has the assembler in `bin`.
-            "MOSAIC_GPU_CUDA_ROOT": str(self.ptxas.parents[1]),
-        }
-
-
-def _search(*patterns: str) -> Path | None:
-    """Return the first match in `FOLDER`, on Python's path or in the CUDA toolkit."""
-    cuda_home = os.environ.get("CUDA_HOME")
-    roots = [os.environ.get(FOLDER), *sys.path, "/usr/local/cuda", cuda_home]
-    for root in filter(None, roots):
-        for pattern in patterns:
-            found = sorted(glob.glob(os.path.join(root, pattern)))
-            if found:
-                return Path(found[-1]).absolute()
-    return None
-
-
-def tools() -> Tools:
-    """Find the tools that compile.
-
-    Raises:
-        MissingCompiler: One of them, other than the disassembler, is not installed.
-    """
-    plugin = _search("jax_plugins/xla_cuda*/xla_cuda_plugin.so")
-    runtime = _search("jax_cuda*_plugin/libmosaic_gpu_runtime.so")
-    if plugin is None or runtime is None:
-        version = jax.__version__
-        raise MissingCompiler(
-            "compile_for: JAX's CUDA plugin must be installed: with a GPU, pip install "
-            "'jax[cuda13]'; without one, apart from this environment, pip install "
-            f"--no-deps --target CUDA jax-cuda13-plugin=={version} "
-            f"jax-cuda13-pjrt=={version}, and {FOLDER}=CUDA in the environment"
-        )
-    _needed(
-        "libdevice (nvidia-nvvm)", "nvidia/cu*/nvvm/libdevice/*", "nvvm/libdevice/*"
-    )
-    if not _c_compiler():
-        raise MissingCompiler("compile_for: a C compiler, gcc or cc, must be installed")
-    on_path = shutil.which("nvdisasm")
-    disassembler = _search("nvidia/cu*/bin/nvdisasm", "bin/nvdisasm")
-    return Tools(
-        plugin=plugin,
-        runtime=runtime,
-        ptxas=_needed("ptxas (nvidia-cuda-nvcc)", "nvidia/cu*/bin/ptxas", "bin/ptxas"),
-        cudart=_needed(
-            "libcudart (nvidia-cuda-runtime)",
-            "nvidia/cu*/lib/libcudart*",
-            "lib*/libcudart*",
-        ),
-        disassembler=Path(on_path) if on_path else disassembler,
-    )
-
-
-def _needed(name: str, *patterns: str) -> Path:
-    path = _search(*patterns)
-    if path is None:
-        raise MissingCompiler(f"compile_for: {name} must be installed: {TOOLS}")
-    return path
-
-
-def _c_compiler() -> str | None:
-    return shutil.which("gcc") or shutil.which("cc")
-
-
-def build_stub(folder: Path) -> None:
-    """Build the stub of the driver, libcuda.so.1, in a folder.
-
-    Raises:
-        RuntimeError: The C compiler fails.
-    """
-    target = folder / "libcuda.so.1"
-    options = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{target.name}"]
-    command = [_c_compiler() or "cc", *options, "-o", target, HERE / "cuda_stub.c"]
-    _run(*command)
-
-
-def _run(*command: object, env: Mapping[str, str] | None = None) -> Ended:
-    """Run a tool, and check that it succeeds.
-
-    Raises:
-        RuntimeError: The tool takes too long or fails. The message has the end of what
-            it printed.
-    """
-    done = _try(*command, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{_name(command)} failed: {_last_words(done.stderr)}")
-    return done
-
-
-def _try(*command: object, env: Mapping[str, str] | None = None) -> Ended:
-    """Run a tool like `_run`, but leave it to the caller to see whether it failed."""
-    try:
-        return subprocess.run(
-            list(map(str, command)),
-            env=env,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired as late:
-        said = late.stderr or b""
-        words = said if isinstance(said, str) else said.decode(errors="replace")
-        raise RuntimeError(
-            f"{_name(command)} took more than {TIMEOUT_SECONDS} s: {_last_words(words)}"
-        ) from None
-
-
-def _name(command: Sequence[object]) -> str:
-    return Path(str(command[0])).name
-
-
-def _last_words(said: str) -> str:
-    return said.strip()[-300:].strip() or "it said nothing"
-
-
 def lower(fn: Callable[..., Any], args: Sequence[Any]) -> list[bytes]:
     """Return the modules of the kernels that `fn` launches."""
     lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
@@ -460,7 +286,7 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
         }
         command = [sys.executable, "-S", HERE / "compiler_process.py"]
         start = time.perf_counter()
-        done = _try(*command, found.plugin, folder / "module", env=environment)
+        done = try_tool(*command, found.plugin, folder / "module", env=environment)
         seconds = time.perf_counter() - start
         output = done.stdout + "\n" + done.stderr
         if done.returncode:
@@ -469,14 +295,14 @@ def compile_module(module: bytes, found: Tools, stub: Path) -> CompiledKernel:
                 s.strip() for s in output.splitlines() if any(m in s for m in marks)
             ]
             raise RuntimeError(
-                f"does not compile: {' | '.join(lines[:3]) or _last_words(output)}"
+                f"does not compile: {' | '.join(lines[:3]) or last_words(output)}"
             )
         smem, cubin = folder / "smem", folder / "cubin"
         for written in (smem, cubin):
             if not written.exists():
                 raise RuntimeError(
                     f"the driver's stub must write {written.name}, and has not: "
-                    f"{_last_words(output)}"
+                    f"{last_words(output)}"
                 )
         disassembler = found.disassembler
         counts = count_ptx(output)
@@ -511,7 +337,7 @@ def count_ptx(output: str) -> dict[str, Any]:
 
 def _count_sass(disassembler: Path, cubin: Path) -> dict[str, int]:
     # -ndf leaves out an analysis of the data flow, which changes none of the counts.
-    return count_sass(_run(disassembler, "-c", "-ndf", cubin).stdout)
+    return count_sass(run_tool(disassembler, "-c", "-ndf", cubin).stdout)
 
 
 def count_sass(text: str) -> dict[str, int]:
@@ -523,6 +349,6 @@ def count_sass(text: str) -> dict[str, int]:
 
 def versions(found: Tools) -> dict[str, str]:
     """Return the versions on which the machine code of a module depends."""
-    text = _run(found.ptxas, "--version").stdout
+    text = run_tool(found.ptxas, "--version").stdout
     release = re.search(r"V(\d[\d.]*)", text)
     return {"jax": jax.__version__, "ptxas": release.group(1) if release else text}

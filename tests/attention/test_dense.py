@@ -20,12 +20,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern import attention, merge_attention
-from jaxkern._attention.tiles import (
-    TILE,
-    attention_by_tiles,
-    make_tiling,
-    with_infinity,
-)
+from jaxkern._attention.tiles import with_infinity
+from jaxkern._attention.tiling import TILE, attention_by_tiles, make_tiling
 
 # (batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v), the mask's shape, is_causal
 CASES = {

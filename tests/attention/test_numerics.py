@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_definitions import (
-    attention_float64,
-    plain_attention,
-    see,
-)
+from attention_definitions import attention_float64, plain_attention, see
 from helpers import assert_as_close, mesh, value_and_vjp
 
 from jaxkern import (
@@ -23,11 +19,8 @@ from jaxkern import (
     dilated_attention,
     merge_attention,
 )
-from jaxkern._attention.tiles import (
-    attention_by_tiles,
-    make_tiling,
-    with_infinity,
-)
+from jaxkern._attention.tiles import with_infinity
+from jaxkern._attention.tiling import attention_by_tiles, make_tiling
 
 # Causal, without the first key: the first query sees no key.
 SEQ = 17

@@ -28,7 +28,7 @@ from jaxkern import (
     ring_permutation,
 )
 from jaxkern._attention import ring_steps
-from jaxkern._attention.tiles import make_tiling
+from jaxkern._attention.tiling import make_tiling
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
 # (batch, seq_q, seq_kv, heads, kv_heads, dim, dim_v)

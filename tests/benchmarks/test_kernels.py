@@ -15,10 +15,11 @@ from jaxkern import masked_matmul, pack_mask, reinmax, straight_through
 from jaxkern._core import device
 from jaxkern._core.activations import ACTIVATIONS
 from jaxkern._masked.hopper.product import choose_tiles
-from jaxkern._mlp.hopper import flash, sparse
+from jaxkern._mlp.hopper import flash, flash_tiles, sparse
 from jaxkern._mlp.thresholds import dense_kernel
-from jaxkern._mosaic.matmul import GATED_COLUMNS, Work, choose_columns
+from jaxkern._mosaic.work import GATED_COLUMNS, Work, choose_columns
 from jaxkern.testing import MissingCompiler, compiler
+from jaxkern.testing import tools as compiler_tools
 
 BF16 = jnp.bfloat16
 ALL = tuple(kernels.every_case())
@@ -30,10 +31,10 @@ def chosen(form, dim, ups, inputs=1):
     launches = {"forward": ["forward"], "backward_x": ["dx"]}
     if inputs == 2:
         launches["backward_x"] = ["dx0 dx1"]
-    passes = flash.weight_passes(dim, ups)
+    passes = flash_tiles.weight_passes(dim, ups)
     launches["backward_w"] = [" ".join(f"d{names[n]}" for n in one) for one in passes]
     for kernel, labels in launches.items():
-        for config in flash.configs(kernel, dim, ups, inputs):
+        for config in flash_tiles.configs(kernel, dim, ups, inputs):
             split = " split" if config.split else ""
             size = f"{config.rows}x{config.columns}{split}"
             yield from (f"flash_mlp {form}{label} {dim} {size}" for label in labels)
@@ -138,7 +139,7 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
 
 
 def test_without_the_compiler_it_says_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(compiler, "_search", lambda *patterns: None)
+    monkeypatch.setattr(compiler_tools, "_search", lambda *patterns: None)
     assert kernels.main([]) == 3
     assert "JAX's CUDA plugin must be installed" in capsys.readouterr().err
 
@@ -314,6 +315,7 @@ def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path):
         ("_mosaic/matmul.py", True),
         ("_core/activations.py", True),
         ("testing/compiler.py", False),
+        ("testing/tools.py", False),
         ("testing/compiler_process.py", False),
         ("testing/cuda_stub.c", False),
     ],
@@ -391,12 +393,12 @@ def test_every_tile_of_low_rank_mlps_is_compiled():
 @pytest.fixture
 def tools(tmp_path):
     try:
-        found = compiler.tools()
+        found = compiler_tools.tools()
     except MissingCompiler as missing:
         pytest.skip(str(missing))
     if not found.disassembler:
         pytest.skip("nvdisasm is not installed")
-    compiler.build_stub(tmp_path)
+    compiler_tools.build_stub(tmp_path)
     return found, tmp_path
 
 

@@ -14,7 +14,7 @@ from jaxkern import flash_mlp, low_rank_relu2, low_rank_swiglu, swiglu
 from jaxkern._core import dispatch
 from jaxkern._mlp import thresholds
 from jaxkern._mlp.thresholds import flash_mlp_is_faster, kernel_is_faster
-from jaxkern._mosaic.matmul import Work, choose_columns
+from jaxkern._mosaic.work import Work, choose_columns
 
 BF16 = jnp.bfloat16
 NAMED = {"implementation": "mosaic_gpu"}

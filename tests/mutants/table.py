@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant(
         "estimator-gradient",
         "The slope of the straight-through estimator is differentiated too.",
-        "jaxkern/_masked/estimators.py",
+        "jaxkern/_masked/bernoulli.py",
         "soft = lax.stop_gradient(_sigmoid_slope(wide)) * wide",
         "soft = _sigmoid_slope(wide) * wide",
         ("tests/masked/test_estimators.py", "test_closed_forms_of_binary_draws"),
@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         "causal-diagonal",
         "A causal query does not see its own token.",
-        "jaxkern/_attention/tiles.py",
+        "jaxkern/_attention/tiling.py",
         "column <= row[:, None] + self.diagonal",
         "column < row[:, None] + self.diagonal",
         BY_TILES,
@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant(
         "zigzag-order",
         "The second half of a zigzag is in ascending order.",
-        "jaxkern/_attention/ring.py",
+        "jaxkern/_attention/context_parallel.py",
         "parts[: devices - 1 : -1]",
         "parts[devices:]",
         ("tests/attention/test_ring.py", "test_permutation"),
@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "early-release",
         "A slot of values is given back before the matmul that reads it.",
-        "jaxkern/_attention/hopper/attend.py",
+        "jaxkern/_attention/hopper/kernels.py",
         "summed = add_dots(summed, (rounded, values))\n        tiles.release(1)",
         "tiles.release(1)\n        summed = add_dots(summed, (rounded, values))",
         ("tests/attention/hopper/test_attend.py", "test_sizes and 24"),
@@ -250,7 +250,7 @@ MUTANTS = (
     Mutant(
         "one-key-for-all",
         "All samples of a batch draw their masks with one key.",
-        "jaxkern/_masked/masked.py",
+        "jaxkern/_masked/forms.py",
         "jax.random.split(self.key, (self.samples, len(self.logits)))",
         "jax.random.split(self.key, (1, len(self.logits))).repeat(self.samples, 0)",
         ("tests/masked/test_masked.py", "test_draws_are_the_same and fused and matmul"),

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxkern._mosaic.base import plgpu
-from jaxkern.testing import CompiledKernel, MissingCompiler, compile_for, compiler
+from jaxkern.testing import (
+    CompiledKernel,
+    MissingCompiler,
+    compile_for,
+    compiler,
+    tools,
+)
 
 X = jax.ShapeDtypeStruct((128,), jnp.float32)
 PTXAS = """
@@ -84,8 +90,8 @@ def test_nothing_is_counted_without_the_disassembler():
 def test_how_a_compiler_fails(body, limit, message, monkeypatch, tmp_path):
     (tmp_path / "compiler_process.py").write_text(body)
     monkeypatch.setattr(compiler, "HERE", tmp_path)
-    monkeypatch.setattr(compiler, "TIMEOUT_SECONDS", limit)
-    found = compiler.Tools(*[tmp_path / "bin" / "tool"] * 5)
+    monkeypatch.setattr(tools, "TIMEOUT_SECONDS", limit)
+    found = tools.Tools(*[tmp_path / "bin" / "tool"] * 5)
     with pytest.raises(RuntimeError, match=message):
         compiler.compile_module(b"", found, tmp_path)
 
@@ -142,8 +148,8 @@ def test_what_is_not_installed_is_named(missing, message, monkeypatch, tmp_path)
         found = not any(missing in pattern for pattern in patterns)
         return tmp_path if found else None
 
-    monkeypatch.setattr(compiler, "_search", search)
-    monkeypatch.setattr(compiler, "_c_compiler", lambda: missing != "gcc")
+    monkeypatch.setattr(tools, "_search", search)
+    monkeypatch.setattr(tools, "_c_compiler", lambda: missing != "gcc")
     with pytest.raises(MissingCompiler, match=message):
         compile_for("sm_90a", jnp.sin, X)
 
@@ -152,9 +158,9 @@ def test_packages_are_found_in_the_named_folder(monkeypatch, tmp_path):
     path = tmp_path / "nvidia/cu99/bin/ptxas"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert compiler._search("nvidia/cu99/bin/ptxas") is None
+    assert tools._search("nvidia/cu99/bin/ptxas") is None
     monkeypatch.setenv("JAXKERN_COMPILER", str(tmp_path))
-    assert compiler._search("nvidia/cu*/bin/ptxas") == path
+    assert tools._search("nvidia/cu*/bin/ptxas") == path
 
 
 def times(factor, comment):

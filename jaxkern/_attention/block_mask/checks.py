@@ -35,6 +35,16 @@ def check_sizes(op: str, least: int, **sizes: object) -> tuple[int, ...]:
     return tuple(values)
 
 
+def check_lengths(
+    op: str, seq_q: object, seq_kv: object, block_size: object
+) -> tuple[int, int, int]:
+    """Check the sizes of a mask, and return them as Python's integers."""
+    seq_q, seq_kv, block_size = check_sizes(
+        op, 1, seq_q=seq_q, seq_kv=seq_kv, block_size=block_size
+    )
+    return seq_q, seq_kv, block_size
+
+
 def check_mask_fn(op: str, name: str, fn: object) -> None:
     """Check that it is a function of (b, h, q, k), as far as its signature tells."""
     if not callable(fn):

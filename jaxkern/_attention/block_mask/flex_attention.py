@@ -1,13 +1,12 @@
 """The arrays of FlexAttention's BlockMask, under the names that they have there."""
 
-from typing import TYPE_CHECKING
-
 from jaxtyping import Int32
 
-from .runs import AnyArray, BlockLists
+from .listed import ListedBlocks
+from .runs import AnyArray
 
 
-class FlexAttentionNames:
+class FlexAttentionNames(ListedBlocks):
     """The lists of blocks of a `BlockMask`, as FlexAttention's padded arrays.
 
     Code that reads these arrays from a `torch.nn.attention.flex_attention.BlockMask`
@@ -30,15 +29,6 @@ class FlexAttentionNames:
     References:
         FlexAttention, section 4: https://arxiv.org/abs/2412.05496.
     """
-
-    if TYPE_CHECKING:
-        kv: BlockLists
-        full_kv: BlockLists
-        q: BlockLists
-        full_q: BlockLists
-
-        @property
-        def grid(self) -> tuple[int, int]: ...
 
     @property
     def kv_num_blocks(self) -> Int32[AnyArray, "batch heads q_blocks"]:

@@ -27,9 +27,14 @@ def blocks_of(length: Any, block_size: int) -> Any:
     return -(-length // block_size)
 
 
+def grid_of(seq_q: int, seq_kv: int, block_size: int) -> tuple[int, int]:
+    """Return the number of blocks along each axis: (q_blocks, kv_blocks)."""
+    return blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+
+
 def inside(seq_q: int, seq_kv: int, block_size: int) -> Runs:
     """Return all blocks, full except where they reach past an end."""
-    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    rows, columns = grid_of(seq_q, seq_kv, block_size)
     whole = np.arange(seq_q // block_size)
     full = np.full(len(whole), seq_kv // block_size)
     return _part_and_full(
@@ -41,7 +46,7 @@ def inside(seq_q: int, seq_kv: int, block_size: int) -> Runs:
 
 def band(band: Band, seq_q: int, seq_kv: int, block_size: int) -> Runs:
     """Return the blocks of a band of diagonals."""
-    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    rows, columns = grid_of(seq_q, seq_kv, block_size)
     lower = -seq_q if band.lower is None else band.lower
     upper = seq_kv if band.upper is None else band.upper
     row = np.arange(rows)
@@ -59,7 +64,7 @@ def band(band: Band, seq_q: int, seq_kv: int, block_size: int) -> Runs:
 
 def first_tokens(tokens: int, seq_q: int, seq_kv: int, block_size: int) -> Runs:
     """Return the blocks of the first tokens, which see all and are seen by all."""
-    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    rows, columns = grid_of(seq_q, seq_kv, block_size)
 
     def cross(blocks):
         stop = np.where(np.arange(rows) < blocks, columns, blocks)
@@ -181,7 +186,7 @@ def states_of_function(
     fn: Function, seq_q: int, seq_kv: int, block_size: int
 ) -> Int8[jax.Array, "batch heads q_blocks kv_blocks"]:
     """Ask a function about every pair, one row of blocks at a time."""
-    rows, columns = blocks_of(seq_q, block_size), blocks_of(seq_kv, block_size)
+    rows, columns = grid_of(seq_q, seq_kv, block_size)
 
     def row(n):
         head, i = n // rows, n % rows

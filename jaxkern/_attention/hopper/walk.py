@@ -30,8 +30,7 @@ order in which blocks end. Past the end of an array TMA loads zeros and stores n
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from itertools import chain
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,186 +48,10 @@ from ..._mosaic.launch import (
     launch_blocks,
     wait_for_last,
 )
-from ..block_mask.mask import BlockMask
-from ..block_mask.runs import BlockLists
-from .predicates import make_predicate
-from .schedule import Schedule, make_schedule
-from .tokens import Groups, Scratch, Tokens, make_scratch, rings_of, smem_bytes
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The lists of blocks that a launch walks, and the heads that belong together.
-
-    Attributes:
-        lists: the partial and the full blocks of each row of held tokens.
-        block_size: tokens of one of the mask's blocks.
-        visible: returns which pairs attend, for the tile of a partial block, from (refs
-            of `data`, batch, head, first row, first column).
-        data: the arrays that the mask's predicate reads.
-        heads: how many heads are walked for one held head, one after the other.
-        share: how many held heads walk the same head.
-    """
-
-    lists: tuple[BlockLists, BlockLists]
-    block_size: int
-    visible: Callable[..., Any]
-    data: Sequence[jax.Array]
-    heads: int = 1
-    share: int = 1
-
-
-def walk_keys(mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles) -> Walk:
-    """Let each query head walk the keys of its group's head."""
-    predicate = make_predicate(mask, q_axis=0)
-    return Walk(
-        (mask.kv, mask.full_kv),
-        mask.block_size,
-        partial(predicate.visible, (config.rows, config.columns)),
-        predicate.data,
-        share=query.heads // key.heads,
-    )
-
-
-def walk_queries(
-    mask: BlockMask, query: Tokens, key: Tokens, config: WalkTiles
-) -> Walk:
-    """Let each key head walk the queries of all heads of its group."""
-    predicate = make_predicate(mask, q_axis=1)
-    return Walk(
-        (mask.q, mask.full_q),
-        mask.block_size,
-        partial(predicate.visible, (config.rows, config.columns)),
-        predicate.data,
-        heads=query.heads // key.heads,
-    )
-
-
-@dataclass(frozen=True)
-class WalkedTiles:
-    """The walked tiles of one step, as one warpgroup sees them.
-
-    Attributes:
-        smem: for each group, the buffers of its operands.
-        filled, emptied: for each group, the barriers of its slots.
-        turn: the barrier at which both warpgroups meet; empty if they take no turns.
-        slot: where in the rings the tiles of this step lie.
-    """
-
-    smem: Sequence[Sequence[Any]]
-    filled: Sequence[Any]
-    emptied: Sequence[Any]
-    turn: Sequence[Any]
-    slot: Any
-
-    def wait(self, n: int):
-        """Wait until the tiles of walked group `n` are loaded, and return them."""
-        plgpu.barrier_wait(self.filled[n].at[self.slot])
-        return [smem.at[self.slot] for smem in self.smem[n]]
-
-    def release(self, n: int) -> None:
-        """Let the tiles of walked group `n` be overwritten."""
-        plgpu.barrier_arrive(self.emptied[n].at[self.slot])
-
-    def take_turns(self) -> None:
-        """Wait until the other warpgroup calls this too, if both share a ring."""
-        _take_turns(self.turn)
-
-
-def _take_turns(turn) -> None:
-    for barrier in turn:
-        plgpu.barrier_arrive(barrier)
-        plgpu.barrier_wait(barrier)
-
-
-@runtime_checkable
-class Body(Protocol):
-    """The arithmetic of one warpgroup for one held tile: start, steps and finish."""
-
-    @property
-    def outs(self) -> Sequence[int | None]:
-        """For each result the index of the held operand that it is like.
-
-        None stands for one float32 number a row.
-        """
-        ...
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether `step` calls `tiles.take_turns` twice.
-
-        What a warpgroup does between the two calls then runs beside what the other one
-        does outside of them. Warpgroup 1 meets once before its first step, which puts
-        it half a step behind, and warpgroup 0 once after its last step.
-        """
-        ...
-
-    def start(self, held: Sequence[Any]) -> Any:
-        """Return the carry before the first step, from the held tiles."""
-        ...
-
-    def step(
-        self,
-        carry: Any,
-        held: Sequence[Any],
-        tiles: WalkedTiles,
-        visible: Callable[[], Any] | None,
-    ) -> Any:
-        """Return the carry after the walked tiles of one step.
-
-        Args:
-            visible: returns which pairs attend, (rows, columns), in a partial block;
-                None in a full one.
-        """
-        ...
-
-    def finish(self, carry: Any) -> Sequence[Any]:
-        """Return the results, one for each entry of `outs`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A launch, as the host plans it.
-
-    Attributes:
-        held: operands of which a block holds a tile.
-        walked: groups of operands. A group has a ring of its own, and a step's tiles of
-            one group arrive together and are released together.
-    """
-
-    body: Body
-    config: WalkTiles
-    held: Sequence[Tokens]
-    walked: Groups
-    walk: Walk
-
-    @property
-    def rings(self) -> int:
-        return rings_of(self.config, self.walk.block_size)
-
-    def schedule(self) -> Schedule:
-        """Say which block takes which held tiles, and where their lists are."""
-        batch, seq, heads, _ = self.held[0].result.shape
-        walked = sum(tokens.tile_bytes(tokens.seq) for tokens in chain(*self.walked))
-        return make_schedule(
-            self.walk.lists,
-            (batch, heads, seq),
-            self.walk.heads,
-            (self.rings, COMPUTE // self.rings * self.config.rows),
-            self.walk.block_size,
-            walked * self.walk.heads / self.walk.share,
-        )
-
-    def results(self) -> list[jax.ShapeDtypeStruct]:
-        """Return the shapes of the arrays that the kernel writes."""
-        batch, seq, heads, _ = self.held[0].result.shape
-        # TMA stores a contiguous row of numbers by a bulk copy, which does not stop at
-        # the row's end. So a row has room for whole tiles.
-        whole = pl.cdiv(seq, COMPUTE * self.config.rows) * COMPUTE * self.config.rows
-        numbers = jax.ShapeDtypeStruct((batch, heads, 1, whole), jnp.float32)
-        outs = self.body.outs
-        return [numbers if n is None else self.held[n].result for n in outs]
+from .body import Body, WalkedTiles, take_turns
+from .plan import Plan, Walk
+from .schedule import Schedule
+from .tokens import Groups, Scratch, Tokens, make_scratch, smem_bytes
 
 
 def walk_lists(
@@ -383,11 +206,11 @@ class Bound:
         batch, head, tile = self.place(nth)
         first_row = self.first_row(tile, warpgroup)
         plgpu.barrier_wait(scratch.held_filled.at[here])
-        pl.when(warpgroup == 1)(lambda: _take_turns(scratch.turn))
+        pl.when(warpgroup == 1)(lambda: take_turns(scratch.turn))
         walk_head = partial(part.walk_head, nth, batch, head, first_row)
         start = self.plan.body.start(part.tiles(warpgroup))
         carry, sums = self.over_heads(walk_head, (carry, start))
-        pl.when(warpgroup == 0)(lambda: _take_turns(scratch.turn))
+        pl.when(warpgroup == 0)(lambda: take_turns(scratch.turn))
         # Without reading these numbers again, registers would hold them all the while.
         batch, head, tile = self.place(nth)
         first_row = self.first_row(tile, warpgroup)

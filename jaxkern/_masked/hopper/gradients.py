@@ -41,16 +41,8 @@ from jax.experimental import pallas as pl
 from ..._mosaic.base import LOG2_E, SMEM_BYTES, buffer, plgpu, slot, zeros
 from ..._mosaic.batching import over_heads
 from ..._mosaic.launch import COMPUTE, Ring, Roles, Slots, launch
-from .product import (
-    LAYOUT,
-    PIECE,
-    RESERVED_BYTES,
-    Kind,
-    bytes_of,
-    cut,
-    mask_buffer,
-    read_mask,
-)
+from .masks import LAYOUT, PIECE, Kind, bytes_of, cut, mask_buffer, read_mask
+from .product import RESERVED_BYTES
 
 # Rows of W in a tile.
 TILE_ROWS = COMPUTE * PIECE

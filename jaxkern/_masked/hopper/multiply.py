@@ -40,7 +40,8 @@ from ..._core.sharding import vary_alike
 from ..._mosaic.base import pad_to, round_up
 from ..._mosaic.launch import COLUMN_STEP, ROW_STEP
 from .gradients import Wanted, gradients_kernel
-from .product import WORD, Kind, by_threshold, product_kernel
+from .masks import Kind, by_threshold
+from .product import WORD, product_kernel
 
 
 def unsupported(dtype: Any, mask_dtypes: Sequence[Any]) -> str | None:

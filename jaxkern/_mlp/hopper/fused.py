@@ -46,18 +46,9 @@ import jax.numpy as jnp
 
 from ..._core import device
 from ..._mosaic.base import IN_KERNEL
-from ..._mosaic.matmul import (
-    GATE_CLOCKS,
-    GATED_COLUMNS,
-    Epilogue,
-    Factor,
-    Products,
-    Work,
-    choose_columns,
-    multiply,
-    pad_rows,
-    padded,
-)
+from ..._mosaic.launch import pad_rows, padded
+from ..._mosaic.matmul import Epilogue, Factor, Products, multiply
+from ..._mosaic.work import GATE_CLOCKS, GATED_COLUMNS, Work, choose_columns
 
 
 def unsupported(

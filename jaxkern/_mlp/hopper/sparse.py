@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from ..._mosaic.base import IN_KERNEL
-from ..._mosaic.matmul import Factor, Products, Work, choose_columns, multiply, padded
+from ..._mosaic.launch import padded
+from ..._mosaic.matmul import Factor, Products, multiply
+from ..._mosaic.work import Work, choose_columns
 from ..._sparsity.hopper.matmul import ROW_SUMS, Selection
 from ..._sparsity.hopper.product import sparse_matmul
 from ..._sparsity.hopper.wgmma import indices_of

@@ -26,15 +26,9 @@ import numpy as np
 
 from ..._core.sharding import vary_alike
 from ..._mosaic.base import IN_KERNEL, pad_to, round_up
-from ..._mosaic.launch import ROW_STEP
-from ..._mosaic.matmul import (
-    Epilogue,
-    Factor,
-    Work,
-    choose_columns,
-    multiply,
-    pad_rows,
-)
+from ..._mosaic.launch import ROW_STEP, pad_rows
+from ..._mosaic.matmul import Epilogue, Factor, multiply
+from ..._mosaic.work import Work, choose_columns
 from ..packed import POSITIONS_PER_BYTE, Packed24, unpack
 from ..select import GROUP, KEPT
 from .matmul import SPARSE_STEP, SparseProduct

@@ -20,11 +20,12 @@ from attention_definitions import (
     plain_attention,
     seen_args,
 )
-from helpers import assert_as_close, mesh, to_float64, value_and_vjp, with_vjp
+from helpers import assert_as_close, mesh, value_and_vjp, with_vjp
 
 from jaxkern import BlockMask, block_sparse_attention
-from jaxkern._attention.hopper import attend as kernels
-from jaxkern._attention.hopper.attend import attend
+from jaxkern._attention.hopper.attend import _enlarged, _positive, attend
+from jaxkern._attention.hopper.kernels import config_of, forward
+from jaxkern._attention.tiles import cotangents_of
 from jaxkern._core import device
 from jaxkern._mosaic.launch import WalkTiles
 from jaxkern.testing.compiler import lower
@@ -139,29 +140,37 @@ def test_sizes(size, block_size, mask, dtype, scale):
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
 def test_the_kernels_scale_is_positive(scale):
     query = attention_args((1, 4, 4, 2, 1, 8, 8))[0][0]
-    scaled, factor = kernels._positive(query, scale)
+    scaled, factor = _positive(query, scale)
     assert factor > 0
     np.testing.assert_array_equal(scaled * factor, query * scale)
 
 
-def test_cotangents_are_enlarged_as_far_as_float16_allows():
-    """The gradient of a logit, here the largest one possible, does not overflow."""
-    (_, _, value), _ = attention_args((4, 6, 6, 2, 2, 8, 8), F16)
-    d_out = (jnp.array([1.0, 1e-3, 0.0, jnp.inf])[:, None, None, None] * value).astype(
-        F16
-    )
-    delta = jnp.array([0.5, -3.0, 0.0, 0.0])[:, None, None] * jnp.ones((4, 2, 6))
-    *enlarged, inverse = kernels._enlarged(value, d_out, delta)
-    power = 1 / np.asarray(inverse, np.float64)
-    for got, plain in zip(
-        to_float64(enlarged), to_float64((d_out, delta)), strict=True
-    ):
-        np.testing.assert_array_equal(got.T, plain.T * power)
-    norms = np.linalg.norm(to_float64(value), axis=-1).max((1, 2))
-    largest = norms[:2] * norms[:2] * [1, 1e-3] + [0.5, 3]
-    assert (largest * power[:2] > 2**13.99).all()
-    assert (largest * power[:2] < 2**15.01).all()
-    np.testing.assert_array_equal(power[2:], 1)
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1.0, 65504.0])
+def test_float16_cotangents_are_enlarged_exactly(size):
+    """Gradients of logits come near the largest float16; `delta` fits what is rounded.
+
+    The cotangent is float32, as in a ring of dilated attention.
+    """
+    digits = np.random.default_rng(0).uniform(0.5, 1, (1, 3, 2, 256))
+    value, lse = jnp.full(digits.shape, 65504, F16), jnp.zeros((1, 3, 2))
+    of_ring = jnp.asarray(size * digits, jnp.float32), lse, jnp.dtype(F16)
+    d_out, delta = cotangents_of(value.astype(jnp.float32), lse, *of_ring)
+    got, of_row, inverse = _enlarged(value, d_out, delta.mT)
+    assert np.frexp(inverse)[0] == 0.5
+    got, want = (np.asarray(x, np.float64) for x in (got, d_out))
+    np.testing.assert_array_equal(got * np.asarray(inverse, np.float64), want)
+    np.testing.assert_allclose(delta, (want * 65504).sum(-1), rtol=1e-6)
+    largest = (got * 65504).sum(-1).max() + np.asarray(of_row).max()
+    assert 2**13 < largest < 2**15
+
+
+def test_a_batch_with_a_nan_or_an_infinity_is_not_enlarged():
+    d_out = jnp.full((3, 3, 2, 16), 1e-3, F16)
+    d_out = d_out.at[0, 0].set(jnp.nan).at[1, 0].set(jnp.inf)
+    delta = jnp.zeros((3, 2, 3))
+    got, _, inverse = _enlarged(jnp.ones_like(d_out), d_out, delta)
+    np.testing.assert_array_equal(got[:2], d_out[:2])
+    assert inverse[0] == inverse[1] == 1 > inverse[2]
 
 
 @pytest.mark.usefixtures("hopper")
@@ -348,16 +357,14 @@ def test_config_that_does_not_fit_says_what_it_needs():
     args, _ = attention_args((1, 128, 128, 1, 1, 256, 256), BF16)
     mask = BlockMask.causal(128, 128)
     with pytest.raises(ValueError, match="attention_forward: .* must fit 232448 bytes"):
-        kernels.forward(
-            *args, mask=mask, scale=0.1, exact=False, config=WalkTiles(64, 128)
-        )
+        forward(*args, mask=mask, scale=0.1, exact=False, config=WalkTiles(64, 128))
 
 
 def test_configs_fit_for_every_dim():
     for dim in range(16, 257, 16):
         for kernel in ("forward", "backward_q", "backward_kv"):
             for block_size in (64, 128, 192, 256):
-                config = kernels.config_of(kernel, dim, block_size)
+                config = config_of(kernel, dim, block_size)
                 assert block_size % config.columns == 0
 
 

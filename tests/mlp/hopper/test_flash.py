@@ -19,13 +19,13 @@ from helpers import (
 )
 
 from jaxkern._core.activations import ACTIVATIONS
-from jaxkern._mlp.hopper import flash
+from jaxkern._mlp.hopper import flash, flash_tiles
+from jaxkern._mlp.hopper.flash_tiles import choose_tiles, configs, weight_passes
 from jaxkern._mosaic.base import IN_KERNEL
 from jaxkern._mosaic.launch import WalkTiles
 from jaxkern.testing.compiler import lower
 
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
-configs = flash.configs
 emulated = pytest.mark.usefixtures("interpreted")
 
 
@@ -47,7 +47,7 @@ def check(args: Any, g, activation="silu", fn=None):
 def tiles(request, monkeypatch):
     """Use the largest tiles that can be chosen, or the smallest, whatever the size."""
     n = {"largest": 0, "split": -1}[request.param]
-    monkeypatch.setattr(flash, "configs", lambda *a: (configs(*a)[n],))
+    monkeypatch.setattr(flash_tiles, "configs", lambda *a: (configs(*a)[n],))
 
 
 # Sizes of several tiles, of less than a tile, and with nothing for the second
@@ -133,7 +133,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
     modules = lower(
         lambda args, g: jax.vjp(gated_by_another_input, *args)[1](g), (args, g)
     )
-    assert len(modules) == 1 + len(flash.weight_passes(size[2], 2))
+    assert len(modules) == 1 + len(weight_passes(size[2], 2))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -141,7 +141,7 @@ def test_gated_by_another_input_lowers_for_a_gpu(size):
 def test_any_size_lowers_for_a_gpu(size, gated):
     """Lowering checks more than the emulator does."""
     args, g = flash_mlp_args(size, jnp.bfloat16, gated)
-    passes = flash.weight_passes(size[2], 1 + gated)
+    passes = weight_passes(size[2], 1 + gated)
     modules = lower(lambda args, g: jax.vjp(kernel(), *args)[1](g), (args, g))
     assert len(modules) == 1 + len(passes)
 
@@ -258,7 +258,7 @@ def test_only_the_arguments_are_saved_for_the_backward():
 
 def test_small_problems_are_split_and_large_ones_take_large_tiles():
     def rows(heads, size):
-        config = flash.choose_tiles("forward", heads, size, 64, 1)
+        config = choose_tiles("forward", heads, size, 64, 1)
         return config.rows * config.parts
 
     assert rows(8, 512) == 64

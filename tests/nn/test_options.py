@@ -51,6 +51,7 @@ FLIPPED: dict[str, Any] = {
     "embedding_scale": 2.0,
     "attention_scale": 0.3,
     "attention_softcap": 1.0,
+    "attention_sinks": True,
     "logit_softcap": 1.0,
     "window": 2,
     "full_attention_every": ({"window": 2}, 2),
@@ -71,6 +72,7 @@ LOSS: dict[str, Any] = {
     "softcap": 1.0,
     "return_lse": True,
     "positions": jnp.arange(4) + 1,
+    "segment_ids": TOKENS // 3,
     "chunk": 4,
 }
 # So many samples that no option leaves all of them as they are.

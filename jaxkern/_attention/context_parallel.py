@@ -1,7 +1,7 @@
 """Attention of whole arrays by a ring of devices, and the order of the tokens in it."""
 
 from functools import partial
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from .._core.checks import check_flag, check_integer, kind_of, raise_unknown
 from .._core.dispatch import Implementation, check_implementation
 from .checks import check_query_key_value, check_scale
 from .dilation import Dilation
-from .ring import check_layout, check_ring_dilation, ring_attention
+from .ring import RingOptions, check_layout, check_ring_dilation, ring_attention
 from .ring_steps import Layout
 
 
@@ -85,12 +85,9 @@ def context_parallel_attention(
     *,
     mesh: Mesh,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout | None = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: Literal[False] = ...,
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> Array: ...
 
 
@@ -102,12 +99,9 @@ def context_parallel_attention(
     *,
     mesh: Mesh,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout | None = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: Literal[True],
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> tuple[Array, Array]: ...
 
 
@@ -119,12 +113,9 @@ def context_parallel_attention(
     *,
     mesh: Mesh,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout | None = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: bool,
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> Array | tuple[Array, Array]: ...
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args, overload
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 from jax import lax
 from jaxtyping import Array, Float
@@ -18,6 +18,15 @@ from .ring_steps import DeviceRing, Layout, attend_around
 from .tiles import with_infinity
 
 
+class RingOptions(TypedDict, total=False):
+    """The options of a ring that are the same for `context_parallel_attention`."""
+
+    is_causal: bool
+    scale: float | None
+    dilation: Dilation | None
+    implementation: Implementation | None
+
+
 @overload
 def ring_attention(
     query: Array,
@@ -25,12 +34,9 @@ def ring_attention(
     value: Array,
     *,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: Literal[False] = ...,
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> Array: ...
 
 
@@ -41,12 +47,9 @@ def ring_attention(
     value: Array,
     *,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: Literal[True],
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> tuple[Array, Array]: ...
 
 
@@ -57,12 +60,9 @@ def ring_attention(
     value: Array,
     *,
     axis_name: str,
-    is_causal: bool = ...,
     layout: Layout = ...,
-    scale: float | None = ...,
-    dilation: Dilation | None = ...,
     return_lse: bool,
-    implementation: Implementation | None = ...,
+    **options: Unpack[RingOptions],
 ) -> Array | tuple[Array, Array]: ...
 
 

@@ -15,7 +15,8 @@ and device. A named implementation runs or raises.
 - `cross_entropy` and `rotary_embedding`.
 
 `jaxkern.nn` has modules that own parameters and call these functions.
-`jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
+`jaxkern.compress`, which must be imported, compresses the MLPs of a language model, and
+`jaxkern.testing`, which must be imported too, tests Pallas kernels without a GPU.
 """
 
 from . import nn as nn

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 import jaxkern
+import jaxkern.compress
 import jaxkern.testing
 from docs import check, tables
 
@@ -25,7 +26,7 @@ WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.
 PAGES = [README, *sorted(WRITTEN)]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
-MODULES = jaxkern, jaxkern.nn, jaxkern.testing
+MODULES = jaxkern, jaxkern.nn, jaxkern.compress, jaxkern.testing
 MEMBERS = types.FunctionType, property, staticmethod, classmethod
 MOST_README_LINES = 150
 
@@ -237,6 +238,8 @@ LACKING = {
     "jaxkern.PackedMask": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.pack_mask": ("References:",),
     "jaxkern.unpack_mask": ("References:",),
+    "jaxkern.compress.LayerReport": ("Args:", "Raises:", "References:"),
+    "jaxkern.compress.Report": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.nn.KVCache": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.nn.MaskLogits": ("Args:", "Raises:", "References:"),
     "jaxkern.nn.PackedWeight": ("$", "Args:", "Raises:", "References:"),

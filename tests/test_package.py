@@ -11,9 +11,12 @@ from types import ModuleType
 import pytest
 
 import jaxkern
+import jaxkern.compress
 
 
-@pytest.mark.parametrize("module", [jaxkern, jaxkern.nn], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [jaxkern, jaxkern.nn, jaxkern.compress], ids=lambda m: m.__name__
+)
 def test_all_is_every_public_name(module):
     public = {
         name

@@ -2,6 +2,7 @@
 
 from ._attention import MultiHeadAttention as MultiHeadAttention
 from ._cache import KVCache as KVCache
+from ._compressed_mlp import CompressedMLP as CompressedMLP
 from ._dense_mlp import MLP as MLP
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
@@ -15,6 +16,7 @@ from ._mlp import LowRankReLU2 as LowRankReLU2
 from ._mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
+from ._packed_mlp import Packed24Linear as Packed24Linear
 from ._packed_mlp import Packed24ReLU2 as Packed24ReLU2
 from ._packed_mlp import PackedWeight as PackedWeight
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
@@ -26,6 +28,7 @@ from ._transformer import TransformerLM as TransformerLM
 
 __all__ = [
     "Bilinear",
+    "CompressedMLP",
     "FlashMLP",
     "KVCache",
     "LongNet",
@@ -38,6 +41,7 @@ __all__ = [
     "MaskedLinear",
     "MultiHeadAttention",
     "MultiHeadMLP",
+    "Packed24Linear",
     "Packed24ReLU2",
     "PackedWeight",
     "QuadraticTransformer",

@@ -244,6 +244,7 @@ LACKING = {
     "jaxkern.nn.MaskLogits": ("Args:", "Raises:", "References:"),
     "jaxkern.nn.PackedWeight": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.nn.SHARDING_RULES": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.TransformerConfig": ("$",),
     "jaxkern.nn.get_sharding": ("$",),
     "jaxkern.nn.mask_sparsity": ("Raises:", "References:"),
     "jaxkern.nn.parse_mesh_sizes": ("$", "References:"),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
 from .._core.precision import widen
@@ -144,28 +143,6 @@ def stream[State](
         batch = tokens[start : start + batch_size]
         states = step(weights, states, others, batch)
     return states
-
-
-def layers_in_list(layers: Any, num_layers: int) -> Any:
-    """Return a list of the layers of a model, which may be stacked.
-
-    The new layers share their arrays with those given if these are a list.
-    """
-    if isinstance(layers, nnx.List):
-        return nnx.List(nnx.clone(layer) for layer in layers)
-    stacked = {nnx.PARTITION_NAME: "layers"}
-    each = []
-    for i in range(num_layers):
-        each.append(nnx.spmd.remove_axis(_take(layers, i), 0, stacked))
-    return nnx.List(each)
-
-
-@jax.jit
-def _take(layers: Any, i: jax.Array) -> Any:
-    def take(a):
-        return lax.dynamic_index_in_dim(a, i, keepdims=False)
-
-    return jax.tree.map(take, layers)
 
 
 def chosen_layers(op: str, layers: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -21,6 +21,7 @@ from .._core.precision import widen
 from .._sparsity.packed import Packed24, pack_2_4, unpack_2_4
 from .._sparsity.select import GROUP
 from ..nn._common import check_tokens, read_tokens, relative_loss
+from ..nn._layers import layers_in_list
 from ..nn._transformer import TransformerLM
 from ._calibration import (
     Loss,
@@ -30,7 +31,6 @@ from ._calibration import (
     chosen_layers,
     empty_loss,
     empty_moment,
-    layers_in_list,
     stream,
 )
 from ._low_rank import LowRankMethod, Tied, by_size, closest_factors, root_of, tie
@@ -167,7 +167,7 @@ def compress(
         raise TypeError(f"{OP}: model must be a TransformerLM, got {kind_of(model)}")
     plan = _read(method, rank, energy, target_parameters, transposable)
     batch_size = check_integer(OP, "batch_size", batch_size)
-    count = model.cache_shape[0]
+    count = model.config.num_layers
     chosen = chosen_layers(OP, layers, count)
     if calibration is not None:
         check_tokens(OP, "calibration", calibration)

@@ -7,8 +7,9 @@ python examples/compress_llama.py --folder DIR     a model of Hugging Face, or o
 
 It prints the perplexity of held-out text, the parameters and the time of a token before
 and after, and after fine-tuning, and the report of the best result, which --save DIR
-keeps. The text is Python's standard library, or --text FILE. A folder needs its tokenizer.json
-and the packages safetensors and tokenizers; without a folder, a character is a token.
+keeps. The text is Python's standard library, or --text FILE. A folder needs its
+tokenizer.json and the packages safetensors and tokenizers; without a folder, a character
+is a token.
 """
 
 import argparse

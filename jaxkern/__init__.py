@@ -14,11 +14,13 @@ and device. A named implementation runs or raises.
   `straight_through` and `reinmax`.
 - `cross_entropy` and `rotary_embedding`.
 
-`jaxkern.nn` has modules that own parameters and call these functions.
-`jaxkern.compress`, which must be imported, compresses the MLPs of a language model, and
-`jaxkern.testing`, which must be imported too, tests Pallas kernels without a GPU.
+`jaxkern.nn` has modules that own parameters and call these functions, `jaxkern.models`
+reads and writes checkpoints, and `jaxkern.compress` compresses the MLPs of a language
+model. `jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
 """
 
+from . import compress as compress
+from . import models as models
 from . import nn as nn
 from ._attention.block_mask.mask import BlockMask as BlockMask
 from ._attention.block_sparse import block_sparse_attention as block_sparse_attention
@@ -62,6 +64,7 @@ __all__ = [
     "attention",
     "binary_concrete",
     "block_sparse_attention",
+    "compress",
     "context_parallel_attention",
     "cross_entropy",
     "dilated_attention",
@@ -74,6 +77,7 @@ __all__ = [
     "masked_matmul",
     "matmul_2_4",
     "merge_attention",
+    "models",
     "nn",
     "pack_2_4",
     "pack_mask",

@@ -1,4 +1,4 @@
-"""The text and the small model that `compress_mlp.py` and `train_2_4.py` share."""
+"""The text that examples share, and the small model of `train_2_4.py`."""
 
 import sysconfig
 from collections.abc import Callable
@@ -10,16 +10,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxkern.nn import LowRankReLU2, LowRankSwiGLU, SwiGLU
+from jaxkern.nn import LowRankReLU2
 
 CONTEXT, EMBED, VOCAB = 16, 32, 128
 FEATURES = CONTEXT * EMBED
 HELD_OUT = 20_000
-MLP = SwiGLU | LowRankSwiGLU | LowRankReLU2
 
 
-def read_text() -> tuple[np.ndarray, jax.Array]:
-    """Return ASCII codes to train on, and windows of the held-out end to test with.
+def read_codes() -> tuple[np.ndarray, np.ndarray]:
+    """Return ASCII codes to train on, and those of the end, which is held out.
 
     The text is the top-level modules of Python's standard library.
     """
@@ -27,8 +26,13 @@ def read_text() -> tuple[np.ndarray, jax.Array]:
     text = b"".join(path.read_bytes() for path in files)[:2_000_000]
     codes = np.frombuffer(text, np.uint8)
     codes = codes[codes < VOCAB].astype(np.int32)
-    starts = np.arange(0, HELD_OUT - CONTEXT, 5)
-    return codes[:-HELD_OUT], windows_of(codes[-HELD_OUT:], starts)
+    return codes[:-HELD_OUT], codes[-HELD_OUT:]
+
+
+def read_text() -> tuple[np.ndarray, jax.Array]:
+    """Return codes to train on, and windows of the held-out end to test with."""
+    codes, held_out = read_codes()
+    return codes, windows_of(held_out, np.arange(0, HELD_OUT - CONTEXT, 5))
 
 
 def windows_of(codes: np.ndarray, starts: np.ndarray) -> jax.Array:
@@ -46,10 +50,10 @@ def draw_windows(
 class CharacterModel(nnx.Module):
     """Embeddings, one residual MLP and a linear head, which predict a character."""
 
-    def __init__(self, make_mlp: Callable[..., MLP], *, rngs: nnx.Rngs):
+    def __init__(self, make_mlp: Callable[..., LowRankReLU2], *, rngs: nnx.Rngs):
         self.embed = nnx.Embed(VOCAB, EMBED, rngs=rngs)
         self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
-        self.mlp: MLP = make_mlp(rngs=rngs)
+        self.mlp = make_mlp(rngs=rngs)
         self.head = nnx.Linear(FEATURES, VOCAB, rngs=rngs)
 
     def hidden(self, context: jax.Array) -> jax.Array:

@@ -14,11 +14,12 @@ and device. A named implementation runs or raises.
   `straight_through` and `reinmax`.
 - `cross_entropy` and `rotary_embedding`.
 
-`jaxkern.nn` has modules that own parameters and call these functions, and
-`jaxkern.models` reads and writes open checkpoints.
-`jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
+`jaxkern.nn` has modules that own parameters and call these functions, `jaxkern.models`
+reads and writes checkpoints, and `jaxkern.compress` compresses the MLPs of a language
+model. `jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
 """
 
+from . import compress as compress
 from . import models as models
 from . import nn as nn
 from ._attention.block_mask.mask import BlockMask as BlockMask
@@ -65,6 +66,7 @@ __all__ = [
     "attention",
     "binary_concrete",
     "block_sparse_attention",
+    "compress",
     "context_parallel_attention",
     "cross_entropy",
     "dilated_attention",

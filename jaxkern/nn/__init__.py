@@ -5,6 +5,7 @@ from ._attention_fn import attention_fn as attention_fn
 from ._bilinear import Bilinear as Bilinear
 from ._bilinear import MaskedBilinear as MaskedBilinear
 from ._cache import KVCache as KVCache
+from ._compressed_mlp import CompressedMLP as CompressedMLP
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
 from ._low_rank_mlp import LowRankReLU2 as LowRankReLU2
@@ -16,6 +17,7 @@ from ._mlp import MLP as MLP
 from ._mlp import FlashMLP as FlashMLP
 from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
+from ._packed_mlp import Packed24Linear as Packed24Linear
 from ._packed_mlp import Packed24ReLU2 as Packed24ReLU2
 from ._packed_mlp import PackedWeight as PackedWeight
 from ._quadratic import QuadraticTransformer as QuadraticTransformer
@@ -28,6 +30,7 @@ from ._transformer_options import TransformerConfig as TransformerConfig
 
 __all__ = [
     "Bilinear",
+    "CompressedMLP",
     "FlashMLP",
     "KVCache",
     "LongNet",
@@ -40,6 +43,7 @@ __all__ = [
     "MaskedLinear",
     "MultiHeadAttention",
     "MultiHeadMLP",
+    "Packed24Linear",
     "Packed24ReLU2",
     "PackedWeight",
     "QuadraticTransformer",

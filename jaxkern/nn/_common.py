@@ -181,12 +181,17 @@ def relative_loss(
     w: Float[Array, "*shape"], approximation: Float[Array, "*shape"]
 ) -> float:
     r"""Return $\|W - A\|_F / \|W\|_F$, or 0 for $W = 0$, without over- or underflow."""
+    return float(_relative_loss(w, approximation))
+
+
+@jax.jit
+def _relative_loss(w: jax.Array, approximation: jax.Array) -> jax.Array:
     w, approximation = widen(w), widen(approximation)
     largest = jnp.abs(w).max()
     largest = jnp.where(largest > 0, largest, 1)
     norm = jnp.linalg.norm(w / largest)
     lost = jnp.linalg.norm((w - approximation) / largest)
-    return float(lost / jnp.where(norm > 0, norm, 1))
+    return lost / jnp.where(norm > 0, norm, 1)
 
 
 def make_kernel(

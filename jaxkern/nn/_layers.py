@@ -28,6 +28,28 @@ def make_layers(make_block, num_layers: int, scan_layers: bool, rngs: nnx.Rngs):
     return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})(keys)
 
 
+def layers_in_list(layers: Any, num_layers: int) -> Any:
+    """Return a list of the layers of a model, which may be stacked.
+
+    The new layers share their arrays with those given if these are a list.
+    """
+    if isinstance(layers, nnx.List):
+        return nnx.List(nnx.clone(layer) for layer in layers)
+    stacked = {nnx.PARTITION_NAME: "layers"}
+    each = []
+    for i in range(num_layers):
+        each.append(nnx.spmd.remove_axis(_layer_of(layers, i), 0, stacked))
+    return nnx.List(each)
+
+
+@jax.jit
+def _layer_of(layers: Any, i: jax.Array) -> Any:
+    def take(a):
+        return lax.dynamic_index_in_dim(a, i, keepdims=False)
+
+    return jax.tree.map(take, layers)
+
+
 def run_layers(
     layers: Any, kinds: Sequence[LayerKind], step: Callable[..., Any], carry: Any
 ) -> Any:

@@ -195,7 +195,8 @@ class LowRankLinear(nnx.Module):
         kernel = widen(kernel)
         if not jnp.isfinite(kernel).all():
             raise ValueError(f"{op}: kernel must be finite, got NaN or infinity in it")
-        w_in, w_out = (w.astype(self.param_dtype) for w in _factors(kernel, self.rank))
+        factors = _closest(kernel, self.rank)
+        w_in, w_out = (w.astype(self.param_dtype) for w in factors)
         self.w_in.set_value(w_in)
         self.w_out.set_value(w_out)
         with jax.default_matmul_precision("highest"):
@@ -203,10 +204,41 @@ class LowRankLinear(nnx.Module):
 
 
 @on_automatic_axes(lambda kernel: (P(kernel[0], None), P(None, kernel[1])))
-def _factors(
+def _closest(
     kernel: Float[Array, "d_in d_out"], rank: int
 ) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
     """Return the two factors for the largest singular values."""
-    left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
-    root = jnp.sqrt(values[:rank])
-    return left[:, :rank] * root[None], root[:, None] * right[:rank]
+    return project(kernel, right_singular_vectors(kernel)[1], rank)
+
+
+def right_singular_vectors(
+    kernel: Float[Array, "d_in d_out"], root: Float[Array, "d_in d_in"] | None = None
+) -> tuple[Float[Array, " k"], Float[Array, "k d_out"]]:
+    r"""Return singular values and right singular vectors of $R^T W$, largest first.
+
+    $R$ is the `root`; None for the identity.
+    """
+    with jax.default_matmul_precision("highest"):
+        whitened = kernel if root is None else root.mT @ kernel
+    _, values, right = jnp.linalg.svd(whitened, full_matrices=False)
+    return values, right
+
+
+def project(
+    kernel: Float[Array, "d_in d_out"], right: Float[Array, "k d_out"], rank: int
+) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]]:
+    r"""Return two factors of equal norms whose product is $W V_r V_r^T$.
+
+    With the right singular vectors of $R^T W$ it minimizes
+    $\|R^T (W - W_{in} W_{out})\|_F$, for an $R$ without an inverse, too.
+    """
+    largest = jnp.abs(kernel).max()
+    largest = jnp.where(largest > 0, largest, 1)
+    right = right[:rank]
+    # Without this division, squares of tiny weights would vanish in the norm.
+    with jax.default_matmul_precision("highest"):
+        left = (kernel / largest) @ right.mT
+    root = jnp.sqrt(jnp.linalg.norm(left, axis=0))
+    left = left / jnp.where(root > 0, root, 1)[None]
+    unit = jnp.sqrt(largest)
+    return unit * left, (unit * root)[:, None] * right

@@ -1,6 +1,7 @@
 """MLPs whose weights are products of two thin factors."""
 
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +9,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from .._core.checks import check_integer
 from .._core.dispatch import Implementation
 from .._mlp.relu2 import (
     Gradient,
@@ -42,7 +44,7 @@ class LowRankSwiGLU(nnx.Module):
     Args:
         embed_dim: The size of the last axis of the input and the output.
         hidden_dim: The size of the gated layer.
-        rank: The rank of all three weights.
+        rank: The rank of all three weights, or the ranks of gate, up and down.
         dtype: The dtype of the computation; None promotes the dtypes of input and
             parameters.
         param_dtype: The dtype of the parameters.
@@ -79,34 +81,30 @@ class LowRankSwiGLU(nnx.Module):
         embed_dim: int,
         hidden_dim: int,
         *,
-        rank: int,
+        rank: int | tuple[int, int, int],
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        embed_dim, hidden_dim, rank = check_arguments(
-            "LowRankSwiGLU",
-            implementation,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            rank=rank,
+        op = "LowRankSwiGLU"
+        embed_dim, hidden_dim = check_arguments(
+            op, implementation, embed_dim=embed_dim, hidden_dim=hidden_dim
         )
+        self.rank, (gate, up, down) = _check_ranks(op, rank, ("gate", "up", "down"))
         linear = partial(
             LowRankLinear,
-            rank=rank,
             kernel_init=kernel_init,
             implementation=implementation,
-            **check_dtypes("LowRankSwiGLU", dtype, param_dtype, rngs),
+            **check_dtypes(op, dtype, param_dtype, rngs),
         )
         widen, narrow = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
-        self.gate = linear(embed_dim, hidden_dim, axis_names=widen)
-        self.up = linear(embed_dim, hidden_dim, axis_names=widen)
-        self.down = linear(hidden_dim, embed_dim, axis_names=narrow)
+        self.gate = linear(embed_dim, hidden_dim, rank=gate, axis_names=widen)
+        self.up = linear(embed_dim, hidden_dim, rank=up, axis_names=widen)
+        self.down = linear(hidden_dim, embed_dim, rank=down, axis_names=narrow)
         self.embed_dim = embed_dim
         self.hidden_dim = hidden_dim
-        self.rank = rank
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
 
@@ -167,7 +165,7 @@ class LowRankReLU2(nnx.Module):
         embed_dim: The size of the last axis of the input and the output.
         hidden_dim: The size of the activated layer. It is usually 1.5 times that of a
             SwiGLU, since there is no gate.
-        rank: The rank of both weights.
+        rank: The rank of both weights, or the ranks of up and down.
         sparsity: The sparsity of the activations, as in `jaxkern.low_rank_relu2`.
         gradient: The gradient of the sparsity, as in `jaxkern.low_rank_relu2`.
         dtype: The dtype of the computation; None promotes the dtypes of input and
@@ -206,7 +204,7 @@ class LowRankReLU2(nnx.Module):
         embed_dim: int,
         hidden_dim: int,
         *,
-        rank: int,
+        rank: int | tuple[int, int],
         sparsity: Sparsity | None = None,
         gradient: Gradient | None = None,
         dtype: Dtype | None = None,
@@ -215,30 +213,26 @@ class LowRankReLU2(nnx.Module):
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
-        embed_dim, hidden_dim, rank = check_arguments(
-            "LowRankReLU2",
-            implementation,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            rank=rank,
+        op = "LowRankReLU2"
+        embed_dim, hidden_dim = check_arguments(
+            op, implementation, embed_dim=embed_dim, hidden_dim=hidden_dim
         )
+        self.rank, (up, down) = _check_ranks(op, rank, ("up", "down"))
         linear = partial(
             LowRankLinear,
-            rank=rank,
             kernel_init=kernel_init,
             implementation=implementation,
-            **check_dtypes("LowRankReLU2", dtype, param_dtype, rngs),
+            **check_dtypes(op, dtype, param_dtype, rngs),
         )
-        check_sparsity("LowRankReLU2", sparsity)
-        check_gradient("LowRankReLU2", sparsity, gradient)
+        check_sparsity(op, sparsity)
+        check_gradient(op, sparsity, gradient)
         upward, downward = ("embed", "rank", "mlp"), ("mlp", "rank", "embed")
-        self.up = linear(embed_dim, hidden_dim, axis_names=upward)
-        self.down = linear(hidden_dim, embed_dim, axis_names=downward)
+        self.up = linear(embed_dim, hidden_dim, rank=up, axis_names=upward)
+        self.down = linear(hidden_dim, embed_dim, rank=down, axis_names=downward)
         self.sparsity: Sparsity | None = sparsity
         self.gradient: Gradient | None = gradient
         self.embed_dim = embed_dim
         self.hidden_dim = hidden_dim
-        self.rank = rank
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
 
@@ -285,3 +279,19 @@ class LowRankReLU2(nnx.Module):
             errors[name] = relative_loss(w, unpack_2_4(factors[name]).mT)
         options = {"dtype": self.dtype, "implementation": self.implementation}
         return Packed24ReLU2(factors, **options), errors
+
+
+def _check_ranks(
+    op: str, rank: Any, names: tuple[str, ...]
+) -> tuple[Any, tuple[int, ...]]:
+    """Return the rank or ranks as Python integers, and the rank of each weight."""
+    if not isinstance(rank, tuple | list):
+        rank = check_integer(op, "rank", rank)
+        return rank, (rank,) * len(names)
+    if len(rank) != len(names):
+        raise ValueError(
+            f"{op}: rank must be an integer or those of {', '.join(names)}, got {rank}"
+        )
+    named = zip(names, rank, strict=True)
+    ranks = tuple(check_integer(op, f"rank of {name}", one) for name, one in named)
+    return ranks, ranks

@@ -299,7 +299,7 @@ class MLP(nnx.Module):
         gates = ()
         if self.w_gate is not None:
             gates = (self._product(x, self.w_gate, self.b_gate),)
-        hidden = _activate(self.activation, up, *gates)
+        hidden = activate(self.activation, up, *gates)
         return self._product(hidden, self.w_down, self.b_down)
 
     def _product(self, x, kernel, bias):
@@ -310,7 +310,7 @@ class MLP(nnx.Module):
 
 
 @partial(recompute, static_argnums=0)
-def _activate(activation, up, gate=None):
+def activate(activation, up, gate=None):
     """Return the activated layer, computed in float32 and rounded once."""
     act = get_activation("MLP", activation).value
     wide = act(widen(up)) if gate is None else act(widen(gate)) * widen(up)

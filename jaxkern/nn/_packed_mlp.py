@@ -1,5 +1,6 @@
-"""MLPs with packed weights, for inference."""
+"""Modules with packed weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from .._core.checks import check_dtype
+from .._core.checks import check_dtype, check_shape
 from .._core.dispatch import Implementation, check_implementation
 from .._mlp.relu2 import low_rank_relu2
-from .._sparsity.packed import Packed24
+from .._sparsity.matmul import matmul_2_4
+from .._sparsity.packed import Packed24, check_packed_24
 from ._common import check_input
 
 # The names of the factors, in the order in which they are multiplied.
@@ -35,6 +37,79 @@ class PackedWeight(nnx.Variable[jax.Array]):
         assert not isinstance(weight, nnx.Param)
         ```
     """
+
+
+class Packed24Linear(nnx.Module):
+    r"""A linear layer without a bias whose weight is 2:4-sparse and packed.
+
+    $$y = x\, \mathrm{unpack}(P)^T$$
+
+    It calls `jaxkern.matmul_2_4`. The call maps x (..., in_features) to (...,
+    out_features). The kept values are an `nnx.Param` and learn; which are kept is a
+    `PackedWeight` and stays. `jaxkern.compress` puts it into language models.
+
+    Args:
+        weight: `jaxkern.pack_2_4` of the transposed weight, whose shape is
+            (out_features, in_features). The values keep their dtype.
+        dtype: The dtype of the computation; None promotes the dtypes of input and
+            values.
+        implementation: As in `jaxkern.matmul_2_4`.
+
+    Raises:
+        TypeError: `weight` is not a `Packed24`, or `dtype` is not a floating-point
+            dtype.
+        ValueError: The values are not a matrix, or `implementation` is unknown.
+
+    Examples:
+        ```python
+        import jax.numpy as jnp
+        import jaxkern
+        from jaxkern import nn
+
+        w = jnp.array([[3.0], [1.0], [2.0], [4.0]])
+        layer = nn.Packed24Linear(jaxkern.pack_2_4(w.T))
+        print(layer(jnp.eye(4)).T)
+        ```
+        ```text
+        [[3. 0. 0. 4.]]
+        ```
+
+    References:
+        Accelerating Sparse Deep Neural Networks: https://arxiv.org/abs/2104.08378.
+    """
+
+    def __init__(
+        self,
+        weight: Packed24,
+        *,
+        dtype: Dtype | None = None,
+        implementation: Implementation | None = None,
+    ):
+        op = "Packed24Linear"
+        check_implementation(op, implementation)
+        if dtype is not None:
+            check_dtype(op, "dtype", dtype)
+        weight = check_packed_24(op, weight, "weight")
+        check_shape(op, "values", weight.values, ("out_features", "kept"))
+        self.values = nnx.Param(weight.values)
+        self.indices = PackedWeight(weight.indices)
+        self.in_features = weight.features
+        self.out_features = weight.values.shape[0]
+        self.dtype = dtype
+        self.implementation: Implementation | None = implementation
+
+    @property
+    def weight(self) -> Packed24:
+        """The packed transpose of the weight, as `jaxkern.matmul_2_4` takes it."""
+        return Packed24(self.values[...], self.indices[...], self.in_features)
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        x = check_input("Packed24Linear", x, self.in_features)
+        x, values = promote_dtype((x, self.values[...]), dtype=self.dtype)
+        weight = replace(self.weight, values=values)
+        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        y = matmul_2_4(weight, rows.mT, implementation=self.implementation).mT
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 class Packed24ReLU2(nnx.Module):

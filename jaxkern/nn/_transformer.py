@@ -210,6 +210,7 @@ class TransformerLM(Loss, Decoding):
             else make_kernel(linear_init, rngs, shape[::-1], param_dtype, names[::-1])
         )
         self.config = config
+        self.attention_fn = attention_fn
         self.kinds = config.layer_kinds
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length

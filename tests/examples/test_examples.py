@@ -9,7 +9,7 @@ import pytest
 from benchmarks import _report
 from examples import (
     _program,
-    compress_mlp,
+    compress_llama,
     learn_masks,
     long_context,
     train_2_4,
@@ -28,20 +28,27 @@ def test_quickstart(capsys):
     assert [int(line.split()[1]) for line in lines[:3]] == sizes
 
 
-@pytest.mark.usefixtures("optimized")
-def test_compress_mlp(monkeypatch, capsys):
-    for name, value in {"STEPS": 60, "TUNING_STEPS": 30, "BATCH": 128}.items():
-        monkeypatch.setattr(compress_mlp, name, value)
-    monkeypatch.setattr("_characters.HELD_OUT", 5000)
-    compress_mlp.main()
-    rows = capsys.readouterr().out.splitlines()[2:5]
-    losses = [float(row[28:].split()[2]) for row in rows]
-    trained, cut, tuned = losses
+def test_compress_llama(monkeypatch, tmp_path, capsys):
+    for name, value in {"EMBED": 16, "HIDDEN": 32, "LAYERS": 1, "HEADS": 2}.items():
+        monkeypatch.setattr(compress_llama, name, value)
+    methods = {name: compress_llama.METHODS[name] for name in ("SVD-LLM", "2:4 Wanda")}
+    monkeypatch.setattr(compress_llama, "METHODS", methods)
+    monkeypatch.setattr(compress_llama, "SHARES", (0.5,))
+    argv = ["--steps", "40", "--tuning-steps", "20", "--context-length", "16"]
+    picture = tmp_path / "loss.png"
+    given, low, sparse = compress_llama.main([*argv, "--plot", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:18].strip() for line in lines[3:6]] == ["given", *methods]
     # Characters of the text have an entropy of 3.4 nats without any context.
-    assert trained < 3.2
-    assert tuned < cut and trained < cut
-    assert rows[1].split()[-2] == "-"
-    assert float(rows[2][28:].split()[0]) == pytest.approx(0.36)
+    assert given.before < 3.4
+    for row in (low, sparse):
+        assert row.tuned < row.before and row.before > given.before
+    # A half of three weights of 16 by 32; rounded ranks may leave some of it.
+    mlps = 3 * 16 * 32
+    assert given.parameters - sparse.parameters == mlps // 2
+    assert 0 <= given.parameters - low.parameters - mlps // 2 < 2 * (16 + 32)
+    assert any(line.startswith("the smallest loss") for line in lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("optimized")
@@ -119,6 +126,11 @@ def test_learn_masks(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "example, arguments, message",
     [
+        (compress_llama, ["--steps", "0"], "--steps must be at least 1, got 0"),
+        (compress_llama, ["--plot", "no/p.png"], "--plot must be in a folder to write"),
+        (compress_llama, ["--folder", "no"], "--folder must have a tokenizer.json"),
+        (compress_llama, ["--text", "no"], "--text must be a file to read, got 'no'"),
+        (compress_llama, ["--save", "."], "--save must be a new folder, got '.'"),
         (learn_masks, ["--steps", "1"], "--steps must be at least 2, got 1"),
         (learn_masks, ["--mask-steps", "0"], "--mask-steps must be at least 1, got 0"),
         (learn_masks, ["--plot", "p.txt"], "--plot must end in .png, .svg or .pdf"),

@@ -10,27 +10,16 @@ import hashlib
 import math
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from _tokenizers import Bytes, Tokenizer
 
 HELD_OUT = 0.05
 Batch = dict[str, jax.Array]
-
-
-class Bytes:
-    """The tokenizer of models that read bytes."""
-
-    unit, vocab_size = "byte", 256
-
-    def encode(self, document: bytes) -> np.ndarray:
-        return np.frombuffer(document, np.uint8)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode(errors="replace")
 
 
 class Text(NamedTuple):
@@ -77,15 +66,10 @@ def find_files(paths: Sequence[Path] | None) -> list[Path]:
     return files
 
 
-def read_text(
-    paths: Sequence[Path] | None, encode: Callable[[bytes], np.ndarray] | None = None
-) -> Text:
-    """Read the files of a text, each a document, and encode them, by default as bytes.
-
-    Files without a token are left out.
-    """
-    encode = encode or Bytes().encode
-    documents = [encode(file.read_bytes()) for file in find_files(paths)]
+def read_text(paths: Sequence[Path] | None, tokenizer: Tokenizer | None = None) -> Text:
+    """Read the files of a text, each a document; files without a token are left out."""
+    tokenizer = tokenizer or Bytes()
+    documents = [tokenizer.encode(file.read_bytes()) for file in find_files(paths)]
     documents = [document for document in documents if len(document)]
     starts = np.cumsum([0, *map(len, documents)])[:-1]
     tokens = np.concatenate(documents) if documents else np.zeros(0, np.uint8)
@@ -98,15 +82,18 @@ def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> fl
     return float(-np.log(p[held_out]).mean())
 
 
-def share(
-    mesh: jax.sharding.Mesh, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]
-) -> jax.Array:
-    """Return an array of parts, rows and places, whose rows the devices share.
+Specs = Mapping[str, jax.ShapeDtypeStruct]
 
-    `read` gets the slices that a device of this process has, and no others.
-    """
+
+def make_specs(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, packed: bool
+) -> Specs:
+    """Return what a batch is: parts, rows and places, whose rows the devices share."""
     rows = jax.NamedSharding(mesh, jax.P(None, ("data", "fsdp")))
-    return jax.make_array_from_callback(shape, rows, read)
+    shape = args.accumulate, args.batch, args.context_length + 1
+    names = ("tokens", "segment_ids") if packed else ("tokens",)
+    spec = jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
+    return dict.fromkeys(names, spec)
 
 
 class Windows:
@@ -122,19 +109,21 @@ class Windows:
         text: Text,
         args: argparse.Namespace,
         mesh: jax.sharding.Mesh,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ):
-        self.args, self.mesh, self.tokenizer = args, mesh, tokenizer or Bytes()
+        self.args, self.tokenizer = args, tokenizer or Bytes()
         unit = self.tokenizer.unit
         self.train, self.held_out = text.split(args.context_length, unit)
-        self.packed = len(text.starts) > 1
+        self.specs = make_specs(args, mesh, packed=len(text.starts) > 1)
         self.description = f"{len(self.train.tokens)} {unit}s to learn from"
+        # Without this, a run could resume with another text of the same name.
+        self.identity = {"text_sha256": hash_of(text)}
 
     def batch(self, step: int) -> Batch:
         return self._draw(self.train, self.args.accumulate, step)
 
-    def held_out_batch(self, i: int) -> Batch:
-        return self._draw(self.held_out, 1, i, 1)
+    def held_out_batches(self, count: int) -> list[Batch]:
+        return [self._draw(self.held_out, 1, i, 1) for i in range(count)]
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -151,22 +140,19 @@ class Windows:
         rng = np.random.default_rng((self.args.seed, *at))
         rows, length = parts * self.args.batch, self.args.context_length
         starts = rng.integers(0, len(text.tokens) - length, rows).reshape(parts, -1)
-        shape = *starts.shape, length + 1
 
         def places(part: Any) -> np.ndarray:
             return starts[part[:2]][..., None] + np.arange(length + 1)[part[2]]
 
-        def read(part: Any) -> np.ndarray:
-            return text.tokens[places(part)].astype(np.int32)
-
-        batch = {"tokens": share(self.mesh, shape, read)}
-        if self.packed:
-
-            def read_documents(part: Any) -> np.ndarray:
-                return text.documents_at(places(part))
-
-            batch["segment_ids"] = share(self.mesh, shape, read_documents)
-        return batch
+        reads = {
+            "tokens": lambda part: text.tokens[places(part)].astype(np.int32),
+            "segment_ids": lambda part: text.documents_at(places(part)),
+        }
+        shape = *starts.shape, length + 1
+        return {
+            name: jax.make_array_from_callback(shape, spec.sharding, reads[name])
+            for name, spec in self.specs.items()
+        }
 
 
 def hash_of(text: Text) -> str:

@@ -15,7 +15,7 @@ SIZES = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}
 POSITIVE = ("steps", "context_length", "batch", "accumulate", *SIZES, "every")
 # The options that may change when a run is resumed.
 HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
-HOW += ("tensorboard",)
+HOW += ("tensorboard", "prompt")
 
 
 def parse(
@@ -34,6 +34,10 @@ def parse(
     add = parser.add_argument_group("the text").add_argument
     help_text = "files, or folders of files, instead of the standard library"
     add("--text", type=Path, nargs="+", metavar="PATH", help=help_text)
+    help_data = "array of tokens (.npy) or ArrayRecords of documents, read by grain"
+    add("--data", type=Path, nargs="+", metavar="FILE", help=help_data)
+    add("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, for bytes")
+    add("--prompt", default="def ", help="what the model writes on from at the end")
     add("--context-length", type=int, default=128, help="tokens of a row")
     add = parser.add_argument_group("the optimizer").add_argument
     add("--steps", type=int, default=400, help="updates of the weights")
@@ -115,7 +119,28 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                 parser.error(f"--text must be a file to read, got {str(file)!r}")
         if not files:
             parser.error(f"--text must have a file in it, got {str(path)!r}")
+    if args.text and args.data:
+        parser.error("--data must be without --text: it is the text")
+    suffixes = {path.suffix == ".npy" for path in args.data or ()}
+    if len(suffixes) > 1:
+        parser.error("--data must be .npy files or ArrayRecords, not both")
+    files = [("--data", path) for path in args.data or ()]
+    files += [("--tokenizer", args.tokenizer)] if args.tokenizer else []
+    for name, path in files:
+        if not (path.is_file() and os.access(path, os.R_OK)):
+            parser.error(f"{name} must be a file to read, got {str(path)!r}")
+    if not args.prompt:
+        parser.error("--prompt must not be empty")
+    needs(parser, "--data", args.data, "grain")
+    needs(parser, "--tokenizer", args.tokenizer, "tokenizers")
+    needs(parser, "--tensorboard", args.tensorboard, "tensorboardX")
     if args.tensorboard and not args.folder:
         parser.error("--tensorboard needs --folder, which it writes to")
-    if args.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        parser.error("--tensorboard needs tensorboardX: pip install tensorboardX")
+
+
+def needs(
+    parser: argparse.ArgumentParser, name: str, value: object, package: str
+) -> None:
+    """Refuse an option whose package is not installed."""
+    if value and importlib.util.find_spec(package) is None:
+        parser.error(f"{name} needs {package}: pip install {package}")

@@ -17,7 +17,8 @@ srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder r
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,11 @@ import jax
 import numpy as np
 import optax
 from _checkpoints import Checkpoints
-from _documents import Windows, hash_of, read_text
+from _documents import Specs, Windows, make_specs, read_text
 from _log import Progress, Record, is_first, say
 from _options import parse
 from _program import run_program, save_figure
+from _tokenizers import Tokenizer, read_tokenizer
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -45,9 +47,11 @@ MLPS = {
 }
 
 
-def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.TransformerLM:
+def make_model(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, vocab_size: int
+) -> nn.TransformerLM:
     return nn.TransformerLM(
-        vocab_size=256,
+        vocab_size=vocab_size,
         context_length=args.context_length,
         embed_dim=args.embed_dim,
         num_layers=args.num_layers,
@@ -111,21 +115,24 @@ class Programs(NamedTuple):
     loss: Any
 
 
-def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Programs:
-    """Return the programs of a run.
+def make_programs(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, specs: Specs, vocab_size: int
+) -> Programs:
+    """Return the programs of a run on batches of the given specs.
 
     Nothing is computed yet, but sizes that do not fit the mesh are refused.
     """
     optimizer = make_optimizer(args)
+    make = partial(make_model, args, mesh, vocab_size)
 
     def make_state():
-        weights = nnx.state(make_model(args, mesh))
+        weights = nnx.state(make())
         return {"weights": weights, "moments": optimizer.init(weights)}
 
     def init():
         return pure(make_state())
 
-    graph = nnx.graphdef(nnx.eval_shape(partial(make_model, args, mesh)))
+    graph = nnx.graphdef(nnx.eval_shape(make))
     places = pure(nn.get_sharding(jax.eval_shape(make_state), mesh))
 
     def loss(weights, part):
@@ -147,20 +154,35 @@ def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Programs
     def evaluate(weights, batch):
         return loss(weights, jax.tree.map(lambda parts: parts[0], batch))
 
-    tokens = jax.ShapeDtypeStruct((args.batch, args.context_length + 1), np.int32)
-    jax.eval_shape(loss, jax.eval_shape(init)["weights"], {"tokens": tokens})
+    jax.eval_shape(evaluate, jax.eval_shape(init)["weights"], dict(specs))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     return Programs(graph, jax.jit(init, out_shardings=places), step, jax.jit(evaluate))
 
 
-def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Programs]:
-    """Return the mesh and the programs; an error ends the run with its reason."""
+@contextmanager
+def reasons() -> Iterator[None]:
+    """End the run with its reason where a ValueError is raised."""
     try:
-        sizes = args.mesh or f"data={jax.device_count()}"
-        mesh = nn.make_mesh(**nn.parse_mesh_sizes(sizes))
-        return mesh, make_programs(args, mesh)
+        yield
     except ValueError as error:
         sys.exit(str(error))
+
+
+def read_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
+    with reasons():
+        sizes = args.mesh or f"data={jax.device_count()}"
+        return nn.make_mesh(**nn.parse_mesh_sizes(sizes))
+
+
+def read_data(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> Any:
+    """Return the batches: `Windows` of a text in memory, or a `DataSet` by grain."""
+    if args.data is None:
+        return Windows(read_text(args.text, tokenizer), args, mesh, tokenizer)
+    from _datasets import DataSet
+
+    return DataSet(args, mesh, tokenizer)
 
 
 def pure(tree: Any) -> Any:
@@ -185,15 +207,16 @@ class Run(NamedTuple):
 
 
 def train(args: argparse.Namespace) -> Run:
-    text = read_text(args.text)
-    text.split(args.context_length)
-    mesh, programs = prepare(args)
-    with Checkpoints(args, {"text_sha256": hash_of(text)}) as checkpoints:
-        return train_on(Windows(text, args, mesh), args, mesh, programs, checkpoints)
+    mesh, tokenizer = read_mesh(args), read_tokenizer(args)
+    data = read_data(args, mesh, tokenizer)
+    with reasons():
+        programs = make_programs(args, mesh, data.specs, tokenizer.vocab_size)
+    with Checkpoints(args, data.identity) as checkpoints:
+        return train_on(data, args, mesh, programs, checkpoints)
 
 
 def train_on(
-    data: Windows,
+    data: Any,
     args: argparse.Namespace,
     mesh: jax.sharding.Mesh,
     programs: Programs,
@@ -208,19 +231,21 @@ def train_on(
     if read is not None:
         data.restore(read)
     state, losses, seconds = run_steps(data, args, state, first, programs, checkpoints)
-    batches = [data.held_out_batch(i) for i in range(EVALUATIONS)]
+    batches = data.held_out_batches(EVALUATIONS)
     found = np.mean([float(programs.loss(state["weights"], b)) for b in batches])
     unit = data.tokenizer.unit
-    say(f"held-out loss {found:.3f} nats a {unit}", end="; ")
-    say(f"knowing only the {unit}s' frequencies {data.baseline():.3f}")
-    write(args, nnx.merge(programs.graph, state["weights"]), mesh)
+    text, baseline = f"held-out loss {found:.3f} nats a {unit}", data.baseline()
+    if baseline is not None:
+        text += f"; knowing only the {unit}s' frequencies {baseline:.3f}"
+    say(text)
+    write(args, nnx.merge(programs.graph, state["weights"]), mesh, data.tokenizer)
     if first and checkpoints.log is not None:
         losses = [record["loss"] for record in checkpoints.log.read()]
     return Run(args.mlp, size, losses, seconds, float(found))
 
 
 def run_steps(
-    data: Windows,
+    data: Any,
     args: argparse.Namespace,
     state: Any,
     first: int,
@@ -232,7 +257,7 @@ def run_steps(
     The first step comes after compilation.
     """
     rate = jax.jit(make_schedule(args))
-    step = programs.step.lower(state, data.batch(first)).compile()
+    step = programs.step.lower(state, dict(data.specs)).compile()
     tokens = args.accumulate * args.batch * args.context_length
     losses, seconds, records = [], [], list[Record]()
     with Progress(args, first) as progress:
@@ -253,15 +278,22 @@ def run_steps(
     return state, losses, seconds
 
 
-def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
-    """Print the text with which the model continues `def `."""
-    prompt = np.array([list(b"def ")], np.int32)[:, : args.context_length // 2]
+def write(
+    args: argparse.Namespace, model, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> None:
+    """Print the text with which the model continues the prompt."""
+    prompt = np.asarray(tokenizer.encode(args.prompt.encode()), np.int32)[None]
+    if prompt.size and prompt[0, -1] == tokenizer.end:
+        prompt = prompt[:, :-1]
+    prompt = prompt[:, : args.context_length // 2]
+    if not prompt.size:
+        return say("the tokenizer knows no token of the prompt")
     prompt = jax.device_put(prompt, jax.NamedSharding(mesh, jax.P()))
     count = args.context_length - prompt.shape[1]
     options = {"temperature": 0.7, "top_p": 0.95, "key": jax.random.key(args.seed)}
     written = model.generate(prompt, max_new_tokens=count, **options)
     written = multihost_utils.process_allgather(written, tiled=True)
-    say(bytes(np.asarray(written[0]).tolist()).decode(errors="replace"))
+    say(tokenizer.decode(np.asarray(written[0]).tolist()))
 
 
 def compare(args: argparse.Namespace) -> list[Run]:
@@ -269,7 +301,9 @@ def compare(args: argparse.Namespace) -> list[Run]:
     each = [argparse.Namespace(**vars(args) | {"mlp": name}) for name in MLPS]
     # Without this, the last MLP would be refused after the first ones have trained.
     for one in each:
-        prepare(one)
+        mesh = read_mesh(one)
+        with reasons():
+            make_programs(one, mesh, make_specs(one, mesh, packed=False), 256)
     runs = []
     for one in each:
         say(f"\n{one.mlp}")

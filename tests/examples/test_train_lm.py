@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -121,6 +122,55 @@ def test_a_kill_beside_the_write_of_a_checkpoint_loses_no_line(
         run(*argv)
     run(*argv)
     assert read_log(folder) == read_log(finished)
+
+
+def read_events(folder):
+    """Return what TensorBoard shows, by name and step, read from its files."""
+    # Its names are made when it is imported.
+    from tensorboardX.proto import event_pb2
+
+    events: Any = event_pb2
+    found = {}
+    for file in sorted(folder.iterdir()):
+        rest = file.read_bytes()
+        while rest:
+            # A length of 8 bytes, its checksum of 4, the event, and its checksum.
+            size = int.from_bytes(rest[:8], "little")
+            event, rest = (
+                events.Event.FromString(rest[12 : 12 + size]),
+                rest[16 + size :],
+            )
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def test_two_batches_add_up_to_one_and_tensorboard_shows_it(tmp_path, text, finished):
+    pytest.importorskip("tensorboardX")
+    argv = "--batch", "4", "--accumulate", "2", "--mesh", "data=4,tensor=2"
+    run("--text", text, "--folder", str(tmp_path), *argv, "--tensorboard")
+    events = read_events(tmp_path / "tensorboard")
+    assert len(events) == 6 * 4
+    for one, other in zip(read_log(tmp_path), read_log(finished), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+        step = one.pop("step")
+        assert one == pytest.approx({k: events[k, step] for k in one})
+
+
+def test_a_data_set_goes_on_where_it_was_killed(tmp_path, capsys):
+    pytest.importorskip("grain")
+    np.save(tmp_path / "data.npy", np.arange(2000) % 250)
+    argv = "--data", str(tmp_path / "data.npy"), "--folder", str(tmp_path / "run")
+    run(*argv)
+    log = read_log(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    run(*argv)
+    assert read_log(tmp_path / "run") == log
+    printed = capsys.readouterr().out
+    assert "237 rows to learn from" in printed and "going on from step 4" in printed
+    np.save(tmp_path / "data.npy", np.arange(2001) % 250)
+    with pytest.raises(SystemExit, match="other settings: data_bytes 16128, now 16136"):
+        run(*argv)
 
 
 def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):

@@ -264,6 +264,16 @@ def test_batches_depend_on_their_place_only():
         (["--distributed", "--processes", "0"], "--processes must be at least 1, got"),
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be"),
         (["--mlp", "relu"], "invalid choice"),
+        (["--accumulate", "0"], "--accumulate must be at least 1"),
+        (["--warm-up", "6"], "--warm-up must be from 0 to below --steps, got 6"),
+        (["--clip", "0"], "--clip must be positive, or inf for none, got 0.0"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0 and finite"),
+        (["--prompt", ""], "--prompt must not be empty"),
+        (["--data", __file__, "--text", __file__], "--data must be without --text"),
+        (["--data", "a.npy", "b"], "--data must be .npy files or ArrayRecords"),
+        (["--data", "/nowhere/x"], "--data must be a file to read, got '/nowhere/x'"),
+        (["--tokenizer", "/nowhere/x"], "--tokenizer must be a file to read, got "),
+        (["--tensorboard"], "--tensorboard needs --folder, which it writes to"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
         (["--process", "0"], "--processes and --process need --distributed"),
@@ -274,6 +284,22 @@ def test_refusals(argv, message, capsys):
     with pytest.raises(SystemExit):
         parse(*argv)
     assert message in capsys.readouterr().err
+
+
+def test_options_need_their_packages_and_text_has_files(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        parse("--text", str(tmp_path))
+    assert f"--text must have a file in it, got '{tmp_path}'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    packages = {"data": "grain", "tokenizer": "tokenizers"}
+    for option, package in packages.items():
+        with pytest.raises(SystemExit):
+            parse(f"--{option}", __file__)
+        expected = f"--{option} needs {package}: pip install {package}"
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--tensorboard", "--folder", str(tmp_path))
+    assert "needs tensorboardX: pip install tensorb" in capsys.readouterr().err
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):

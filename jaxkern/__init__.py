@@ -14,10 +14,12 @@ and device. A named implementation runs or raises.
   `straight_through` and `reinmax`.
 - `cross_entropy` and `rotary_embedding`.
 
-`jaxkern.nn` has modules that own parameters and call these functions.
+`jaxkern.nn` has modules that own parameters and call these functions, and
+`jaxkern.models` reads and writes open checkpoints.
 `jaxkern.testing`, which must be imported, tests Pallas kernels without a GPU.
 """
 
+from . import models as models
 from . import nn as nn
 from ._attention.block_mask.mask import BlockMask as BlockMask
 from ._attention.block_sparse import block_sparse_attention as block_sparse_attention
@@ -73,6 +75,7 @@ __all__ = [
     "masked_matmul",
     "matmul_2_4",
     "merge_attention",
+    "models",
     "nn",
     "pack_2_4",
     "pack_mask",

@@ -25,7 +25,7 @@ WRITTEN = [page for page in Path("docs").rglob("*.md") if GENERATED not in page.
 PAGES = [README, *sorted(WRITTEN)]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
-MODULES = jaxkern, jaxkern.nn, jaxkern.testing
+MODULES = jaxkern, jaxkern.models, jaxkern.nn, jaxkern.testing
 MEMBERS = types.FunctionType, property, staticmethod, classmethod
 MOST_README_LINES = 150
 
@@ -237,10 +237,14 @@ LACKING = {
     "jaxkern.PackedMask": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.pack_mask": ("References:",),
     "jaxkern.unpack_mask": ("References:",),
+    "jaxkern.models.load": ("$",),
+    "jaxkern.models.read_config": ("$",),
+    "jaxkern.models.save": ("$",),
     "jaxkern.nn.KVCache": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.nn.MaskLogits": ("Args:", "Raises:", "References:"),
     "jaxkern.nn.PackedWeight": ("$", "Args:", "Raises:", "References:"),
     "jaxkern.nn.SHARDING_RULES": ("$", "Args:", "Raises:", "References:"),
+    "jaxkern.nn.TransformerConfig": ("$",),
     "jaxkern.nn.get_sharding": ("$",),
     "jaxkern.nn.mask_sparsity": ("Raises:", "References:"),
     "jaxkern.nn.parse_mesh_sizes": ("$", "References:"),

@@ -13,12 +13,15 @@ import pytest
 import jaxkern
 
 
-@pytest.mark.parametrize("module", [jaxkern, jaxkern.nn], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [jaxkern, jaxkern.models, jaxkern.nn], ids=lambda m: m.__name__
+)
 def test_all_is_every_public_name(module):
     public = {
         name
         for name, value in vars(module).items()
-        if name[0] != "_" and (name == "nn" or not isinstance(value, ModuleType))
+        if name[0] != "_"
+        and (name in ("models", "nn") or not isinstance(value, ModuleType))
     }
     assert sorted(public) == module.__all__
     shown = pydoc.plain(pydoc.render_doc(module))

@@ -18,7 +18,7 @@ from helpers import assert_as_close, mesh, normal, value_and_vjp
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern import BlockMask, nn
+from jaxkern import BlockMask, models, nn
 
 KEY = jax.random.key(0)
 X, SQUARE = normal(0, (4, 16)), normal(1, (16, 16), scale=0.25)
@@ -171,7 +171,7 @@ def place():
 
 
 def decode():
-    model = nn.TransformerLM(**LM, **RNGS)
+    model = nn.TransformerLM.from_config(nn.TransformerConfig(**LM), **RNGS)
     cache = model.make_cache(8, 4)
     assert isinstance(cache, nn.KVCache)
     features, _ = model.extend(IDS, cache)
@@ -213,6 +213,7 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "make_mesh": (place, IDS),
     "parse_mesh_sizes": (place, IDS),
     "KVCache": (decode, IDS),
+    "TransformerConfig": (decode, IDS),
     "TransformerLM": (decode, IDS),
 }
 
@@ -228,6 +229,16 @@ def public(module) -> set[str]:
 def test_every_public_name_is_here():
     assert public(jaxkern) == set(OPS)
     assert public(nn) == set(MODULES)
+    assert public(models) == {"load", "read_config", "save"}
+
+
+def test_checkpoints(tmp_path):
+    model = nn.TransformerLM(**LM, rope_pairs="halves", **RNGS)
+    models.save(model, tmp_path)
+    assert models.read_config(tmp_path).embed_dim == 16
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, nnx.state(models.load(tmp_path)), nnx.state(model))
+    )
 
 
 def assert_finite_and_used(value, gradients):

@@ -23,6 +23,7 @@ from ._sharding import get_sharding as get_sharding
 from ._sharding import make_mesh as make_mesh
 from ._sharding import parse_mesh_sizes as parse_mesh_sizes
 from ._transformer import TransformerLM as TransformerLM
+from ._transformer_options import TransformerConfig as TransformerConfig
 
 __all__ = [
     "Bilinear",
@@ -43,6 +44,7 @@ __all__ = [
     "QuadraticTransformer",
     "SHARDING_RULES",
     "SwiGLU",
+    "TransformerConfig",
     "TransformerLM",
     "get_sharding",
     "make_mesh",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from .._core.checks import (
     check_array,
     check_flag,
     check_integer,
+    kind_of,
 )
 from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
@@ -32,7 +33,7 @@ from .._cross_entropy import (
     cross_entropy,
     read_targets,
 )
-from ._attention import QKNorm, check_heads
+from ._attention import QKNorm
 from ._cache import KVCache, places_with_cache
 from ._common import (
     check_arguments,
@@ -48,7 +49,6 @@ from ._layers import make_layers, run_layers
 from ._norms import NormKind, make_norm
 from ._sharding import BATCH, check_batch, check_mesh
 from ._transformer_block import (
-    LayerKind,
     NormPlacement,
     TransformerBlock,
     choose_attention,
@@ -56,11 +56,10 @@ from ._transformer_block import (
     linear_init,
 )
 from ._transformer_options import (
+    ModelOptions,
+    TransformerConfig,
     check_capped,
-    check_names,
-    check_numbers,
     choose_mlp,
-    layer_kinds,
 )
 
 
@@ -73,12 +72,12 @@ class TransformerLM(nnx.Module):
     \mathrm{logits} = \mathrm{norm}(h_L) W_{\mathrm{head}}$$
 
     The call maps tokens (batch, seq) to logits (batch, seq, vocab_size). The defaults
-    are LLaMA's: RMSNorm, in float32, rotary positions and no biases. The arguments from
-    `head_dim` to `full_attention_every` say what other families do, and may be mixed.
-    Mixtures of experts are not among them. Query and key are rotated by
-    `jaxkern.rotary_embedding`. Kernels are drawn from normal distributions of variance
-    2 / (d_in + d_out), and embeddings of variance 1, both cut at three standard
-    deviations; biases start at 0.
+    are LLaMA's: RMSNorm, in float32, rotary positions and no biases. The arguments up
+    to `full_attention_every` are the architecture: they are those of
+    `TransformerConfig`, which explains them and which the model keeps as `config`.
+    Query and key are rotated by `jaxkern.rotary_embedding`. Kernels are drawn from
+    normal distributions of variance 2 / (d_in + d_out), and embeddings of variance 1,
+    both cut at three standard deviations; biases start at 0.
 
     With `scan_layers` the parameters of the layers are stacked along a first axis and
     run by one `lax.scan`, so compiling takes as long as for one layer, or as for
@@ -88,55 +87,6 @@ class TransformerLM(nnx.Module):
     "mlp", and "layers" for the axis of stacked layers.
 
     Args:
-        vocab_size: The number of different tokens.
-        context_length: The length of the longest sequence.
-        embed_dim: The number of features of a token.
-        num_layers: The number of blocks.
-        num_heads: The number of heads of the query.
-        hidden_dim: The hidden size of the MLP.
-        rope_theta: The base of the rotary frequencies.
-        num_kv_heads: The number of heads of key and value, a divisor of `num_heads`;
-            None for as many.
-        tie_embeddings: Use the embeddings as the head, too, as Gemma and the small
-            models of Llama 3.2 and Qwen do. They then start as the head would.
-        head_dim: The size of a head; None for embed_dim / num_heads. Mistral Nemo, Qwen
-            3 and Gemma have another.
-        norm: "rms" for RMSNorm, "rms_plus_one" for RMSNorm by 1 + scale (Gemma),
-            "layer" for LayerNorm with scale and bias (StarCoder 2, GPT-NeoX).
-        norm_epsilon: The number that is added to the mean square. It is 1e-6 in LLaMA
-            1, Qwen, OLMo 2 and Gemma.
-        norm_placement: "pre" normalizes the input of attention and MLP, "post" their
-            output (OLMo 2), and "both" both, with four norms a block (Gemma 2 and 3).
-        qk_norm: Normalize query and key before they are rotated, "head" over the
-            features of each head (Qwen 3, Gemma 3) or "embed" over those of all heads
-            (OLMo 2); None does not.
-        qkv_bias: Add biases to query, key and value (Qwen 2 and 2.5, StarCoder 2).
-        out_bias: Add a bias to the output of the attention (StarCoder 2).
-        mlp_bias: Add biases in the MLP (StarCoder 2).
-        activation: The activation of the MLP, as in `MLP`. "gelu" is the tanh form of
-            Gemma.
-        gated_mlp: Multiply the activated layer by a second product; False for StarCoder
-            2 and GPT-NeoX.
-        rope_pairs: As in `jaxkern.rotary_embedding`. The published weights of all
-            families named here have "halves".
-        rotary_dim: The number of rotated features of a head; None for all. It is 3/4 of
-            them in Phi-4-mini and 1/4 in GPT-NeoX.
-        rope_scaling: A change of the rotary frequencies for long contexts (Llama 3.1,
-            Gemma 3, Phi-3, Qwen).
-        local_rope_theta: The `rope_theta` of the layers with a window, without
-            `rope_scaling`, where others have none; None for that of the others. Gemma
-            3.
-        embedding_scale: Multiply the embeddings by it, rounded to `dtype`; sqrt(
-            embed_dim) in Gemma.
-        attention_scale: The factor of the logits of attention; None for head_dim **
-            -0.5. Gemma 2 and 3.
-        attention_softcap: Replace each logit s of attention by c tanh(s / c) of this c.
-            Gemma 2 has 50. Such attention runs in XLA.
-        logit_softcap: The same for the logits of the model. Gemma 2 has 30.
-        window: Each query sees the last `window` tokens, its own included; None for all
-            (Mistral, Phi-3, Gemma 2 and 3).
-        full_attention_every: Layers n - 1, 2 n - 1, ... of this n have no window: 2 for
-            Gemma 2, 6 for Gemma 3. None gives a window to all layers.
         attention_fn: Called as `attention_fn(query, key, value, **options)` with arrays
             (batch, seq, heads, head_dim), and returns one of the query's shape; None
             for `jaxkern.attention`. A function with an option `is_causal` gets True
@@ -157,16 +107,13 @@ class TransformerLM(nnx.Module):
         rngs: The random keys for the parameters.
 
     Raises:
-        TypeError: `attention_fn` or `mlp` cannot be called, a number is not a number, a
-            flag is neither True nor False, a dtype is not a floating-point dtype, or
-            `rngs` is not an `nnx.Rngs`.
-        ValueError: A size is not a positive integer; `num_heads` does not divide
-            `embed_dim` and there is no `head_dim`; the number of rotated features is
-            odd; `num_kv_heads` does not divide `num_heads`; a number is not positive
-            and finite; a name is unknown; an option of the default attention or MLP is
-            given with another one; the mesh cannot share the heads evenly; or the
-            tokens are shared along "context" and there is an `attention_fn`, a window
-            or an `attention_softcap`.
+        TypeError: `attention_fn` or `mlp` cannot be called, a flag is neither True nor
+            False, a dtype is not a floating-point dtype, `rngs` is not an `nnx.Rngs`,
+            or `TransformerConfig` raises it.
+        ValueError: `TransformerConfig` raises it; an option of the default attention or
+            MLP is given with another one; the mesh cannot share the heads evenly; or
+            the tokens are shared along "context" and there is an `attention_fn`, a
+            window or an `attention_softcap`.
 
     Examples:
         ```python
@@ -186,10 +133,13 @@ class TransformerLM(nnx.Module):
         tokens = jnp.array([[1, 2, 3]])
         print(model(tokens).shape)
         print(model.generate(tokens, max_new_tokens=2).shape)
+        other = nn.TransformerLM.from_config(model.config, rngs=nnx.Rngs(1))
+        print(other.config == model.config)
         ```
         ```text
         (1, 3, 16)
         (1, 5)
+        True
         ```
 
     References:
@@ -205,29 +155,29 @@ class TransformerLM(nnx.Module):
         num_layers: int,
         num_heads: int,
         hidden_dim: int,
-        rope_theta: float = 1e4,
-        num_kv_heads: int | None = None,
-        tie_embeddings: bool = False,
-        head_dim: int | None = None,
-        norm: NormKind = "rms",
-        norm_epsilon: float = 1e-5,
-        norm_placement: NormPlacement = "pre",
-        qk_norm: QKNorm | None = None,
-        qkv_bias: bool = False,
-        out_bias: bool = False,
-        mlp_bias: bool = False,
-        activation: ActivationName = "silu",
-        gated_mlp: bool = True,
-        rope_pairs: Pairs = "interleaved",
-        rotary_dim: int | None = None,
-        rope_scaling: RotaryScaling | None = None,
-        local_rope_theta: float | None = None,
-        embedding_scale: float | None = None,
-        attention_scale: float | None = None,
-        attention_softcap: float | None = None,
-        logit_softcap: float | None = None,
-        window: int | None = None,
-        full_attention_every: int | None = None,
+        rope_theta: float = TransformerConfig.rope_theta,
+        num_kv_heads: int | None = TransformerConfig.num_kv_heads,
+        tie_embeddings: bool = TransformerConfig.tie_embeddings,
+        head_dim: int | None = TransformerConfig.head_dim,
+        norm: NormKind = TransformerConfig.norm,
+        norm_epsilon: float = TransformerConfig.norm_epsilon,
+        norm_placement: NormPlacement = TransformerConfig.norm_placement,
+        qk_norm: QKNorm | None = TransformerConfig.qk_norm,
+        qkv_bias: bool = TransformerConfig.qkv_bias,
+        out_bias: bool = TransformerConfig.out_bias,
+        mlp_bias: bool = TransformerConfig.mlp_bias,
+        activation: ActivationName = TransformerConfig.activation,
+        gated_mlp: bool = TransformerConfig.gated_mlp,
+        rope_pairs: Pairs = TransformerConfig.rope_pairs,
+        rotary_dim: int | None = TransformerConfig.rotary_dim,
+        rope_scaling: RotaryScaling | None = TransformerConfig.rope_scaling,
+        local_rope_theta: float | None = TransformerConfig.local_rope_theta,
+        embedding_scale: float | None = TransformerConfig.embedding_scale,
+        attention_scale: float | None = TransformerConfig.attention_scale,
+        attention_softcap: float | None = TransformerConfig.attention_softcap,
+        logit_softcap: float | None = TransformerConfig.logit_softcap,
+        window: int | None = TransformerConfig.window,
+        full_attention_every: int | None = TransformerConfig.full_attention_every,
         attention_fn: Callable[..., Any] | None = None,
         mlp: Callable[..., nnx.Module] | None = None,
         dtype: Dtype | None = None,
@@ -238,90 +188,88 @@ class TransformerLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         op = "TransformerLM"
-        vocab_size, context_length, num_layers, hidden_dim = check_arguments(
-            op,
-            None,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            num_layers=num_layers,
-            hidden_dim=hidden_dim,
-        )
-        embed_dim, num_heads, kv_heads, dim = check_heads(
-            op, embed_dim, num_heads, num_kv_heads, head_dim
-        )
+        # Each field of the config is an argument of the same name.
+        config = TransformerConfig.from_arguments(locals())
         dtypes = check_dtypes(op, dtype, param_dtype, rngs)
-        check_numbers(
-            op,
-            rope_theta=rope_theta,
-            norm_epsilon=norm_epsilon,
-            local_rope_theta=local_rope_theta,
-            embedding_scale=embedding_scale,
-            attention_scale=attention_scale,
-            attention_softcap=attention_softcap,
-            logit_softcap=logit_softcap,
-        )
-        check_names(norm, norm_placement, qk_norm, rope_pairs, activation)
-        check_flag(
-            op,
-            tie_embeddings=tie_embeddings,
-            qkv_bias=qkv_bias,
-            out_bias=out_bias,
-            mlp_bias=mlp_bias,
-            gated_mlp=gated_mlp,
-            remat=remat,
-            scan_layers=scan_layers,
-        )
-        self.kinds = layer_kinds(
-            LayerKind(window, rope_theta, rope_pairs, rotary_dim, rope_scaling),
-            dim,
-            local_rope_theta,
-            full_attention_every,
-        )
+        check_flag(op, remat=remat, scan_layers=scan_layers)
+        num_heads, kv_heads, dim = config.heads
         mesh = None if getattr(mesh, "size", 0) == 1 else mesh
         if mesh is not None:
             check_mesh(op, mesh, num_heads, kv_heads, attention_fn)
-        capped = {"window": window, "attention_softcap": attention_softcap}
-        check_capped(attention_fn, mesh, capped)
-        options = {"scale": attention_scale, "softcap": attention_softcap}
+        check_capped(attention_fn, mesh, config)
+        options = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         options = {name: x for name, x in options.items() if x is not None}
+        norm_of = partial(make_norm, kind=config.norm, epsilon=config.norm_epsilon)
         make_block = partial(
             TransformerBlock,
-            embed_dim,
+            config.embed_dim,
             num_heads,
-            hidden_dim=hidden_dim,
+            hidden_dim=config.hidden_dim,
             num_kv_heads=kv_heads,
             head_dim=dim,
             attention_fn=choose_attention(attention_fn, mesh, options),
             attention_options=options,
-            qk_norm=qk_norm,
-            qkv_bias=qkv_bias,
-            out_bias=out_bias,
-            norm=partial(make_norm, kind=norm, epsilon=norm_epsilon),
-            norm_placement=norm_placement,
-            mlp=choose_mlp(mlp, activation, gated_mlp, mlp_bias),
+            qk_norm=config.qk_norm,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            norm=norm_of,
+            norm_placement=config.norm_placement,
+            mlp=choose_mlp(mlp, config),
             dtype=dtype,
             param_dtype=param_dtype,
         )
-        init = linear_init if tie_embeddings else embedding_init
-        shape, names = (vocab_size, embed_dim), ("vocab", "embed")
+        init = linear_init if config.tie_embeddings else embedding_init
+        shape, names = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         self.embedding = make_kernel(init, rngs, shape, param_dtype, names)
-        self.layers: Any = make_layers(make_block, num_layers, scan_layers, rngs)
-        self.norm = make_norm(embed_dim, kind=norm, epsilon=norm_epsilon, **dtypes)
+        count = config.num_layers
+        self.layers: Any = make_layers(make_block, count, scan_layers, rngs)
+        self.norm = norm_of(config.embed_dim, **dtypes)
         self.head = (
             None
-            if tie_embeddings
+            if config.tie_embeddings
             else make_kernel(linear_init, rngs, shape[::-1], param_dtype, names[::-1])
         )
-        self.vocab_size = vocab_size
-        self.context_length = context_length
-        self.cache_shape = num_layers, kv_heads, dim
-        self.embedding_scale = embedding_scale
-        self.logit_softcap = logit_softcap
+        self.config = config
+        self.kinds = config.layer_kinds
+        self.vocab_size = config.vocab_size
+        self.context_length = config.context_length
+        self.cache_shape = count, kv_heads, dim
         self.can_cache = attention_fn is None
         self.dtype = param_dtype if dtype is None else dtype
         self.remat = remat
         self.scan_layers = scan_layers
         self.mesh = mesh
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        **options: Unpack[ModelOptions],
+    ) -> "TransformerLM":
+        """Make a model of an architecture that is given as data.
+
+        Args:
+            config: The architecture, such as another model's `config`.
+            rngs: The random keys for the parameters.
+            options: The arguments of the constructor that are no architecture, from
+                `attention_fn` to `mesh`.
+
+        Returns:
+            The model.
+
+        Raises:
+            TypeError: `config` is not a `TransformerConfig`, or as in the constructor.
+            ValueError: As in the constructor.
+        """
+        if not isinstance(config, TransformerConfig):
+            kind = kind_of(config)
+            raise TypeError(
+                "TransformerLM.from_config: config must be a TransformerConfig, got "
+                f"{kind}"
+            )
+        return cls(**vars(config), **options, rngs=rngs)
 
     def __call__(
         self,
@@ -454,7 +402,7 @@ class TransformerLM(nnx.Module):
             "z_loss": z_loss,
             "label_smoothing": label_smoothing,
         }
-        softcap = self.logit_softcap if softcap is None else softcap
+        softcap = self.config.logit_softcap if softcap is None else softcap
         loss_options |= {"softcap": softcap, "chunk": chunk}
         pair = self._mean_loss_and_lse(
             tokens, targets, where, ignore_index, positions, loss_options, options
@@ -543,7 +491,7 @@ class TransformerLM(nnx.Module):
         """
         wide = widen(features[:0]).dtype
         logits = jnp.matmul(features, self._head(), preferred_element_type=wide)
-        cap = self.logit_softcap
+        cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
@@ -737,9 +685,8 @@ class TransformerLM(nnx.Module):
         rows = table.at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = x.astype(self.dtype)
-        if self.embedding_scale is None:
-            return x
-        return x * jnp.asarray(self.embedding_scale, x.dtype)
+        scale = self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
 
 def _take(x: Any, order: jax.Array | None) -> Any:

@@ -47,13 +47,8 @@ class Text(NamedTuple):
         return np.searchsorted(self.starts, places, side="right").astype(np.int32)
 
 
-def find_files(paths: Sequence[Path] | None) -> list[Path]:
-    """Return the files of a text: of folders all, sorted, but those that are hidden.
-
-    None gives the modules of Python's standard library.
-    """
-    if paths is None:
-        return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files, and those in folders, sorted, but for hidden ones."""
     files = []
     for path in paths:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -66,10 +61,21 @@ def find_files(paths: Sequence[Path] | None) -> list[Path]:
     return files
 
 
+def read_files(paths: Sequence[Path] | None) -> list[bytes]:
+    """Return the documents, one a file.
+
+    None gives a single one: all modules of the standard library, one after another.
+    """
+    if paths is not None:
+        return [file.read_bytes() for file in find_files(paths)]
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [b"\n".join(module.read_bytes() for module in modules)]
+
+
 def read_text(paths: Sequence[Path] | None, tokenizer: Tokenizer | None = None) -> Text:
-    """Read the files of a text, each a document; files without a token are left out."""
+    """Read and encode documents; those without a token are left out."""
     tokenizer = tokenizer or Bytes()
-    documents = [tokenizer.encode(file.read_bytes()) for file in find_files(paths)]
+    documents = [tokenizer.encode(document) for document in read_files(paths)]
     documents = [document for document in documents if len(document)]
     starts = np.cumsum([0, *map(len, documents)])[:-1]
     tokens = np.concatenate(documents) if documents else np.zeros(0, np.uint8)

@@ -10,12 +10,14 @@ from pathlib import Path
 from _documents import find_files
 from _program import add_plot, check_plot
 
-# The sizes of a model that is trained from its start, and their defaults.
+# What a model is that is trained from its start. A loaded one has its own.
 SIZES = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}
+ARCHITECTURE = SIZES | {"mlp": "swiglu"}
+LEARNING_RATE, TUNING_RATE = 3e-3, 2e-5
 POSITIVE = ("steps", "context_length", "batch", "accumulate", *SIZES, "every")
 # The options that may change when a run is resumed.
 HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
-HOW += ("tensorboard", "prompt")
+HOW += ("tensorboard", "prompt", "save")
 
 
 def parse(
@@ -25,9 +27,11 @@ def parse(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument_group("the model").add_argument
+    help_init = "fine-tune the model of a folder of Hugging Face, with its tokenizer"
+    add("--init", type=Path, metavar="FOLDER", help=help_init)
     for name, size in SIZES.items():
-        add(flag(name), type=int, default=size)
-    add("--mlp", choices=[*mlps], default="swiglu")
+        add(flag(name), type=int, help=f"(default: {size})")
+    add("--mlp", choices=[*mlps], help="(default: swiglu)")
     add("--compare", action="store_true", help="train one with each --mlp there is")
     help_dtype = "of the computation; weights and optimizer are in float32"
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help=help_dtype)
@@ -43,7 +47,8 @@ def parse(
     add("--steps", type=int, default=400, help="updates of the weights")
     add("--batch", type=int, default=16, help="rows that are computed at once")
     add("--accumulate", type=int, default=1, help="batches of an update")
-    add("--learning-rate", type=float, default=3e-3, help="the highest")
+    help_rate = f"the highest (default: {LEARNING_RATE}; with --init {TUNING_RATE})"
+    add("--learning-rate", type=float, metavar="RATE", help=help_rate)
     help_warm_up = "steps in which it rises (default: a twentieth)"
     add("--warm-up", type=int, metavar="STEPS", help=help_warm_up)
     add("--clip", type=float, default=1.0, help="the largest norm of the gradient")
@@ -53,6 +58,8 @@ def parse(
     add = parser.add_argument_group("what is kept").add_argument
     add("--folder", type=Path, help="for checkpoints and the log")
     add("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    help_save = "for the model at the end, in Hugging Face's form"
+    add("--save", type=Path, metavar="FOLDER", help=help_save)
     add("--tensorboard", action="store_true", help="log for TensorBoard, too")
     add_plot(parser, "the loss")
     add = parser.add_argument_group("devices").add_argument
@@ -63,6 +70,7 @@ def parse(
     add("--processes", type=int, metavar="N", help="how many there are, if not found")
     add("--process", type=int, metavar="I", help="which this is, if not found")
     args = parser.parse_args(argv)
+    check_model(parser, args)
     check_numbers(parser, args)
     check_processes(parser, args)
     check_files(parser, args)
@@ -74,11 +82,31 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of the other kind of model, and set those that are not given."""
+    given = [name for name in ARCHITECTURE if getattr(args, name) is not None]
+    if args.init:
+        given += ["compare"] * args.compare
+        if given:
+            name = flag(given[0])
+            parser.error(f"--init must be without {name}: the model has its own")
+    else:
+        for name in ARCHITECTURE.keys() - {*given}:
+            setattr(args, name, ARCHITECTURE[name])
+    if args.save and (args.compare or args.mlp not in (None, "swiglu")):
+        parser.error("--save needs a model of --mlp swiglu, as Hugging Face has it")
+    if args.init and not args.tokenizer and (args.init / "tokenizer.json").exists():
+        args.tokenizer = args.init / "tokenizer.json"
+    if args.learning_rate is None:
+        args.learning_rate = TUNING_RATE if args.init else LEARNING_RATE
+
+
 def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse at once what would fail late."""
     for name in POSITIVE:
         least = 2 if name == "context_length" else 1  # one half to write on from
-        if getattr(args, name) < least:
+        size = getattr(args, name)
+        if size is not None and size < least:
             parser.error(f"{flag(name)} must be at least {least}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
@@ -131,6 +159,12 @@ def check_files(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{name} must be a file to read, got {str(path)!r}")
     if not args.prompt:
         parser.error("--prompt must not be empty")
+    if args.save and args.save.exists() and not args.save.is_dir():
+        parser.error(f"--save must be a folder, got {str(args.save)!r}")
+    if args.save and (args.save / "config.json").exists():
+        parser.error(f"--save must have no model yet, got {str(args.save)!r}")
+    needs(parser, "--init", args.init, "safetensors")
+    needs(parser, "--save", args.save, "safetensors")
     needs(parser, "--data", args.data, "grain")
     needs(parser, "--tokenizer", args.tokenizer, "tokenizers")
     needs(parser, "--tensorboard", args.tensorboard, "tensorboardX")

@@ -5,12 +5,15 @@ The file is a `tokenizer.json`, which the package `tokenizers` reads.
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer(Protocol):
@@ -27,6 +30,8 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str: ...
 
+    def save(self, folder: Path) -> None: ...
+
 
 class Bytes:
     """Each byte is a token."""
@@ -39,6 +44,9 @@ class Bytes:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write nothing: bytes need no file."""
 
 
 class FromFile:
@@ -80,6 +88,13 @@ class FromFile:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens))
+
+    def save(self, folder: Path) -> None:
+        """Copy the file, and those beside it that transformers reads with it."""
+        for name in FILES:
+            file = self.path.with_name(name)
+            if file.exists():
+                shutil.copy(file, folder / name)
 
 
 def read_tokenizer(args: argparse.Namespace) -> Tokenizer:

@@ -4,6 +4,8 @@ python examples/train_lm.py                 about three minutes on two cores
 python examples/train_lm.py --mlp 2:4       another MLP
 python examples/train_lm.py --compare       loss and time of all MLPs
 python examples/train_lm.py --text docs     the files of a folder, packed into rows
+python examples/train_lm.py --init FOLDER --text docs --save tuned
+                                            fine-tune a model of Hugging Face's form
 python examples/train_lm.py --folder run    keep checkpoints, and a log in log.jsonl;
                                             the same command again resumes exactly
 
@@ -24,18 +26,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from _checkpoints import Checkpoints
 from _documents import Specs, Windows, make_specs, read_text
 from _log import Progress, Record, is_first, say
+from _optimizer import make_optimizer, make_schedule
 from _options import parse
 from _program import run_program, save_figure
-from _tokenizers import Tokenizer, read_tokenizer
+from _tokenizers import Bytes, Tokenizer, read_tokenizer
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxkern import nn
+from jaxkern import models, nn
 
 EVALUATIONS = 8
 MLPS = {
@@ -48,123 +52,139 @@ MLPS = {
 
 
 def make_model(
-    args: argparse.Namespace, mesh: jax.sharding.Mesh, vocab_size: int
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
 ) -> nn.TransformerLM:
+    """Return a new model, or that of --init; its parameters are in float32."""
+    dtypes: Any = {"dtype": args.dtype, "param_dtype": "float32"}
+    if args.init is not None:
+        length = args.context_length
+        model = models.load(args.init, context_length=length, mesh=mesh, **dtypes)
+        check_vocabulary(args, model.vocab_size, tokenizer)
+        return model
     return nn.TransformerLM(
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size,
         context_length=args.context_length,
         embed_dim=args.embed_dim,
         num_layers=args.num_layers,
         num_heads=args.num_heads,
         hidden_dim=4 * args.embed_dim,
         mlp=MLPS[args.mlp](args.embed_dim),
-        dtype=args.dtype,
-        param_dtype="float32",
+        # --save writes a Llama.
+        rope_pairs="halves",
         mesh=mesh,
         rngs=nnx.Rngs(args.seed),
+        **dtypes,
     )
 
 
-def make_schedule(args: argparse.Namespace) -> optax.Schedule:
-    """Return the learning rate: linear warm-up, then cosine decay to a tenth."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        args.learning_rate,
-        warmup_steps=args.warm_up,
-        decay_steps=max(2, args.steps),
-        end_value=args.learning_rate / 10,
-    )
-
-
-def decays(weights: Any) -> Any:
-    """Tell of each weight if it decays, as those of products do and no others."""
-
-    def is_factor(path: Any, weight: Any) -> bool:
-        name = jax.tree_util.keystr(path)
-        kept = ("norm", "bias", "'b_", "embedding")
-        return not any(text in name for text in kept)
-
-    return jax.tree.map_with_path(is_factor, weights)
-
-
-def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    """Return AdamW with clipped gradients, which several batches may add up to.
-
-    Its state is in the dtype of the weights, float32.
-    """
-    adam = optax.adamw(
-        make_schedule(args), b2=0.95, weight_decay=args.weight_decay, mask=decays
-    )
-    optimizer = optax.chain(
-        optax.snapshot("gradient_norm", optax.tree.norm),
-        optax.clip_by_global_norm(args.clip),
-        adam,
-    )
-    if args.accumulate > 1:
-        multi = optax.MultiSteps(optimizer, every_k_schedule=args.accumulate)
-        optimizer = multi.gradient_transformation()
-    return optimizer
+def check_vocabulary(args: argparse.Namespace, size: int, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that are not those of a loaded model."""
+    if args.tokenizer is None and size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--init must have a tokenizer.json for its {size} tokens, or give "
+            f"--tokenizer, got {str(args.init)!r}"
+        )
+    if tokenizer.vocab_size > size:
+        raise ValueError(
+            f"--tokenizer must have at most the {size} tokens of the model, got "
+            f"{tokenizer.vocab_size}"
+        )
 
 
 class Programs(NamedTuple):
-    """The model's graph, and the functions that start, step and evaluate a run."""
+    """The model's graph, and the functions that start, step and evaluate a run.
+
+    `shapes` is what `init` returns, without the numbers.
+    """
 
     graph: Any
+    shapes: Any
     init: Any
     step: Any
     loss: Any
 
 
 def make_programs(
-    args: argparse.Namespace, mesh: jax.sharding.Mesh, specs: Specs, vocab_size: int
+    args: argparse.Namespace,
+    mesh: jax.sharding.Mesh,
+    specs: Specs,
+    tokenizer: Tokenizer,
 ) -> Programs:
     """Return the programs of a run on batches of the given specs.
 
-    Nothing is computed yet, but sizes that do not fit the mesh are refused.
+    Nothing is computed yet, but a model is loaded, and sizes that do not fit the mesh
+    are refused.
     """
     optimizer = make_optimizer(args)
-    make = partial(make_model, args, mesh, vocab_size)
+    make = partial(make_model, args, mesh, tokenizer)
+    graph, given = nnx.split(make() if args.init else nnx.eval_shape(make))
 
-    def make_state():
-        weights = nnx.state(make())
+    def make_state(weights):
         return {"weights": weights, "moments": optimizer.init(weights)}
 
-    def init():
-        return pure(make_state())
+    shapes = jax.eval_shape(make_state, given)
+    places = pure(nn.get_sharding(shapes, mesh))
+    shapes = pure(shapes)
 
-    graph = nnx.graphdef(nnx.eval_shape(make))
-    places = pure(nn.get_sharding(jax.eval_shape(make_state), mesh))
+    def init():
+        # A new model's weights are computed where they lie.
+        def start(weights):
+            weights = nnx.state(make()) if weights is None else weights
+            return pure(make_state(weights))
+
+        start = jax.jit(start, out_shardings=places, donate_argnums=0)
+        return start(given if args.init else None)
 
     def loss(weights, part):
-        tokens = part["tokens"]
-        return nnx.merge(graph, weights).loss(tokens[:, :-1], tokens[:, 1:])
+        tokens, ids = part["tokens"], part.get("segment_ids")
+        # A token's target is the next one, if it is of the same document.
+        documents = {} if ids is None else {"segment_ids": ids}
+        model = nnx.merge(graph, weights)
+        return model.loss(tokens[:, :-1], tokens[:, 1:], **documents)
 
-    def update(state, part):
+    def update(state, part_and_share):
+        part, share = part_and_share
+
+        def share_of_loss(weights):
+            return share * loss(weights, part)
+
         weights, moments = state["weights"], state["moments"]
-        value, gradients = jax.value_and_grad(loss)(weights, part)
+        value, gradients = jax.value_and_grad(share_of_loss)(weights)
         updates, moments = optimizer.update(gradients, moments, weights)
         weights = optax.apply_updates(weights, updates)
         return {"weights": weights, "moments": moments}, value
 
     def step(state, batch):
-        state, losses = jax.lax.scan(update, state, batch)
+        state, losses = jax.lax.scan(update, state, (batch, get_shares(batch)))
         norm = optax.tree.get(state["moments"], "gradient_norm")
         return state, {"loss": losses.mean(), "gradient_norm": norm}
 
     def evaluate(weights, batch):
         return loss(weights, jax.tree.map(lambda parts: parts[0], batch))
 
-    jax.eval_shape(evaluate, jax.eval_shape(init)["weights"], dict(specs))
+    jax.eval_shape(evaluate, shapes["weights"], dict(specs))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    return Programs(graph, jax.jit(init, out_shardings=places), step, jax.jit(evaluate))
+    return Programs(graph, shapes, init, step, jax.jit(evaluate))
+
+
+def get_shares(batch: Any) -> jax.Array:
+    """Return the tokens of each part that count, over their mean.
+
+    Without this, a token would weigh more in a part with many short documents.
+    """
+    ids = batch.get("segment_ids")
+    if ids is None:
+        return jnp.ones(len(batch["tokens"]))
+    counts = (ids[..., 1:] == ids[..., :-1]).sum((1, 2))
+    return counts / jnp.maximum(1, counts.mean())
 
 
 @contextmanager
 def reasons() -> Iterator[None]:
-    """End the run with its reason where a ValueError is raised."""
+    """End the run with the reason that the library gives."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
 
 
@@ -210,7 +230,7 @@ def train(args: argparse.Namespace) -> Run:
     mesh, tokenizer = read_mesh(args), read_tokenizer(args)
     data = read_data(args, mesh, tokenizer)
     with reasons():
-        programs = make_programs(args, mesh, data.specs, tokenizer.vocab_size)
+        programs = make_programs(args, mesh, data.specs, tokenizer)
     with Checkpoints(args, data.identity) as checkpoints:
         return train_on(data, args, mesh, programs, checkpoints)
 
@@ -222,9 +242,9 @@ def train_on(
     programs: Programs,
     checkpoints: Checkpoints,
 ) -> Run:
-    shapes = jax.tree.leaves(jax.eval_shape(programs.init))
     state, read, first = checkpoints.restore(programs.init())
-    size = sum(x.size * x.dtype.itemsize for x in shapes)
+    leaves = jax.tree.leaves(programs.shapes)
+    size = sum(x.size * x.dtype.itemsize for x in leaves)
     checkpoints.check_room(first, size)
     size = sum(w.size for w in jax.tree.leaves(state["weights"]))
     say(f"{size} parameters, {data.description}")
@@ -238,10 +258,13 @@ def train_on(
     if baseline is not None:
         text += f"; knowing only the {unit}s' frequencies {baseline:.3f}"
     say(text)
-    write(args, nnx.merge(programs.graph, state["weights"]), mesh, data.tokenizer)
+    model = nnx.merge(programs.graph, state["weights"])
+    write(args, model, mesh, data.tokenizer)
+    if args.save is not None:
+        save(args, model, data.tokenizer)
     if first and checkpoints.log is not None:
         losses = [record["loss"] for record in checkpoints.log.read()]
-    return Run(args.mlp, size, losses, seconds, float(found))
+    return Run(args.mlp or str(args.init), size, losses, seconds, float(found))
 
 
 def run_steps(
@@ -296,6 +319,19 @@ def write(
     say(tokenizer.decode(np.asarray(written[0]).tolist()))
 
 
+def save(args: argparse.Namespace, model: nn.TransformerLM, tokenizer: Tokenizer):
+    """Write the model and its tokenizer, which `models.load` and transformers read."""
+    if jax.process_count() > 1:
+        graph, weights = nnx.split(model)
+        weights = multihost_utils.process_allgather(weights, tiled=True)
+        model = nnx.merge(graph, jax.tree.map(jnp.asarray, weights))
+    if is_first():
+        with reasons():
+            models.save(model, args.save, like=args.init)
+            tokenizer.save(args.save)
+        say(f"saved in {args.save}")
+
+
 def compare(args: argparse.Namespace) -> list[Run]:
     """Train with each MLP on the same batches, and print a table."""
     each = [argparse.Namespace(**vars(args) | {"mlp": name}) for name in MLPS]
@@ -303,7 +339,7 @@ def compare(args: argparse.Namespace) -> list[Run]:
     for one in each:
         mesh = read_mesh(one)
         with reasons():
-            make_programs(one, mesh, make_specs(one, mesh, packed=False), 256)
+            make_programs(one, mesh, make_specs(one, mesh, packed=False), Bytes())
     runs = []
     for one in each:
         say(f"\n{one.mlp}")

@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from helpers import free_port, run_together
 
-from examples import _checkpoints, _documents, _options, train_lm
+import jaxkern
+from examples import _checkpoints, _documents, _options, _tokenizers, train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context-length", "8"]
@@ -52,7 +55,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run("--text", text, "--folder", str(folder))
+    run("--text", text, "--folder", str(folder), "--save", str(folder / "model"))
     return folder
 
 
@@ -145,30 +148,64 @@ def read_events(folder):
     return found
 
 
-def test_two_batches_add_up_to_one_and_tensorboard_shows_it(tmp_path, text, finished):
-    pytest.importorskip("tensorboardX")
-    argv = "--batch", "4", "--accumulate", "2", "--mesh", "data=4,tensor=2"
-    run("--text", text, "--folder", str(tmp_path), *argv, "--tensorboard")
-    events = read_events(tmp_path / "tensorboard")
-    assert len(events) == 6 * 4
-    for one, other in zip(read_log(tmp_path), read_log(finished), strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
-        step = one.pop("step")
-        assert one == pytest.approx({k: events[k, step] for k in one})
+def tune(model, *argv):
+    common = "--init", str(model), "--context-length", "8", "--batch", "8"
+    train_lm.main([*common, *argv])
 
 
-def test_a_data_set_goes_on_where_it_was_killed(tmp_path, capsys):
+def test_what_is_saved_can_be_tuned_and_saved(tmp_path, text, finished, capsys):
+    pytest.importorskip("tokenizers")
+    import tokenizers
+
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    letters = tokenizers.models.BPE({chr(i): i for i in range(256)}, [])
+    tokenizers.Tokenizer(letters).save(str(model / "tokenizer.json"))
+    tune(model, "--text", text, "--steps", "2", "--save", str(tmp_path / "tuned"))
+    assert "3800 tokens to learn from" in capsys.readouterr().out
+    found = [jaxkern.models.load(path) for path in (model, tmp_path / "tuned")]
+    assert found[0].config == found[1].config
+    # The rate is 0 in the first step, and Adam moves each weight by the rate at most.
+    weights = [nnx.to_pure_dict(nnx.state(one)) for one in found]
+    for before, after in zip(*map(jax.tree.leaves, weights), strict=True):
+        assert 0 < abs(before - after).max() < 2.5e-5
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+
+
+def test_a_loaded_model_is_whole_and_has_the_tokens_of_its_tokenizer(text, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="load: .*config.json"):
+        tune(tmp_path, "--text", text)
+    args, tokenizer = parse(), _tokenizers.Bytes()
+    with pytest.raises(ValueError, match="a tokenizer.json for its 300 tokens"):
+        train_lm.check_vocabulary(args, 300, tokenizer)
+    args.tokenizer = tmp_path
+    with pytest.raises(ValueError, match="at most the 255 tokens of the model"):
+        train_lm.check_vocabulary(args, 255, tokenizer)
+    train_lm.check_vocabulary(args, 300, tokenizer)
+
+
+def test_a_data_set_goes_on_where_it_was_killed_and_tensorboard_shows_it(
+    tmp_path, capsys
+):
     pytest.importorskip("grain")
-    np.save(tmp_path / "data.npy", np.arange(2000) % 250)
-    argv = "--data", str(tmp_path / "data.npy"), "--folder", str(tmp_path / "run")
+    pytest.importorskip("tensorboardX")
+    data, folder = tmp_path / "data.npy", tmp_path / "run"
+    np.save(data, np.arange(2000) % 250)
+    argv = "--data", str(data), "--folder", str(folder)
     run(*argv)
-    log = read_log(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    run(*argv)
-    assert read_log(tmp_path / "run") == log
+    log = read_log(folder)
+    shutil.rmtree(folder / "checkpoints" / "6")
+    run(*argv, "--tensorboard")
+    assert read_log(folder) == log
     printed = capsys.readouterr().out
     assert "237 rows to learn from" in printed and "going on from step 4" in printed
-    np.save(tmp_path / "data.npy", np.arange(2001) % 250)
+    # The steps before had no --tensorboard.
+    events = read_events(folder / "tensorboard")
+    assert len(events) == 2 * 4
+    for record in log[4:]:
+        step = record.pop("step")
+        assert record == pytest.approx({k: events[k, step] for k in record})
+    np.save(data, np.arange(2001) % 250)
     with pytest.raises(SystemExit, match="other settings: data_bytes 16128, now 16136"):
         run(*argv)
 
@@ -273,6 +310,9 @@ def test_batches_depend_on_their_place_only():
         (["--data", "a.npy", "b"], "--data must be .npy files or ArrayRecords"),
         (["--data", "/nowhere/x"], "--data must be a file to read, got '/nowhere/x'"),
         (["--tokenizer", "/nowhere/x"], "--tokenizer must be a file to read, got "),
+        (["--init", "x"], "--init must be without --embed-dim: the model has its own"),
+        (["--mlp", "2:4", "--save", "x"], "--save needs a model of --mlp swiglu"),
+        (["--save", __file__], "--save must be a folder, got "),
         (["--tensorboard"], "--tensorboard needs --folder, which it writes to"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
@@ -290,11 +330,15 @@ def test_options_need_their_packages_and_text_has_files(tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         parse("--text", str(tmp_path))
     assert f"--text must have a file in it, got '{tmp_path}'" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SystemExit):
+        parse("--save", str(tmp_path))
+    assert f"--save must have no model yet, got '{tmp_path}'" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    packages = {"data": "grain", "tokenizer": "tokenizers"}
+    packages = {"data": "grain", "tokenizer": "tokenizers", "save": "safetensors"}
     for option, package in packages.items():
         with pytest.raises(SystemExit):
-            parse(f"--{option}", __file__)
+            parse(f"--{option}", "constraints.txt" if option != "save" else "new")
         expected = f"--{option} needs {package}: pip install {package}"
         assert expected in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from examples import _documents, _log, _options, train_lm
+from examples import _documents, _log, _optimizer, _options, _tokenizers, train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--batch", "8", "--context-length", "8"]
@@ -199,7 +199,7 @@ def test_optimizer_is_adam_with_decay_of_matrices_and_sums_of_batches():
         {k: rng.normal(size=shape, scale=2) for k, shape in shapes.items()}
         for _ in range(8)
     ]
-    optimizer = train_lm.make_optimizer(args)
+    optimizer = _optimizer.make_optimizer(args)
     got: Any = jax.tree.map(jnp.float32, weights)
     state, norms = optimizer.init(got), []
     update = jax.jit(optimizer.update)
@@ -222,16 +222,16 @@ def test_optimizer_is_adam_with_decay_of_matrices_and_sums_of_batches():
 def test_weights_that_decay_and_their_dtypes():
     args, mesh = parse("--dtype", "bfloat16"), nn.make_mesh(data=8)
     specs = _documents.make_specs(args, mesh, packed=False)
-    programs = train_lm.make_programs(args, mesh, specs, 256)
-    state = jax.eval_shape(programs.init)
-    flags = train_lm.decays(state["weights"])
+    programs = train_lm.make_programs(args, mesh, specs, _tokenizers.Bytes())
+    state = programs.shapes
+    flags = _optimizer.decays(state["weights"])
     layers, attention = flags["layers"], flags["layers"]["attention"]
     assert flags["head"] and all(layers["mlp"].values())
     assert all(attention[k]["kernel"] for k in ("query", "key", "value", "out"))
     assert not flags["embedding"] and not flags["norm"]["scale"]
     assert not layers["attention_norm"]["scale"] and not layers["mlp_norm"]["scale"]
     others = {"key": {"bias": 0}, "key_norm": {"scale": 0}, "mlp": {"b_up": 0}}
-    assert not any(jax.tree.leaves(train_lm.decays(others)))
+    assert not any(jax.tree.leaves(_optimizer.decays(others)))
     dtypes = {x.dtype for x in jax.tree.leaves(state)}
     assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
 

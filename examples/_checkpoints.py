@@ -1,11 +1,10 @@
-"""The folder of a training run: its checkpoints, its losses and its settings.
+"""The folder of a training run: its checkpoints, its log and its settings.
 
 A run that is killed at any time resumes from its folder and ends as if it had not been
 killed. `train_lm.py` uses it.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -13,39 +12,17 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+from _log import Log, Record, is_first, say, to_write
+from _options import HOW
 from _program import replacing
 from jax.experimental import multihost_utils
 
 KEPT_CHECKPOINTS = 3
-# The options that may change when a run is resumed.
-HOW = ("folder", "mesh", "distributed", "coordinator", "processes", "process", "plot")
-
-
-def is_first() -> bool:
-    """Tell if this process is the one that prints and that writes losses."""
-    return jax.process_index() == 0
-
-
-def say(*texts: object, **options: Any) -> None:
-    if is_first():
-        print(*texts, **options, flush=True)
-
-
-@contextmanager
-def to_write() -> Iterator[None]:
-    """End the run with the reason if a file cannot be written to the folder."""
-    try:
-        yield
-    except OSError as error:
-        sys.exit(f"--folder must be a folder to write to: {error}")
 
 
 def keep_settings(path: Path, settings: dict[str, str]) -> None:
@@ -88,25 +65,24 @@ def take(folder: Path) -> TextIO | None:
 
 
 class Checkpoints:
-    """Checkpoints, losses and settings of a run in its folder; without one, nothing.
+    """Checkpoints, log and settings of a run in its folder; without one, nothing.
 
-    No other run can use the folder until `with` ends.
+    No other run can use the folder until `with` ends. `data` says what the model reads:
+    without it, a run could resume with another text of the same name.
     """
 
-    def __init__(self, args: argparse.Namespace, text: np.ndarray):
-        self.manager, self.lock, self.args = None, None, args
+    def __init__(self, args: argparse.Namespace, data: dict[str, str]):
+        self.manager, self.lock, self.log, self.args = None, None, None, args
         if args.folder is None:
             return
         settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in HOW}
-        # Without this, a run could resume with another text of the same name.
-        settings["text_sha256"] = hashlib.sha256(text).hexdigest()
-        folder = args.folder.resolve()
-        self.losses = folder / "losses.csv"
+        settings |= data
+        self.folder = folder = args.folder.resolve()
         try:
             # A folder that cannot be written to is an error before training starts.
             with to_write():
                 folder.mkdir(parents=True, exist_ok=True)
-                self.losses.touch()
+                self.log = Log(folder, args.tensorboard)
                 self.lock = take(folder) if is_first() else None
                 keep_settings(folder / "settings.json", settings)
         except BaseException:
@@ -116,15 +92,20 @@ class Checkpoints:
             max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
         )
         # Without this, orbax asks the newest checkpoint, which may be damaged.
-        handler = ocp.StandardCheckpointHandler()
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
         self.manager = ocp.CheckpointManager(
-            folder / "checkpoints", options=options, item_handlers=handler
+            folder / "checkpoints", options=options, item_handlers=handlers
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if self.log is not None:
+            self.log.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -136,29 +117,31 @@ class Checkpoints:
         kept = min(len(self.manager.all_steps()), KEPT_CHECKPOINTS)
         # A checkpoint is written before the oldest one is deleted.
         more = min(saves, KEPT_CHECKPOINTS + 1 - kept)
-        free = shutil.disk_usage(self.losses.parent).free
+        free = shutil.disk_usage(self.folder).free
         if free < more * bytes_each:
             sys.exit(
                 f"--folder must be on a disk with {more * bytes_each / 1e6:.1f} MB "
                 f"free, for {more} checkpoints, got {free / 1e6:.1f} MB"
             )
 
-    def restore(self, state):
-        """Return the latest state that can be read, and its step.
+    def restore(self, state) -> tuple[Any, dict[str, Any] | None, int]:
+        """Return the latest state that can be read, that of the data, and its step.
 
-        A new run gets the given state and 0. A checkpoint that cannot be read is moved
-        aside; if none can be read, the run ends and changes nothing. Checkpoints can be
-        read on another mesh.
+        A new run gets the given state, None and 0. A checkpoint that cannot be read is
+        moved aside; if none can be read, the run ends and changes nothing. Checkpoints
+        can be read on another mesh.
         """
-        if self.manager is None:
-            return state, 0
+        if self.manager is None or self.log is None:
+            return state, None, 0
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         steps = sorted(self.manager.all_steps(), reverse=True)
         unreadable = []
         for step in steps:
             try:
-                args = ocp.args.StandardRestore(shapes)
-                state = self.manager.restore(step, args=args)
+                args = ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+                )
+                found = self.manager.restore(step, args=args)
             # Whatever is wrong with its files, an older checkpoint may be whole.
             except Exception as error:
                 first_line = (str(error).splitlines() or [""])[0]
@@ -166,44 +149,37 @@ class Checkpoints:
                 unreadable.append(step)
                 continue
             self._move_aside(unreadable)
-            self._keep_losses(step)
+            self.log.begin(step)
             say(f"going on from step {step}")
-            return state, step
+            return found["state"], found["data"], step
         if steps:
             sys.exit(f"no checkpoint in {self.manager.directory} can be read")
-        self._keep_losses(0)
-        return state, 0
+        self.log.begin(0)
+        return state, None, 0
 
     def _move_aside(self, steps: list[int]) -> None:
         """Move checkpoints away, so that later ones can take their places."""
         if self.manager is None or not steps:
             return
         if is_first():
-            aside = self.losses.parent / "unreadable"
+            aside = self.folder / "unreadable"
             aside.mkdir(exist_ok=True)
             for step in steps:
                 target = aside / f"{step}-{time.time_ns()}"
-                (self.losses.parent / "checkpoints" / str(step)).rename(target)
+                (self.folder / "checkpoints" / str(step)).rename(target)
                 say(f"moved to {target}")
         multihost_utils.sync_global_devices("moved aside")
         self.manager.reload()
 
-    def _keep_losses(self, count: int) -> None:
-        if not is_first():
+    def save(
+        self, step: int, state: Any, data: dict[str, Any], records: list[Record]
+    ) -> None:
+        if self.manager is None or self.log is None:
             return
-        lines = self.losses.read_text().splitlines(keepends=True)
-        if len(lines) > count:
-            with to_write(), replacing(self.losses) as part:
-                part.write_text("".join(lines[:count]))
-
-    def save(self, step: int, state, losses: list[float]) -> None:
-        if self.manager is None:
-            return
-        # Losses come first: a kill in between leaves too many, and a resumed run drops
-        # these.
-        if is_first():
-            with to_write(), self.losses.open("a") as file:
-                file.writelines(f"{loss!r}\n" for loss in losses)
-                file.flush()
-                os.fsync(file.fileno())
-        self.manager.save(step, args=ocp.args.StandardSave(state))
+        # The log comes first: a kill in between leaves too many records, and a resumed
+        # run drops these.
+        self.log.append(records)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+        )
+        self.manager.save(step, args=args)

@@ -3,7 +3,10 @@
 python examples/train_lm.py                 about three minutes on two cores
 python examples/train_lm.py --mlp 2:4       another MLP
 python examples/train_lm.py --compare       loss and time of all MLPs
-python examples/train_lm.py --folder run    keep checkpoints, and losses in losses.csv;
+python examples/train_lm.py --text docs     the files of a folder, packed into rows
+python examples/train_lm.py --init FOLDER --text docs --save tuned
+                                            fine-tune a model of Hugging Face's form
+python examples/train_lm.py --folder run    keep checkpoints, and a log in log.jsonl;
                                             the same command again resumes exactly
 
 --mesh fsdp=4,tensor=2 splits the model and the batch over several devices, and
@@ -14,28 +17,30 @@ srun python examples/train_lm.py --distributed --mesh fsdp=8,tensor=8 --folder r
 """
 
 import argparse
-import importlib.util
-import math
-import os
 import sys
-import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from _checkpoints import Checkpoints, is_first, say
-from _program import add_plot, check_plot, run_program, save_figure
+from _checkpoints import Checkpoints
+from _documents import Specs, Windows, make_specs, read_text
+from _log import Progress, Record, is_first, say
+from _optimizer import make_optimizer, make_schedule
+from _options import parse
+from _program import run_program, save_figure
+from _tokenizers import Bytes, Tokenizer, read_tokenizer
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxkern import nn
+from jaxkern import models, nn
 
-HELD_OUT = 0.05
 EVALUATIONS = 8
 MLPS = {
     "swiglu": lambda embed_dim: None,
@@ -46,186 +51,158 @@ MLPS = {
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--steps", type=int, default=400)
-    add("--context-length", type=int, default=128)
-    add("--batch", type=int, default=16)
-    add("--embed-dim", type=int, default=128)
-    add("--num-layers", type=int, default=4)
-    add("--num-heads", type=int, default=4)
-    add("--mlp", choices=[*MLPS], default="swiglu")
-    add("--compare", action="store_true", help="train one with each --mlp there is")
-    add("--learning-rate", type=float, default=3e-3)
-    add("--seed", type=int, default=0)
-    add("--text", type=Path, help="a file instead of the standard library")
-    add("--folder", type=Path, help="for checkpoints and losses")
-    add("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    add_plot(parser, "the loss")
-    help_mesh = "axes data, fsdp, context, tensor (default: data=all devices)"
-    add("--mesh", metavar="AXIS=SIZE,...", help=help_mesh)
-    add("--distributed", action="store_true", help="one of several processes")
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 is, if not found")
-    add("--processes", type=int, metavar="N", help="how many there are, if not found")
-    add("--process", type=int, metavar="I", help="which this is, if not found")
-    args = parser.parse_args(argv)
-    check(parser, args)
-    return args
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse at once what would fail late."""
-    for name in (
-        "steps",
-        "context_length",
-        "batch",
-        "embed_dim",
-        "num_layers",
-        "num_heads",
-        "every",
-    ):
-        least = 2 if name == "context_length" else 1  # one half to write on from
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
-    if not 0 < args.learning_rate < math.inf:
-        rate = args.learning_rate
-        parser.error(f"--learning-rate must be positive and finite, got {rate}")
-    found = args.coordinator, args.processes, args.process
-    if not args.distributed and any(x is not None for x in found):
-        parser.error("--coordinator, --processes and --process need --distributed")
-    if args.processes is not None and args.processes < 1:
-        parser.error(f"--processes must be at least 1, got {args.processes}")
-    processes = math.inf if args.processes is None else args.processes
-    if args.process is not None and not 0 <= args.process < processes:
-        parser.error(
-            f"--process must be from 0 to one less than --processes, got {args.process}"
-        )
-    if args.compare and args.folder:
-        parser.error("--compare must be without --folder: it keeps no checkpoints")
-    text = args.text
-    if text is not None and not (text.is_file() and os.access(text, os.R_OK)):
-        parser.error(f"--text must be a file to read, got {str(args.text)!r}")
-    check_plot(parser, args.plot)
-
-
-def read_bytes(path: Path | None) -> np.ndarray:
-    """Read a file, or all modules of the standard library one after another."""
-    if path is not None:
-        return np.frombuffer(path.read_bytes(), np.uint8)
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return np.frombuffer(b"\n".join(m.read_bytes() for m in modules), np.uint8)
-
-
-def split(text: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the text to train on, and its end, which is held out."""
-    at = int(len(text) * (1 - HELD_OUT))
-    train, held_out = text[:at], text[at:]
-    if min(len(train), len(held_out)) < context + 1:
-        sys.exit(
-            f"the text must have at least {math.ceil((context + 1) / HELD_OUT)} bytes "
-            f"for --context-length {context}, got {len(text)}"
-        )
-    return train, held_out
-
-
-def make_batch(
-    text: np.ndarray, args: argparse.Namespace, mesh: jax.sharding.Mesh, *at: int
-) -> jax.Array:
-    """Return the batch of a place `at` in the run, so that a run can resume anywhere.
-
-    A process reads the rows of its own devices only.
-    """
-    rng = np.random.default_rng((args.seed, *at))
-    starts = rng.integers(0, len(text) - args.context_length, args.batch)
-    shape = args.batch, args.context_length + 1
-    rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-
-    def read(part: Any) -> np.ndarray:
-        places = starts[part[0], None] + np.arange(shape[1])[part[1]]
-        return text[places].astype(np.int32)
-
-    return jax.make_array_from_callback(shape, rows, read)
-
-
-def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
-    """Return the loss of a model that knows only how often each byte occurs."""
-    p = (np.bincount(train, minlength=256) + 1) / (len(train) + 256)
-    return float(-np.log(p[held_out]).mean())
-
-
-def make_model(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> nn.TransformerLM:
+def make_model(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> nn.TransformerLM:
+    """Return a new model, or that of --init; its parameters are in float32."""
+    dtypes: Any = {"dtype": args.dtype, "param_dtype": "float32"}
+    if args.init is not None:
+        length = args.context_length
+        model = models.load(args.init, context_length=length, mesh=mesh, **dtypes)
+        check_vocabulary(args, model.vocab_size, tokenizer)
+        return model
     return nn.TransformerLM(
-        vocab_size=256,
+        vocab_size=tokenizer.vocab_size,
         context_length=args.context_length,
         embed_dim=args.embed_dim,
         num_layers=args.num_layers,
         num_heads=args.num_heads,
         hidden_dim=4 * args.embed_dim,
         mlp=MLPS[args.mlp](args.embed_dim),
+        # --save writes a Llama.
+        rope_pairs="halves",
         mesh=mesh,
         rngs=nnx.Rngs(args.seed),
+        **dtypes,
     )
 
 
-def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    """Return AdamW with warm-up, cosine decay to a tenth, and clipped gradients."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0,
-        args.learning_rate,
-        warmup_steps=max(1, args.steps // 20),
-        decay_steps=max(2, args.steps),
-        end_value=args.learning_rate / 10,
-    )
-    adam = optax.adamw(rate, b2=0.95, weight_decay=0.1)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+def check_vocabulary(args: argparse.Namespace, size: int, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that are not those of a loaded model."""
+    if args.tokenizer is None and size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--init must have a tokenizer.json for its {size} tokens, or give "
+            f"--tokenizer, got {str(args.init)!r}"
+        )
+    if tokenizer.vocab_size > size:
+        raise ValueError(
+            f"--tokenizer must have at most the {size} tokens of the model, got "
+            f"{tokenizer.vocab_size}"
+        )
 
 
-def make_programs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Any:
-    """Return the model's graph, and the functions that start, step and evaluate a run.
+class Programs(NamedTuple):
+    """The model's graph, and the functions that start, step and evaluate a run.
 
-    Nothing is computed yet, but sizes that do not fit the mesh are refused.
+    `shapes` is what `init` returns, without the numbers.
+    """
+
+    graph: Any
+    shapes: Any
+    init: Any
+    step: Any
+    loss: Any
+
+
+def make_programs(
+    args: argparse.Namespace,
+    mesh: jax.sharding.Mesh,
+    specs: Specs,
+    tokenizer: Tokenizer,
+) -> Programs:
+    """Return the programs of a run on batches of the given specs.
+
+    Nothing is computed yet, but a model is loaded, and sizes that do not fit the mesh
+    are refused.
     """
     optimizer = make_optimizer(args)
+    make = partial(make_model, args, mesh, tokenizer)
+    graph, given = nnx.split(make() if args.init else nnx.eval_shape(make))
 
-    def make_state():
-        weights = nnx.state(make_model(args, mesh))
+    def make_state(weights):
         return {"weights": weights, "moments": optimizer.init(weights)}
 
+    shapes = jax.eval_shape(make_state, given)
+    places = pure(nn.get_sharding(shapes, mesh))
+    shapes = pure(shapes)
+
     def init():
-        return pure(make_state())
+        # A new model's weights are computed where they lie.
+        def start(weights):
+            weights = nnx.state(make()) if weights is None else weights
+            return pure(make_state(weights))
 
-    graph = nnx.graphdef(nnx.eval_shape(partial(make_model, args, mesh)))
-    places = pure(nn.get_sharding(jax.eval_shape(make_state), mesh))
+        start = jax.jit(start, out_shardings=places, donate_argnums=0)
+        return start(given if args.init else None)
 
-    def loss(weights, batch):
-        return nnx.merge(graph, weights).loss(batch[:, :-1], batch[:, 1:])
+    def loss(weights, part):
+        tokens, ids = part["tokens"], part.get("segment_ids")
+        # A token's target is the next one, if it is of the same document.
+        documents = {} if ids is None else {"segment_ids": ids}
+        model = nnx.merge(graph, weights)
+        return model.loss(tokens[:, :-1], tokens[:, 1:], **documents)
 
-    def step(state, batch):
+    def update(state, part_and_share):
+        part, share = part_and_share
+
+        def share_of_loss(weights):
+            return share * loss(weights, part)
+
         weights, moments = state["weights"], state["moments"]
-        value, gradients = jax.value_and_grad(loss)(weights, batch)
+        value, gradients = jax.value_and_grad(share_of_loss)(weights)
         updates, moments = optimizer.update(gradients, moments, weights)
         weights = optax.apply_updates(weights, updates)
         return {"weights": weights, "moments": moments}, value
 
-    batch = jax.ShapeDtypeStruct((args.batch, args.context_length + 1), np.int32)
-    jax.eval_shape(loss, jax.eval_shape(init)["weights"], batch)
+    def step(state, batch):
+        state, losses = jax.lax.scan(update, state, (batch, get_shares(batch)))
+        norm = optax.tree.get(state["moments"], "gradient_norm")
+        return state, {"loss": losses.mean(), "gradient_norm": norm}
+
+    def evaluate(weights, batch):
+        return loss(weights, jax.tree.map(lambda parts: parts[0], batch))
+
+    jax.eval_shape(evaluate, shapes["weights"], dict(specs))
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    return graph, jax.jit(init, out_shardings=places), step, jax.jit(loss)
+    return Programs(graph, shapes, init, step, jax.jit(evaluate))
 
 
-def prepare(args: argparse.Namespace) -> tuple[jax.sharding.Mesh, Any]:
-    """Return the mesh and the programs; an error ends the run with its reason."""
+def get_shares(batch: Any) -> jax.Array:
+    """Return the tokens of each part that count, over their mean.
+
+    Without this, a token would weigh more in a part with many short documents.
+    """
+    ids = batch.get("segment_ids")
+    if ids is None:
+        return jnp.ones(len(batch["tokens"]))
+    counts = (ids[..., 1:] == ids[..., :-1]).sum((1, 2))
+    return counts / jnp.maximum(1, counts.mean())
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """End the run with the reason that the library gives."""
     try:
-        sizes = args.mesh or f"data={jax.device_count()}"
-        mesh = nn.make_mesh(**nn.parse_mesh_sizes(sizes))
-        return mesh, make_programs(args, mesh)
-    except ValueError as error:
+        yield
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
+
+
+def read_mesh(args: argparse.Namespace) -> jax.sharding.Mesh:
+    with reasons():
+        sizes = args.mesh or f"data={jax.device_count()}"
+        return nn.make_mesh(**nn.parse_mesh_sizes(sizes))
+
+
+def read_data(
+    args: argparse.Namespace, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> Any:
+    """Return the batches: `Windows` of a text in memory, or a `DataSet` by grain."""
+    if args.data is None:
+        return Windows(read_text(args.text, tokenizer), args, mesh, tokenizer)
+    from _datasets import DataSet
+
+    return DataSet(args, mesh, tokenizer)
 
 
 def pure(tree: Any) -> Any:
@@ -239,44 +216,6 @@ def pure(tree: Any) -> Any:
     )
 
 
-class Progress:
-    """A bar on a terminal, if rich is installed, or else a line for some steps.
-
-    A bar hides the cursor in `with`, and shows it again however that ends.
-    """
-
-    def __init__(self, args: argparse.Namespace, first: int):
-        self.args, self.bar = args, None
-        if is_first() and sys.stdout.isatty() and importlib.util.find_spec("rich"):
-            from rich import progress
-
-            texts = progress.TextColumn(
-                "{task.completed}/{task.total} {task.fields[text]}"
-            )
-            columns = progress.BarColumn(), texts, progress.TimeRemainingColumn()
-            self.bar = progress.Progress(*columns)
-            self.task = self.bar.add_task(
-                "", total=args.steps, completed=first, text=""
-            )
-
-    def __enter__(self) -> "Progress":
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def show(self, step: int, losses: list[float], seconds: float) -> None:
-        rate = len(losses) * self.args.batch * self.args.context_length / seconds
-        text = f"loss {np.mean(losses):.3f}  {rate:.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=text)
-        elif step % self.args.every == 0 or step == self.args.steps:
-            say(f"step {step:>5}  {text}")
-
-
 class Run(NamedTuple):
     """The results of one training."""
 
@@ -288,61 +227,109 @@ class Run(NamedTuple):
 
 
 def train(args: argparse.Namespace) -> Run:
-    text = read_bytes(args.text)
-    split(text, args.context_length)
-    mesh, programs = prepare(args)
-    with Checkpoints(args, text) as checkpoints:
-        return train_on(text, args, mesh, programs, checkpoints)
+    mesh, tokenizer = read_mesh(args), read_tokenizer(args)
+    data = read_data(args, mesh, tokenizer)
+    with reasons():
+        programs = make_programs(args, mesh, data.specs, tokenizer)
+    with Checkpoints(args, data.identity) as checkpoints:
+        return train_on(data, args, mesh, programs, checkpoints)
 
 
 def train_on(
-    text: np.ndarray,
+    data: Any,
     args: argparse.Namespace,
     mesh: jax.sharding.Mesh,
-    programs: Any,
+    programs: Programs,
     checkpoints: Checkpoints,
 ) -> Run:
-    train_text, held_out = split(text, args.context_length)
-    graph, init, step, loss = programs
-    shapes = jax.tree.leaves(jax.eval_shape(init))
-    state, first = checkpoints.restore(init())
-    size = sum(x.size * x.dtype.itemsize for x in shapes)
+    state, read, first = checkpoints.restore(programs.init())
+    leaves = jax.tree.leaves(programs.shapes)
+    size = sum(x.size * x.dtype.itemsize for x in leaves)
     checkpoints.check_room(first, size)
     size = sum(w.size for w in jax.tree.leaves(state["weights"]))
-    say(f"{size} parameters, {len(train_text)} bytes to learn from")
-    batch = partial(make_batch, train_text, args, mesh)
-    step = step.lower(state, batch(first)).compile()
-    losses, seconds, saved = [], [0.0], 0
+    say(f"{size} parameters, {data.description}")
+    if read is not None:
+        data.restore(read)
+    state, losses, seconds = run_steps(data, args, state, first, programs, checkpoints)
+    batches = data.held_out_batches(EVALUATIONS)
+    found = np.mean([float(programs.loss(state["weights"], b)) for b in batches])
+    unit = data.tokenizer.unit
+    text, baseline = f"held-out loss {found:.3f} nats a {unit}", data.baseline()
+    if baseline is not None:
+        text += f"; knowing only the {unit}s' frequencies {baseline:.3f}"
+    say(text)
+    model = nnx.merge(programs.graph, state["weights"])
+    write(args, model, mesh, data.tokenizer)
+    if args.save is not None:
+        save(args, model, data.tokenizer)
+    if first and checkpoints.log is not None:
+        losses = [record["loss"] for record in checkpoints.log.read()]
+    return Run(args.mlp or str(args.init), size, losses, seconds, float(found))
+
+
+def run_steps(
+    data: Any,
+    args: argparse.Namespace,
+    state: Any,
+    first: int,
+    programs: Programs,
+    checkpoints: Checkpoints,
+) -> tuple[Any, list[float], list[float]]:
+    """Train from step `first` on, and return the state, losses, and seconds until each.
+
+    The first step comes after compilation.
+    """
+    rate = jax.jit(make_schedule(args))
+    step = programs.step.lower(state, dict(data.specs)).compile()
+    tokens = args.accumulate * args.batch * args.context_length
+    losses, seconds, records = [], [], list[Record]()
     with Progress(args, first) as progress:
         for i in range(first, args.steps):
             start = time.perf_counter()
-            state, value = step(state, batch(i))
-            losses.append(float(value))
-            seconds.append(seconds[-1] + time.perf_counter() - start)
-            progress.show(i + 1, losses[saved:], seconds[-1] - seconds[saved])
+            state, found = step(state, data.batch(i))
+            record = {"step": i + 1} | {k: float(v) for k, v in found.items()}
+            time_taken = time.perf_counter() - start
+            record["learning_rate"] = float(rate(i))
+            record["tokens_per_second"] = tokens / time_taken
+            losses.append(record["loss"])
+            seconds.append(time_taken + (seconds[-1] if seconds else 0.0))
+            records.append(record)
+            progress.show(i + 1, records)
             if (i + 1) % args.every == 0 or i + 1 == args.steps:
-                checkpoints.save(i + 1, state, losses[saved:])
-                saved = len(losses)
-    batches = [make_batch(held_out, args, mesh, i, 1) for i in range(EVALUATIONS)]
-    found = np.mean([float(loss(state["weights"], batch)) for batch in batches])
-    unigram = unigram_loss(train_text, held_out)
-    say(f"held-out loss {found:.3f} nats a byte", end="; ")
-    say(f"knowing only the bytes' frequencies {unigram:.3f}")
-    write(args, nnx.merge(graph, state["weights"]), mesh)
-    if first:
-        losses = [float(line) for line in checkpoints.losses.read_text().split()]
-    return Run(args.mlp, size, losses, seconds[1:], float(found))
+                checkpoints.save(i + 1, state, data.state(), records)
+                records.clear()
+    return state, losses, seconds
 
 
-def write(args: argparse.Namespace, model, mesh: jax.sharding.Mesh) -> None:
-    """Print the text with which the model continues `def `."""
-    prompt = np.array([list(b"def ")], np.int32)[:, : args.context_length // 2]
+def write(
+    args: argparse.Namespace, model, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> None:
+    """Print the text with which the model continues the prompt."""
+    prompt = np.asarray(tokenizer.encode(args.prompt.encode()), np.int32)[None]
+    if prompt.size and prompt[0, -1] == tokenizer.end:
+        prompt = prompt[:, :-1]
+    prompt = prompt[:, : args.context_length // 2]
+    if not prompt.size:
+        return say("the tokenizer knows no token of the prompt")
     prompt = jax.device_put(prompt, jax.NamedSharding(mesh, jax.P()))
     count = args.context_length - prompt.shape[1]
     options = {"temperature": 0.7, "top_p": 0.95, "key": jax.random.key(args.seed)}
     written = model.generate(prompt, max_new_tokens=count, **options)
     written = multihost_utils.process_allgather(written, tiled=True)
-    say(bytes(np.asarray(written[0]).tolist()).decode(errors="replace"))
+    say(tokenizer.decode(np.asarray(written[0]).tolist()))
+
+
+def save(args: argparse.Namespace, model: nn.TransformerLM, tokenizer: Tokenizer):
+    """Write the model and its tokenizer, which `models.load` and transformers read."""
+    if jax.process_count() > 1:
+        graph, weights = nnx.split(model)
+        weights = multihost_utils.process_allgather(weights, tiled=True)
+        model = nnx.merge(graph, jax.tree.map(jnp.asarray, weights))
+    if is_first():
+        with reasons():
+            models.save(model, args.save, like=args.init)
+            tokenizer.save(args.save)
+        say(f"saved in {args.save}")
 
 
 def compare(args: argparse.Namespace) -> list[Run]:
@@ -350,7 +337,9 @@ def compare(args: argparse.Namespace) -> list[Run]:
     each = [argparse.Namespace(**vars(args) | {"mlp": name}) for name in MLPS]
     # Without this, the last MLP would be refused after the first ones have trained.
     for one in each:
-        prepare(one)
+        mesh = read_mesh(one)
+        with reasons():
+            make_programs(one, mesh, make_specs(one, mesh, packed=False), Bytes())
     runs = []
     for one in each:
         say(f"\n{one.mlp}")
@@ -383,7 +372,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+    args = parse(argv, __doc__, MLPS)
     if args.distributed:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
     runs = compare(args) if args.compare else [train(args)]

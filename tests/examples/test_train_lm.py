@@ -1,5 +1,6 @@
 import collections
 import errno
+import json
 import os
 import shutil
 import signal
@@ -7,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from helpers import free_port, run_together
 
-from examples import _checkpoints, train_lm
+import jaxkern
+from examples import _checkpoints, _documents, _options, _tokenizers, train_lm
 from jaxkern import nn
 
 SMALL = ["--steps", "6", "--every", "2", "--batch", "8", "--context-length", "8"]
@@ -22,6 +27,22 @@ SMALL += ["--embed-dim", "8", "--num-layers", "1", "--num-heads", "2"]
 
 def run(*argv):
     train_lm.main([*SMALL, *argv])
+
+
+def parse(*argv):
+    return _options.parse([*SMALL, *argv], None, train_lm.MLPS)
+
+
+def read_log(folder):
+    """Return the log of a run without its times."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert all(record.pop("tokens_per_second") > 0 for record in records)
+    return records
+
+
+def read_losses(folder):
+    return [record["loss"] for record in read_log(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +55,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run("--text", text, "--folder", str(folder))
+    run("--text", text, "--folder", str(folder), "--save", str(folder / "model"))
     return folder
 
 
@@ -45,8 +66,8 @@ def folder(tmp_path, finished):
 
 
 def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
-    losses = (folder / "losses.csv").read_text()
-    assert len(losses.splitlines()) == 6
+    log = read_log(folder)
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
     # This is left by a kill between the last step's losses and its checkpoint.
     shutil.rmtree(folder / "checkpoints" / "6")
     for file in (folder / "checkpoints" / "4").rglob("*"):
@@ -60,7 +81,7 @@ def test_goes_on_exactly_and_past_a_damaged_checkpoint(folder, text, capsys):
     assert "going on from step 2" in printed
     assert "step     6" in printed and "held-out loss" in printed
     assert len(list((folder / "unreadable").iterdir())) == 2
-    assert (folder / "losses.csv").read_text() == losses
+    assert read_log(folder) == log
     with pytest.raises(SystemExit, match="other settings: embed_dim 8, now 16"):
         run("--text", text, "--folder", str(folder), "--embed-dim", "16")
 
@@ -72,19 +93,19 @@ def test_killed_in_mid_run_it_ends_as_if_it_was_not(tmp_path, text):
     command = [sys.executable, script, *SMALL, *steps, "--folder", str(killed)]
     settings = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=os.environ | settings)
-    losses = killed / "losses.csv"
+    log = killed / "log.jsonl"
     try:
-        while not losses.exists() or len(losses.read_text().splitlines()) < 20:
+        while not log.exists() or len(log.read_text().splitlines()) < 20:
             assert process.poll() is None
             time.sleep(0.01)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    before = len(losses.read_text().splitlines())
+    before = len(log.read_text().splitlines())
     run(*steps, "--folder", str(killed))
     run(*steps, "--folder", str(whole))
     assert 20 <= before < 60
-    assert losses.read_text() == (whole / "losses.csv").read_text()
+    assert read_log(killed) == read_log(whole)
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["before", "after"])
@@ -103,14 +124,96 @@ def test_a_kill_beside_the_write_of_a_checkpoint_loses_no_line(
         patch.setattr(ocp.CheckpointManager, "save", die)
         run(*argv)
     run(*argv)
-    losses = (finished / "losses.csv").read_text()
-    assert (folder / "losses.csv").read_text() == losses
+    assert read_log(folder) == read_log(finished)
+
+
+def read_events(folder):
+    """Return what TensorBoard shows, by name and step, read from its files."""
+    # Its names are made when it is imported.
+    from tensorboardX.proto import event_pb2
+
+    events: Any = event_pb2
+    found = {}
+    for file in sorted(folder.iterdir()):
+        rest = file.read_bytes()
+        while rest:
+            # A length of 8 bytes, its checksum of 4, the event, and its checksum.
+            size = int.from_bytes(rest[:8], "little")
+            event, rest = (
+                events.Event.FromString(rest[12 : 12 + size]),
+                rest[16 + size :],
+            )
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
+def tune(model, *argv):
+    common = "--init", str(model), "--context-length", "8", "--batch", "8"
+    train_lm.main([*common, *argv])
+
+
+def test_what_is_saved_can_be_tuned_and_saved(tmp_path, text, finished, capsys):
+    pytest.importorskip("tokenizers")
+    import tokenizers
+
+    model = shutil.copytree(finished / "model", tmp_path / "model")
+    letters = tokenizers.models.BPE({chr(i): i for i in range(256)}, [])
+    tokenizers.Tokenizer(letters).save(str(model / "tokenizer.json"))
+    tune(model, "--text", text, "--steps", "2", "--save", str(tmp_path / "tuned"))
+    assert "3800 tokens to learn from" in capsys.readouterr().out
+    found = [jaxkern.models.load(path) for path in (model, tmp_path / "tuned")]
+    assert found[0].config == found[1].config
+    # The rate is 0 in the first step, and Adam moves each weight by the rate at most.
+    weights = [nnx.to_pure_dict(nnx.state(one)) for one in found]
+    for before, after in zip(*map(jax.tree.leaves, weights), strict=True):
+        assert 0 < abs(before - after).max() < 2.5e-5
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+
+
+def test_a_loaded_model_is_whole_and_has_the_tokens_of_its_tokenizer(text, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="load: .*config.json"):
+        tune(tmp_path, "--text", text)
+    args, tokenizer = parse(), _tokenizers.Bytes()
+    with pytest.raises(ValueError, match="a tokenizer.json for its 300 tokens"):
+        train_lm.check_vocabulary(args, 300, tokenizer)
+    args.tokenizer = tmp_path
+    with pytest.raises(ValueError, match="at most the 255 tokens of the model"):
+        train_lm.check_vocabulary(args, 255, tokenizer)
+    train_lm.check_vocabulary(args, 300, tokenizer)
+
+
+def test_a_data_set_goes_on_where_it_was_killed_and_tensorboard_shows_it(
+    tmp_path, capsys
+):
+    pytest.importorskip("grain")
+    pytest.importorskip("tensorboardX")
+    data, folder = tmp_path / "data.npy", tmp_path / "run"
+    np.save(data, np.arange(2000) % 250)
+    argv = "--data", str(data), "--folder", str(folder)
+    run(*argv)
+    log = read_log(folder)
+    shutil.rmtree(folder / "checkpoints" / "6")
+    run(*argv, "--tensorboard")
+    assert read_log(folder) == log
+    printed = capsys.readouterr().out
+    assert "237 rows to learn from" in printed and "going on from step 4" in printed
+    # The steps before had no --tensorboard.
+    events = read_events(folder / "tensorboard")
+    assert len(events) == 2 * 4
+    for record in log[4:]:
+        step = record.pop("step")
+        assert record == pytest.approx({k: events[k, step] for k in record})
+    np.save(data, np.arange(2001) % 250)
+    with pytest.raises(SystemExit, match="other settings: data_bytes 16128, now 16136"):
+        run(*argv)
 
 
 def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
-    argv, files = ("--folder", str(folder)), [folder / "losses.csv"]
+    argv, files = ("--folder", str(folder)), [folder / "log.jsonl"]
     files.append(folder / "settings.json")
-    before = [file.read_bytes() for file in files]
+    before, log = [file.read_bytes() for file in files], read_log(folder)
     lock = _checkpoints.take(folder)
     holder = f"held by process {os.getpid()} on "
     with pytest.raises(SystemExit, match=f"must be of no other run, got .*{holder}"):
@@ -145,39 +248,45 @@ def test_a_folder_has_one_run_and_one_text(folder, text, monkeypatch):
     disk = collections.namedtuple("disk", "free")(2 * free)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
     run("--text", text, *argv)
-    assert files[0].read_bytes() == before[0]
+    assert read_log(folder) == log
 
 
 def test_nothing_is_lost_where_no_checkpoint_can_be_read(folder, text):
-    losses = (folder / "losses.csv").read_text()
+    log = (folder / "log.jsonl").read_text()
     for file in (folder / "checkpoints").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
     before = sorted((folder / "checkpoints").rglob("*"))
     with pytest.raises(SystemExit, match="no checkpoint in .* can be read"):
         run("--text", text, "--folder", str(folder))
-    assert (folder / "losses.csv").read_text() == losses
+    assert (folder / "log.jsonl").read_text() == log
     assert sorted((folder / "checkpoints").rglob("*")) == before
 
 
 def test_text():
-    text = train_lm.read_bytes(None)
-    assert len(text) > 1e6 and b"def " in text[:100_000].tobytes()
-    train, held_out = train_lm.split(text, 128)
-    assert len(train) + len(held_out) == len(text)
-    entropy = train_lm.unigram_loss(train, train)
-    p = np.bincount(train) / len(train)
+    text = _documents.read_text(None)
+    assert len(text.tokens) > 1e6 and b"def " in text.tokens[:100_000].tobytes()
+    train, held_out = text.split(128)
+    assert len(train.tokens) + len(held_out.tokens) == len(text.tokens)
+    entropy = _documents.unigram_loss(train.tokens, train.tokens, 256)
+    p = np.bincount(train.tokens) / len(train.tokens)
     assert entropy == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), abs=1e-3)
 
 
 def test_batches_depend_on_their_place_only():
-    args, text = train_lm.parse(SMALL), np.arange(200, dtype=np.uint8)
-    one, other = nn.make_mesh(data=8), nn.make_mesh(fsdp=4, context=2)
-    batch = train_lm.make_batch(text, args, one, 3)
-    np.testing.assert_array_equal(batch, train_lm.make_batch(text, args, other, 3))
-    assert not np.array_equal(batch, train_lm.make_batch(text, args, one, 4))
+    text = _documents.Text(np.arange(220, dtype=np.uint8), np.array([0]))
+    meshes = nn.make_mesh(data=8), nn.make_mesh(fsdp=4, context=2)
+    one, other = (_documents.Windows(text, parse(), mesh) for mesh in meshes)
+    (batch,) = one.batch(3)["tokens"]
+    np.testing.assert_array_equal(batch, other.batch(3)["tokens"][0])
+    assert not np.array_equal(batch, one.batch(4)["tokens"][0])
     assert batch.shape == (8, 9) and (np.diff(batch) == 1).all()
-    assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 9)}
+    batch = one.batch(3)["tokens"]
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 1, 9)}
+    halves = _documents.Windows(
+        text, parse("--batch", "4", "--accumulate", "2"), meshes[1]
+    )
+    np.testing.assert_array_equal(batch.reshape(2, 4, 9), halves.batch(3)["tokens"])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +301,19 @@ def test_batches_depend_on_their_place_only():
         (["--distributed", "--processes", "0"], "--processes must be at least 1, got"),
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be"),
         (["--mlp", "relu"], "invalid choice"),
+        (["--accumulate", "0"], "--accumulate must be at least 1"),
+        (["--warm-up", "6"], "--warm-up must be from 0 to below --steps, got 6"),
+        (["--clip", "0"], "--clip must be positive, or inf for none, got 0.0"),
+        (["--weight-decay", "-1"], "--weight-decay must be at least 0 and finite"),
+        (["--prompt", ""], "--prompt must not be empty"),
+        (["--data", __file__, "--text", __file__], "--data must be without --text"),
+        (["--data", "a.npy", "b"], "--data must be .npy files or ArrayRecords"),
+        (["--data", "/nowhere/x"], "--data must be a file to read, got '/nowhere/x'"),
+        (["--tokenizer", "/nowhere/x"], "--tokenizer must be a file to read, got "),
+        (["--init", "x"], "--init must be without --embed-dim: the model has its own"),
+        (["--mlp", "2:4", "--save", "x"], "--save needs a model of --mlp swiglu"),
+        (["--save", __file__], "--save must be a folder, got "),
+        (["--tensorboard"], "--tensorboard needs --folder, which it writes to"),
         (["--plot", "loss.txt"], "--plot must end in .png, .svg or .pdf"),
         (["--plot", "/nowhere/x.png"], "--plot must be in a folder to write to"),
         (["--process", "0"], "--processes and --process need --distributed"),
@@ -200,8 +322,28 @@ def test_batches_depend_on_their_place_only():
 )
 def test_refusals(argv, message, capsys):
     with pytest.raises(SystemExit):
-        train_lm.parse(argv)
+        parse(*argv)
     assert message in capsys.readouterr().err
+
+
+def test_options_need_their_packages_and_text_has_files(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        parse("--text", str(tmp_path))
+    assert f"--text must have a file in it, got '{tmp_path}'" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SystemExit):
+        parse("--save", str(tmp_path))
+    assert f"--save must have no model yet, got '{tmp_path}'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    packages = {"data": "grain", "tokenizer": "tokenizers", "save": "safetensors"}
+    for option, package in packages.items():
+        with pytest.raises(SystemExit):
+            parse(f"--{option}", "constraints.txt" if option != "save" else "new")
+        expected = f"--{option} needs {package}: pip install {package}"
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--tensorboard", "--folder", str(tmp_path))
+    assert "needs tensorboardX: pip install tensorb" in capsys.readouterr().err
 
 
 def test_the_last_mlp_of_a_comparison_is_refused_before_the_first_trains(text, capsys):
@@ -279,15 +421,15 @@ def test_two_processes_train_the_same_curve(tmp_path, text):
     first, second = run_two(*argv)
     assert "step     6" in first and "held-out loss" in first
     assert "step" not in second and "held-out" not in second
-    losses = np.loadtxt(theirs / "losses.csv")
-    np.testing.assert_allclose(losses, np.loadtxt(ours / "losses.csv"), rtol=1e-5)
+    losses = read_losses(theirs)
+    np.testing.assert_allclose(losses, read_losses(ours), rtol=1e-5)
     # Both processes read what both wrote, and one process on another mesh reads it too.
     shutil.rmtree(theirs / "checkpoints" / "6")
     assert "going on from step 4" in run_two(*argv)[0]
-    np.testing.assert_array_equal(np.loadtxt(theirs / "losses.csv"), losses)
+    np.testing.assert_array_equal(read_losses(theirs), losses)
     shutil.rmtree(theirs / "checkpoints" / "6")
     run("--text", text, "--folder", str(theirs), "--mesh", "fsdp=4,tensor=2")
-    np.testing.assert_allclose(np.loadtxt(theirs / "losses.csv"), losses, rtol=1e-5)
+    np.testing.assert_allclose(read_losses(theirs), losses, rtol=1e-5)
 
 
 def test_comparison(tmp_path, text, capsys, monkeypatch):

@@ -26,13 +26,12 @@ class Mutant:
     tests: tuple[str, str]
 
 
-SAVE = "        self.manager.save(step, args=ocp.args.StandardSave(state))\n"
-LOSSES = """        if is_first():
-            with to_write(), self.losses.open("a") as file:
-                file.writelines(f"{loss!r}\\n" for loss in losses)
-                file.flush()
-                os.fsync(file.fileno())
+SAVE = """        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)
+        )
+        self.manager.save(step, args=args)
 """
+LOG = "        self.log.append(records)\n"
 BY_TILES = (
     "tests/attention/test_dense.py",
     "test_values_and_gradients and tiles and 17x65-causal",
@@ -359,10 +358,10 @@ MUTANTS = (
     ),
     Mutant(
         "checkpoint-first",
-        "A checkpoint is written before the losses up to it.",
+        "A checkpoint is written before the log up to it.",
         "examples/_checkpoints.py",
-        LOSSES + SAVE,
-        SAVE + LOSSES,
+        LOG + SAVE,
+        SAVE + LOG,
         ("tests/examples/test_train_lm.py", "beside_the_write_of_a_checkpoint"),
     ),
     Mutant(

@@ -358,8 +358,8 @@ class MultiHeadAttention(nnx.Module):
             return Result(self.attend(**given, attention_fn=function), sown.weights, [])
         grown = []
 
-        def attend(query, key, value):
-            out, cached = attend_to_cache(function, query, key, value, cache)
+        def attend(*args, **more):
+            out, cached = attend_to_cache(partial(function, **more), *args, cache)
             grown.extend(cached)
             return out
 

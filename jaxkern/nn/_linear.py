@@ -8,7 +8,7 @@ from flax.typing import Dtype, Initializer
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from .._core.checks import check_floating, check_shape
+from .._core.checks import check_floating, check_integer, check_shape
 from .._core.dispatch import Implementation
 from .._core.precision import matmul, widen
 from .._core.sharding import on_automatic_axes
@@ -130,7 +130,8 @@ class LowRankLinear(nnx.Module):
         Raises:
             TypeError: `module` is not an `nnx.Linear`, or a subclass with another call
                 such as `nnx.LoRALinear`; add its product to the kernel before.
-            ValueError: `module` has a bias, or the rank is out of range.
+            ValueError: `module` has a bias, its kernel is not finite, or the rank is
+                out of range.
 
         Examples:
             ```python
@@ -146,6 +147,7 @@ class LowRankLinear(nnx.Module):
         check_means(op, module, nnx.Linear, "an nnx.Linear")
         if module.bias is not None:
             raise ValueError(f"{op}: module must have no bias, got one")
+        check_full_rank(op, rank, **{"module.kernel": module.kernel[...]})
         low_rank = cls(
             module.in_features,
             module.out_features,
@@ -181,26 +183,30 @@ class LowRankLinear(nnx.Module):
         References:
             Eckart and Young (1936), https://doi.org/10.1007/BF02288367.
         """
-        op, expected = (
-            "LowRankLinear.approximate",
-            (self.in_features, self.out_features),
-        )
+        op = "LowRankLinear.approximate"
         (kernel,) = check_floating(op, kernel=kernel)
-        check_shape(op, "kernel", kernel, expected)
-        if self.rank > min(expected):
-            raise ValueError(
-                f"{op}: rank must be at most min(in_features, out_features) = "
-                f"{min(expected)}, got {self.rank}"
-            )
+        check_shape(op, "kernel", kernel, (self.in_features, self.out_features))
+        check_full_rank(op, self.rank, kernel=kernel)
         kernel = widen(kernel)
-        if not jnp.isfinite(kernel).all():
-            raise ValueError(f"{op}: kernel must be finite, got NaN or infinity in it")
         factors = _closest(kernel, self.rank)
         w_in, w_out = (w.astype(self.param_dtype) for w in factors)
         self.w_in.set_value(w_in)
         self.w_out.set_value(w_out)
         with jax.default_matmul_precision("highest"):
             return relative_loss(kernel, matmul(widen(w_in), widen(w_out)))
+
+
+def check_full_rank(op: str, rank: int, **kernels: jax.Array) -> None:
+    """Check that kernels are finite, and have a smaller side of at least the rank."""
+    rank = check_integer(op, "rank", rank)
+    for name, kernel in kernels.items():
+        if rank > min(kernel.shape):
+            raise ValueError(
+                f"{op}: rank must be at most {min(kernel.shape)}, the smaller side of "
+                f"{name}, got {rank}"
+            )
+        if not jnp.isfinite(kernel).all():
+            raise ValueError(f"{op}: {name} must be finite, got NaN or infinity in it")
 
 
 @on_automatic_axes(lambda kernel: (P(kernel[0], None), P(None, kernel[1])))

@@ -28,7 +28,7 @@ from ._common import (
     default_kernel_init,
     relative_loss,
 )
-from ._linear import LowRankLinear
+from ._linear import LowRankLinear, check_full_rank
 from ._mlp import SwiGLU
 from ._packed_mlp import FACTORS, Packed24ReLU2
 
@@ -131,9 +131,14 @@ class LowRankSwiGLU(nnx.Module):
 
         Raises:
             TypeError: `module` is not a `SwiGLU`, or a subclass with another call.
-            ValueError: The rank is below 1 or above a kernel's smaller side.
+            ValueError: The rank is below 1 or above a kernel's smaller side, or a
+                kernel is not finite.
         """
-        check_means("LowRankSwiGLU.from_full_rank", module, SwiGLU, "a SwiGLU")
+        op = "LowRankSwiGLU.from_full_rank"
+        check_means(op, module, SwiGLU, "a SwiGLU")
+        names = {name: f"w_{name}" for name in ("gate", "up", "down")}
+        kernels = {name: getattr(module, names[name])[...] for name in names}
+        check_full_rank(op, rank, **{f"module.{names[x]}": kernels[x] for x in names})
         low_rank = cls(
             module.embed_dim,
             module.hidden_dim,
@@ -144,11 +149,7 @@ class LowRankSwiGLU(nnx.Module):
             implementation=module.implementation,
             rngs=nnx.Rngs(0),
         )
-        errors = {
-            "gate": low_rank.gate.approximate(module.w_gate[...]),
-            "up": low_rank.up.approximate(module.w_up[...]),
-            "down": low_rank.down.approximate(module.w_down[...]),
-        }
+        errors = {x: getattr(low_rank, x).approximate(kernels[x]) for x in names}
         return low_rank, errors
 
 

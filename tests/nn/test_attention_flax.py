@@ -302,6 +302,7 @@ def test_state_changes_on_explicit_axes():
         with jax.set_mesh(mesh) if layer is module else contextlib.nullcontext():
             y, sown = step(layer, given)
         cache = layer.cached_key[...], layer.cache_index[...], layer.rngs.count[...]
+        assert layer.cache_index[...] == SEQ and layer.rngs.count[...] == 1
         kept = y, sown["attention_weights"][0], cache
         results.append(jax.tree.map(np.asarray, kept))
     assert_near(*results)

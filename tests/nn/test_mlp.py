@@ -332,7 +332,14 @@ X = jnp.ones((2, EMBED))
                 MODULES["SwiGLU"](), EMBED + 1
             ),
             ValueError,
-            r"rank must be at most min\(in_features, out_features\) = 24, got 25",
+            "LowRankSwiGLU.from_full_rank: rank must be at most 24, the smaller side "
+            "of module.w_gate, got 25",
+        ),
+        (
+            lambda: untyped.nn.LowRankLinear.from_full_rank(linear(), 25),
+            ValueError,
+            "LowRankLinear.from_full_rank: rank must be at most 24, the smaller side "
+            "of module.kernel, got 25",
         ),
         (
             lambda: MODULES["LowRankLinear"]().approximate(jnp.ones((3, 4))),

@@ -208,10 +208,8 @@ def _generate(graph, count, cache, top_k, state, prompt, lengths, sampling):
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _begin(graph, count, cache, top_k, state, prompt, lengths, sampling):
     model = nnx.merge(graph, state)
-    place = partial(_places, cache=cache)
-    return on_automatic_axes(place)(_start)(
-        model, prompt, lengths, sampling, top_k, count, cache
-    )
+    start = on_automatic_axes(lambda prompt: _places(prompt, cache))(_start)
+    return start(model, prompt, lengths, sampling, top_k, count, cache)
 
 
 @partial(
@@ -249,7 +247,7 @@ class _Decoding(NamedTuple):
     chosen: "_Chosen"
 
 
-def _places(prompt: PartitionSpec, *, cache: bool) -> _Decoding:
+def _places(prompt: PartitionSpec, cache: bool) -> _Decoding:
     """Say where the state lies, by the placement of the prompt."""
     batch = PartitionSpec(*prompt[:1])
     memory = places_with_cache(prompt)[1] if cache else batch

@@ -81,7 +81,10 @@ def test_values_and_gradients(seq, options):
         for fn in (run, partial(plain, as_keys=False))
     )
     # Each leaf is one row: the gradient of a query that sees one key is all rounding.
-    assert_as_close(*(jax.tree.map(np.ravel, x) for x in (got, rounded, exact)))
+    got, rounded, exact = (
+        jax.tree.map(np.ravel, tree) for tree in (got, rounded, exact)
+    )
+    assert_as_close(got, rounded, exact)
 
 
 def test_documents_are_numbered_and_their_tokens_too():

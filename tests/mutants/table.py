@@ -341,6 +341,22 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "window-ring",
+        "Several new tokens overwrite cached keys that the first of them still see.",
+        "jaxkern/nn/_cache.py",
+        "if key.shape[1] == 1 or places != window:",
+        "if True:",
+        ("tests/nn/test_generate.py", "test_features_with_a_cache"),
+    ),
+    Mutant(
+        "packed-targets",
+        "The last token of a document should predict the first of the next one.",
+        "jaxkern/nn/_transformer_loss.py",
+        "where = inside if where is None else where & inside",
+        "pass",
+        ("tests/nn/test_families.py", "test_packed_documents and gpt"),
+    ),
+    Mutant(
         "top-p",
         "A token stays although likelier ones have a probability of top_p.",
         "jaxkern/nn/_generate.py",

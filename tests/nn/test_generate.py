@@ -64,7 +64,8 @@ def test_features_with_a_cache_equal_those_without():
     tokens = jax.random.randint(jax.random.key(1), (2, 11), 0, VOCAB)
     expected = nnx.jit(TransformerLM.features)(model, tokens)
     cache = model.make_cache(2, 13)
-    got, extend = [], nnx.jit(TransformerLM.extend)
+    extend: Any = nnx.jit(TransformerLM.extend)
+    got = []
     for part in jnp.split(tokens, [5, 6], axis=1):
         features, cache = extend(model, part, cache)
         got.append(features)
@@ -102,7 +103,8 @@ def test_a_window_needs_no_capacity():
 def test_bfloat16_cache():
     model = build(dtype=jnp.bfloat16)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, VOCAB)
-    extend, whole = nnx.jit(TransformerLM.extend), nnx.jit(TransformerLM.features)
+    extend: Any = nnx.jit(TransformerLM.extend)
+    whole = nnx.jit(TransformerLM.features)
     features, cache = extend(model, tokens, model.make_cache(2, 8))
     assert cache.keys.dtype == features.dtype == jnp.bfloat16
     assert_near(features, whole(model, tokens), 0.02)
@@ -248,7 +250,8 @@ def test_compiles_once():
 
 
 def test_prompts_of_many_lengths_share_a_program():
-    model, compiled = build(num_kv_heads=4), _generate
+    model = build(num_kv_heads=4)
+    compiled: Any = _generate
     before = compiled._cache_size()
     for length in (1, 2, 3, 4):
         model.generate(PROMPT[:, :length], max_new_tokens=5)

@@ -217,6 +217,9 @@ def test_generation(explicit):
     for options in ({"prompt_lengths": jnp.full(8, 4)}, {"cache": False}):
         got = model.generate(prompt, max_new_tokens=3, **options)
         np.testing.assert_array_equal(got, wanted)
+    if explicit:
+        streamed = np.stack([*model.stream(prompt, max_new_tokens=3)], 1)
+        np.testing.assert_array_equal(streamed, wanted[:, 4:])
 
 
 @pytest.mark.parametrize(

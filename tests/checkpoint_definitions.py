@@ -12,6 +12,8 @@ from jaxkern import RotaryScaling
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40}
 SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 32}
+# Without these keys transformers gives a token no gradient, and stops at another one.
+SIZES |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 OPTIONS: dict[str, Any] = {"vocab_size": 50, "context_length": 32, "embed_dim": 24}
 OPTIONS |= {"hidden_dim": 40, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
 OPTIONS |= {"rope_pairs": "halves", "norm_epsilon": 1e-6}
@@ -139,7 +141,7 @@ CASES = {
             "partial_rotary_factor": 0.75,
             "original_max_position_embeddings": 16,
             "rope_scaling": {
-                "type": "su",
+                "type": "longrope",
                 "short_factor": [1.0, 1.5, 2.0],
                 "long_factor": [1, 2, 8],
             },

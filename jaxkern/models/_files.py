@@ -125,14 +125,11 @@ def read_headers(op: str, files: list[Path]) -> dict[str, Stored]:
 def read_tensors(
     stored: Mapping[str, Stored], names: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield tensors one by one, each with its name.
-
-    Each file is open only while its tensors are read. Without this, the pages of the
-    file would count as memory of the process.
-    """
+    """Yield tensors one by one, each with its name."""
     package = safetensors("load")
     for file in dict.fromkeys(stored[name].file for name in names):
-        with package.safe_open(file, framework="np") as opened:
+        # Without "pread", the pages of the file would be memory of the process.
+        with package.safe_open(file, framework="np", backend="pread") as opened:
             for name in names:
                 if stored[name].file == file:
                     yield name, opened.get_tensor(name)

@@ -43,8 +43,9 @@ def load(
     The folder has config.json and either model.safetensors or several files with their
     model.safetensors.index.json. The families are Llama 1 to 3.2, Mistral, Qwen 2, 2.5
     and 3, OLMo 2, Gemma 2, the text models of Gemma 3, and Phi-3. The names, shapes and
-    dtypes of all tensors are checked before memory is taken for any. Then at most one
-    layer is in the memory of the host, and each tensor goes straight to its place.
+    dtypes of all tensors are checked before memory is taken for any. Then the host
+    has at most one layer or the embedding in memory, and each tensor goes straight to
+    its place.
 
     Nothing is downloaded, and the tokenizer is the `tokenizers` package's.
 
@@ -219,7 +220,7 @@ def _read(
                 place = places[part.path]
                 if part.layer is not None and place is not None:
                     place = NamedSharding(place.mesh, P(*place.spec[1:]))
-                array = _place(value.astype(dtype), place)
+                array = _place(value.astype(dtype, copy=False), place)
                 (arrays if part.layer is None else layer)[part.path] = array
                 index = part.layer
         if index is not None:

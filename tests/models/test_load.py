@@ -115,6 +115,67 @@ def test_on_a_mesh(tmp_path):
     assert_equal(load_file(tmp_path / "saved" / "model.safetensors"), tensors)
 
 
+@pytest.mark.parametrize(
+    "name, change, options",
+    [
+        ("Mistral", {"sliding_window": None}, {"window": None}),
+        ("Mistral", {"sliding_window": ...}, {"window": 4096}),
+        ("Qwen 3", {"use_sliding_window": ...}, {"window": None}),
+        ("Qwen 3", {"max_window_layers": ...}, {"window": None}),
+        ("Qwen 3", {"layer_types": ["full_attention"] * 2}, {"window": None}),
+        ("Gemma 2", {"hidden_activation": "gelu_new"}, {}),
+        ("Gemma 2", {"tie_word_embeddings": ...}, {"tie_embeddings": True}),
+        ("Gemma 2", {"query_pre_attn_scalar": ...}, {"attention_scale": 1 / 16}),
+        ("Gemma 3", {"layer_types": None, "sliding_window_pattern": 2}, {}),
+        # All layers have windows: the third would be the first without.
+        (
+            "Gemma 3",
+            {"layer_types": None, "sliding_window_pattern": 4},
+            {"full_attention_every": None, "local_rope_theta": None}
+            | {"rope_theta": 20.0, "rope_scaling": None},
+        ),
+        (
+            "Gemma 3",
+            {
+                "rope_parameters": ...,
+                "rope_local_base_freq": 20,
+                "rope_theta": 100.0,
+                "rope_scaling": {"type": "linear", "factor": 8},
+            },
+            {},
+        ),
+        (
+            "Gemma 3",
+            {"rope_parameters": ...},
+            {"rope_theta": 1e6, "rope_scaling": None} | {"local_rope_theta": 1e4},
+        ),
+        (
+            "Llama 3.1",
+            {"rope_theta": ..., "rope_scaling": None},
+            {"rope_theta": 1e4, "rope_scaling": None},
+        ),
+        ("Llama 3.1", {"num_key_value_heads": ...}, {"num_kv_heads": 4}),
+        ("Llama 3.1", {"original_max_position_embeddings": 16}, {}),
+        (
+            "Phi-3",
+            {
+                "rope_scaling": checkpoints.CASES["Phi-3"].raw["rope_scaling"]
+                | {"type": "su"}
+            },
+            {},
+        ),
+        ("OLMo 2", {"rms_norm_eps": ...}, {"norm_epsilon": 1e-5}),
+    ],
+)
+def test_forms_of_config(tmp_path, name, change, options):
+    """Keys may be missing, and have other names in older files."""
+    raw, expected = checkpoints.CASES[name]
+    raw = {key: x for key, x in (raw | change).items() if x is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    got = models.read_config(tmp_path)
+    assert resolve(got) == resolve(TransformerConfig(**expected | options))
+
+
 def test_longrope_takes_the_list_of_its_length(tmp_path):
     case = checkpoints.CASES["Phi-3"]
     folder = checkpoints.write(tmp_path, case, {})

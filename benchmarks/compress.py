@@ -64,21 +64,20 @@ def rank_of(share: float, d_in: int, d_out: int, sparse: bool = False) -> int:
 
 def compressed(method: str, share: float, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """Return what a method makes of a weight."""
-    moment, w = jnp.asarray(x.T @ x, jnp.float32), jnp.asarray(w, jnp.float32)
+    moment, kernel = (jnp.asarray(a, jnp.float32) for a in (x.T @ x, w))
     if method in LOW_RANK:
         root = _low_rank.root_of(moment) if LOW_RANK[method] else None
-        pair = _low_rank.closest_factors(w, root, rank_of(share, *w.shape))
+        pair = _low_rank.closest_factors(kernel, root, rank_of(share, *w.shape))
         return np.asarray(pair[0], float) @ np.asarray(pair[1], float)
     if method == COMPOSED:
         root, rank = _low_rank.root_of(moment), rank_of(share, *w.shape, sparse=True)
-        first, second = _low_rank.closest_factors(w, root, rank)
+        first, second = _low_rank.closest_factors(kernel, root, rank)
         first = _sparse.prune(first, moment, "sparsegpt", False)
         inner = first.T @ moment @ first
         second = _sparse.prune(second, inner, "sparsegpt", False)
         return np.asarray(first, float) @ np.asarray(second, float)
-    name, _, both = method.partition(" ")
-    pruned = _sparse.prune(w, moment, name, bool(both))  # type: ignore[arg-type]
-    return np.asarray(pruned, float)
+    name: Any = method.removesuffix(f" {BOTH_WAYS}")
+    return np.asarray(_sparse.prune(kernel, moment, name, name != method), float)
 
 
 def errors(method: str, share: float, args: argparse.Namespace) -> Row:
@@ -192,7 +191,7 @@ def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
         if series:
             title = "outputs" if op == PROBLEM else "SwiGLU, forward"
             panels.append(Panel(title, "kept parameters", y, series))
-    return Figure([panels]) if panels else None
+    return Figure([[panel] for panel in panels]) if panels else None
 
 
 BENCHMARK = frame.Benchmark(

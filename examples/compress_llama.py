@@ -8,8 +8,8 @@ python examples/compress_llama.py --folder DIR     a model of Hugging Face, or o
 It prints the perplexity of held-out text, the parameters and the time of a token before
 and after, and after fine-tuning, and the report of the best result, which --save DIR
 keeps. The text is Python's standard library, or --text FILE. A folder needs its
-tokenizer.json and the packages safetensors and tokenizers; without a folder, a character
-is a token.
+tokenizer.json and the packages safetensors and tokenizers; without a folder, each
+character is a token.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from _characters import HELD_OUT, VOCAB, read_codes
@@ -172,9 +173,9 @@ def sizes_of(model: nn.TransformerLM) -> tuple[int, int]:
 def study(model: nn.TransformerLM, args, tokens, held_out) -> list[Row]:
     """Compress by each method and size, fine-tune, and print a line for each."""
     full, mlps = sizes_of(model)
-    calibration = np.concatenate(
-        [draw(tokens, args, 2, i) for i in range(-(-CALIBRATION // args.batch))]
-    )[:CALIBRATION, :-1]
+    batches = range(-(-CALIBRATION // args.batch))
+    calibration = np.concatenate([draw(tokens, args, 2, i) for i in batches])
+    calibration = jnp.asarray(calibration[:CALIBRATION, :-1])
     before, us = evaluate(model, args, held_out)
     rows = [Row("given", full, before, before, us, model, None)]
     print(f"{'':<18}parameters  perplexity  fine-tuned  us a token")

@@ -54,9 +54,11 @@ ATTENTION = {
         "test_in_a_module_under_remat_scan_and_vmap": EVERY,
         "test_memory_is_linear_in_the_sequence_over_the_devices": EVERY,
     },
-    "attention/block_mask/test_mask.py": {
-        "test_document_and_from_blocks_under_jit": ("returning", "batch", "negative"),
+    "attention/block_mask/test_given.py": {
         "test_from_blocks": ("shared", "heads"),
+    },
+    "attention/block_mask/test_named.py": {
+        "test_document_and_from_blocks_under_jit": ("returning", "batch", "negative"),
     },
     "attention/hopper/test_attend.py": {
         "test_sizes": (

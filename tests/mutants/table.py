@@ -113,7 +113,7 @@ MUTANTS = (
         "jaxkern/_attention/block_mask/predicates.py",
         "k - q >= self.lower",
         "k - q > self.lower",
-        ("tests/attention/block_mask/test_mask.py", "test_local_window"),
+        ("tests/attention/block_mask/test_named.py", "test_local_window"),
     ),
     Mutant(
         "full-block",
@@ -121,7 +121,7 @@ MUTANTS = (
         "jaxkern/_attention/block_mask/patterns.py",
         "full = row, blocks_of(start, block_size), stop // block_size",
         "full = row, blocks_of(start, block_size), stop // block_size + 1",
-        ("tests/attention/block_mask/test_mask.py", "test_states_at_every_edge"),
+        ("tests/attention/block_mask/test_named.py", "test_states_at_every_edge"),
     ),
     Mutant(
         "ragged-keys",

@@ -76,20 +76,14 @@ def _arguments(shape, module, scale, dtype, seed, backward):
     return (dy, *inputs) if backward else tuple(inputs)
 
 
-def checked_rows(seq: int, heads: int = 1) -> np.ndarray:
-    """The first and the last query, and others at random, in order.
-
-    heads: of all of the batch together.
-    """
+def rows_of(shape: Shape) -> np.ndarray:
+    """The first and the last query, and others at random, in order."""
+    seq = shape.seq
     if seq <= ALL_ROWS:
         return np.arange(seq, dtype=np.int32)
-    some = max(2, min(SOME_ROWS, MOST_LOGITS // (heads * seq)))
+    some = max(2, min(SOME_ROWS, MOST_LOGITS // (shape.batch * shape.heads * seq)))
     between = np.random.default_rng(seq).choice(seq - 2, some - 2, replace=False)
     return np.sort([0, *(1 + between), seq - 1]).astype(np.int32)
-
-
-def rows_of(shape: Shape) -> np.ndarray:
-    return checked_rows(shape.seq, shape.batch * shape.heads)
 
 
 def define(rows, counts, *args, backward: bool):

@@ -1,4 +1,4 @@
-"""Rows of `benchmarks.attention --kernels`, and what one H200 cannot be faster than.
+"""Rows and tables of `benchmarks.attention --kernels`, and floors of one H200.
 
 FLOPs are counted as the field does: 4 dim a pair forward, 2.5 times that backward,
 though our launches compute 7 or 8 matmuls for these 5. A causal row has half the pairs,
@@ -6,13 +6,16 @@ a mask all those of its blocks of 128.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 from . import _attention_programs as programs
+from . import _report as report
 from . import _torch
 from ._attention_model import Blocks, Dense, Shape, Task, known_mask
 from ._attention_programs import CUDNN, FLEX, Entry
 from ._h200 import floors_us as floors_of
-from ._harness import BACKWARD, BOTH, FORWARD, KERNEL, XLA, Program, Skip
+from ._h200 import percent_of_floor
+from ._harness import BACKWARD, BOTH, FORWARD, KERNEL, XLA, Program, Row, Skip
 
 # FLOPs of a pass over those of the forward.
 FLOPS_OF_A_PAIR = {FORWARD: 1, BACKWARD: 2.5, BOTH: 3.5}
@@ -50,11 +53,11 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     """Ours by both implementations, and the peers that can compute the same."""
     rows = []
     for task in tasks(args.on_device or args.full):
-        peers = DENSE_PEERS if isinstance(task.pattern, Dense) else (FLEX,)
-        others = _torch.present(peers, args)
-        is_dense = isinstance(task.pattern, Dense)
-        op = "attention" if is_dense else "block_sparse_attention"
-        rows += [Entry("kernels", op, task, by) for by in (KERNEL, XLA, *others)]
+        op, peers = "block_sparse_attention", (FLEX,)
+        if isinstance(task.pattern, Dense):
+            op, peers = "attention", DENSE_PEERS
+        by = KERNEL, XLA, *_torch.present(peers, args)
+        rows += [Entry("kernels", op, task, who) for who in by]
     return rows
 
 
@@ -71,12 +74,6 @@ def build(entry: Entry, args: argparse.Namespace) -> Program:
     return programs.build(entry, args)
 
 
-def _tokens_bytes(shape: Shape, queries: int, keys: int) -> float:
-    """Bytes of so many arrays like the query and like the key, in 16 bits."""
-    heads = queries * shape.heads + keys * shape.kv_heads
-    return 2.0 * shape.batch * shape.seq * shape.dim * heads
-
-
 def floors_us(shape: Shape, which: str, flops: float) -> dict[str, float]:
     """Floors of one H200: by matmuls, by bytes, by exp2.
 
@@ -86,6 +83,79 @@ def floors_us(shape: Shape, which: str, flops: float) -> dict[str, float]:
     flops: of the pass, from which follow the pairs that attend.
     """
     pairs = flops / (4 * shape.dim * FLOPS_OF_A_PAIR[which])
+    # So many arrays like the query and like the key, in 16 bits.
     arrays = 2 if which == FORWARD else 4
-    exps = 2 if which == BOTH else 1
-    return floors_of(flops, _tokens_bytes(shape, arrays, arrays), exps * pairs)
+    heads = arrays * (shape.heads + shape.kv_heads)
+    moved = 2.0 * shape.batch * shape.seq * shape.dim * heads
+    return floors_of(flops, moved, (2 if which == BOTH else 1) * pairs)
+
+
+def time_of(row: Row | None) -> float | None:
+    """Milliseconds of the kernels alone where they are known, as rates have them."""
+    if row is None or row["status"] != "ok":
+        return None
+    return row[row["rate_from"]]
+
+
+def speed_up(rows: Sequence[Row], row: Row) -> float | None:
+    """Over the dense row of the same shape and pass.
+
+    It is computed by the same; that of a peer's mask, by our kernel.
+    """
+    by = KERNEL if row["by"] == FLEX else row["by"]
+    dense = report.grouped(rows, "variant", "by", "shape", "pass")
+    first, *_ = dense.get(("dense", by, row["shape"], row["pass"]), [None])
+    return report.over(time_of(first), time_of(row))
+
+
+def floor_percent(row: Row) -> float | None:
+    floors = floors_us(Shape.of(row), row["pass"], row["flops"])
+    return percent_of_floor(row | {"floors_us": floors})
+
+
+def _name(row: Row) -> str:
+    return f"{row['variant']} {row['by'].removeprefix('jaxkern ')}"
+
+
+def _shape(row: Row) -> str:
+    return row["shape"]
+
+
+def tables(rows: Sequence[Row]) -> Iterator[report.Table]:
+    """Rates of each pass, then the backward alone."""
+    for (which,), group in report.grouped(rows, "pass").items():
+        yield _rates(group, which)
+    alone = backward_rows(rows)
+    if alone:
+        columns = {"ms": report.field("time_ms")} | report.rate(alone)
+        yield report.listing("backward alone", alone, _name, columns, _shape)
+
+
+def _rates(rows: Sequence[Row], which: str) -> report.Table:
+    factor = 1 if report.on_gpu(rows) else 1e3
+
+    def as_dense(row: Row) -> str:
+        flops = Task(Shape.of(row), Dense()).flops(which)
+        rate = report.over(flops, time_of(row))
+        return report.number(rate and factor * rate / 1e9)
+
+    columns = report.times(rows) | {"as dense": as_dense}
+    columns["x dense"] = lambda row: report.ratio(speed_up(rows, row))
+    columns["mask ms"] = report.field("mask_ms")
+    if report.on_gpu(rows):
+        columns["% floor"] = lambda row: report.number(floor_percent(row))
+    return report.listing(which, rows, _name, columns, _shape)
+
+
+def backward_rows(rows: Sequence[Row]) -> list[Row]:
+    """The backward alone, where both passes and the forward were measured."""
+    found = []
+    for group in report.grouped(rows, "shape", "op", "variant", "by").values():
+        of_pass = {row["pass"]: row for row in group}
+        forward, both = (time_of(of_pass.get(which)) for which in (FORWARD, BOTH))
+        if forward and both and both > forward:
+            # 2.5 of the 3.5 times that both passes have of the forward's.
+            flops, ms = of_pass[BOTH]["flops"] * 2.5 / 3.5, both - forward
+            rate = {"time_ms": ms, "tflops": flops / ms / 1e9}
+            found.append(of_pass[BOTH] | rate)
+    return found

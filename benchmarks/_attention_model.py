@@ -1,13 +1,15 @@
 """Shapes and patterns of `benchmarks.attention`, and the work that they take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 import jaxkern
 
-from ._harness import FORWARD
+from ._harness import FORWARD, KERNEL, PICKED, XLA
 from ._report import published
 
 BLOCK = 128
@@ -24,6 +26,12 @@ class Shape:
     heads: int
     dim: int = 64
     group: int = 1
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Shape":
+        group = row["num_heads"] // row["num_kv_heads"]
+        names = "batch", "seq", "num_heads", "head_dim"
+        return cls(*(int(row[name]) for name in names), group=group)
 
     def __str__(self) -> str:
         """With the key heads, where they are fewer."""
@@ -59,7 +67,7 @@ class Dense:
     def __str__(self) -> str:
         return "causal" if self.is_causal else "dense"
 
-    def pairs(self, seq: int, heads: int) -> float:
+    def pairs(self, seq: int) -> float:
         """Queries times keys that a head computes."""
         return _pairs(seq, self.is_causal)
 
@@ -86,7 +94,7 @@ class Dilated:
         lengths = (min(w, seq) for w in self.segment_lengths)
         return list(zip(lengths, self.dilation_rates, strict=True))
 
-    def pairs(self, seq: int, heads: int) -> float:
+    def pairs(self, seq: int) -> float:
         """As a pattern costs 4 batch heads n w dim / r^2: n/w segments of w/r rows."""
         return sum(
             seq / w * _pairs(w / r, self.is_causal) for w, r in self._patterns(seq)
@@ -167,7 +175,7 @@ class Blocks:
     def mask_of_grid(grid: np.ndarray) -> jaxkern.BlockMask:
         return jaxkern.BlockMask.from_blocks(grid, block_size=BLOCK)
 
-    def pairs(self, seq: int, heads: int) -> float:
+    def pairs(self, seq: int) -> float:
         """Whole blocks are computed."""
         return float(known_mask(self, seq).density) * float(seq) ** 2
 
@@ -205,10 +213,15 @@ class Task:
     module: str | None = None
     scale: float = 1.0
 
+    @property
+    def variant(self) -> str:
+        modules = {"norms": ", multi-head with norms", "plain": ", multi-head"}
+        return f"{self.pattern}{modules.get(self.module or '', '')}"
+
     def flops(self, which: str) -> float:
         """FLOPs of the matmuls; the backward computes the logits again: 5 for 2."""
         s = self.shape
-        pairs = self.pattern.pairs(s.seq, s.heads)
+        pairs = self.pattern.pairs(s.seq)
         attention = 4.0 * s.batch * s.heads * s.dim * pairs
         projections = 8.0 * s.batch * s.seq * s.embed**2 if self.module else 0.0
         if which == FORWARD:
@@ -220,7 +233,6 @@ class Task:
 class Published:
     """One published row; figures are None where it failed."""
 
-    name: str
     shape: Shape
     time_ms: float | None
     memory_mib: float | None
@@ -239,13 +251,32 @@ def _read() -> dict[tuple[str, Shape], Published]:
     rows = {}
     for line in published("attention"):
         sizes = (int(line[x]) for x in ("batch_size", "seq_len", "num_heads"))
-        name, shape = line["implementation"], Shape(*sizes)
-        figures = (
-            float(line[x]) if line["status"] == "ok" else None
-            for x in ("time_ms", "memory_mb", "tokens_per_s")
-        )
-        rows[name, shape] = Published(name, shape, *figures)
+        columns = "time_ms", "memory_mb", "tokens_per_s"
+        ok, shape = line["status"] == "ok", Shape(*sizes)
+        figures = (float(line[column]) if ok else None for column in columns)
+        rows[line["implementation"], shape] = Published(shape, *figures)
     return rows
 
 
 PUBLISHED = _read()
+# The published names, and for each our op, the pattern and the module around it.
+IMPLEMENTATIONS: dict[str, tuple[str, Pattern, str | None]] = {
+    "standard": ("attention", Dense(), None),
+    "improved": ("dilated_attention", Dense(), None),
+    "ring_v2_collective": ("ring_attention", Dense(), None),
+    "multihead_standard": ("attention", Dense(), "norms"),
+    "multihead_improved": ("dilated_attention", Dense(), "norms"),
+    "block_sparse": ("block_sparse_attention", Blocks("near"), None),
+    "block_sparse_multihead": ("block_sparse_attention", Blocks("near"), "plain"),
+}
+
+
+def published_of(row: Mapping[str, Any]) -> Published | None:
+    """The published row of one of ours, by its op and variant."""
+    if row["grid"] != "published" or row["by"] not in (KERNEL, XLA, PICKED):
+        return None
+    shape = Shape.of(row)
+    for name, (op, pattern, module) in IMPLEMENTATIONS.items():
+        if (op, Task(shape, pattern, module).variant) == (row["op"], row["variant"]):
+            return PUBLISHED.get((name, shape))
+    return None

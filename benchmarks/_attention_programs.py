@@ -1,8 +1,6 @@
 """Programs of `benchmarks.attention`, ours and those of others."""
 
 import importlib
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +18,7 @@ from jaxkern.testing import plain
 from . import _attention_definitions as definitions
 from . import _torch
 from ._attention_model import Blocks, Dense, Dilated, Task
-from ._harness import (
-    KERNEL,
-    PICKED,
-    PLAIN,
-    XLA,
-    Check,
-    Program,
-    Row,
-    Skip,
-    skip_unsupported,
-)
+from ._harness import KERNEL, PICKED, PLAIN, XLA, Check, Program, Row, Skip, clock
 from ._torch import CUDNN
 
 PEERS = (PLAIN, "jax.nn xla", CUDNN, "tokamax", "torch sdpa")
@@ -53,24 +41,15 @@ class Entry:
     by: str
     devices: int = 1
 
-    @property
-    def variant(self) -> str:
-        modules = {"norms": ", multi-head with norms", "plain": ", multi-head"}
-        return f"{self.task.pattern}{modules.get(self.task.module or '', '')}"
-
     def needed_bytes(self, backward: bool) -> float:
         """Bytes of the program and of the float64 check."""
         s, itemsize = self.task.shape, 8
         checked = len(definitions.rows_of(s)) * s.seq
         logits = checked * itemsize
         if self.by in WHOLE:
-            logits = max(logits, 4 * self.task.pattern.pairs(s.seq, s.heads))
+            logits = max(logits, 4 * self.task.pattern.pairs(s.seq))
         copies = 6 if backward else 3
         return copies * (s.batch * s.heads * logits + 4 * s.bytes)
-
-
-def peers(args: Any) -> list[str]:
-    return _torch.present(PEERS, args)
 
 
 def build(entry: Entry, args: Any) -> Program:
@@ -89,10 +68,9 @@ def build(entry: Entry, args: Any) -> Program:
         fn = partial(_call_module, graph)
     if backward:
         fn = plain.with_gradients(fn)
-    if entry.by in IMPLEMENTATIONS:
-        skip_unsupported(fn, inputs)
+    check, ours = partial(definitions.check, key), entry.by in IMPLEMENTATIONS
     figures = partial(_mask_figures, task) if isinstance(task.pattern, Blocks) else dict
-    return Program(fn, inputs, partial(definitions.check, key), figures=figures)
+    return Program(fn, inputs, check, figures=figures, ours=ours)
 
 
 def _mask_figures(task: Task) -> Row:
@@ -102,12 +80,8 @@ def _mask_figures(task: Task) -> Row:
     build = partial(pattern.mask, seq)
     if isinstance(pattern.which, int):
         build = partial(pattern.mask_of_grid, pattern.grid(seq))
-    times = []
-    for _ in range(MASK_BUILDS):
-        start = time.perf_counter()
-        build()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"mask_ms": statistics.median(times)}
+    figures = clock(build, lambda mask: None, MASK_BUILDS, "per-call")
+    return {"mask_ms": figures["median_ms"]}
 
 
 def _call_module(graph, query, key, value, state):
@@ -156,10 +130,7 @@ def _ring(entry: Entry, key: tuple[Any, ...]) -> Program:
     mesh, spec = Mesh(jax.devices()[:count], ("seq",)), P(None, "seq")
     fn = jax.shard_map(
         partial(
-            jaxkern.ring_attention,
-            axis_name="seq",
-            is_causal=is_causal,
-            layout=layout,
+            jaxkern.ring_attention, axis_name="seq", is_causal=is_causal, layout=layout
         ),
         mesh=mesh,
         in_specs=spec,
@@ -211,23 +182,16 @@ def _flex(task: Task, on_cpu: bool) -> Callable[..., Any]:
     torch = importlib.import_module("torch")
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     mask = pattern.mask(seq)
-    lists = (
-        torch.tensor(np.asarray(x), device="cpu" if on_cpu else "cuda")
-        for x in (
-            mask.kv_num_blocks,
-            mask.kv_indices,
-            mask.full_kv_num_blocks,
-            mask.full_kv_indices,
-        )
-    )
+    device = "cpu" if on_cpu else "cuda"
+    names = "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"
+    arrays = (np.asarray(getattr(mask, name)) for name in names)
+    lists = (torch.tensor(array, device=device) for array in arrays)
     mask_mod = {}
     # Blocks of a percentage and near ones are whole.
     if isinstance(pattern.which, str) and pattern.which != "near":
         mask_mod = {"mask_mod": lambda b, h, q, k: pattern.visible(seq, q, k)}
     block_mask = flex.BlockMask.from_kv_blocks(
-        *lists,
-        BLOCK_SIZE=mask.block_size,
-        **mask_mod,
+        *lists, BLOCK_SIZE=mask.block_size, **mask_mod
     )
 
     def module(F, *inputs):

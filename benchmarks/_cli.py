@@ -38,21 +38,21 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def positive(text: str) -> int:
-    return _at_least(1, text)
+def _at_least(least: int) -> Callable[[str], int]:
+    """Reads an integer, for argparse."""
+
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        if not digits.isdecimal() or not least <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(
+                f"must be an integer from {least} to {2**32 - 1}, got {text!r}"
+            )
+        return int(text)
+
+    return read
 
 
-def natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    digits = text.removeprefix("-")
-    if not digits.isdecimal() or not least <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(
-            f"must be an integer from {least} to {2**32 - 1}, got {text!r}"
-        )
-    return int(text)
+positive, natural = _at_least(1), _at_least(0)
 
 
 def names(valid: Sequence[object]) -> Callable[[str], list[str]]:
@@ -111,10 +111,7 @@ def pattern(text: str) -> str:
 
 
 def refuse(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    reason: str,
-    *names: str,
+    parser: argparse.ArgumentParser, args: argparse.Namespace, reason: str, *names: str
 ) -> None:
     """Refuse options that another one leaves without a meaning.
 
@@ -138,32 +135,21 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
         conflict_handler="resolve",
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="the whole published grid")
+    add("--full", action="store_true", help="the whole grid, on a CPU too")
     add("--list", action="store_true", help="print the rows there would be, and stop")
-    add(
-        "--only",
-        type=pattern,
-        default="",
-        metavar="REGEX",
-        help="the rows, as --list prints them, in which it is found",
-    )
+    help_only = "the rows, as --list prints them, in which it is found"
+    add("--only", type=pattern, default="", metavar="REGEX", help=help_only)
     add("--json", type=writable, metavar="FILE", help="save the rows as they come")
     help_plot = "draw them (.png, .svg, .pdf)"
     add("--plot", type=plot_file, metavar="FILE", help=help_plot)
-    add(
-        "--warmup",
-        type=natural,
-        metavar="N",
-        help="calls before the clock starts; with 0 the first one compiles "
-        "(default: the timing line of the report says it)",
-    )
+    help_warmup = "calls before the clock starts; with 0 the first one compiles "
+    help_warmup += "(default: the timing line of the report says it)"
+    add("--warmup", type=natural, metavar="N", help=help_warmup)
     add("--iterations", type=positive, metavar="N", help="calls to time, for every row")
-    add(
-        "--timing",
-        choices=("amortised", "per-call"),
-        default="amortised",
-        help="wait for the device once a stretch of calls (default), or each call",
-    )
+    timings = "amortised", "per-call"
+    help_timing = "wait for the device once a stretch of calls, or each call "
+    help_timing += "(default: %(default)s)"
+    add("--timing", choices=timings, default=timings[0], help=help_timing)
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     add("--seed", type=natural, default=0, metavar="N", help="of inputs and weights")
     help_peers = "plain jnp, and others' libraries where they are installed"

@@ -1,5 +1,6 @@
 """Inputs of `benchmarks.estimators`, and the results that its rows must have."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxkern.testing import plain, relative_error
 from jaxkern.testing.plain import quadratic
 from jaxkern.testing.plain.transformer import token_losses
 
-from ._harness import Check, allowed_error, in_both
+from ._harness import Check, allowed_error, in_both, skip_unsupported
 
 VOCAB, EMBED, HEADS, LAYERS, HIDDEN, SEQ = 4096, 512, 8, 3, 2048, 256
 KERNELS = quadratic.WEIGHTS
@@ -28,13 +29,6 @@ Form = Method | Literal["current", "kernel"]
 INIT = nnx.initializers.normal(0.05)
 
 
-def options_of(form: Form) -> dict[str, Any]:
-    """Options of `masked_bilinear` for this form."""
-    if form == "kernel":
-        return {"method": "fused", "implementation": "mosaic_gpu"}
-    return {"method": "fused" if form == "current" else form, "implementation": "xla"}
-
-
 ESTIMATORS: dict[str, Any] = {
     "straight_through": jaxkern.straight_through,
     "one_plus_sigmoid": partial(
@@ -42,6 +36,15 @@ ESTIMATORS: dict[str, Any] = {
     ),
     "reinmax": jaxkern.reinmax,
 }
+
+
+def options_of(estimator: str, form: Form) -> dict[str, Any]:
+    """Options of `masked_bilinear`."""
+    return {
+        "estimator": ESTIMATORS[estimator],
+        "method": "fused" if form in ("current", "kernel") else form,
+        "implementation": "mosaic_gpu" if form == "kernel" else "xla",
+    }
 
 
 def _make_model(seed: int, **options: Any) -> QuadraticTransformer:
@@ -75,8 +78,7 @@ def masked_model(estimator: str, method: Form, batch: int, dtype: Any) -> Any:
             0,
             masked_layers=[0],
             num_masks=None if shared else batch,
-            estimator=ESTIMATORS[estimator],
-            **options_of(method),
+            **options_of(estimator, method),
             dtype=dtype,
         )
 
@@ -90,20 +92,11 @@ def normal(shape: tuple[int, ...], *seed: int, scale: float = 1.0) -> np.ndarray
     return np.float32(scale) * drawn
 
 
-def mask_logits(
-    seed: int, batch: int, widths: tuple[int, int] | None = None
-) -> tuple[jax.Array, ...]:
-    """Logits of both signs; the first samples have the same ones in every batch.
-
-    widths: None for those of the model.
-    """
-    return _mask_logits(seed, batch, *(widths or (EMBED, HIDDEN)))
-
-
 @lru_cache(maxsize=2)
-def _mask_logits(
+def mask_logits(
     seed: int, batch: int, embed: int, hidden: int
 ) -> tuple[jax.Array, ...]:
+    """Logits of both signs; the first samples have the same ones in every batch."""
     shapes = (embed, hidden), (embed, hidden), (hidden, embed)
     return tuple(
         jnp.asarray(np.stack([normal(shape, seed, 1, i, b) for b in range(batch)]))
@@ -129,7 +122,7 @@ def layer_inputs(seed: int, batch: int, sizes: Sizes, dtype: Any) -> tuple[Any, 
     biases = tuple(normal(s[1:], seed, 4, i) for i, s in enumerate(shapes))
     dy, h = (normal((batch, seq, embed), seed, 5, i) for i in range(2))
     rest = jax.tree.map(lambda a: jnp.asarray(a, dtype), (dy, h, weights, biases))
-    return *rest, mask_logits(seed, batch, (embed, hidden))
+    return *rest, mask_logits(seed, batch, embed, hidden)
 
 
 def hard(logits: Any, dtype: Any) -> Any:
@@ -154,7 +147,7 @@ def model_results(seed: int, batch: int, dtype: Any) -> tuple[Any, Any]:
     """In the dtype and in float64, sample by sample: token losses, and the gradients of
     their mean for the masks."""
     _, state = base_model(seed)
-    masks = hard(mask_logits(seed, batch), dtype)
+    masks = hard(mask_logits(seed, batch, EMBED, HIDDEN), dtype)
 
     def run(state, masks, ids):
         def sample(part):
@@ -175,21 +168,18 @@ def model_results(seed: int, batch: int, dtype: Any) -> tuple[Any, Any]:
     return in_both(dtype, run, state, masks, token_ids(seed, batch))
 
 
-class Expected:
-    """Exact results, and the error that the plain form in the same dtype has."""
-
-    def __init__(self, in_dtype: Any, exact: Any, dtype: Any):
-        self.exact, self.bound = exact, allowed_error(in_dtype, exact, dtype)
-
-    def check(self, got: Any) -> Check:
-        return Check(relative_error(got, self.exact), self.bound)
+def _check(results: Any, dtype: Any) -> Callable[[Any], Check]:
+    """Hold what a row computes to the exact results; the bound is computed once."""
+    in_dtype, exact = results
+    bound = allowed_error(in_dtype, exact, dtype)
+    return lambda got: Check(relative_error(got, exact), bound)
 
 
 @lru_cache(maxsize=1)
 def _slopes(
-    estimator: str, seed: int, batch: int, widths: tuple[int, int] | None = None
+    estimator: str, seed: int, batch: int, embed: int, hidden: int
 ) -> tuple[Any, ...]:
-    logits = mask_logits(seed, batch, widths)
+    logits = mask_logits(seed, batch, embed, hidden)
     return tuple(plain.SLOPES[estimator](np.asarray(x, np.float64)) for x in logits)
 
 
@@ -202,32 +192,31 @@ def _estimated(slopes: Any, masks: Any) -> Any:
 @lru_cache(maxsize=1)
 def expected_layer(
     estimator: str, seed: int, batch: int, sizes: Sizes, dtype: Any
-) -> Expected:
-    slopes = _slopes(estimator, seed, batch, sizes[1:])
+) -> Callable[[Any], Check]:
+    """The check of the layer's results."""
+    slopes = _slopes(estimator, seed, batch, *sizes[1:])
 
     def estimated(results):
         y, (d_h, d_weights, d_biases, d_masks) = results
         return y, (d_h, d_weights, d_biases, _estimated(slopes, d_masks))
 
-    in_dtype, exact = map(estimated, layer_results(seed, batch, sizes, dtype))
-    return Expected(in_dtype, exact, dtype)
+    return _check(map(estimated, layer_results(seed, batch, sizes, dtype)), dtype)
 
 
 @lru_cache(maxsize=2)
 def expected_model(
     estimator: str, which: str, seed: int, batch: int, most: int, dtype: Any
-) -> Expected:
-    """Results for the first samples of the largest batch, computed once for all."""
+) -> Callable[[Any], Check]:
+    """The check of the first samples of the largest batch, computed once for all."""
 
     def first(results):
         tokens, d_masks = results
         if which == "forward":
             return tokens[:batch].mean(dtype=np.float64), tokens[:batch]
         masks = tuple(d[:batch] / batch for d in d_masks)
-        return _estimated(_slopes(estimator, seed, batch), masks)
+        return _estimated(_slopes(estimator, seed, batch, EMBED, HIDDEN), masks)
 
-    in_dtype, exact = map(first, model_results(seed, most, dtype))
-    return Expected(in_dtype, exact, dtype)
+    return _check(map(first, model_results(seed, most, dtype)), dtype)
 
 
 class Passes:
@@ -236,36 +225,26 @@ class Passes:
     What is kept for the backward but is one of the arguments is no result.
     """
 
-    def __init__(
-        self,
-        estimator: str,
-        method: Form,
-        batch: int,
-        seed: int,
-        dtype: Any,
-    ):
+    def __init__(self, estimator: str, method: Form, batch: int, seed: int, dtype: Any):
         self.graph, example = masked_model(estimator, method, batch, dtype)
-        arrays = mask_logits(seed, batch)
+        arrays = mask_logits(seed, batch, EMBED, HIDDEN)
         if method == "current":
             arrays = jax.tree.map(lambda x: x[0], arrays)
         # Flax sorts the names.
-        by_name = dict(zip(KERNELS, arrays, strict=True))
-        logits = jax.tree.unflatten(
-            jax.tree.structure(example), [by_name[n] for n in sorted(KERNELS)]
-        )
+        by_name = sorted(zip(KERNELS, arrays, strict=True))
+        arrays = [array for _, array in by_name]
+        logits = jax.tree.unflatten(jax.tree.structure(example), arrays)
         self.args = logits, base_model(seed)[0], token_ids(seed, batch)
         self.kept: list[jax.Array] | None = None
         self.places: list[int | None] = []
         self.structure: Any = None
 
-    def loss(self, logits, state, ids):
-        tokens = token_losses(nnx.merge(self.graph, state, logits)(ids), ids)
-        return tokens.mean(), tokens
-
     def forward(self, logits, state, ids):
-        loss, vjp, tokens = jax.vjp(
-            lambda logits: self.loss(logits, state, ids), logits, has_aux=True
-        )
+        def mean(logits):
+            tokens = token_losses(nnx.merge(self.graph, state, logits)(ids), ids)
+            return tokens.mean(), tokens
+
+        loss, vjp, tokens = jax.vjp(mean, logits, has_aux=True)
         leaves, self.structure = jax.tree.flatten(vjp)
         given = {id(x): i for i, x in enumerate(jax.tree.leaves((logits, state, ids)))}
         self.places = [given.get(id(leaf)) for leaf in leaves]
@@ -279,6 +258,7 @@ class Passes:
         return gradients
 
     def run_forward(self) -> None:
+        skip_unsupported(self.forward, self.args)
         if self.kept is None:
             _, self.kept = jax.jit(lambda *args: self.forward(*args))(*self.args)
 
@@ -290,7 +270,7 @@ def make_passes(*key: Any) -> Passes:
 
 def check_forward(passes: Passes, key: tuple[Any, ...], run: Any) -> Check:
     (loss, tokens), passes.kept = run(*passes.args)
-    return expected_model(*key).check((loss, tokens))
+    return expected_model(*key)((loss, tokens))
 
 
 def check_backward(args: Any, batch: int, key: tuple[Any, ...], run: Any) -> Check:
@@ -299,18 +279,13 @@ def check_backward(args: Any, batch: int, key: tuple[Any, ...], run: Any) -> Che
     got = tuple(by_name[f"{name}_logits"] for name in KERNELS)
     # "current" has no axis of samples.
     got = tuple(g.reshape(batch, *g.shape[-2:]) for g in got)
-    return expected_model(*key).check(got)
+    return expected_model(*key)(got)
 
 
 def layer(estimator: str, method: Form):
+    options = options_of(estimator, method)
+
     def run(h, weights, biases, logits):
-        return jaxkern.masked_bilinear(
-            h,
-            weights,
-            logits,
-            biases=biases,
-            estimator=ESTIMATORS[estimator],
-            **options_of(method),
-        )
+        return jaxkern.masked_bilinear(h, weights, logits, biases=biases, **options)
 
     return run

@@ -171,8 +171,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table | str]:
 def _table(title: str, rows: Sequence[Row], head, line) -> Table:
     """A line an estimator or temperature, three cells a loss."""
     lines: list[tuple[str, list[str]]] = []
-    keyed = [row | {"head": head(row), "line": line(row)} for row in rows]
-    for (heading, name), group in grouped(keyed, "head", "line").items():
+    for (heading, name), group in grouped(rows, head, line).items():
         found = {row["loss"]: row for row in group if row["status"] == "ok"}
         shown = name.replace("straight_through, ", "  ")
         cells = [cell for loss in LOSSES for cell in _cells(found.get(loss))]
@@ -193,8 +192,7 @@ def _cells(row: Row | None) -> list[str]:
 def unbiased(rows: Sequence[Row], loss: str) -> list[str]:
     """The estimators without a bias for any logits, at temperature 1."""
     chosen = [r for r in rows if r["loss"] == loss and r["temperature"] == 1]
-    chosen = [r | {"name": name_of(r)} for r in chosen if r["status"] == "ok"]
-    groups = grouped(chosen, "name").items()
+    groups = grouped((r for r in chosen if r["status"] == "ok"), name_of).items()
     return [name for (name,), group in groups if all(r["unbiased"] for r in group)]
 
 
@@ -203,15 +201,19 @@ def figure(rows: Sequence[Row]) -> Figure | None:
     rows = [r for r in rows if r["status"] == "ok" and r["temperature"] == 1]
     if not rows:
         return None
+
+    def point(row: Row, what: str) -> Point:
+        value = 0 if what == "bias" and row["unbiased"] else row[what]
+        return Point(row["logits"], max(100 * value, ZERO))
+
     grid = []
     for what, words in (("bias", "bias"), ("std", "standard deviation")):
         line = []
         for (loss,), group in grouped(rows, "loss").items():
-            series: dict[str, list[Point]] = {}
-            for row in group:
-                value = 0 if what == "bias" and row["unbiased"] else row[what]
-                point = Point(row["logits"], max(100 * value, ZERO))
-                series.setdefault(name_of(row), []).append(point)
+            series = {
+                name: [point(row, what) for row in of_name]
+                for (name,), of_name in grouped(group, name_of).items()
+            }
             title = f"L {loss} in each entry"
             x, y = "logits up to ± (log scale)", f"{words}, % (log scale)"
             line.append(Panel(title, x, y, series, log_x=True, log_y=True))

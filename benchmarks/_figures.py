@@ -10,15 +10,7 @@ from ._report import save_figure
 
 # Okabe and Ito, Color Universal Design (2008), without the yellow, which is pale on
 # white. Past the last colour they come again, with other markers and dashes.
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = (("o", "-"), ("s", "--"), ("^", ":"))
 # The width of a place on an axis of names that all series share.
 SHARED = 0.7
@@ -80,13 +72,18 @@ class Figure:
         return list(dict.fromkeys(n for p in panels for n in (*p.series,)))
 
 
-def style(names: Sequence[str], name: str) -> dict[str, Any]:
-    """Its colour, mark and line: rings in rings, where several series agree."""
+def style(names: Sequence[str], name: str, joined: bool = True) -> dict[str, Any]:
+    """Its colour, mark and line: rings in rings, where several series agree.
+
+    joined: whether there is a line; else the marks are full, and side by side.
+    """
     i = list(names).index(name)
     marker, dashes = MARKS[i // len(PALETTE) % len(MARKS)]
+    look = {"color": PALETTE[i % len(PALETTE)], "marker": marker, "lw": 1.3}
+    if not joined:
+        return look | {"ls": "", "ms": 5, "mfc": look["color"]}
     size = 4 + 8 * (len(names) - 1 - i) / max(8, len(names) - 1)
-    look = {"color": PALETTE[i % len(PALETTE)], "marker": marker, "ls": dashes}
-    return look | {"ms": size, "mfc": "none", "lw": 1.3}
+    return look | {"ls": dashes, "ms": size, "mfc": "none"}
 
 
 def draw(figure: Figure, path: Path, meta: Mapping[str, Any]) -> None:
@@ -115,15 +112,12 @@ def draw(figure: Figure, path: Path, meta: Mapping[str, Any]) -> None:
     for axis, panel in zip(axes[-1], figure.panels[-1], strict=True):
         axis.set_xlabel(panel.x)
     labels = figure.labels or {}
-    named = figure.panels[0][0].names
-
-    def solid(name: str) -> dict[str, Any]:
-        color = style(names, name)["color"]
-        return {"ls": "", "ms": 5, "mfc": color} if named else {}
-
+    joined = not figure.panels[0][0].names
     handles = [
-        Line2D([], [], label=f"{n}{labels.get(n, '')}", **style(names, n) | solid(n))
-        for n in names
+        Line2D(
+            [], [], label=f"{name}{labels.get(name, '')}", **style(names, name, joined)
+        )
+        for name in names
     ]
     shared: dict[str, Any] = {"color": "black", "ls": ""}
     if figure.outlined:
@@ -168,11 +162,9 @@ def _draw_panel(axis: Any, panel: Panel, names: Sequence[str]) -> set[str]:
     places = [n for n in names if n in panel.series]
     said: set[str] = set()
     for i, name in enumerate(places):
-        look, shift = style(names, name), 0.0
-        if panel.names:
-            # Side by side, and not joined: there is nothing between two names.
-            shift = SHARED * ((i + 0.5) / len(places) - 0.5)
-            look |= {"ls": "", "ms": 5, "mfc": look["color"]}
+        # There is nothing between two names.
+        look = style(names, name, joined=not panel.names)
+        shift = SHARED * ((i + 0.5) / len(places) - 0.5) if panel.names else 0.0
         points = panel.series[name]
         xs, ys = [p.x + shift for p in points], [p.y for p in points]
         axis.plot(xs, ys, **look)

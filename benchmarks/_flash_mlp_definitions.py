@@ -1,7 +1,8 @@
-"""Plain forms of `benchmarks.flash_mlp`, and the check of its rows."""
+"""Shapes, floors and plain forms of `benchmarks.flash_mlp`, and the check of rows."""
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -10,17 +11,73 @@ import jax.numpy as jnp
 
 from jaxkern.testing import plain
 
-from ._flash_mlp_model import Shape
+from ._h200 import floors_us as floors_of
 from ._harness import (
+    BOTH,
+    FORWARD,
     Check,
     Program,
     Row,
     check_against,
     device_time,
     in_both,
+    memory,
 )
+from ._report import published
 
 Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    batch: int
+    head_dim: int
+    hidden_dim: int
+
+    def __str__(self) -> str:
+        return str(tuple(vars(self).values()))
+
+
+PUBLISHED = {
+    Shape(*(int(line[name]) for name in list(line)[:4])): line
+    for line in published("flash_mlp")
+}
+PUBLISHED_BY = {"published eager": "pytorch", "published fused": "triton"}
+# What follows in the names of the columns of time and memory.
+COLUMNS = {FORWARD: ("fwd_ms", "fwd_alloc_mb"), BOTH: ("fwd_bwd_ms", "peak_mb")}
+
+
+def published_of(
+    shape: Shape, which: str, by: str
+) -> tuple[float | None, float | None]:
+    """Milliseconds and MiB, where there are any."""
+    line, framework = PUBLISHED.get(shape, {}), PUBLISHED_BY[by]
+    found = (line.get(f"{framework}_{column}") for column in COLUMNS[which])
+    ms, mib = (float(figure) if figure else None for figure in found)
+    return ms, mib
+
+
+def count_flops(shape: Shape, which: str) -> float:
+    """FLOPs of two matmuls forward, and of four more backward; none computed again."""
+    matmul = 2.0 * shape.num_heads * shape.batch * shape.head_dim * shape.hidden_dim
+    return matmul * (2 if which == FORWARD else 6)
+
+
+def floors_us(shape: Shape, which: str) -> dict[str, float]:
+    """Floors of one H200: by matmuls, by bytes, by activations.
+
+    The backward of a kernel that keeps nothing computes the hidden layer again: five
+    matmuls. Bytes: every argument read and every result written once, two bytes each.
+    """
+    heads, batch, dim, hidden = vars(shape).values()
+    matmul = 2.0 * heads * batch * dim * hidden
+    tokens, weights, elements = (
+        heads * n for n in (batch * dim, 2 * dim * hidden, batch * hidden)
+    )
+    if which == FORWARD:
+        return floors_of(2 * matmul, 2 * (2 * tokens + weights), elements)
+    return floors_of(7 * matmul, 2 * (5 * tokens + 3 * weights), 2 * elements)
 
 
 def matmul(a, w):
@@ -97,9 +154,6 @@ class _Ledger:
             self.device = more
         return results
 
-    def figures(self) -> Row:
-        return {"allocated_bytes": self.peak} | self.device
-
 
 def naive(
     inputs: tuple[Any, ...], check: Callable[[Call], Check], backward: bool
@@ -113,17 +167,15 @@ def naive(
     def figures():
         ledger = _Ledger(jax.default_backend() == "gpu")
         jax.block_until_ready(fn(ledger, *inputs))
-        return ledger.figures()
+        return {"allocated_bytes": ledger.peak} | ledger.device
 
     return Program(make(), inputs, check, jit=False, fresh=make, figures=figures)
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
     """Bytes of results and temporaries, as XLA plans them."""
-    stats = compiled.memory_analysis()
-    if stats is None:
-        return None
-    return stats.output_size_in_bytes + stats.temp_size_in_bytes
+    planned = memory(compiled)
+    return planned["output_bytes"] + planned["temp_bytes"] if planned else None
 
 
 def recorded(fn: Call, inputs: tuple[Any, ...]) -> Row:

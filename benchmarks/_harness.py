@@ -29,6 +29,8 @@ Timing = Literal["amortised", "per-call"]
 STRETCHES = 10
 DEVICE_ITERATIONS = 10
 PEAK_SIZE = 8192
+# A matmul of so many rows and columns takes a fifth of a second on two cores.
+CPU_PEAK_SIZE, CPU_PEAK_CALLS = 2048, 5
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Program:
     release: gives back what only the program's framework can.
     figures: what the harness cannot measure of it; called after the check.
     warmed: how often the check calls it with `args`: so many fewer warm-ups are left.
+    ours: whether it may be skipped, as `skip_unsupported` does.
     """
 
     run: Callable[..., Any]
@@ -63,6 +66,7 @@ class Program:
     release: Callable[[], None] = lambda: None
     figures: Callable[[], Row] = dict
     warmed: int = 0
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,11 @@ def labels(
     return dict(zip(COLUMNS, values, strict=True)) | sizes
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """The op and the variant."""
+    return f"{row['op']} {row['variant']}".strip()
+
+
 # By whom a row of ours is computed: by a kernel, by XLA, and by whichever None picks.
 KERNEL, XLA, PICKED = "jaxkern mosaic_gpu", "jaxkern xla", "jaxkern"
 PLAIN = "plain jnp"
@@ -135,6 +144,12 @@ def skip_unsupported(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         jax.eval_shape(fn, *args)
     except NotImplementedError as error:
         raise Skip(str(error)) from None
+
+
+def first_line(error: Exception) -> str:
+    """The reason why a row failed."""
+    line, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {line}"
 
 
 class WrongValues(Exception):
@@ -167,17 +182,27 @@ def measure(program: Program, options: Options, iterations: int, row: Row) -> No
         start = time.perf_counter()
         compiled = _unseen(program.run).lower(*program.args).compile()
         row["compile_s"] = time.perf_counter() - start
-        row |= _memory(compiled) | _device_peak(compiled, program.args)
+        row |= memory(compiled) | _device_peak(compiled, program.args)
         checked = compiled
     else:
         checked = program.run
-    _verify(program, checked, row)
+    check = program.check(checked)
+    row |= {"error": check.error, "error_bound": check.bound}
+    # Written so that a NaN fails.
+    if not check.error <= check.bound:
+        raise WrongValues(
+            f"wrong values: relative error {check.error:.2g}, allowed {check.bound:.2g}"
+        )
     row |= program.figures()
-    fn, compiles = _timed(program, checked, options)
+    # Without warm-up the first call compiles, unless the program never does.
+    compiles = not options.warmup and (program.jit or program.fresh is not None)
+    fn = checked
+    if compiles:
+        fn = program.fresh() if program.fresh else _unseen(program.run)
     for _ in range(options.warmup - program.warmed):
         program.block(fn(*program.args))
     call = partial(fn, *program.args)
-    row |= _summary(_time(call, program.block, iterations, options.timing))
+    row |= clock(call, program.block, iterations, options.timing)
     row["includes_compile"] = compiles
     # The median, which one interruption does not move, would hide a compilation too.
     row["time_ms"] = row["mean_ms"] if compiles else row["median_ms"]
@@ -190,28 +215,8 @@ def _unseen(fn: Callable[..., Any]) -> Any:
     return jax.jit(lambda *args: fn(*args))
 
 
-def _timed(
-    program: Program, checked: Callable[..., Any], options: Options
-) -> tuple[Callable[..., Any], bool]:
-    """The function to time, and whether its first call compiles: without warm-up."""
-    if options.warmup:
-        return checked, False
-    if program.jit:
-        return _unseen(program.run), True
-    return (program.fresh(), True) if program.fresh else (checked, False)
-
-
-def _verify(program: Program, fn: Callable[..., Any], row: Row) -> None:
-    check = program.check(fn)
-    row |= {"error": check.error, "error_bound": check.bound}
-    # Written so that a NaN fails.
-    if not check.error <= check.bound:
-        raise WrongValues(
-            f"wrong values: relative error {check.error:.2g}, allowed {check.bound:.2g}"
-        )
-
-
-def _memory(compiled: jax.stages.Compiled) -> Row:
+def memory(compiled: jax.stages.Compiled) -> Row:
+    """Bytes of arguments, results and temporaries, as XLA plans them."""
     stats = compiled.memory_analysis()
     if stats is None:
         return {}
@@ -237,13 +242,13 @@ def _device_peak(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
     return {"peak_bytes": peak - before["bytes_in_use"] if rose else None}
 
 
-def _time(
+def clock(
     call: Callable[[], Any],
     block: Callable[[Any], Any],
     iterations: int,
     timing: Timing,
-) -> list[tuple[int, float]]:
-    """Calls and seconds of each clocked stretch; per call, a stretch is one call."""
+) -> Row:
+    """Time so many calls, in stretches; per call, a stretch is one call."""
     count = iterations if timing == "per-call" else min(STRETCHES, iterations)
     samples = []
     for stretch in np.array_split(np.arange(iterations), count):
@@ -252,7 +257,7 @@ def _time(
             call()
         block(call())
         samples.append((len(stretch), time.perf_counter() - start))
-    return samples
+    return _summary(samples)
 
 
 def _summary(samples: list[tuple[int, float]]) -> Row:
@@ -278,20 +283,26 @@ def device_time(fn: Callable[..., Any], args: tuple[Any, ...]) -> Row:
     return {"device_ms": statistics.median(times) if times else None}
 
 
-def matmul_peak_tflops(dtype: Any) -> float | None:
-    """Rate of a large matmul on random data, in this run; None without a GPU."""
-    if jax.default_backend() != "gpu":
+def matmul_peak_tflops(dtype: Any, on_cpu: bool = False) -> float | None:
+    """Rate of a large matmul on random data, in this run.
+
+    Without the time of the kernels alone it is the best of a few calls. It is None on a
+    CPU unless it is wanted there.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    if not (on_gpu or on_cpu):
         return None
-    shape = (PEAK_SIZE, PEAK_SIZE)
+    size, calls = (PEAK_SIZE, 20) if on_gpu else (CPU_PEAK_SIZE, CPU_PEAK_CALLS)
     keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, shape, dtype) for key in keys)
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
     compiled = jax.jit(jnp.matmul).lower(a, b).compile()
-    milliseconds = device_time(compiled, (a, b))["device_ms"]
+    milliseconds = device_time(compiled, (a, b))["device_ms"] if on_gpu else None
     if milliseconds is None:
         call = partial(compiled, a, b)
-        samples = _time(call, jax.block_until_ready, 20, "amortised")
-        milliseconds = _summary(samples)["median_ms"]
-    return 2 * PEAK_SIZE**3 / milliseconds / 1e9
+        jax.block_until_ready(call())
+        figures = clock(call, jax.block_until_ready, calls, "amortised")
+        milliseconds = figures["min_ms"]
+    return 2 * size**3 / milliseconds / 1e9
 
 
 def available_bytes() -> float:
@@ -321,6 +332,8 @@ def _run_case(
     if isinstance(program, dict):
         row |= program
         return
+    if program.ours:
+        skip_unsupported(program.run, program.args)
     try:
         measure(program, options, options.iterations or case.iterations, row)
     finally:
@@ -357,11 +370,7 @@ def run(
             row |= {"status": "skipped", "reason": str(skip)}
         # Whatever a row raises is that row's result, and the others still run.
         except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            row |= {
-                "status": "failed",
-                "reason": f"{type(error).__name__}: {first_line}",
-            }
+            row |= {"status": "failed", "reason": first_line(error)}
         rows.append(row)
         on_row(row)
         gc.collect()

@@ -6,7 +6,6 @@ from jaxkern._mlp.hopper import sparse
 from jaxkern._sparsity.select import GROUP, KEPT
 
 from ._h200 import floors_us as floors_of
-from ._harness import BOTH, FORWARD
 
 SEQ = 512
 BATCHES = (1, 4, 8, 16, 32)
@@ -76,7 +75,7 @@ def _count_weights(model: Model, name: str) -> float:
 
 
 def floors_us(
-    model: Model, tokens: int, name: str, which: str = FORWARD
+    model: Model, tokens: int, name: str, backward: bool = False
 ) -> dict[str, float]:
     """By matmuls, and by bytes: each argument read and each result written once.
 
@@ -92,7 +91,7 @@ def floors_us(
     elif name in (TOP2, SOFT):
         saved = tokens * width(model, name) * model.rank
     numbers = 2 * tokens * model.hidden + _count_weights(model, name)
-    if which == BOTH:
+    if backward:
         flops *= 3
         # x is read once for both passes.
         numbers += 2 * tokens * model.hidden + _count_weights(model, name)

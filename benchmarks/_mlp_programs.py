@@ -1,4 +1,4 @@
-"""Inputs of `benchmarks.mlp`, and the program of each row."""
+"""Inputs of `benchmarks.mlp`, the program of each row, and its check in float64."""
 
 import argparse
 from collections.abc import Callable
@@ -7,27 +7,20 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 import jaxkern
 from jaxkern.testing import plain
 
-from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
 from . import _mlp_peers as peers
-from ._harness import (
-    BOTH,
-    FORWARD,
-    KERNEL,
-    PLAIN,
-    XLA,
-    Program,
-    Row,
-    skip_unsupported,
-)
+from ._harness import KERNEL, PLAIN, XLA, Check, Program, Row, check_against
 from ._mlp_model import SELECTION, Model
 from ._mlp_peers import TOKAMAX
 
 WEIGHT_SCALE = 0.02
+# Tokens whose float64 definition is computed at a time.
+CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -57,10 +50,7 @@ def _select(method, plain):
 IMPLEMENTATIONS = {
     "swiglu": Implementation(jaxkern.swiglu, plain.swiglu, "full", "swiglu"),
     shapes.SWIGLU: Implementation(
-        jaxkern.low_rank_swiglu,
-        plain.low_rank_swiglu,
-        "swiglu",
-        "low_rank_swiglu",
+        jaxkern.low_rank_swiglu, plain.low_rank_swiglu, "swiglu", "low_rank_swiglu"
     ),
     shapes.RELU2: _relu2(None, plain.keep_all, "low_rank_relu2"),
     shapes.STATIC: _relu2("2:4-static", plain.static, "low_rank_relu2_2to4"),
@@ -109,35 +99,53 @@ def make_inputs(model: Model, tokens: int, kind: str, dtype: Any, seed: int) -> 
     return x, *jax.tree.unflatten(tree, weights)
 
 
+def check(
+    form: Callable[..., Any], inputs: Any, backward: bool, run: Callable[..., Any]
+) -> Check:
+    """Every token of the result and, backward, all gradients against `form`."""
+    count = 2 if backward else 1
+    rows, weights = inputs[:count], inputs[count:]
+    form = plain.with_gradients(form) if backward else form
+    # Some tokens after the others, since float64 takes room.
+    chunks = ([r[i : i + CHUNK] for r in rows] for i in range(0, len(rows[0]), CHUNK))
+    exact = [plain.in_float64(form, *chunk, *weights) for chunk in chunks]
+    if backward:
+        values, gradients = zip(*exact, strict=True)
+        d_x = np.concatenate([d_x for d_x, *_ in gradients])
+        d_weights = jax.tree.map(lambda *d: sum(d), *(d[1:] for d in gradients))
+        exact = np.concatenate(values), (d_x, *d_weights)
+    else:
+        exact = np.concatenate(exact)
+    return check_against(run(*inputs), jax.jit(form)(*inputs), exact, rows[0].dtype)
+
+
 def build(
     name: str, model: Model, tokens: int, args: argparse.Namespace, by: str
 ) -> Program:
     impl = IMPLEMENTATIONS[name]
     inputs = make_inputs(model, tokens, impl.weights, args.dtype, args.seed)
     fn: Any = impl.ours
-    if by == PLAIN:
+    ours = by in (KERNEL, XLA) and impl.weights != "activations"
+    if ours:
+        chosen = "mosaic_gpu" if by == KERNEL else "xla"
+        fn = partial(impl.ours, implementation=chosen)
+    elif by == PLAIN:
         fn = impl.plain
     elif by == TOKAMAX:
         fn = peers.tokamax_swiglu()
-    elif impl.weights != "activations":
-        chosen = "mosaic_gpu" if by == KERNEL else "xla"
-        fn = partial(impl.ours, implementation=chosen)
-        skip_unsupported(fn, inputs)
-    check = definitions.check_forward
     if args.backward:
         key = jax.random.key(args.seed + 1)
-        shape = jax.eval_shape(fn, *inputs).shape
+        shape = jax.eval_shape(impl.plain, *inputs).shape
         inputs = (jax.random.normal(key, shape, args.dtype), *inputs)
-        fn, check = plain.with_gradients(fn), definitions.check_backward
-    check = partial(check, impl.plain, inputs)
+        fn = plain.with_gradients(fn)
+    checked = partial(check, impl.plain, inputs, args.backward)
     if by.startswith("torch"):
-        return peers.torch_program(name, by, inputs, check, args.backward)
+        return peers.torch_program(name, by, inputs, checked, args.backward)
 
     def figures() -> Row:
-        which = BOTH if args.backward else FORWARD
-        return {"floors_us": shapes.floors_us(model, tokens, name, which)}
+        return {"floors_us": shapes.floors_us(model, tokens, name, args.backward)}
 
-    return Program(fn, inputs, check, figures=figures)
+    return Program(fn, inputs, checked, figures=figures, ours=ours)
 
 
 def computers(name: str, args: argparse.Namespace) -> list[str]:

@@ -23,14 +23,8 @@ import jax
 from ._cli import EXTRA
 
 try:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
 except ModuleNotFoundError:
     sys.exit("benchmarks need rich, which is not installed: pip install " + EXTRA)
 
@@ -56,10 +50,8 @@ def device_name() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        models = [
-            s for s in info.read_text().splitlines() if s.startswith("model name")
-        ]
-        name = models[0].split(":", 1)[1].strip() if models else name
+        model = re.search(r"^model name\s*:(.*)$", info.read_text(), re.MULTILINE)
+        name = model[1].strip() if model else name
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -210,11 +202,11 @@ class RowProgress:
     def __init__(self, total: int, describe: Read):
         self.describe, self.total, self.done = describe, total, 0
         self.on_terminal = sys.stderr.isatty()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
             disable=not self.on_terminal,
@@ -263,8 +255,7 @@ def listing(
     rows: Iterable[Row],
     name: Read,
     columns: Mapping[str, Read],
-    head: Read | None = None,
-    predicted: bool = False,
+    head: Read = lambda row: "",
 ) -> Table:
     """A line a row, whose first figure is its status where that is not "ok".
 
@@ -277,46 +268,43 @@ def listing(
             cells = [row["status"], *("" if c == "-" else c for c in cells[1:])]
         return [name(row), *cells]
 
-    if head is None:
-        return Table(title, ["", *columns], [*map(line, rows)], predicted)
     lines = headed((head(row), line(row)) for row in rows)
-    return Table(title, ["", *columns], lines, predicted)
+    return Table(title, ["", *columns], lines)
 
 
 def headed(lines: Iterable[tuple[str, Sequence[str]]]) -> list[list[str]]:
-    """Lines under their headings, each of which stands once above all that have it."""
+    """Lines under their headings, each of which stands once above all that have it.
+
+    Lines of the heading "" have none.
+    """
     groups: dict[str, list[list[str]]] = {}
     for heading, (name, *cells) in lines:
-        groups.setdefault(heading, [[heading]]).append([f" {name}", *cells])
+        group = groups.setdefault(heading, [[heading]] if heading else [])
+        group.append([f" {name}" if heading else name, *cells])
     return [line for group in groups.values() for line in group]
 
 
 def pivot(
     title: str,
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     line: Read,
     column: Read,
     cell: Read,
     more: Mapping[str, Callable[[Mapping[str, Row]], str]] | None = None,
-    head: Read | None = None,
+    head: Read = lambda row: "",
 ) -> Table:
     """A line for all rows of the same `line`, with a cell for each `column`.
 
     more: further columns, from the rows of a line by their column.
     """
-    names: dict[str, None] = {}
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        names[column(row)] = None
-        key = head(row) if head else "", line(row)
-        groups.setdefault(key, {})[column(row)] = row
-    lines: list[tuple[str, list[str]]] = []
-    for (heading, name), found in groups.items():
+    names = list(dict.fromkeys(map(column, rows)))
+    lines, more = [], more or {}
+    for (heading, name), group in grouped(rows, head, line).items():
+        found = {column(row): row for row in group}
         cells = [status_or(cell, found.get(n)) for n in names]
-        cells += [read(found) for read in (more or {}).values()]
+        cells += [read(found) for read in more.values()]
         lines.append((heading, [name, *cells]))
-    shown = headed(lines) if head else [line for _, line in lines]
-    return Table(title, ["", *names, *(more or {})], shown)
+    return Table(title, ["", *names, *more], headed(lines))
 
 
 def status_or(read: Read, row: Row | None) -> str:
@@ -398,20 +386,27 @@ def over(top: float | None, bottom: float | None) -> float | None:
     return top / bottom if top and bottom else None
 
 
-def field(name: str, digits: int = 3, scale: float = 1) -> Read:
-    """Reads a figure that a row may lack, for a column."""
+def field(name: str, digits: int = 3, scale: float = 1, starred: bool = False) -> Read:
+    """Reads a figure that a row may lack, for a column.
+
+    starred: whether it is marked where the first of the timed calls compiled.
+    """
 
     def read(row: Row) -> str:
         value = row.get(name)
-        return number(None if value is None else scale * value, digits)
+        mark = "*" * bool(starred and row.get("includes_compile"))
+        return mark + number(None if value is None else scale * value, digits)
 
     return read
 
 
-def time(row: Row) -> str:
-    """Milliseconds, marked where the first of the timed calls compiled."""
-    mark = "*" if row.get("includes_compile") else ""
-    return mark + number(row.get("time_ms"))
+# Milliseconds.
+time = field("time_ms", starred=True)
+
+
+def times(rows: Iterable[Row]) -> dict[str, Read]:
+    """The columns of time, spread and rate."""
+    return {"ms": time, "± std": field("std_ms", 2)} | rate(rows)
 
 
 def rate(rows: Iterable[Row]) -> dict[str, Read]:
@@ -431,11 +426,12 @@ def steady(row: Row) -> bool:
     return row["status"] == "ok" and not row["includes_compile"]
 
 
-def grouped(rows: Iterable[Row], *labels: str) -> dict[tuple, list[Row]]:
-    """The rows by the values of these labels, in their order."""
+def grouped(rows: Iterable[Row], *keys: str | Read) -> dict[tuple, list[Row]]:
+    """The rows by the values of these labels, or of functions of a row, in order."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[label] for label in labels), []).append(row)
+        values = (row[key] if isinstance(key, str) else key(row) for key in keys)
+        groups.setdefault(tuple(values), []).append(row)
     return groups
 
 
@@ -447,23 +443,3 @@ def allocated_mib(row: Row) -> float | None:
         return None
     kept = row.get("kept_bytes", 0)
     return (row["temp_bytes"] + row["output_bytes"] + kept) / 2**20
-
-
-def problems(rows: Iterable[Row], describe: Read) -> list[str]:
-    """The rows that are not ok, by their whole reason."""
-    by_reason: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("device_ms_reason"):
-            reason = f"no device time: {row['device_ms_reason']}"
-            by_reason.setdefault(reason, []).append(describe(row))
-        if row["status"] != "ok":
-            reason = f"{row['status']}: {row['reason']}"
-            by_reason.setdefault(reason, []).append(describe(row))
-    return [f"{reason} ({_first_of(names)})" for reason, names in by_reason.items()]
-
-
-def _first_of(names: Sequence[str]) -> str:
-    more = len(names) - 1
-    if not more:
-        return names[0]
-    return f"{names[0]} and {more} more row{'s' * (more > 1)}"

@@ -134,8 +134,7 @@ def program(
 
     prepare: makes these of the converter and of JAX's, where they are kept otherwise.
     """
-    torch = importlib.import_module("torch")
-
+    torch, compiles = importlib.import_module("torch"), framework == "torch compile"
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
 
@@ -147,24 +146,23 @@ def program(
 
         return jax.tree.map(convert, tree)
 
-    def forward_and_backward(fn, cotangent, x, *weights):
-        leaves, tree = jax.tree.flatten((x, *weights))
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = fn(*jax.tree.unflatten(tree, leaves))
-        gradients = torch.autograd.grad(value, leaves, cotangent)
-        return value, jax.tree.unflatten(tree, gradients)
-
-    def recorded_forward(fn, *args):
+    def record(fn, *args):
+        """The result, and the arguments as leaves and a tree."""
         leaves, tree = jax.tree.flatten(args)
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        return fn(*jax.tree.unflatten(tree, leaves))
+        return fn(*jax.tree.unflatten(tree, leaves)), leaves, tree
+
+    def forward_and_backward(fn, cotangent, *args):
+        value, leaves, tree = record(fn, *args)
+        gradients = torch.autograd.grad(value, leaves, cotangent)
+        return value, jax.tree.unflatten(tree, gradients)
 
     def to_numpy(tree):
         return jax.tree.map(lambda t: t.detach().float().cpu().numpy(), tree)
 
     def make_function():
         fn = partial(module, torch.nn.functional)
-        if framework != "torch compile":
+        if not compiles:
             return fn
         # Past a few shapes of one function it would quietly stay eager.
         torch.compiler.reset()
@@ -177,7 +175,7 @@ def program(
         if not on_gpu:
             return {}
         # A forward that a backward is to follow: with all that it keeps for it.
-        call = partial(run if backward else partial(recorded_forward, fn), *args)
+        call = partial(run if backward else partial(record, fn), *args)
         return {"allocated_bytes": peak_over_baseline(torch.cuda, call)}
 
     torch.set_float32_matmul_precision("highest")
@@ -189,9 +187,7 @@ def program(
         lambda run: check(lambda *args: to_numpy(run(*prepare(to_torch, args)))),
         jit=False,
         block=lambda _: torch.cuda.synchronize() if on_gpu else None,
-        fresh=(lambda: make_run(make_function()))
-        if framework == "torch compile"
-        else None,
+        fresh=(lambda: make_run(make_function())) if compiles else None,
         release=torch.cuda.empty_cache,
         figures=figures,
     )

@@ -58,7 +58,12 @@ NOTES = {
     "fits in": "of which JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says\n"
     f"otherwise: {', '.join(f'{n} {most / 1e9:.0f} GB' for n, most in GPUS.items())}",
 }
-PARTS = ("parameters", "moments", "temporaries")
+# Columns of a table, and those of a row.
+PARTS = {
+    "weights": "parameters_bytes",
+    "AdamW": "moments_bytes",
+    "temp.": "temporaries_bytes",
+}
 
 
 def measure(size: str, devices: int, sizes: str) -> Row:
@@ -89,8 +94,8 @@ def measure(size: str, devices: int, sizes: str) -> Row:
         for arrays, where in zip(shapes, places, strict=True)
     ]
     seconds = time.perf_counter() - start
-    parts = dict(zip(PARTS, (*held, stats.temp_size_in_bytes), strict=True))
-    return {f"{part}_bytes": n for part, n in parts.items()} | {"compile_s": seconds}
+    held.append(stats.temp_size_in_bytes)
+    return dict(zip(PARTS.values(), held, strict=True)) | {"compile_s": seconds}
 
 
 def _place(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -122,19 +127,17 @@ def cases() -> list[Case]:
 
 
 def total(row: Row) -> float:
-    return sum(row.get(f"{part}_bytes", 0) for part in PARTS)
+    return sum(row.get(part, 0) for part in PARTS.values())
 
 
 def table(rows: Sequence[Row]) -> Table:
     def gigabytes(part: str) -> Callable[[Row], str]:
-        return lambda row: f"{row.get(f'{part}_bytes', 0) / 1e9:.1f}"
+        return lambda row: f"{row.get(part, 0) / 1e9:.1f}"
 
     def fits(row: Row) -> str:
         return next((gpu for gpu, most in GPUS.items() if total(row) <= most), "-")
 
-    columns: dict[str, Any] = dict(
-        zip(("weights", "AdamW", "temp."), map(gigabytes, PARTS), strict=True)
-    )
+    columns = {name: gigabytes(part) for name, part in PARTS.items()}
     columns["sum"] = lambda row: f"{total(row) / 1e9:.1f}"
     columns |= {"fits in": fits, "s": lambda row: f"{row.get('compile_s', 0):.0f}"}
     return listing(

@@ -25,7 +25,7 @@ from jaxkern.nn import (
 from jaxkern.testing.plain import cast, in_float64
 from jaxkern.testing.plain import transformer as definitions
 
-from ._harness import BOTH, FORWARD, PLAIN, Check, Program, Row, check_against
+from ._harness import BOTH, FORWARD, PLAIN, XLA, Check, Program, Row, check_against
 
 VOCAB = 10_000
 # Layers of the model whose gradients are checked; further ones repeat them.
@@ -71,16 +71,24 @@ ATTENTION: dict[str, Callable[[int], Callable[..., Any] | None]] = {
     "dilated": _dilated,
     "block-sparse": _block_sparse,
 }
+
+
+def _low_rank(module: Callable[..., Any], **options: Any):
+    return lambda size: partial(module, rank=size.embed_dim // 4, **options)
+
+
 MLP: dict[str, Callable[[Size], Callable[..., Any] | None]] = {
     "swiglu": lambda size: None,
-    "low-rank-swiglu": lambda size: partial(LowRankSwiGLU, rank=size.embed_dim // 4),
-    "low-rank-relu2": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4),
-    "2:4": lambda size: partial(LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4"),
-    "2:4-static": lambda size: partial(
-        LowRankReLU2, rank=size.embed_dim // 4, sparsity="2:4-static"
-    ),
+    "low-rank-swiglu": _low_rank(LowRankSwiGLU),
+    "low-rank-relu2": _low_rank(LowRankReLU2),
+    "2:4": _low_rank(LowRankReLU2, sparsity="2:4"),
+    "2:4-static": _low_rank(LowRankReLU2, sparsity="2:4-static"),
     "multi-head": lambda size: partial(MultiHeadMLP, num_heads=size.heads, gated=True),
 }
+
+
+# Forms of the published model.
+PUBLISHED = ("dense", "swiglu"), ("cudnn", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,12 @@ class Task:
     mesh: str | None = None
 
     @property
-    def is_dense(self) -> bool:
-        """The published model, which the plain form is too."""
-        return (self.attention, self.mlp) in (("dense", "swiglu"), ("cudnn", "swiglu"))
+    def reference(self) -> str:
+        """Who defines its results: the plain form, which is the published model.
+
+        Other models are held to our own, unrolled.
+        """
+        return PLAIN if (self.attention, self.mlp) in PUBLISHED else XLA
 
     @property
     def tokens(self) -> int:
@@ -130,19 +141,16 @@ class Task:
             return None
         return make_mesh(**parse_mesh_sizes(self.mesh))
 
-    def state(self, layers: Layers) -> Any:
-        """The state of the model, made on the devices that hold it."""
-
-        def make():
-            return nnx.state(self.model(layers))
-
+    def placed(self, make: Callable[..., Any], *args: Any) -> Any:
+        """`make(*args)`, made on the devices that hold it."""
         mesh = self.make_mesh()
         if mesh is None:
-            return make()
-        places = get_sharding(
-            nnx.state(nnx.eval_shape(partial(self.model, layers))), mesh
-        )
-        return jax.jit(make, out_shardings=places)()
+            return make(*args)
+        places = get_sharding(jax.eval_shape(make, *args), mesh)
+        return jax.jit(make, out_shardings=places)(*args)
+
+    def state(self, layers: Layers) -> Any:
+        return self.placed(lambda: nnx.state(self.model(layers)))
 
     def trace(self, layers: Layers) -> None:
         """Raise ValueError for a model that does not fit the mesh; nothing runs."""
@@ -223,22 +231,14 @@ def build(task: Task, by: str, layers: Layers, trace: Path | None) -> Program:
 
 def _program(task: Task, by: str, layers: Layers) -> tuple[Any, tuple[Any, ...]]:
     """A function of weights and tokens, its first result the loss; and the weights."""
-    loss, weights = _loss_and_weights(replace(task, what="forward"), by, layers)
+    loss, weights = _loss(task, by, layers), _weights(task, layers)
     match task.what:
         case "forward":
             return loss, (weights,)
         case "forward+backward":
             return jax.value_and_grad(loss), (weights,)
     adam = make_adam()
-    return make_step(loss, adam), (weights, _moments(task, adam, weights))
-
-
-def _moments(task: Task, adam: Any, weights: Any) -> Any:
-    mesh = task.make_mesh()
-    if mesh is None:
-        return adam.init(weights)
-    places = get_sharding(jax.eval_shape(adam.init, weights), mesh)
-    return jax.jit(adam.init, out_shardings=places)(weights)
+    return make_step(loss, adam), (weights, task.placed(adam.init, weights))
 
 
 def make_adam() -> Any:
@@ -263,26 +263,28 @@ def make_step(loss: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
 _kept: dict[tuple[Any, ...], Any] = {}
 
 
-def _loss_and_weights(task: Task, by: str, layers: Layers) -> tuple[Any, Any]:
+def _weights(task: Task, layers: Layers) -> Any:
     # The parameters of a model do not depend on its context.
-    key = replace(task, context=0), by, layers
+    key = replace(task, context=0, what="forward"), layers
     if key not in _kept:
         _kept.clear()
-        state = task.state("unrolled" if by == PLAIN else layers)
-        if by == PLAIN:
-            state = definitions.from_state(nnx.to_pure_dict(state))
-        _kept[key] = state
+        _kept[key] = task.state(layers)
+    return _kept[key]
+
+
+def _loss(task: Task, by: str, layers: Layers) -> Callable[..., Any]:
+    """The loss as a function of the model's state, of tokens and of targets."""
     if by == PLAIN:
-        return partial(_plain_loss, task.dtype), _kept[key]
-    graph = nnx.graphdef(nnx.eval_shape(partial(task.model, layers)))
-    return partial(_our_loss, graph), _kept[key]
+        return partial(_plain_loss, task.dtype)
+    return partial(_our_loss, nnx.graphdef(nnx.eval_shape(partial(task.model, layers))))
 
 
 def _our_loss(graph, state, tokens, targets):
     return nnx.merge(graph, state).loss(tokens, targets)
 
 
-def _plain_loss(dtype, weights, tokens, targets):
+def _plain_loss(dtype, state, tokens, targets):
+    weights = definitions.from_state(nnx.to_pure_dict(state))
     return definitions.loss(cast(weights, dtype), tokens, targets)
 
 
@@ -301,60 +303,37 @@ def _check(task: Task, by: str, layers: Layers, found: float) -> Check:
 
 @cache
 def _plain_value(task: Task) -> float:
-    """The loss by the plain form, or by our own model where it has none."""
-    if not task.is_dense:
-        run = jax.jit(lambda model: model.loss(*task.ids()))
-        return float(run(task.model("unrolled")))
-    state = nnx.to_pure_dict(nnx.state(task.model("unrolled")))
-    run = jax.jit(partial(_plain_loss, task.dtype))
-    return float(run(definitions.from_state(state), *task.ids()))
+    """The loss by its reference."""
+    loss = _loss(task, task.reference, "unrolled")
+    return float(jax.jit(loss)(task.state("unrolled"), *task.ids()))
 
 
 def _check_shallow(task: Task, by: str, layers: Layers) -> Check:
     """Against float64, within twice the error of the plain form in the same dtype."""
     plain, exact = _references(replace(task, remat=False, mesh=None))
-    ours = plain
-    if by != PLAIN:
-        graph = nnx.graphdef(nnx.eval_shape(partial(task.model, layers)))
-        ours = _compute(_our_loss, (graph, task.state(layers)), task.ids())
-        ours = _leaves(ours, definitions.from_state if task.is_dense else _unstack)
+    ours = plain if by == PLAIN else _with_gradients(task, by, layers)
     return check_against(ours, plain, exact, jnp.dtype(task.dtype))
 
 
 @cache
 def _references(task: Task) -> tuple[Any, Any]:
-    """Loss and gradients by the plain form, in the dtype and in float64.
-
-    Forms that the plain one does not have are held to our own unrolled model.
-    """
-    ids = task.ids()
-    graph, state = nnx.split(task.model("unrolled"))
-    if task.is_dense:
-        weights = definitions.from_state(nnx.to_pure_dict(state))
-        plain = _compute(_plain_loss, (task.dtype, weights), ids)
-        exact = _compute(_plain_loss, ("float64", weights), ids, in_float64)
-        return _leaves(plain, lambda x: x), _leaves(exact, lambda x: x)
-    plain = _compute(_our_loss, (graph, state), ids)
+    """Loss and gradients by the reference, in the dtype and in float64."""
     with jax.enable_x64(True):
-        wide = replace(task, dtype="float64")
-        graph = nnx.graphdef(nnx.eval_shape(partial(wide.model, "unrolled")))
-    exact = _compute(_our_loss, (graph, state), ids, in_float64)
-    return _leaves(plain, _unstack), _leaves(exact, _unstack)
+        wide = _loss(replace(task, dtype="float64"), task.reference, "unrolled")
+    state, ids = task.state("unrolled"), task.ids()
+    exact = _leaves(in_float64(jax.value_and_grad(wide), state, *ids))
+    return _with_gradients(task, task.reference, "unrolled"), exact
 
 
-def _compute(loss, arguments, ids, run=lambda fn, *args: jax.jit(fn)(*args)):
-    static, weights = arguments
-    return run(jax.value_and_grad(partial(loss, static)), weights, *ids)
+def _with_gradients(task: Task, by: str, layers: Layers) -> list[np.ndarray]:
+    run = jax.jit(jax.value_and_grad(_loss(task, by, layers)))
+    return _leaves(run(task.state(layers), *task.ids()))
 
 
-def _unstack(state):
-    return state | {"layers": definitions.unscanned(state["layers"])}
-
-
-def _leaves(result, convert) -> list[np.ndarray]:
-    """The loss, and the gradients in the order of what `convert` makes of them."""
-    loss, gradients = result
-    if isinstance(gradients, nnx.State):
-        gradients = nnx.to_pure_dict(gradients)
-    leaves = jax.tree.leaves((loss, convert(gradients)))
+def _leaves(result: tuple[Any, nnx.State]) -> list[np.ndarray]:
+    """The loss and the gradients, those of scanned layers one by one."""
+    loss, state = result
+    gradients = nnx.to_pure_dict(state)
+    gradients |= {"layers": definitions.unscanned(gradients["layers"])}
+    leaves = jax.tree.leaves((loss, gradients))
     return [np.asarray(x, np.float64) for x in leaves]

@@ -14,49 +14,25 @@ per-call. Ours on a CPU has 1 warm-up, and fewer calls where they take long.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import jax
 import numpy as np
 
 from . import _attention_kernels as kernels
+from . import _attention_model as model
 from . import _attention_programs as programs
+from . import _report as report
 from . import _torch, frame
 from ._attention_definitions import CANCELLATION
-from ._attention_model import (
-    PUBLISHED,
-    Blocks,
-    Dense,
-    Dilated,
-    Pattern,
-    Published,
-    Shape,
-    Task,
-)
+from ._attention_model import Blocks, Dense, Dilated, Pattern, Shape, Task
 from ._attention_programs import FLEX, Entry
 from ._cli import positive, refuse, run_program
 from ._figures import Figure, Panel, Point
-from ._h200 import percent_of_floor
-from ._harness import BOTH, FORWARD, KERNEL, PICKED, PLAIN, XLA, Case, Row
-from ._harness import labels as make_labels
-from ._report import (
-    Table,
-    allocated_mib,
-    field,
-    grouped,
-    listing,
-    number,
-    on_gpu,
-    over,
-    program,
-    rate,
-    ratio,
-    steady,
-    time,
-)
+from ._harness import BOTH, FORWARD, PLAIN, XLA, Case, Row, labels
 
 PASSES = FORWARD, BOTH
 # Without the grid of the kernels, which has to be named.
@@ -66,16 +42,6 @@ ITERATIONS = 50
 # On a CPU a row computes about so much, in so many calls at least and at most.
 CPU_FLOPS, CPU_ITERATIONS = 1e10, (3, 10)
 
-# The published names, and for each our op, the pattern and the module around it.
-IMPLEMENTATIONS: dict[str, tuple[str, Pattern, str | None]] = {
-    "standard": ("attention", Dense(), None),
-    "improved": ("dilated_attention", Dense(), None),
-    "ring_v2_collective": ("ring_attention", Dense(), None),
-    "multihead_standard": ("attention", Dense(), "norms"),
-    "multihead_improved": ("dilated_attention", Dense(), "norms"),
-    "block_sparse": ("block_sparse_attention", Blocks("near"), None),
-    "block_sparse_multihead": ("block_sparse_attention", Blocks("near"), "plain"),
-}
 PUBLISHED_SCALE = 0.02
 # The others are timed in the real grid.
 PUBLISHED_PEERS = (PLAIN, "torch sdpa")
@@ -87,32 +53,25 @@ DENSITIES, DENSITIES_SEQ = (5, 10, 25, 50, 100), 4096
 RINGS, RING_SEQ = (1, 2, 4, 8), 2048
 
 
-def ours(args: argparse.Namespace) -> str:
-    return PICKED if args.on_device else XLA
-
-
 def published_entries(args: argparse.Namespace) -> list[Entry]:
     """The 56 published rows, and the peers on the same shapes."""
     rows = []
-    for shape in dict.fromkeys(shape for _, shape in PUBLISHED):
-        for name, (op, pattern, module) in IMPLEMENTATIONS.items():
+    for shape in dict.fromkeys(shape for _, shape in model.PUBLISHED):
+        for name, (op, pattern, module) in model.IMPLEMENTATIONS.items():
             task = Task(shape, pattern, module, PUBLISHED_SCALE)
             count = args.devices if op == "ring_attention" else 1
-            rows.append(Entry("published", op, task, ours(args), count))
+            rows.append(Entry("published", op, task, args.ours, count))
             # Behind the last that is checked against the same result.
             if name == "ring_v2_collective":
-                rows += [
-                    Entry("published", "attention", task, peer)
-                    for peer in programs.peers(args)
-                    if peer in PUBLISHED_PEERS
-                ]
+                peers = _torch.present(PUBLISHED_PEERS, args)
+                rows += [Entry("published", "attention", task, peer) for peer in peers]
     return rows
 
 
 def real_entries(args: argparse.Namespace) -> list[Entry]:
     """Rows beyond the published ones, for what sparsity and more devices can give."""
     heads = HEADS if args.on_device else CPU_HEADS
-    us, peers = ours(args), programs.peers(args)
+    us, peers = args.ours, _torch.present(programs.PEERS, args)
     flex = _torch.present([FLEX], args)
     rows: list[Entry] = []
 
@@ -181,9 +140,8 @@ def _kernel_cases(args: argparse.Namespace) -> list[Case]:
 def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     shape, which = entry.task.shape, PASSES[args.backward]
     flops = entry.task.flops(which)
-    least, most = CPU_ITERATIONS
-    iterations = round(min(max(CPU_FLOPS / flops, least), most))
     for_kernels = entry.grid == KERNELS
+    iterations = round(np.clip(CPU_FLOPS / flops, *CPU_ITERATIONS))
     if args.on_device:
         by_xla = for_kernels and entry.by == XLA
         iterations = kernels.XLA_ITERATIONS if by_xla else ITERATIONS
@@ -191,9 +149,9 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     sizes = {"grid": entry.grid, "shape": str(shape)} | shape.sizes
     if entry.op == "ring_attention":
         sizes["devices"] = entry.devices
-    what = entry.op, entry.variant, entry.by, which, args.dtype
-    row = make_labels(*what, **sizes)
-    line = published_of(row)
+    what = entry.op, entry.task.variant, entry.by, which, args.dtype
+    row = labels(*what, **sizes)
+    line = model.published_of(row)
     return Case(
         labels=row,
         build=partial(build, entry, args),
@@ -204,44 +162,18 @@ def _make_case(entry: Entry, args: argparse.Namespace) -> Case:
     )
 
 
-def published_of(row: Mapping[str, Any]) -> Published | None:
-    """The published row of one of ours, by its op and variant."""
-    if row["grid"] != "published" or row["by"] not in programs.IMPLEMENTATIONS:
-        return None
-    shape = shape_of(row)
-    for name, (op, pattern, module) in IMPLEMENTATIONS.items():
-        entry = Entry("published", op, Task(shape, pattern, module), row["by"])
-        if (entry.op, entry.variant) == (row["op"], row["variant"]):
-            return PUBLISHED.get((name, shape))
-    return None
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--grid",
-        choices=(*GRIDS, KERNELS, "all"),
-        default="all",
-        help=f"default: all, which is {' and '.join(GRIDS)}",
-    )
-    add(
-        "--kernels",
-        action="store_const",
-        dest="grid",
-        const=KERNELS,
-        default="all",
-        help="as --grid kernels; in bfloat16 on a CPU too",
-    )
-    add(
-        "--full",
-        action="store_true",
-        help="the real grid to 65536 tokens; all sizes and rows of the kernels",
-    )
+    grids = *GRIDS, KERNELS, "all"
+    help_grid = f"default: all, which is {' and '.join(GRIDS)}"
+    add("--grid", choices=grids, default="all", help=help_grid)
+    help_alias = "as --grid kernels; in bfloat16 on a CPU too"
+    add("--kernels", action="store_const", dest="grid", const=KERNELS, help=help_alias)
+    help_full = "the real grid to 65536 tokens; all sizes and rows of the kernels"
+    add("--full", action="store_true", help=help_full)
     add("--backward", action="store_true", help="forward and all gradients")
-    help_devices = (
-        "in the published row's ring; a CPU is split into as many (default 1)"
-    )
-    add("--devices", type=positive, default=1, metavar="N", help=help_devices)
+    help_ring = "in the published row's ring; a CPU is split into as many (default 1)"
+    add("--devices", type=positive, default=1, metavar="N", help=help_ring)
 
 
 def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -251,7 +183,7 @@ def start(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         refuse(parser, args, "--grid published has no other size", "full")
     if args.grid in ("real", KERNELS):
         refuse(parser, args, "--devices are of the published grid", "devices")
-    shortest = min(shape.seq for _, shape in PUBLISHED)
+    shortest = min(shape.seq for _, shape in model.PUBLISHED)
     if shortest % args.devices:
         parser.error(f"--devices must divide {shortest} tokens, got {args.devices}")
     # Before JAX starts; what else runs still has all cores. JAX's types do not have it.
@@ -287,7 +219,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
             "as dense": "the rate if no block were skipped",
             "mask": "host time to build it, once",
             "backward": "alone: both passes less the forward, with --backward",
-            "registers": f"spills and shared memory: {program('kernels')}",
+            "registers": f"spills and shared memory: {report.program('kernels')}",
         }
         if not (args.on_device or args.full):
             lines["reduced"] = "sizes for a CPU; --full --list names those of a GPU"
@@ -296,7 +228,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     if args.grid != "real":
         densities = ", ".join(
             f"{100 * Blocks('near').mask(seq).density:.1f} % at {seq}"
-            for seq in sorted({shape.seq for _, shape in PUBLISHED})
+            for seq in sorted({shape.seq for _, shape in model.PUBLISHED})
         )
         lines["published"] = (
             "PyTorch, float32, forward; MiB less weights and inputs. Its improved\n"
@@ -316,12 +248,6 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     return lines | _torch.left_out((*programs.PEERS, FLEX), args)
 
 
-def shape_of(row: Mapping[str, Any]) -> Shape:
-    group = row["num_heads"] // row["num_kv_heads"]
-    names = "batch", "seq", "num_heads", "head_dim"
-    return Shape(*(int(row[name]) for name in names), group=group)
-
-
 def name_of(row: Row) -> str:
     """Op, variant, devices and who computes it, if that is not us."""
     name = f"{row['op']} {row['variant']}"
@@ -330,54 +256,55 @@ def name_of(row: Row) -> str:
     return name if row["by"] in programs.IMPLEMENTATIONS else f"{name} {row['by']}"
 
 
-def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
-    by_grid = {grid: group for (grid,), group in grouped(rows, "grid").items()}
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[report.Table | str]:
+    by_grid = {grid: group for (grid,), group in report.grouped(rows, "grid").items()}
     if "published" in by_grid:
         yield _published(by_grid["published"])
     if "real" in by_grid:
         yield _real(by_grid["real"])
     yield from _slower(rows)
-    if KERNELS not in by_grid:
-        return
-    for (which,), group in grouped(by_grid[KERNELS], "pass").items():
-        yield _kernel_rates(group, which)
-    yield from _backward(by_grid[KERNELS])
-
-
-def _thousand_tokens(row: Row) -> str:
-    return number(over(row["batch"] * row["seq"], row.get("time_ms")))
+    yield from kernels.tables(by_grid.get(KERNELS, ()))
 
 
 def _mib(row: Row) -> str:
-    return number(allocated_mib(row))
+    return report.number(report.allocated_mib(row))
 
 
-def _published(rows: Sequence[Row]) -> Table:
-    columns = {"ms": time, "± std": field("std_ms", 2)}
-    columns |= {"ktok/s": _thousand_tokens, "MiB": _mib}
+def _published(rows: Sequence[Row]) -> report.Table:
+    def tokens(row: Row) -> str:
+        tokens = row["batch"] * row["seq"]
+        return report.number(report.over(tokens, row.get("time_ms")))
 
     def theirs(read, failed: str = "-") -> Any:
         def cell(row: Row) -> str:
-            line = published_of(row)
+            line = model.published_of(row)
             if line is None or row["pass"] != FORWARD:
                 return "-"
-            return failed if line.time_ms is None else number(read(line))
+            return failed if line.time_ms is None else report.number(read(line))
 
         return cell
 
-    columns["publ. ms"] = theirs(lambda line: line.time_ms, "failed")
-    columns["MiB "] = theirs(lambda line: line.net_mib)
-    columns["ktok/s "] = theirs(lambda line: line.tokens_per_s / 1e3)
-    ordered = [
-        row for group in grouped(rows, "op", "variant", "by").values() for row in group
-    ]
+    columns = {
+        "ms": report.time,
+        "± std": report.field("std_ms", 2),
+        "ktok/s": tokens,
+        "MiB": _mib,
+        "publ. ms": theirs(lambda line: line.time_ms, "failed"),
+        "MiB ": theirs(lambda line: line.net_mib),
+        "ktok/s ": theirs(lambda line: line.tokens_per_s / 1e3),
+    }
+    groups = report.grouped(rows, "op", "variant", "by").values()
     title = f"The published shapes, {rows[0]['pass']}"
-    return listing(title, ordered, lambda row: row["shape"], columns, name_of)
+    ordered = chain.from_iterable(groups)
+    return report.listing(title, ordered, lambda row: row["shape"], columns, name_of)
 
 
-def _real(rows: Sequence[Row]) -> Table:
+def _sizes(row: Row) -> str:
+    return f"{row['pass']}, batch {row['batch']}, {row['num_heads']} heads, dim 64"
+
+
+def _real(rows: Sequence[Row]) -> report.Table:
     """By sequence; work and time are over those of dense attention."""
-    first = rows[0]
     dense = {
         row["seq"]: row
         for row in rows
@@ -386,17 +313,15 @@ def _real(rows: Sequence[Row]) -> Table:
     }
 
     def work(row: Row) -> str:
-        whole = Task(shape_of(row), Dense()).flops(row["pass"])
+        whole = Task(Shape.of(row), Dense()).flops(row["pass"])
         return f"{row['flops'] / whole:.3f}"
 
     def times(row: Row) -> str:
-        return ratio(time_over(row, dense.get(row["seq"])))
+        return report.ratio(time_over(row, dense.get(row["seq"])))
 
-    sizes = f"batch {first['batch']}, {first['num_heads']} heads, dim 64"
-    columns = {"ms": time, "± std": field("std_ms", 2)} | rate(rows)
-    columns |= {"MiB": _mib, "work": work, "time": times}
-    return listing(
-        f"{first['pass']}, {sizes}; work and time: over those of attention",
+    columns = report.times(rows) | {"MiB": _mib, "work": work, "time": times}
+    return report.listing(
+        f"{_sizes(rows[0])}; work and time: over those of attention",
         rows,
         name_of,
         columns,
@@ -416,11 +341,8 @@ def slower_than_plain(rows: Sequence[Row]) -> dict[str, float]:
 
     A row of plain jnp computes the same; for blocks and rings the dense result.
     """
-    found = {
-        (r["grid"], r["shape"], r["op"], r["variant"]): r
-        for r in rows
-        if r["by"] == PLAIN
-    }
+    plain = [row for row in rows if row["by"] == PLAIN]
+    found = report.grouped(plain, "grid", "shape", "op", "variant")
     slower = {}
     for row in rows:
         if row["by"] not in programs.IMPLEMENTATIONS or "multi-head" in row["variant"]:
@@ -428,7 +350,8 @@ def slower_than_plain(rows: Sequence[Row]) -> dict[str, float]:
         op, variant = row["op"], row["variant"]
         if op != "dilated_attention" or variant == "dense":
             op, variant = "attention", "causal" if variant == "causal" else "dense"
-        times = time_over(row, found.get((row["grid"], row["shape"], op, variant)))
+        beside, *_ = found.get((row["grid"], row["shape"], op, variant), [None])
+        times = time_over(row, beside)
         if times is not None and times > 1:
             slower[f"{name_of(row)} {row['shape']}"] = times
     return slower
@@ -442,78 +365,6 @@ def _slower(rows: Sequence[Row]) -> Iterator[str]:
             yield f"  {name}: {times:.2f} times its time"
 
 
-def time_of(row: Row | None) -> float | None:
-    """Milliseconds of the kernels alone where they are known, as rates have them."""
-    if row is None or row["status"] != "ok":
-        return None
-    return row[row["rate_from"]]
-
-
-def dense_beside(rows: Sequence[Row], row: Row) -> Row | None:
-    """The dense row of the same shape and pass: its own, a peer's mask our kernel's."""
-    by = KERNEL if row["by"] == FLEX else row["by"]
-    wanted = "dense", by, row["shape"], row["pass"]
-    keys = "variant", "by", "shape", "pass"
-    return next((r for r in rows if tuple(r[k] for k in keys) == wanted), None)
-
-
-def speed_up(rows: Sequence[Row], row: Row) -> float | None:
-    return over(time_of(dense_beside(rows, row)), time_of(row))
-
-
-def floor_percent(row: Row) -> float | None:
-    floors = kernels.floors_us(shape_of(row), row["pass"], row["flops"])
-    return percent_of_floor(row | {"floors_us": floors})
-
-
-def _kernel_rates(rows: Sequence[Row], which: str) -> Table:
-    factor = 1 if on_gpu(rows) else 1e3
-
-    def as_dense(row: Row) -> str:
-        flops = Task(shape_of(row), Dense()).flops(which)
-        own = time_of(row)
-        return number(None if own is None else factor * flops / own / 1e9)
-
-    columns = {"ms": time, "± std": field("std_ms", 2)} | rate(rows)
-    columns |= {"as dense": as_dense, "x dense": lambda r: ratio(speed_up(rows, r))}
-    columns["mask ms"] = field("mask_ms")
-    if on_gpu(rows):
-        columns["% floor"] = lambda row: number(floor_percent(row))
-    return listing(
-        which,
-        rows,
-        lambda row: f"{row['variant']} {row['by'].removeprefix('jaxkern ')}",
-        columns,
-        lambda row: row["shape"],
-    )
-
-
-def backward_rows(rows: Sequence[Row]) -> list[Row]:
-    """The backward alone, where both passes and the forward were measured."""
-    found = []
-    for _, group in grouped(rows, "shape", "op", "variant", "by").items():
-        times = {row["pass"]: time_of(row) for row in group}
-        forward, both = (times.get(which) for which in PASSES)
-        if forward and both and both > forward:
-            row = next(row for row in group if row["pass"] == BOTH)
-            # 2.5 of the 3.5 times that both passes have of the forward's.
-            flops, ms = row["flops"] * 2.5 / 3.5, both - forward
-            found.append(row | {"time_ms": ms, "tflops": flops / ms / 1e9})
-    return found
-
-
-def _backward(rows: Sequence[Row]) -> Iterator[Table]:
-    alone = backward_rows(rows)
-    if alone:
-        yield listing(
-            "backward alone",
-            alone,
-            lambda row: f"{row['variant']} {row['by'].removeprefix('jaxkern ')}",
-            {"ms": field("time_ms")} | rate(rows),
-            lambda row: row["shape"],
-        )
-
-
 def exponent(seqs: Sequence[float], values: Sequence[float]) -> float:
     """b of the least-squares fit log value = a + b log seq."""
     return float(np.polyfit(np.log(seqs), np.log(values), 1)[0])
@@ -521,40 +372,43 @@ def exponent(seqs: Sequence[float], values: Sequence[float]) -> float:
 
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
     """Time and memory against the length, with the exponent that fits each line."""
-    series: dict[str, dict[str, list[Point]]] = {"ms": {}, "MiB": {}}
-    named = [row | {"name": name_of(row)} for row in rows if row["grid"] == "real"]
-    for (name,), group in grouped(filter(steady, named), "name").items():
-        if len(group) > 1:
-            for row in group:
-                point = Point(row["seq"], row["time_ms"], row["std_ms"])
-                series["ms"].setdefault(name, []).append(point)
-                # A torch row has no compiler's plan, so no memory on a CPU.
-                mib = allocated_mib(row)
-                if mib:
-                    points = series["MiB"].setdefault(name, [])
-                    points.append(Point(row["seq"], mib))
-    if not series["ms"]:
+    real = [row for row in rows if row["grid"] == "real"]
+    lines = report.grouped(filter(report.steady, real), name_of).items()
+    lines = {name: group for (name,), group in lines if len(group) > 1}
+    if not lines:
         return None
+    times = {
+        name: [Point(row["seq"], row["time_ms"], row["std_ms"]) for row in group]
+        for name, group in lines.items()
+    }
+    # A torch row has no compiler's plan, so no memory on a CPU.
+    memory = {
+        name: [
+            Point(row["seq"], mib)
+            for row in group
+            if (mib := report.allocated_mib(row))
+        ]
+        for name, group in lines.items()
+    }
+    memory = {name: points for name, points in memory.items() if points}
 
-    def fit(points: Sequence[Point] | None) -> str:
-        if not points or len(points) < 2:
+    def fit(points: Sequence[Point]) -> str:
+        if len(points) < 2:
             return "-"
         return f"{exponent([p.x for p in points], [p.y for p in points]):.2f}"
 
-    labels = {
-        n: f" ({', '.join(fit(p.get(n)) for p in series.values())})"
-        for n in series["ms"]
+    exponents = {
+        name: f" ({fit(points)}, {fit(memory.get(name, ()))})"
+        for name, points in times.items()
     }
-    first = named[0]
-    sizes = f"batch {first['batch']}, {first['num_heads']} heads, dim 64"
     x = "n, tokens (log scale)"
-    words = {"ms": "milliseconds", "MiB": "MiB of results and temporaries"}
+    log: Any = {"log_x": True, "log_y": True}
     panels = [
-        Panel(words[key], x, f"{key} (log scale)", lines, log_x=True, log_y=True)
-        for key, lines in series.items()
+        [Panel("milliseconds", x, "ms (log scale)", times, **log)],
+        [Panel("MiB of results and temporaries", x, "MiB (log scale)", memory, **log)],
     ]
-    title = f"{first['pass']}, {sizes}; in brackets b of time ~ n^b, of memory ~ n^b"
-    return Figure([[panel] for panel in panels], title, labels)
+    title = f"{_sizes(real[0])}; in brackets b of time ~ n^b, of memory ~ n^b"
+    return Figure(panels, title, exponents)
 
 
 BENCHMARK = frame.Benchmark(

@@ -22,35 +22,12 @@ from jaxkern.testing import plain
 
 from . import _estimators_definitions as definitions
 from . import _estimators_study as study
+from . import _report as report
 from . import frame
 from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._h200 import floors_us as floors_of
-from ._harness import (
-    BACKWARD,
-    BOTH,
-    FORWARD,
-    KERNEL,
-    XLA,
-    Case,
-    Program,
-    Row,
-    labels,
-    skip_unsupported,
-)
-from ._report import (
-    Table,
-    allocated_mib,
-    field,
-    grouped,
-    headed,
-    number,
-    over,
-    pivot,
-    published,
-    ratio,
-    steady,
-)
+from ._harness import BACKWARD, BOTH, FORWARD, KERNEL, XLA, Case, Program, Row, labels
 
 LAYER, MODEL = "masked_bilinear", "QuadraticTransformer"
 # The kernels compute what the method "fused" does by XLA.
@@ -69,7 +46,7 @@ LAYER_MIB, MODEL_MIB = (300, 400), (1000, 250)
 TITLES = {"straight_through": "ste", "one_plus_sigmoid": "reinmax"}
 PUBLISHED = {
     (line["estimator"], line["implementation"], int(line["batch_size"])): line
-    for line in published("estimators")
+    for line in report.published("estimators")
 }
 STUDIED = "loss", "logits to logits", "temperature temperature"
 BASE_PARAMETERS = 14_698_688
@@ -81,25 +58,22 @@ def build_layer(estimator: str, form, batch: int, args) -> Program:
     inputs = definitions.layer_inputs(*key)
 
     def check(run):
-        return definitions.expected_layer(estimator, *key).check(run(*inputs))
+        return definitions.expected_layer(estimator, *key)(run(*inputs))
 
     def figures() -> Row:
         return {"floors_us": floors_us(args.layer_sizes, batch)}
 
-    layer = definitions.layer(estimator, form)
-    skip_unsupported(layer, inputs[1:])
-    run = plain.with_gradients(layer)
-    return Program(run, inputs, check, figures=figures, warmed=1)
+    run = plain.with_gradients(definitions.layer(estimator, form))
+    return Program(run, inputs, check, figures=figures, warmed=1, ours=True)
 
 
 def build_model(estimator: str, form, batch: int, which: str, args) -> Program:
     key = estimator, form, batch, args.seed, args.dtype
     passes = definitions.make_passes(*key)
-    skip_unsupported(passes.forward, passes.args)
     expected = estimator, which, args.seed, batch, max(args.batches), args.dtype
     if which == FORWARD:
         check = partial(definitions.check_forward, passes, expected)
-        return Program(passes.forward, passes.args, check, warmed=1)
+        return Program(passes.forward, passes.args, check, warmed=1, ours=True)
     passes.run_forward()
     kept, passes.kept = passes.kept, None
     inputs = kept, *passes.args
@@ -131,13 +105,13 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 
 def _make_case(op: str, estimator: str, batch: int, form, which: str, args) -> Case:
     by, method = (KERNEL, "fused") if form == "kernel" else (XLA, form)
-    build = partial(build_model, estimator, form, batch, which, args)
-    fixed, each = MODEL_MIB
-    needed = fixed + each * max(args.batches)
     if op == LAYER:
         build = partial(build_layer, estimator, form, batch, args)
-        fixed, each = LAYER_MIB
-        needed = fixed + each * batch
+        (fixed, each), most, published = LAYER_MIB, batch, None
+    else:
+        build = partial(build_model, estimator, form, batch, which, args)
+        (fixed, each), most = MODEL_MIB, max(args.batches)
+        published = published_ms(estimator, form, batch, which)
     iterations = ITERATIONS
     if not args.whole:
         iterations = LONG_ITERATIONS if batch >= LONG else CPU_ITERATIONS
@@ -146,10 +120,8 @@ def _make_case(op: str, estimator: str, batch: int, form, which: str, args) -> C
         labels(op, estimator, by, which, args.dtype, **sizes),
         build,
         iterations=iterations,
-        needed_bytes=2**20 * needed,
-        published_ms=published_ms(estimator, form, batch, which)
-        if op == MODEL
-        else None,
+        needed_bytes=2**20 * (fixed + each * most),
+        published_ms=published,
     )
 
 
@@ -179,14 +151,10 @@ def _line(estimator: str, form: str, batch: int) -> dict[str, str]:
     return PUBLISHED.get((TITLES.get(estimator, ""), form, batch), {})
 
 
-def published_ms(
-    estimator: str, form: str, batch: int, which: str = "total"
-) -> float | None:
+def published_ms(estimator: str, form: str, batch: int, *which: str) -> float | None:
+    """The published time of these passes, or of both together."""
     line = _line(estimator, form, batch)
-    if not line:
-        return None
-    passes = PASSES if which == "total" else (which,)
-    return sum(float(line[f"{x}_ms"]) for x in passes)
+    return sum(float(line[f"{x}_ms"]) for x in which or PASSES) if line else None
 
 
 def notes(args: argparse.Namespace) -> dict[str, str]:
@@ -212,14 +180,14 @@ def form_of(row: Row) -> str:
     return "kernel" if row["by"] == KERNEL else row["method"]
 
 
-def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[report.Table | str]:
     if "loss" in rows[0]:
         yield from study.tables(rows)
         return
     layer = [row for row in rows if row["op"] == LAYER]
     if layer:
         yield from _layer_tables(layer)
-    for (estimator,), group in grouped(rows, "variant").items():
+    for (estimator,), group in report.grouped(rows, "variant").items():
         group = [row for row in group if row["op"] == MODEL]
         if group:
             yield _times(estimator, group)
@@ -228,11 +196,7 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table | str]:
         yield floors(sorted({row["batch"] for row in layer}))
 
 
-def _samples(row: Row) -> str:
-    return str(row["batch"])
-
-
-def _layer_tables(rows: Sequence[Row]) -> Iterator[Table]:
+def _layer_tables(rows: Sequence[Row]) -> Iterator[report.Table]:
     """Errors against float64, then time and temporary memory, by form."""
 
     def error(row: Row) -> str:
@@ -242,22 +206,20 @@ def _layer_tables(rows: Sequence[Row]) -> Iterator[Table]:
         bounds = [r["error_bound"] for r in found.values() if "error_bound" in r]
         return f"{max(bounds):.1e}" if bounds else "-"
 
-    def variant(row: Row) -> str:
-        return row["variant"]
+    def pivot(title: str, cell: report.Read, **more: Any) -> report.Table:
+        samples, head = (lambda row: str(row["batch"])), (lambda row: row["variant"])
+        return report.pivot(title, rows, samples, form_of, cell, more, head)
 
     title = "Layer, forward and all gradients"
-    errors = f"{title}: error of outputs and gradients"
-    more = {"allowed": allowed}
-    yield pivot(errors, rows, _samples, form_of, error, more, head=variant)
-    yield pivot(f"{title}: ms", rows, _samples, form_of, _mean, head=variant)
-    read = field("temp_bytes", scale=2**-20)
-    title = "Layer, temporary memory: MiB"
-    yield pivot(title, rows, _samples, form_of, read, head=variant)
+    yield pivot(f"{title}: error of outputs and gradients", error, allowed=allowed)
+    yield pivot(f"{title}: ms", _mean)
+    mib = report.field("temp_bytes", scale=2**-20)
+    yield pivot("Layer, temporary memory: MiB", mib)
 
 
 def _fine(value: float | None, digits: int = 3) -> str:
     """Not finer than a microsecond, to which none of these times is to be read."""
-    text = number(value, digits)
+    text = report.number(value, digits)
     return f"{value:.3f}" if len(text.partition(".")[2]) > 3 else text
 
 
@@ -265,10 +227,8 @@ def _mean(row: Row) -> str:
     return "*" * row["includes_compile"] + _fine(row["mean_ms"])
 
 
-def _spread(row: Row | None) -> str:
+def _spread(row: Row) -> str:
     """Mean ± standard deviation."""
-    if row is None or row["status"] != "ok":
-        return row["status"] if row else "-"
     spread = "" if row["std_ms"] is None else f"±{_fine(row['std_ms'], 2)}"
     return f"{_mean(row)}{spread}"
 
@@ -278,10 +238,9 @@ Passes = Mapping[str, Row]
 
 def _by_form(rows: Sequence[Row]) -> Mapping[tuple[int, str], Passes]:
     """The rows by batch and form, then by pass, smaller batches first."""
-    found: dict[tuple[int, str], dict[str, Row]] = {}
-    for row in sorted(rows, key=lambda row: row["batch"]):
-        found.setdefault((row["batch"], form_of(row)), {})[row["pass"]] = row
-    return found
+    ordered = sorted(rows, key=lambda row: row["batch"])
+    groups = report.grouped(ordered, "batch", form_of).items()
+    return {key: {row["pass"]: row for row in group} for key, group in groups}
 
 
 def total_ms(passes: Passes | None) -> float | None:
@@ -295,21 +254,21 @@ def peak_mib(passes: Passes) -> float | None:
 
     The gradients are among the results.
     """
-    sizes = [allocated_mib(r) for r in passes.values() if r["status"] == "ok"]
+    sizes = [report.allocated_mib(r) for r in passes.values() if r["status"] == "ok"]
     known = [size for size in sizes if size is not None]
     return max(known) if len(known) == len(PASSES) else None
 
 
 def _lines(rows: Sequence[Row], cells) -> list[list[str]]:
-    return headed(
+    return report.headed(
         (f"batch {batch}", [form, *cells(batch, form, passes)])
         for (batch, form), passes in _by_form(rows).items()
     )
 
 
-def _times(estimator: str, rows: Sequence[Row]) -> Table:
+def _times(estimator: str, rows: Sequence[Row]) -> report.Table:
     def cells(batch: int, form: str, passes: Passes) -> list[str]:
-        ours = [_spread(passes.get(which)) for which in PASSES]
+        ours = [report.status_or(_spread, passes.get(p)) for p in PASSES]
         shown = [*ours, _fine(total_ms(passes))]
         line = _line(estimator, form, batch)
         if line:
@@ -319,7 +278,7 @@ def _times(estimator: str, rows: Sequence[Row]) -> Table:
 
     title = f"{estimator} (published: {TITLES[estimator]}), ms, mean ± std"
     columns = [FORWARD, BACKWARD, "total", "publ. forw.", BACKWARD, "total"]
-    return Table(title, ["", *columns], _lines(rows, cells))
+    return report.Table(title, ["", *columns], _lines(rows, cells))
 
 
 def parameters_mib(batch: int) -> float:
@@ -328,44 +287,31 @@ def parameters_mib(batch: int) -> float:
     return 4 * (BASE_PARAMETERS + logits) / 2**20
 
 
-def _costs(estimator: str, rows: Sequence[Row]) -> Table:
+def _costs(estimator: str, rows: Sequence[Row]) -> report.Table:
     found = _by_form(rows)
 
     def cells(batch: int, form: str, passes: Passes) -> list[str]:
-        def theirs(form: str, batch: int) -> float | None:
-            return published_ms(estimator, form, batch)
+        ms, published = total_ms(passes), published_ms(estimator, form, batch)
 
-        def each(ms: float | None) -> float | None:
-            return ms and ms / batch
+        def over(other: str, samples: int) -> str:
+            """The time of as many samples in another form, over that of this one."""
+            times = total_ms(found.get((samples, other))), ms
+            theirs = published_ms(estimator, other, samples), published
+            quotients = (report.over(*pair) for pair in (times, theirs))
+            return report.ratio(*(q and batch / samples * q for q in quotients))
 
-        ms, published = total_ms(passes), theirs(form, batch)
-        current, loop = found.get((1, "current")), found.get((batch, "loop"))
-        line = _line(estimator, form, batch)
         return [
-            number(each(ms)),
-            ratio(
-                over(total_ms(current), each(ms)),
-                over(theirs("current", 1), each(published)),
-            ),
-            ratio(
-                over(total_ms(loop), ms),
-                over(theirs("loop", batch), published),
-            ),
+            report.number(ms and ms / batch),
+            over("current", 1),
+            over("loop", batch),
             f"{parameters_mib(batch):.2f}",
-            line.get("memory_mb", "-"),
-            number(peak_mib(passes)),
+            _line(estimator, form, batch).get("memory_mb", "-"),
+            report.number(peak_mib(passes)),
         ]
 
     title = f"{estimator}: a sample's time and speed-ups (published), memory in MiB"
-    columns = [
-        "ms/sample",
-        "over current",
-        "over loop",
-        "parameters",
-        "(publ.)",
-        "peak",
-    ]
-    return Table(title, ["", *columns], _lines(rows, cells))
+    columns = "ms/sample", "over current", "over loop", "parameters", "(publ.)", "peak"
+    return report.Table(title, ["", *columns], _lines(rows, cells))
 
 
 def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
@@ -383,40 +329,39 @@ def floors_us(sizes: definitions.Sizes, batch: int) -> dict[str, float]:
     return floors_of(flops, moved) | stored
 
 
-def floors(batches: Sequence[int]) -> Table:
+def floors(batches: Sequence[int]) -> report.Table:
     """The floors of the published layer, of which a CPU computes a part."""
     sizes = definitions.SEQ, definitions.EMBED, definitions.HIDDEN
     found = {str(batch): floors_us(sizes, batch) for batch in batches}
-    lines = [[name, *map(number, us.values())] for name, us in found.items()]
+    lines = [[name, *map(report.number, us.values())] for name, us in found.items()]
     title = "Layer, forward and all gradients: floors of one H200 in us by matmuls "
     title += "(tensor), bytes moved, and those with masks in memory (stored masks)"
-    return Table(title, ["samples", *floors_us(sizes, 1)], lines, predicted=True)
+    return report.Table(title, ["samples", *floors_us(sizes, 1)], lines, predicted=True)
 
 
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
     """A panel of times and one of memory for each estimator, a line a form."""
     if rows and "loss" in rows[0]:
         return study.figure(rows)
-    rows = [row for row in rows if row["op"] == MODEL and steady(row)]
+    rows = [row for row in rows if row["op"] == MODEL and report.steady(row)]
     quantities: dict[str, Any] = {"ms, forward and backward": total_ms}
     quantities["MiB, peak"] = peak_mib
+    x = "samples, each with its masks (log scale)"
     grid = []
     for y, read in quantities.items():
         line = []
-        for (estimator,), group in grouped(rows, "variant").items():
+        for (estimator,), group in report.grouped(rows, "variant").items():
             series: dict[str, list[Point]] = {}
             for (batch, form), passes in _by_form(group).items():
-                value = read(passes)
+                value, spread = read(passes), None
+                if read is total_ms:
+                    stds = [row["std_ms"] or 0 for row in passes.values()]
+                    spread = sum(std**2 for std in stds) ** 0.5
                 if value is not None:
-                    spread = None
-                    if read is total_ms:
-                        stds = [row["std_ms"] or 0 for row in passes.values()]
-                        spread = sum(std**2 for std in stds) ** 0.5
-                    point = Point(batch, value, spread)
-                    series.setdefault(form, []).append(point)
-            x, shown = "samples, each with its masks (log scale)", f"{y} (log scale)"
+                    series.setdefault(form, []).append(Point(batch, value, spread))
+            y_log = f"{y} (log scale)"
             if series:
-                line.append(Panel(estimator, x, shown, series, log_x=True, log_y=True))
+                line.append(Panel(estimator, x, y_log, series, log_x=True, log_y=True))
         if line:
             grid.append(line)
     return Figure(grid) if grid else None

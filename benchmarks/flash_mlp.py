@@ -14,46 +14,20 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jaxkern
 from jaxkern.testing import plain
 
 from . import _flash_mlp_definitions as definitions
-from . import _flash_mlp_model as model
+from . import _report as report
 from . import _torch, frame
 from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
-from ._flash_mlp_model import Shape
+from ._flash_mlp_definitions import Shape
 from ._h200 import percent_of_floor
-from ._harness import (
-    BOTH,
-    FORWARD,
-    KERNEL,
-    PLAIN,
-    XLA,
-    Case,
-    Program,
-    Row,
-    labels,
-    skip_unsupported,
-)
-from ._report import (
-    Table,
-    allocated_mib,
-    field,
-    grouped,
-    headed,
-    listing,
-    number,
-    on_gpu,
-    over,
-    pivot,
-    rate,
-    ratio,
-    steady,
-    time,
-)
+from ._harness import BOTH, FORWARD, KERNEL, PLAIN, XLA, Case, Program, Row, labels
 
 PASSES = FORWARD, BOTH
 ITERATIONS, CPU_ITERATIONS = 100, 10
@@ -84,15 +58,15 @@ def build(by: str, shape: Shape, which: str, args: argparse.Namespace) -> Progra
             module = _without_namespace(_torch.load(args.peer))
         return _torch.program(module, by, inputs, check, backward)
     fn: Any = plain.flash_mlp
-    if by in (KERNEL, XLA):
+    ours = by in (KERNEL, XLA)
+    if ours:
         implementation = "mosaic_gpu" if by == KERNEL else "xla"
         fn = partial(jaxkern.flash_mlp, implementation=implementation)
-        skip_unsupported(fn, inputs[-3:])
     if backward:
-        return Program(plain.with_gradients(fn), inputs, check)
+        return Program(plain.with_gradients(fn), inputs, check, ours=ours)
     # The sweep does not print memory, and this compiles once more.
     figures = dict if args.sweep else partial(definitions.recorded, fn, inputs)
-    return Program(fn, inputs, check, figures=figures)
+    return Program(fn, inputs, check, figures=figures, ours=ours)
 
 
 def _without_namespace(function):
@@ -101,28 +75,20 @@ def _without_namespace(function):
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
     whole = args.on_device or args.full
-    shapes, by = [SWEEP if whole else CPU_SWEEP][0], JAX
-    if not args.sweep:
+    if args.sweep:
+        shapes, by = SWEEP if whole else CPU_SWEEP, JAX
+    else:
         part = 1 if whole else CPU_PART
-        shapes = [replace(s, batch=s.batch // part) for s in model.PUBLISHED]
-        by = (
-            *JAX,
-            *_torch.present(_torch.FRAMEWORKS, args),
-            *([PEER] if args.peer else []),
-        )
-    return [
-        _make_case(shape, which, who, args)
-        for shape in shapes
-        for which in PASSES
-        for who in by
-    ]
+        shapes = [replace(s, batch=s.batch // part) for s in definitions.PUBLISHED]
+        by = *JAX, *_torch.present(_torch.FRAMEWORKS, args), *[PEER] * bool(args.peer)
+    return [_make_case(*case, args) for case in product(shapes, PASSES, by)]
 
 
 def _make_case(shape: Shape, which: str, by: str, args: argparse.Namespace) -> Case:
-    flops = model.count_flops(shape, which)
+    flops = definitions.count_flops(shape, which)
     grid = "sweep" if args.sweep else "published"
     sizes = {"grid": grid, "shape": str(shape)} | vars(shape)
-    ms, _ = model.published_of(shape, which, "published fused")
+    ms, _ = definitions.published_of(shape, which, "published fused")
     return Case(
         labels=labels("flash_mlp", "", by, which, args.dtype, **sizes),
         build=partial(build, by, shape, which, args),
@@ -136,7 +102,6 @@ def _make_case(shape: Shape, which: str, by: str, args: argparse.Namespace) -> C
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--full", action="store_true", help="the whole sizes, on a CPU too")
     add("--sweep", action="store_true", help="30 sizes beside the published ones")
     help_peers = "PyTorch, where it is installed; JAX's rows are there without it too"
     peers = argparse.BooleanOptionalAction
@@ -184,18 +149,17 @@ def shape_of(row: Row) -> Shape:
 def with_published(rows: Sequence[Row]) -> list[Row]:
     """The published rows behind ours of the same shape and pass."""
     found = []
-    for _, group in grouped(rows, "shape", "pass").items():
+    names = "shape", "pass", *(x.name for x in fields(Shape))
+    for group in report.grouped(rows, "shape", "pass").values():
         found += group
-        shape, which = shape_of(group[0]), group[0]["pass"]
-        for by in model.PUBLISHED_COLUMNS:
-            ms, mib = model.published_of(shape, which, by)
+        same: Row = {name: group[0][name] for name in names} | {"status": "ok"}
+        shape, which = shape_of(same), same["pass"]
+        for by in definitions.PUBLISHED_BY:
+            ms, mib = definitions.published_of(shape, which, by)
             if ms is not None:
-                tflops = model.count_flops(shape, which) / ms / 1e9
-                row = {**group[0], "by": by, "time_ms": ms, "tflops": tflops}
-                row |= {"allocated_bytes": None if mib is None else mib * 2**20}
-                keys = "by", "pass", "shape", "time_ms", "tflops", "allocated_bytes"
-                keys = *keys, *(x.name for x in fields(Shape))
-                found.append({k: row[k] for k in keys} | {"status": "ok"})
+                tflops = definitions.count_flops(shape, which) / ms / 1e9
+                row = same | {"by": by, "time_ms": ms, "tflops": tflops}
+                found.append(row | {"allocated_bytes": mib and mib * 2**20})
     return found
 
 
@@ -203,21 +167,18 @@ def is_sweep(rows: Sequence[Row]) -> bool:
     return any(row["grid"] == "sweep" for row in rows)
 
 
-def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
-    for which in PASSES:
-        of_pass = [row for row in rows if row["pass"] == which]
-        if of_pass and is_sweep(rows):
-            yield _rates(of_pass)
-        elif of_pass:
-            yield _times(of_pass)
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[report.Table]:
+    by_pass = report.grouped(rows, "pass")
     if is_sweep(rows):
+        yield from map(_rates, by_pass.values())
         return
+    yield from map(_times, by_pass.values())
     yield from _memory(rows)
-    for (which,), of_pass in grouped(rows, "pass").items():
+    for (which,), of_pass in by_pass.items():
         yield floors(which, of_pass)
 
 
-def _times(rows: Sequence[Row]) -> Table:
+def _times(rows: Sequence[Row]) -> report.Table:
     """Rates are of the wall clock, as the published ones are."""
     by_wall = [
         row | {"tflops": row["flops"] / row["time_ms"] / 1e9}
@@ -225,92 +186,96 @@ def _times(rows: Sequence[Row]) -> Table:
         else row
         for row in rows
     ]
-    columns = {"ms": time, "± std": field("std_ms", 2)} | rate(rows)
+    columns = report.times(rows)
     title = f"{rows[0]['pass']}, median ms"
-    if on_gpu(rows):
+    if report.on_gpu(rows):
         title += "; device: of the kernels alone, as is % floor"
-        columns |= {"device": field("device_ms"), "% floor": _percent}
+        columns |= {"device": report.field("device_ms"), "% floor": _percent}
     else:
-        columns["compile s"] = field("compile_s", 2)
+        columns["compile s"] = report.field("compile_s", 2)
     shown = with_published(by_wall)
-    return listing(title, shown, lambda r: r["by"], columns, lambda r: r["shape"])
+    return report.listing(
+        title, shown, lambda r: r["by"], columns, lambda r: r["shape"]
+    )
 
 
 def _percent(row: Row) -> str:
-    floors = model.floors_us(shape_of(row), row["pass"])
-    return number(percent_of_floor(row | {"floors_us": floors}))
+    floors = definitions.floors_us(shape_of(row), row["pass"])
+    return report.number(percent_of_floor(row | {"floors_us": floors}))
 
 
-def _memory(rows: Sequence[Row]) -> Iterator[Table]:
+def _memory(rows: Sequence[Row]) -> Iterator[report.Table]:
     """Memory of the passes, and how much less it is than that of the eager form."""
     known = [
         row
         for row in with_published(rows)
-        if row["status"] == "ok" and allocated_mib(row) is not None
+        if row["status"] == "ok" and report.allocated_mib(row) is not None
     ]
     # A torch row has no compiler's plan, so no memory on a CPU.
     measured = {row["by"] for row in known}
     eager = next((by for by in BASELINES if by in measured), "")
-    mib = {(r["shape"], r["pass"], r["by"]): allocated_mib(r) for r in known}
+    mib = {(r["shape"], r["pass"], r["by"]): report.allocated_mib(r) for r in known}
     lines: list[tuple[str, list[str]]] = []
-    for shape, by in grouped(known, "shape", "by"):
+    for shape, by in report.grouped(known, "shape", "by"):
         baseline = "published eager" if by.startswith("published") else eager
         cells = []
         for which in PASSES:
             own = mib.get((shape, which, by))
-            share = over(own, mib.get((shape, which, baseline)))
+            share = report.over(own, mib.get((shape, which, baseline)))
             # Without the sign of a zero that was rounded.
             saved = "-" if share is None else f"{round(100 * (1 - share), 1) + 0:.1f}"
-            cells += [number(own), saved]
+            cells += [report.number(own), saved]
         lines.append((shape, [by, *cells]))
     title = "MiB allocated" + f", and percent saved over {eager}" * bool(eager)
     if lines:
-        yield Table(title, ["", FORWARD, "saved", BOTH, "saved"], headed(lines))
+        yield report.Table(
+            title, ["", FORWARD, "saved", BOTH, "saved"], report.headed(lines)
+        )
 
 
-def floors(which: str, rows: Sequence[Row]) -> Table:
+def floors(which: str, rows: Sequence[Row]) -> report.Table:
     """Floors of the rows' published shapes, of which a CPU has a part of the batch."""
     measured = {replace(shape_of(row), batch=0) for row in rows}
     lines = []
-    for shape in model.PUBLISHED:
+    for shape in definitions.PUBLISHED:
         if replace(shape, batch=0) in measured:
-            cells = map(number, model.floors_us(shape, which).values())
+            cells = map(report.number, definitions.floors_us(shape, which).values())
             lines.append([str(shape), *cells])
     title = f"{which}, floors of one H200 in us by matmuls (tensor), bytes moved and "
     title += "special functions (mufu)"
-    return Table(title, ["", "tensor", "bytes", "mufu"], lines, predicted=True)
+    return report.Table(title, ["", "tensor", "bytes", "mufu"], lines, predicted=True)
 
 
-def _rates(rows: Sequence[Row]) -> Table:
+def _rates(rows: Sequence[Row]) -> report.Table:
     """Rates by dim and hidden size, a column an implementation."""
+
+    def over_xla(kernel: Row, xla: Row) -> str:
+        return report.ratio(report.over(kernel["tflops"], xla["tflops"]))
+
     more: dict[str, Any] = {}
     if {KERNEL, XLA} <= {row["by"] for row in rows if row["status"] == "ok"}:
-        more["kernel/xla"] = _kernel_over_xla
-        more["% floor"] = lambda found: _percent(found[KERNEL])
-    unit, read = next(iter(rate(rows).items()))
+        more["kernel/xla"] = partial(_of_both, over_xla)
+        more["% floor"] = partial(_of_both, lambda kernel, xla: _percent(kernel))
+    unit, read = next(iter(report.rate(rows).items()))
     first = rows[0]
-    return pivot(
+    return report.pivot(
         f"{first['pass']}, {first['num_heads']} heads x {first['batch']}, {unit}",
         rows,
         line=lambda row: f"hidden {row['hidden_dim']}",
         column=lambda row: row["by"].removeprefix("jaxkern "),
         cell=read,
-        more={name: partial(_of_both, read_both) for name, read_both in more.items()},
+        more=more,
         head=lambda row: f"dim {row['head_dim']}",
     )
 
 
 def _of_both(read, found: Mapping[str, Row]) -> str:
     by = {row["by"]: row for row in found.values() if row["status"] == "ok"}
-    return read(by) if {KERNEL, XLA} <= by.keys() else "-"
-
-
-def _kernel_over_xla(found: Mapping[str, Row]) -> str:
-    return ratio(over(found[KERNEL]["tflops"], found[XLA]["tflops"]))
+    return read(by[KERNEL], by[XLA]) if {KERNEL, XLA} <= by.keys() else "-"
 
 
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
-    rows = [row for row in rows if steady(row)]
+    rows = [row for row in rows if report.steady(row)]
     if not rows:
         return None
     return _sweep_figure(rows) if is_sweep(rows) else _time_figure(rows)
@@ -319,36 +284,36 @@ def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
 def _time_figure(rows: Sequence[Row]) -> Figure:
     """Milliseconds by shape, a panel a pass: dots, since the axis is logarithmic."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    gpu = report.on_gpu(rows)
+
+    def points(rows: Sequence[Row], time: str) -> list[Point]:
+        spread = "std_ms" if time == "time_ms" else ""
+        return [
+            Point(shapes.index(row["shape"]), row[time], row.get(spread))
+            for row in rows
+            if row.get(time)
+        ]
+
     panels = []
-    for (which,), group in grouped(rows, "pass").items():
-        series: dict[str, list[Point]] = {}
-        alone: dict[str, list[Point]] = {}
-        spreads = ({**r, "std_ms": None, "includes_compile": False} | r for r in group)
-        for row in with_published(list(spreads)):
-            x = shapes.index(row["shape"])
-            point = Point(x, row["time_ms"], row.get("std_ms"))
-            series.setdefault(row["by"], []).append(point)
-            if row.get("device_ms"):
-                alone.setdefault(row["by"], []).append(Point(x, row["device_ms"]))
-        limits = {r["shape"]: model.floors_us(shape_of(r), which) for r in group}
+    for (which,), group in report.grouped(rows, "pass").items():
+        by = report.grouped(with_published(group), "by").items()
+        limits = {r["shape"]: definitions.floors_us(shape_of(r), which) for r in group}
         marks = [
             Point(shapes.index(s), max(us.values()) / 1e3) for s, us in limits.items()
         ]
-        panels.append(
-            Panel(
-                which,
-                "(heads, batch, dim, hidden)",
-                "milliseconds (log scale)",
-                series,
-                names=shapes,
-                outlined=alone,
-                limits=marks if on_gpu(rows) else (),
-                log_y=True,
-            )
+        panel = Panel(
+            which,
+            "(heads, batch, dim, hidden)",
+            "milliseconds (log scale)",
+            {name: points(of_name, "time_ms") for (name,), of_name in by},
+            names=shapes,
+            outlined={name: points(of_name, "device_ms") for (name,), of_name in by},
+            limits=marks if gpu else (),
+            log_y=True,
         )
-    gpu = on_gpu(rows)
+        panels.append([panel])
     return Figure(
-        [[panel] for panel in panels],
+        panels,
         outlined="kernels alone (CUPTI)" if gpu else "",
         limits="floor of an H200, predicted" if gpu else "",
     )
@@ -356,17 +321,20 @@ def _time_figure(rows: Sequence[Row]) -> Figure:
 
 def _sweep_figure(rows: Sequence[Row]) -> Figure:
     """Rates by hidden size, a line a dim; a panel an implementation and pass."""
-    unit, factor = ("TFLOP/s", 1) if on_gpu(rows) else ("GFLOP/s", 1e3)
+    unit, factor = ("TFLOP/s", 1) if report.on_gpu(rows) else ("GFLOP/s", 1e3)
     names = list(dict.fromkeys(row["by"] for row in rows))
     grid = []
-    for (which,), group in grouped(rows, "pass").items():
+    for (which,), group in report.grouped(rows, "pass").items():
         line = []
         for name in names:
-            series: dict[str, list[Point]] = {}
-            for row in sorted(group, key=lambda row: row["hidden_dim"]):
-                if row["by"] == name:
-                    point = Point(row["hidden_dim"], factor * row["tflops"])
-                    series.setdefault(f"dim {row['head_dim']}", []).append(point)
+            own = [row for row in group if row["by"] == name]
+            own.sort(key=lambda row: row["hidden_dim"])
+            series = {
+                f"dim {dim}": [
+                    Point(row["hidden_dim"], factor * row["tflops"]) for row in of_dim
+                ]
+                for (dim,), of_dim in report.grouped(own, "head_dim").items()
+            }
             y = f"{which}, {unit}"
             line.append(Panel(name, "hidden (log scale)", y, series, log_x=True))
         grid.append(line)

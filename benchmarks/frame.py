@@ -44,26 +44,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import _figures
+from . import _figures, _report
 from ._cli import make_parser
 from ._figures import Figure
-from ._harness import Case, Options, Row, matmul_peak_tflops, run
-from ._report import (
-    RESULTS,
-    Results,
-    RowProgress,
-    Table,
-    conditions,
-    make_console,
-    metadata,
-    print_header,
-    print_table,
-    print_text,
-    problems,
-    program,
-)
+from ._harness import PICKED, XLA, Case, Options, Row, matmul_peak_tflops, run
 
-STARRED = "* mean of all timed calls, the first of which compiles"
 Meta = Mapping[str, Any]
 Parser = argparse.ArgumentParser
 
@@ -84,21 +69,21 @@ class Benchmark:
         settle: Completes the arguments and refuses what does not go together.
         notes: Lines of the header.
         figure: What `--plot` draws.
-        peak: The rate of a large matmul in TFLOP/s, or None.
+        cpu_peak: Whether the rate of a large matmul is measured on a CPU too.
         cpu_warmup: Warm-up calls on a CPU; elsewhere they are 5.
     """
 
     name: str
     question: str
     cases: Callable[[argparse.Namespace], list[Case]]
-    tables: Callable[[Sequence[Row], Meta], Iterable[Table | str]]
+    tables: Callable[[Sequence[Row], Meta], Iterable[_report.Table | str]]
     describe: Sequence[str]
     options: Callable[[Parser], object] = lambda parser: None
     start: Callable[[Parser, argparse.Namespace], object] = lambda parser, args: None
     settle: Callable[[Parser, argparse.Namespace], object] = lambda parser, args: None
     notes: Callable[[argparse.Namespace], dict[str, str]] = lambda args: {}
     figure: Callable[[Sequence[Row], Meta], Figure | None] = lambda rows, meta: None
-    peak: Callable[[Any], float | None] = matmul_peak_tflops
+    cpu_peak: bool = False
     cpu_warmup: int = 5
 
     def name_of(self, row: Mapping[str, Any]) -> str:
@@ -114,13 +99,14 @@ class Benchmark:
 def parse(benchmark: Benchmark, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, complete; `args.cases` are the rows to measure."""
     question = benchmark.question.replace(
-        f"python -m benchmarks.{benchmark.name}", program(benchmark.name)
+        f"python -m benchmarks.{benchmark.name}", _report.program(benchmark.name)
     )
-    parser = make_parser(program(benchmark.name), question)
+    parser = make_parser(_report.program(benchmark.name), question)
     benchmark.options(parser)
     args = parser.parse_args(argv)
     benchmark.start(parser, args)
     args.on_device = jax.default_backend() != "cpu"
+    args.ours = PICKED if args.on_device else XLA
     args.dtype = args.dtype or ("bfloat16" if args.on_device else "float32")
     if args.warmup is None:
         args.warmup = 5 if args.on_device else benchmark.cpu_warmup
@@ -155,25 +141,25 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
 
 
 def _run(benchmark: Benchmark, args: argparse.Namespace, precision: str) -> int:
-    meta = metadata(
+    meta = _report.metadata(
         benchmark.name,
         dtype=str(args.dtype),
         matmul_precision=precision,
         seed=args.seed,
-        matmul_peak_tflops=benchmark.peak(args.dtype),
+        matmul_peak_tflops=matmul_peak_tflops(args.dtype, benchmark.cpu_peak),
         timing_text=timing_text(args),
         notes=benchmark.notes(args),
     )
-    console = make_console()
-    print_header(console, benchmark.question.splitlines()[0], meta)
+    console = _report.make_console()
+    _report.print_header(console, benchmark.question.splitlines()[0], meta)
     options = Options(args.warmup, args.iterations, args.timing)
     results, complete = measure(benchmark, args.cases, options, meta, args.json)
     saved = results.end(complete)
     for part in report(benchmark, results.rows, meta):
-        if isinstance(part, Table):
-            print_table(console, part)
+        if isinstance(part, _report.Table):
+            _report.print_table(console, part)
         else:
-            print_text(console, part)
+            _report.print_text(console, part)
     if args.plot:
         figure = benchmark.figure(results.rows, meta)
         if figure is None:
@@ -204,15 +190,15 @@ def measure(
     options: Options,
     meta: Meta,
     json_path: Path | None,
-) -> tuple[Results, bool]:
+) -> tuple[_report.Results, bool]:
     """Run the cases with progress, saving row by row; an interrupt ends them early.
 
     Returns:
         The rows that were measured, and whether those are all.
     """
-    results = Results(json_path, meta)
+    results = _report.Results(json_path, meta)
     complete = True
-    with RowProgress(len(cases), benchmark.name_of) as progress:
+    with _report.RowProgress(len(cases), benchmark.name_of) as progress:
 
         def on_row(row: Row) -> None:
             results.add(row)
@@ -233,7 +219,7 @@ def measure(
 
 def report(
     benchmark: Benchmark, rows: Sequence[Row], meta: Meta
-) -> Iterable[Table | str]:
+) -> Iterable[_report.Table | str]:
     """The benchmark's tables, then what holds for all rows, then what went wrong."""
     if rows:
         yield from benchmark.tables(rows, meta)
@@ -245,24 +231,31 @@ def report(
             "form."
         )
     if any(row.get("includes_compile") for row in rows):
-        yield STARRED
-    yield from problems(rows, benchmark.name_of)
+        yield "* mean of all timed calls, the first of which compiles"
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("device_ms_reason"):
+            reason = f"no device time: {row['device_ms_reason']}"
+            by_reason.setdefault(reason, []).append(benchmark.name_of(row))
+        if row["status"] != "ok":
+            reason = f"{row['status']}: {row['reason']}"
+            by_reason.setdefault(reason, []).append(benchmark.name_of(row))
+    for reason, (name, *more) in by_reason.items():
+        others = f" and {len(more)} more row{'s' * (len(more) > 1)}" if more else ""
+        yield f"{reason} ({name}{others})"
 
 
 def results(name: str) -> list[Path]:
     """The saved files of one benchmark's rows."""
     return [
         path
-        for path in sorted(RESULTS.glob("*/*.json"))
+        for path in sorted(_report.RESULTS.glob("*/*.json"))
         if json.loads(path.read_text())["meta"].get("benchmark") == name
     ]
 
 
 def markdown(
-    benchmark: Benchmark,
-    rows: Sequence[Row],
-    meta: Meta,
-    figure: Path | None = None,
+    benchmark: Benchmark, rows: Sequence[Row], meta: Meta, figure: Path | None = None
 ) -> str:
     """The report of saved rows as Markdown, with the conditions above its tables.
 
@@ -278,7 +271,9 @@ def markdown(
     whole = [f"### {', '.join(title)}"]
     if not meta.get("complete", True):
         whole.append("The run was interrupted: rows are missing.")
-    lines = [f"- {name}: {_code(text)}" for name, text in conditions(meta).items()]
+    lines = [
+        f"- {name}: {_code(text)}" for name, text in _report.conditions(meta).items()
+    ]
     lines += [_note(*note) for note in meta.get("notes", {}).items()]
     whole.append("\n".join(lines))
     drawing = benchmark.figure(rows, meta) if figure else None
@@ -286,7 +281,7 @@ def markdown(
         _figures.draw(drawing, figure, meta)
         whole.append(f"![{benchmark.name}, {meta['device']}]({figure.name})")
     for predicted in (False, True):
-        shown = (part for part in parts if isinstance(part, Table))
+        shown = (part for part in parts if isinstance(part, _report.Table))
         of_kind = [table for table in shown if table.predicted == predicted]
         if predicted and of_kind:
             whole.append("#### Predicted, not measured")
@@ -313,7 +308,7 @@ def _code(text: str) -> str:
     return f"`{text}`" if "`" not in text else text
 
 
-def _grid(table: Table) -> str:
+def _grid(table: _report.Table) -> str:
     def row(cells: Sequence[str]) -> str:
         blanks = [""] * (len(table.columns) - len(cells))
         return "| " + " | ".join([*cells, *blanks]) + " |"

@@ -15,30 +15,16 @@ from functools import cache, partial
 
 import jax
 
-from . import _mlp_definitions as definitions
 from . import _mlp_model as shapes
 from . import _mlp_programs as programs
+from . import _report as report
 from . import _torch, frame
 from ._cli import names, run_program
 from ._figures import Figure, Panel, Point
 from ._h200 import percent_of_floor
-from ._harness import BOTH, FORWARD, KERNEL, PLAIN, XLA, Case, Row, labels
+from ._harness import BOTH, FORWARD, KERNEL, PLAIN, XLA, Case, Row, labels, name_of
 from ._mlp_model import BATCHES, MODELS, Model
 from ._mlp_programs import IMPLEMENTATIONS
-from ._report import (
-    Table,
-    field,
-    grouped,
-    listing,
-    number,
-    on_gpu,
-    over,
-    published,
-    rate,
-    ratio,
-    steady,
-    time,
-)
 from ._torch import TOKAMAX, TORCH_SPARSE
 
 CPU_ITERATIONS = 40
@@ -78,7 +64,7 @@ OF_2_4 = {
 def published_ms() -> Mapping[tuple[str, int, str], float]:
     """Milliseconds by model, batch and variant; the mask's own as one more variant."""
     figures = {}
-    for line in published("mlp"):
+    for line in report.published("mlp"):
         key = line["model"], int(line["batch_size"])
         figures[*key, line["variant"]] = float(line["time_ms"])
         if line["mask_time_ms"]:
@@ -127,10 +113,9 @@ def _needed_bytes(model: Model, tokens: int, kind: str, args) -> float:
     sizes = jax.tree.leaves(sizes, is_leaf=programs.is_shape)
     parameters = sum(a * b for a, b in sizes)
     copies = 2 if args.backward else 1
-    in_dtype = parameters * args.dtype.itemsize + tokens * 4 * (
-        2 * model.hidden + 4 * model.relu2
-    )
-    checked = min(tokens, definitions.CHUNK) * 6 * model.relu2 + parameters
+    features = 4 * tokens * (2 * model.hidden + 4 * model.relu2)
+    in_dtype = parameters * args.dtype.itemsize + features
+    checked = min(tokens, programs.CHUNK) * 6 * model.relu2 + parameters
     return copies * (in_dtype + 8 * checked)
 
 
@@ -153,31 +138,25 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     return lines | _torch.left_out(PEERS, args)
 
 
-def name_of(row: Row) -> str:
-    return f"{row['op']} {row['variant']}".strip()
-
-
-def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
-    rates = rate(rows) | {
-        "MB": field("temp_bytes", scale=1e-6),
-        "comp. s": field("compile_s", 2),
-    }
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[report.Table]:
+    columns = {"ms": report.time, "± std": report.field("std_ms", 2)}
     percent = ""
-    if on_gpu(rows):
+    if report.on_gpu(rows):
         percent = "; device: of the kernels alone; peak, floor in %"
-        rates = {"device": field("device_ms")} | rate(rows)
-        rates["peak"] = field("percent_of_peak")
-        rates["floor"] = lambda row: number(percent_of_floor(row))
-    yield listing(
+        columns |= {"device": report.field("device_ms")} | report.rate(rows)
+        columns["peak"] = report.field("percent_of_peak")
+        columns["floor"] = lambda row: report.number(percent_of_floor(row))
+    else:
+        columns |= report.rate(rows) | {"MB": report.field("temp_bytes", scale=1e-6)}
+        columns["comp. s"] = report.field("compile_s", 2)
+    yield report.listing(
         f"Milliseconds of {rows[0]['pass']}: median, spread and published{percent}",
         rows,
         lambda row: DISPLAY[name_of(row)],
-        {"ms": time, "± std": field("std_ms", 2)}
-        | rates
-        | {"publ.": field("published_ms")},
+        columns | {"publ.": report.field("published_ms")},
         lambda row: f"{row['shape']} {row['by']}",
     )
-    ours = [row for row in rows if row["by"] in (XLA, KERNEL) and steady(row)]
+    ours = [row for row in rows if row["by"] in (XLA, KERNEL) and report.steady(row)]
     if ours:
         yield from _quotients("Speed-up over full-rank SwiGLU", ours, SPEED_UPS)
         title = "Speed-up of 2:4 over low-rank ReLU² and SwiGLU"
@@ -189,33 +168,33 @@ def _times(rows: Sequence[Row], key: str) -> dict[str, float]:
 
 
 def _quotient(times: Mapping[str, float], pair: tuple[str, str]) -> float | None:
-    return over(*(times.get(name) for name in pair))
+    return report.over(*(times.get(name) for name in pair))
 
 
 def _quotients(
     title: str, rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]
-) -> Iterator[Table]:
+) -> Iterator[report.Table]:
     """A table, unless no shape has both rows of a quotient."""
     lines = []
-    for (shape, by), group in grouped(rows, "shape", "by").items():
+    for (shape, by), group in report.grouped(rows, "shape", "by").items():
         ours, theirs = _times(group, "time_ms"), _times(group, "published_ms")
         cells = [
-            ratio(_quotient(ours, pair), _quotient(theirs, pair))
+            report.ratio(_quotient(ours, pair), _quotient(theirs, pair))
             for pair in columns.values()
         ]
         if set(cells) != {"-"}:
             lines.append([shape if by == XLA else f"{shape} kernels", *cells])
     more = " (published)" if any(row["published_ms"] for row in rows) else ""
     if lines:
-        yield Table(f"{title}{more}", ["", *columns], lines)
+        yield report.Table(f"{title}{more}", ["", *columns], lines)
 
 
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
     """Speed-up over full rank by model, a panel a batch."""
-    ours = [row for row in rows if row["by"] == XLA and steady(row)]
+    ours = [row for row in rows if row["by"] == XLA and report.steady(row)]
     panels = []
-    for (batch,), group in sorted(grouped(ours, "batch").items()):
-        models = grouped(group, "model")
+    for (batch,), group in sorted(report.grouped(ours, "batch").items()):
+        models = report.grouped(group, "model")
         found: dict[str, dict[str, list[Point]]] = {"time_ms": {}, "published_ms": {}}
         for x, of_model in enumerate(models.values()):
             for key, points in found.items():

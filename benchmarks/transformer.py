@@ -17,44 +17,22 @@ import argparse
 import os
 import re
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxkern.nn import make_mesh, parse_mesh_sizes
 
+from . import _report as report
 from . import _transformer_memory as memory
 from . import frame
 from ._cli import DTYPES, names, positive, refuse, run_program
 from ._figures import Figure, Panel, Point
-from ._harness import BOTH, FORWARD, PICKED, PLAIN, XLA, Case, Row, labels
-from ._harness import matmul_peak_tflops as gpu_peak_tflops
-from ._report import (
-    Table,
-    field,
-    grouped,
-    listing,
-    number,
-    over,
-    pivot,
-    published,
-    ratio,
-)
-from ._transformer_programs import (
-    ATTENTION,
-    MLP,
-    STEP,
-    Layers,
-    Pass,
-    Size,
-    Task,
-    build,
-)
+from ._harness import BOTH, FORWARD, PLAIN, Case, Row, labels
+from ._transformer_programs import ATTENTION, MLP, STEP, Layers, Pass, Size, Task, build
 
 SIZES = {
     "small": Size(768, 3072, 12, 12),
@@ -69,8 +47,8 @@ TRIALS, CPU_TRIALS = 10, 4
 BATCH = 4
 PASSES: tuple[Pass, ...] = (FORWARD, BOTH)
 SHORT = {FORWARD: "forward", BOTH: "fwd+bwd", STEP: "AdamW"}
-# A matmul of so many rows and columns takes a fifth of a second on two cores.
-CPU_PEAK_SIZE, CPU_PEAK_CALLS = 2048, 5
+# The labels that name a row.
+DESCRIBED = "size", "seq", "devices", "mesh", "pass", "warm-up warmup", "by", "layers"
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
@@ -98,10 +76,9 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 def _computers(args: argparse.Namespace) -> list[tuple[str, Layers]]:
     """Ours, and where peers are wanted those; a CPU has time for plain jnp only."""
     other: Layers = "unrolled" if args.layers == "scanned" else "scanned"
-    ours = PICKED if args.on_device else XLA
-    rows: list[tuple[str, Layers]] = [(ours, args.layers)]
+    rows: list[tuple[str, Layers]] = [(args.ours, args.layers)]
     if args.peers and (args.full or args.on_device):
-        rows.append((ours, other))
+        rows.append((args.ours, other))
     dense = (args.attention, args.mlp) == ("dense", "swiglu")
     if args.peers and dense and args.mesh is None:
         rows.append((PLAIN, "unrolled"))
@@ -109,18 +86,9 @@ def _computers(args: argparse.Namespace) -> list[tuple[str, Layers]]:
 
 
 def _make_case(name, context, what, warmup, by, layers, args) -> Case:
-    task = Task(
-        size=SIZES[name],
-        context=context,
-        batch=args.batch,
-        what=what,
-        attention=args.attention,
-        mlp=args.mlp,
-        dtype=str(args.dtype),
-        remat=args.remat,
-        seed=args.seed,
-        mesh=args.mesh,
-    )
+    options = "batch", "attention", "mlp", "remat", "seed", "mesh"
+    same = {option: getattr(args, option) for option in options}
+    task = Task(SIZES[name], context, what=what, dtype=str(args.dtype), **same)
     # The devices that a CPU pretends to be share its cores, and the rate beside them.
     devices = jax.device_count() if args.mesh and args.on_device else 1
     form = args.attention, args.mlp
@@ -144,17 +112,15 @@ def _make_case(name, context, what, warmup, by, layers, args) -> Case:
 @cache
 def _lines() -> Mapping[tuple[str, ...], Mapping[str, str]]:
     columns = "model_size", "context_length", "batch_size", "num_warmups"
-    columns = *columns, "forward_only"
-    return {tuple(line[c] for c in columns): line for line in published("transformer")}
+    lines = report.published("transformer")
+    return {tuple(line[c] for c in (*columns, "forward_only")): line for line in lines}
 
 
 def published_ms(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """Mean and standard deviation; peers and optimizer steps have none."""
-    if row["by"] == PLAIN or row["pass"] == STEP:
-        return None, None
-    key = (*(str(row[x]) for x in ("size", "seq", "batch", "warmup")),)
-    line = _lines().get((*key, "true" if row["pass"] == FORWARD else "false"))
-    if line is None:
+    sizes = (str(row[label]) for label in ("size", "seq", "batch", "warmup"))
+    line = _lines().get((*sizes, "true" if row["pass"] == FORWARD else "false"))
+    if line is None or row["by"] == PLAIN or row["pass"] == STEP:
         return None, None
     return float(line["mean_time_ms"]), float(line["std_time_ms"])
 
@@ -181,11 +147,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     help_warmup = "calls before the clock starts, row by row (default 0,1; full 0,1,5)"
     add("--warmup", type=_warmups, dest="warmups", metavar="N,N", help=help_warmup)
-    timings = "per-call", "amortised"
-    help_timing = "wait for the device each call (default), or once a stretch of calls"
-    add("--timing", choices=timings, default="per-call", help=help_timing)
-    help_dtype = "of the computation (default float32, as published)"
-    add("--dtype", choices=DTYPES, default="float32", help=help_dtype)
+    parser.set_defaults(timing="per-call")
+    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--sizes", type=names([*SIZES]), metavar="A,B", help=f"of {', '.join(SIZES)}")
     valid = ", ".join(map(str, MORE_CONTEXTS))
     add("--contexts", type=names(MORE_CONTEXTS), metavar="A,B", help=f"of {valid}")
@@ -247,23 +210,7 @@ def notes(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def peak_tflops(dtype: Any) -> float:
-    """Rate of a large matmul in this run; on a CPU the best of a few calls."""
-    measured = gpu_peak_tflops(dtype)
-    if measured:
-        return measured
-    a = jax.random.normal(jax.random.key(0), (CPU_PEAK_SIZE, CPU_PEAK_SIZE), dtype)
-    run = jax.jit(jnp.matmul).lower(a, a).compile()
-    run(a, a).block_until_ready()
-    times = []
-    for _ in range(CPU_PEAK_CALLS):
-        start = time.perf_counter()
-        run(a, a).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * CPU_PEAK_SIZE**3 / min(times) / 1e12
-
-
-def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
+def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[report.Table]:
     if "mesh" in rows[0]:
         yield memory.table(rows)
         return
@@ -273,15 +220,15 @@ def tables(rows: Sequence[Row], meta: frame.Meta) -> Iterator[Table]:
     ours = [row for row in good if _is_ours(row, rows[0])]
     several = len({row["size"] for row in ours}) > 1
     if several:
-        for (size,), group in grouped(ours, "size").items():
+        for (size,), group in report.grouped(ours, "size").items():
             title = f"{size}: mean ± std (published mean)"
-            yield pivot(title, group, _context_and_pass, _warmup, _spread)
+            yield report.pivot(title, group, _context_and_pass, _warmup, _spread)
     yield from _passes(good)
     yield from _effect_of_warmups(ours)
     if several:
-        for (what, context), group in grouped(ours, "pass", "seq").items():
+        for (what, context), group in report.grouped(ours, "pass", "seq").items():
             title = f"Mean ms of {SHORT[what]} at context {context} (published)"
-            yield pivot(title, group, lambda row: row["size"], _warmup, _mean)
+            yield report.pivot(title, group, lambda row: row["size"], _warmup, _mean)
     yield from _summary(ours)
 
 
@@ -297,29 +244,29 @@ def _context_and_pass(row: Row) -> str:
     return f"{row['seq']} {SHORT[row['pass']]}"
 
 
-def _complete(rows: Sequence[Row]) -> Table:
+def _four(value: float | None) -> str:
+    return report.number(value, 4)
+
+
+def _complete(rows: Sequence[Row]) -> report.Table:
     # A rate says nothing where compilation is in the time.
     def steadily(read):
         return lambda row: "-" if row.get("includes_compile") else read(row)
 
     def tokens(row: Row) -> str:
-        return number(over(1e3 * row["batch"] * row["seq"], row.get("time_ms")), 4)
-
-    def mean(row: Row) -> str:
-        mark = "*" if row.get("includes_compile") else ""
-        return mark + number(row.get("mean_ms"), 4)
+        return _four(report.over(1e3 * row["batch"] * row["seq"], row.get("time_ms")))
 
     columns = {
-        "ms": mean,
-        "± std": field("std_ms", 2),
-        "publ.": lambda row: number(published_ms(row)[0], 4),
-        "±": lambda row: number(published_ms(row)[1], 2),
+        "ms": report.field("mean_ms", 4, starred=True),
+        "± std": report.field("std_ms", 2),
+        "publ.": lambda row: _four(published_ms(row)[0]),
+        "±": lambda row: report.number(published_ms(row)[1], 2),
         "tok/s": steadily(tokens),
-        "% peak": steadily(field("percent_of_peak")),
-        "MB": lambda row: number(_memory_mb(row), 4),
-        "comp. s": field("compile_s", 2),
+        "% peak": steadily(report.field("percent_of_peak")),
+        "MB": lambda row: _four(_memory_mb(row)),
+        "comp. s": report.field("compile_s", 2),
     }
-    return listing(
+    return report.listing(
         "Milliseconds: mean, sample std; w: warm-ups",
         rows,
         lambda row: f"{SHORT[row['pass']]} w{row['warmup']}",
@@ -339,55 +286,56 @@ def _memory_mb(row: Row) -> float | None:
 
 
 def _spread(row: Row) -> str:
-    return _mean(row, f" ± {number(row['std_ms'], 2)}")
+    return _mean(row, f" ± {report.number(row['std_ms'], 2)}")
 
 
 def _mean(row: Row, spread: str = "") -> str:
     mean, _ = published_ms(row)
-    text = f"{number(row['mean_ms'], 4)}{spread}"
-    return text if mean is None else f"{text} ({number(mean, 4)})"
+    text = f"{_four(row['mean_ms'])}{spread}"
+    return text if mean is None else f"{text} ({_four(mean)})"
 
 
 def _ratio(top: Row | None, bottom: Row | None) -> str:
     if top is None or bottom is None:
         return "-"
-    theirs = over(published_ms(top)[0], published_ms(bottom)[0])
-    return ratio(top["mean_ms"] / bottom["mean_ms"], theirs)
+    theirs = report.over(published_ms(top)[0], published_ms(bottom)[0])
+    return report.ratio(top["mean_ms"] / bottom["mean_ms"], theirs)
 
 
-def _passes(rows: Sequence[Row]) -> Iterator[Table]:
+def _passes(rows: Sequence[Row]) -> Iterator[report.Table]:
     """Forward against forward and backward, at the largest warm-up of each."""
     others = [p for p in (BOTH, STEP) if any(row["pass"] == p for row in rows)]
     lines = []
-    for _, group in grouped(rows, "size", "seq", "by", "layers").items():
+    for _, group in report.grouped(rows, "size", "seq", "by", "layers").items():
         most = max(row["warmup"] for row in group)
         found = {row["pass"]: row for row in group if row["warmup"] == most}
         if FORWARD in found:
             base = found[FORWARD]
             name = f"{_shape(base)} {base['by']}, {base['layers']}"
             cells = [_ratio(found.get(p), base) for p in others]
-            lines.append([name, number(base["mean_ms"], 4), *cells])
+            lines.append([name, _four(base["mean_ms"]), *cells])
     if others and lines:
         title = "Passes over the forward, after the most warm-ups (published)"
-        yield Table(title, ["", "forward ms", *map(SHORT.__getitem__, others)], lines)
+        columns = "", "forward ms", *(SHORT[which] for which in others)
+        yield report.Table(title, columns, lines)
 
 
-def _effect_of_warmups(rows: Sequence[Row]) -> Iterator[Table]:
+def _effect_of_warmups(rows: Sequence[Row]) -> Iterator[report.Table]:
     """Times without any warm-up, over those after some."""
     warmups = sorted({row["warmup"] for row in rows})
     if len(warmups) < 2:
         return
     first, *others = warmups
     lines = []
-    for _, group in grouped(rows, "size", "seq", "pass").items():
+    for _, group in report.grouped(rows, "size", "seq", "pass").items():
         found = {row["warmup"]: row for row in group}
         cells = [_ratio(found.get(first), found.get(n)) for n in others]
         lines.append([f"{group[0]['size']} {_context_and_pass(group[0])}", *cells])
     title = f"Effect of warm-ups: mean after {first} over mean after more (published)"
-    yield Table(title, ["", *(f"{first} over {n}" for n in others)], lines)
+    yield report.Table(title, ["", *(f"{first} over {n}" for n in others)], lines)
 
 
-def _summary(rows: Sequence[Row]) -> Iterator[Table]:
+def _summary(rows: Sequence[Row]) -> Iterator[report.Table]:
     """The distribution of all means and of all standard deviations."""
     theirs = [published_ms(row) for row in rows]
     columns = {
@@ -400,8 +348,8 @@ def _summary(rows: Sequence[Row]) -> Iterator[Table]:
     known = {name: values for name, values in known.items() if len(values) > 1}
     described = [_describe(values) for values in known.values()]
     if described:
-        lines = [[k, *(number(d[k], 4) for d in described)] for k in described[0]]
-        yield Table(f"Summary of {len(rows)} rows, ms", ["", *known], lines)
+        lines = [[k, *(_four(d[k]) for d in described)] for k in described[0]]
+        yield report.Table(f"Summary of {len(rows)} rows, ms", ["", *known], lines)
 
 
 def _describe(values: Sequence[Any]) -> dict[str, float]:
@@ -418,12 +366,12 @@ def _describe(values: Sequence[Any]) -> dict[str, float]:
 def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
     """Tokens a second after the most warm-ups, by size; a panel a pass."""
     rows = [r for r in rows if r.get("time_ms") and not r["includes_compile"]]
-    panels = []
-    for (what,), group in grouped(rows, "pass").items():
+    on_gpu, panels = meta["platform"] == "gpu", []
+    for (what,), group in report.grouped(rows, "pass").items():
         places = list(dict.fromkeys(_shape(row) for row in group))
         series: dict[str, list[Point]] = {}
         theirs: dict[str, list[Point]] = {}
-        for _, of_one in grouped(group, "size", "seq", "by", "layers").items():
+        for _, of_one in report.grouped(group, "size", "seq", "by", "layers").items():
             row = max(of_one, key=lambda row: row["warmup"])
             x, tokens = places.index(_shape(row)), 1e3 * row["batch"] * row["seq"]
             rate = tokens / row["time_ms"]
@@ -431,17 +379,12 @@ def figure(rows: Sequence[Row], meta: frame.Meta) -> Figure | None:
             name = f"{row['by']}, {row['layers']}"
             series.setdefault(name, []).append(Point(x, rate, spread))
             mean, _ = published_ms(row)
-            if mean and _is_ours(row, rows[0]):
+            if on_gpu and mean and _is_ours(row, rows[0]):
                 theirs.setdefault(name, []).append(Point(x, tokens / mean))
-        y = "tokens a second"
-        shown = theirs if meta["platform"] == "gpu" else {}
-        panels.append(
-            [Panel(what, "size, batch x context", y, series, places, outlined=shown)]
-        )
-    if not panels:
-        return None
-    on_gpu = meta["platform"] == "gpu"
-    return Figure(panels, outlined="published (GPU not named)" if on_gpu else "")
+        x, y = "size, batch x context", "tokens a second"
+        panels.append([Panel(what, x, y, series, places, outlined=theirs)])
+    outlined = "published (GPU not named)" if on_gpu else ""
+    return Figure(panels, outlined=outlined) if panels else None
 
 
 BENCHMARK = frame.Benchmark(
@@ -449,22 +392,13 @@ BENCHMARK = frame.Benchmark(
     question=__doc__ or "",
     cases=make_cases,
     tables=tables,
-    describe=(
-        "size",
-        "seq",
-        "devices",
-        "mesh",
-        "pass",
-        "warm-up warmup",
-        "by",
-        "layers",
-    ),
+    describe=DESCRIBED,
     options=add_options,
     start=start,
     settle=settle,
     notes=notes,
     figure=figure,
-    peak=peak_tflops,
+    cpu_peak=True,
 )
 main = partial(frame.main, BENCHMARK)
 

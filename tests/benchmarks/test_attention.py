@@ -35,13 +35,12 @@ def small(monkeypatch):
         model,
         "PUBLISHED",
         {
-            (name, shape): model.Published(name, shape, *figures)
-            for name in attention.IMPLEMENTATIONS
+            (name, shape): model.Published(shape, *figures)
+            for name in model.IMPLEMENTATIONS
             for shape, status in shapes.items()
             for figures in [(0.5, 20.0, 5e5) if status == "ok" else (None,) * 3]
         },
     )
-    monkeypatch.setattr(attention, "PUBLISHED", model.PUBLISHED)
     monkeypatch.setattr(attention, "SEQS", (128, 256))
     monkeypatch.setattr(attention, "DENSITIES_SEQ", 256)
     monkeypatch.setattr(attention, "RING_SEQ", 256)
@@ -201,7 +200,7 @@ def test_errors_of_gradients_are_against_their_usual_size():
 def test_some_queries_of_a_long_sequence_are_checked(monkeypatch):
     monkeypatch.setattr(definitions, "ALL_ROWS", 64)
     monkeypatch.setattr(definitions, "SOME_ROWS", 16)
-    rows = definitions.checked_rows(256)
+    rows = definitions.rows_of(Shape(1, 256, 1))
     assert len(set(rows)) == 16 and rows[0] == 0 and rows[-1] == 255
     key = Task(SMALL, QUARTERS), jnp.dtype("float32"), 0, True
     args = definitions.make_arguments(*key)

@@ -114,7 +114,7 @@ def test_masks_are_what_is_counted(which):
     mask, rows = pattern.mask(1024), np.array([0, 5, 127, 128, 700, 1023])
     counts = pattern.counts(shape, rows)
     np.testing.assert_array_equal(counts, np.asarray(mask.to_dense())[0][:, rows])
-    assert pattern.pairs(1024, 2) == mask.density * 1024**2
+    assert pattern.pairs(1024) == mask.density * 1024**2
     if which == 10:
         assert not np.array_equal(*pattern.grid(1024))
         assert mask.density == round(64 / 10) / 64
@@ -176,7 +176,7 @@ def test_on_a_cpu_the_kernel_is_skipped_with_its_reason(small, tmp_path, capsys)
     dense = rows["(1, 256, 4, 16)", "dense", XLA]
     assert tenth["mask_ms"] > 0 and tenth["flops"] == dense["flops"] / 4
     times = dense["time_ms"] / tenth["time_ms"]
-    assert attention.speed_up(saved["rows"], tenth) == times
+    assert kernels.speed_up(saved["rows"], tenth) == times
 
 
 def test_gradients_of_shared_keys_and_of_masks(small):
@@ -199,7 +199,7 @@ def test_a_failing_row_loses_no_other(small, monkeypatch, tmp_path, capsys):
     assert "failed: RuntimeError: out of tiles" in capsys.readouterr().out
     dense, window = json.loads(path.read_text())["rows"]
     assert dense["status"] == "ok" and window["status"] == "failed"
-    assert attention.speed_up([dense, window], window) is None
+    assert kernels.speed_up([dense, window], window) is None
 
 
 def measured(op, task, by, which, ms):
@@ -229,10 +229,10 @@ def test_figures_that_need_other_rows():
         for which, ms in zip((FORWARD, BOTH), times, strict=True)
     ]
     _, _, ours, _, flex, _ = rows
-    assert attention.speed_up(rows, ours) == 8 and attention.speed_up(rows, flex) == 4
+    assert kernels.speed_up(rows, ours) == 8 and kernels.speed_up(rows, flex) == 4
     floor = max(kernels.floors_us(MASKED, FORWARD, ours["flops"]).values())
-    assert attention.floor_percent(ours) == pytest.approx(100 * floor / 500)
-    alone = attention.backward_rows(rows)
+    assert kernels.floor_percent(ours) == pytest.approx(100 * floor / 500)
+    alone = kernels.backward_rows(rows)
     assert [row["time_ms"] for row in alone] == [10, 1.5, 2]
     assert alone[0]["tflops"] == pytest.approx(2.5 * dense.flops(FORWARD) / 10e9)
 

@@ -24,7 +24,7 @@ CACHES = (
     definitions.expected_layer,
     definitions.expected_model,
     definitions.make_passes,
-    definitions._mask_logits,
+    definitions.mask_logits,
 )
 
 
@@ -134,7 +134,8 @@ def test_wrong_rows_are_refused(tiny, monkeypatch, wrong):
 def test_definition_of_the_model_is_not_blind_to_masks(tiny):
     _, state = definitions.base_model(0)
     ids = definitions.token_ids(0, 2)
-    masks = definitions.hard(definitions.mask_logits(0, 2), jnp.float32)
+    logits = definitions.mask_logits(0, 2, TINY["EMBED"], TINY["HIDDEN"])
+    masks = definitions.hard(logits, jnp.float32)
     named = {(0, n): m for n, m in zip(definitions.KERNELS, masks, strict=True)}
     masked, whole = (np.asarray(quadratic.logits(state, m, ids)) for m in (named, {}))
     assert np.abs(masked - whole).max() > 1e-4 * np.abs(whole).max()

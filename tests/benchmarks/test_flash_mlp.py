@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import _flash_mlp_definitions as definitions
-from benchmarks import _flash_mlp_model as model
 from benchmarks import _torch, flash_mlp, frame
-from benchmarks._flash_mlp_model import Shape
+from benchmarks._flash_mlp_definitions import Shape
 from benchmarks._harness import KERNEL, Options, labels, run
 from benchmarks.flash_mlp import PASSES
 from jaxkern.testing import plain
@@ -21,8 +20,8 @@ LARGE = Shape(32, 4096, 64, 512)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    line = dict.fromkeys(next(iter(model.PUBLISHED.values())), "0.5")
-    monkeypatch.setattr(model, "PUBLISHED", {TINY: line})
+    line = dict.fromkeys(next(iter(definitions.PUBLISHED.values())), "0.5")
+    monkeypatch.setattr(definitions, "PUBLISHED", {TINY: line})
     monkeypatch.setattr(flash_mlp, "CPU_SWEEP", [TINY, Shape(2, 24, 16, 80)])
 
 
@@ -65,9 +64,9 @@ def test_wrong_rows_are_refused(tiny, monkeypatch):
 
 
 def test_published_shapes_and_floors():
-    assert len(model.PUBLISHED) == 5
-    assert model.count_flops(LARGE, "forward") == 4 * 32 * 4096 * 64 * 512
-    floors = model.floors_us(LARGE, "forward")
+    assert len(definitions.PUBLISHED) == 5
+    assert definitions.count_flops(LARGE, "forward") == 4 * 32 * 4096 * 64 * 512
+    floors = definitions.floors_us(LARGE, "forward")
     assert floors["tensor"] == pytest.approx(17.4, rel=0.01)
     assert floors["mufu"] == pytest.approx(17.4, rel=0.02)
     # x and y of 16 MiB each, and the weights of 4 MiB.
@@ -91,7 +90,7 @@ def test_memory_of_the_published_eager_form():
         got = definitions.naive(inputs, check, which != "forward").figures()
         # XLA adds some pointers to its plan.
         assert expected <= got["allocated_bytes"] <= expected + 1024
-        _, published = model.published_of(shape, which, "published eager")
+        _, published = definitions.published_of(shape, which, "published eager")
         # That peak has a copy of the cotangent in it.
         copied = 0 if which == "forward" else token
         assert published == (expected + copied) / 2 / 2**20
@@ -123,7 +122,7 @@ def test_a_cpu_cuts_the_batch_and_says_so(capsys):
     assert full[1] == "(8, 512, 64, 512) forward jaxkern xla"
     assert reduced[1] == "(8, 64, 64, 512) forward jaxkern xla"
     shapes = [flash_mlp.shape_of(dict(c.labels)) for c in cases()]
-    assert list(dict.fromkeys(shapes)) == list(model.PUBLISHED)
+    assert list(dict.fromkeys(shapes)) == list(definitions.PUBLISHED)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import _kernels_cases as cases
 from benchmarks import kernels
 from jaxkern import masked_matmul, pack_mask, reinmax, straight_through
 from jaxkern._core import device
@@ -64,7 +65,8 @@ def test_every_configuration_that_can_be_chosen_is_compiled():
     for dim in pairs:
         expected.update(chosen("pair ", dim, 2, 2))
     others = tuple(f"flash_mlp {name} " for name in ACTIVATIONS if name != "silu")
-    found = [name for name in kernels.flash_mlp_cases() if not name.startswith(others)]
+    names = dict(cases.flash_mlp_cases())
+    found = [name for name in names if not name.startswith(others)]
     assert set(found) == expected
 
 
@@ -77,12 +79,12 @@ def test_every_tile_of_other_activations_is_compiled(activation):
     if activation == "relu2":
         expected.update(chosen("relu2 ", 16, 1), chosen("relu2 ", 32, 1))
     prefix = f"flash_mlp {activation} "
-    found = {name for name in kernels.flash_mlp_cases() if name.startswith(prefix)}
+    found = {name for name in dict(cases.flash_mlp_cases()) if name.startswith(prefix)}
     assert found == expected
 
 
 def test_every_tile_of_masked_products_is_compiled():
-    cases = kernels.masked_cases()
+    names = dict(cases.masked_cases())
     read = {"forward": "logits", "packing": "logits", "dx": "bits"}
     for samples in (1, 2, 3, 8, 16, 64):
         for seq in (1, 100, 256, 4096):
@@ -90,7 +92,7 @@ def test_every_tile_of_masked_products_is_compiled():
                 mask_bytes = 1 / 8 if name == "bits" else 4.0
                 config = choose_tiles(samples, seq, 512, 2048, mask_bytes)
                 split = " split" if config.splits > 1 else ""
-                assert f"masked {label} {config.tokens}{split} {name}" in cases
+                assert f"masked {label} {config.tokens}{split} {name}" in names
 
 
 def launched(fn, *args):
@@ -103,7 +105,7 @@ def test_every_launch_of_masked_products_is_compiled(monkeypatch):
     """And none besides, whatever is trained."""
     monkeypatch.setattr(device, "on_hopper", lambda: True)
     compiled = set()
-    for name, case in kernels.masked_cases().items():
+    for name, case in cases.masked_cases():
         # The other tiles have the same name.
         if not re.search(r"(forward|packing|dx) (128|64|256 split)", name):
             run, args = case()
@@ -173,10 +175,10 @@ def compiled(monkeypatch):
             **compiler.count_ptx(PTXAS), smem_bytes=1, instructions={}, seconds=1.0
         )
 
-    def cases():
+    def every_case():
         return {name: lambda n=name: (n, ()) for name in modules}
 
-    monkeypatch.setattr(kernels, "every_case", cases)
+    monkeypatch.setattr(kernels, "every_case", every_case)
     monkeypatch.setattr(kernels, "lower", lambda fn, args: [modules[fn]])
     monkeypatch.setattr(kernels, "fingerprint", lambda module: module.decode())
     monkeypatch.setattr(kernels, "compile_module", compile_module)
@@ -300,11 +302,12 @@ def test_no_figure_is_cut_off(compiled, record, monkeypatch, capsys):
     assert sum(line.count("123456") for line in lines) == 2 * len(figures)
 
 
-def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path):
+def test_a_kernel_that_fails_is_a_failed_row(compiled, tmp_path, monkeypatch):
     def build():
         raise ValueError("rows must be a multiple of 64\nmore")
 
-    row = kernels.measure("bad", kernels.tools(), tmp_path, build=build)
+    monkeypatch.setattr(kernels, "every_case", lambda: {"bad": build})
+    row = kernels.measure("bad", kernels.tools(), tmp_path)
     assert kernels.name_of(row) == "bad" and row["status"] == "failed"
     assert row["reason"] == "ValueError: rows must be a multiple of 64"
 
@@ -375,19 +378,19 @@ def test_each_kernel_is_one_module(name):
 
 
 def test_every_tile_of_low_rank_mlps_is_compiled():
-    cases = kernels.every_case()
+    every = kernels.every_case()
     for tokens in (1, 512, 2048, 16384):
         for rank, hidden in ((64, 128), (512, 8192), (2048, 33024)):
             work = Work(tokens, rank, hidden)
             columns = choose_columns(work)
             names = "relu2 forward", "relu2 backward", "sparse relu2"
             names = *names, "sparse identity", "sparse T identity"
-            assert all(f"{name} {columns}" in cases for name in names)
+            assert all(f"{name} {columns}" in every for name in names)
             columns = choose_columns(work, GATED_COLUMNS)
             names = "gated forward", "gated forward kept", "gated backward"
-            assert all(f"{name} {columns}" in cases for name in names)
+            assert all(f"{name} {columns}" in every for name in names)
             columns = choose_columns(work, sparse.SELECT_COLUMNS)
-            assert f"select soft kept {columns}" in cases
+            assert f"select soft kept {columns}" in every
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import _mlp_definitions as definitions
 from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_programs as programs
@@ -55,7 +54,7 @@ def test_peers_stand_beside_ours_and_pass_the_same_check(tiny):
 
 
 def test_the_check_takes_tokens_in_chunks(tiny, monkeypatch):
-    monkeypatch.setattr(definitions, "CHUNK", 32)
+    monkeypatch.setattr(programs, "CHUNK", 32)
     for flags in (["--only", "swiglu"], ["--backward", "--only", "relu2$"]):
         rows = measured("--no-peers", *flags)
         assert {r["status"] for r in rows} == {"ok", "skipped"}

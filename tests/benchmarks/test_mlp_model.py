@@ -14,7 +14,7 @@ from benchmarks import _mlp_model as shapes
 from benchmarks import _mlp_peers as peers
 from benchmarks import _mlp_programs as programs
 from benchmarks import _torch, frame, mlp
-from benchmarks._harness import BOTH, KERNEL, Options, run
+from benchmarks._harness import KERNEL, Options, run
 from jaxkern._mlp import thresholds
 from jaxkern.testing import plain
 
@@ -70,7 +70,7 @@ def test_floors_by_hand():
     dense = shapes.floors_us(model, tokens, shapes.RELU2)
     assert dense["tensor"] == pytest.approx(flops / 989e6)
     assert dense["bytes"] == pytest.approx(2 * (2 * 4 * 8 + 2 * 2 * (8 + 18)) / 4.8e6)
-    both = shapes.floors_us(model, tokens, shapes.RELU2, BOTH)
+    both = shapes.floors_us(model, tokens, shapes.RELU2, backward=True)
     assert both["tensor"] == pytest.approx(3 * dense["tensor"])
     assert both["bytes"] == pytest.approx(2 * dense["bytes"])
     # The product with 18 hidden features at twice the rate, a quarter of 2 x 18.

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import _harness, frame, transformer
 from benchmarks import _transformer_memory as memory
 from benchmarks import _transformer_programs as programs
-from benchmarks import frame, transformer
 from benchmarks._harness import PLAIN, XLA, Check, Options, run
 from benchmarks._report import published
 
@@ -18,7 +18,7 @@ TINY = transformer.Size(embed_dim=24, hidden_dim=40, layers=2, heads=4)
 def tiny(monkeypatch):
     monkeypatch.setattr(transformer, "SIZES", {"small": TINY})
     monkeypatch.setattr(transformer, "CONTEXTS", (16,))
-    monkeypatch.setattr(transformer, "CPU_PEAK_SIZE", 64)
+    monkeypatch.setattr(_harness, "CPU_PEAK_SIZE", 64)
     monkeypatch.setattr(programs, "VOCAB", 50)
     monkeypatch.setattr(programs, "CHECKED_LAYERS", 1)
     forget()

@@ -384,9 +384,9 @@ MUTANTS = (
         "times-first",
         "A benchmark times a program before it checks the values.",
         "benchmarks/_harness.py",
-        "    _verify(program, checked, row)\n",
-        "    _time(lambda: checked(*program.args), program.block, 2, options.timing)\n"
-        "    _verify(program, checked, row)\n",
+        "    check = program.check(checked)\n",
+        "    clock(lambda: checked(*program.args), program.block, 2, options.timing)\n"
+        "    check = program.check(checked)\n",
         ("tests/benchmarks/test_harness.py", "test_a_wrong_kernel_is_refused"),
     ),
 )

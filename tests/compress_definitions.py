@@ -58,7 +58,7 @@ def optimal_brain_surgeon(w, moment, choose):
     w, rows = w.copy(), len(w)
     moment = moment + 0.01 * np.diag(moment).mean() * np.eye(rows)
     inverses = [np.linalg.inv(moment[i:, i:]) for i in range(rows)]
-    kept = None
+    kept = np.empty((4, w.shape[1]), bool)
     for i, inverse in enumerate(inverses):
         if i % 4 == 0:
             last = min(i + 4, rows)

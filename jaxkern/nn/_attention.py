@@ -325,7 +325,7 @@ class MultiHeadAttention(nnx.Module):
         if decode or sow_weights or added:
             because = f"for decode={decode}, sow_weights={sow_weights} and dropout"
             in_flax_form(op, self.attention_fn, because)
-            if self.sinks is not None:
+            if self.sinks is not None and (sow_weights or added):
                 raise ValueError(
                     f"{op}: attention_sinks must be False {because}, got True"
                 )
@@ -359,7 +359,7 @@ class MultiHeadAttention(nnx.Module):
         grown = []
 
         def attend(*args, **more):
-            out, cached = attend_to_cache(partial(function, **more), *args, cache)
+            out, cached = attend_to_cache(partial(function, **more), *args, cache=cache)
             grown.extend(cached)
             return out
 

@@ -308,6 +308,16 @@ def test_state_changes_on_explicit_axes():
     assert_near(*results)
 
 
+def test_sinks_go_with_a_cache():
+    module = causal(attention_sinks=True)
+    module.sinks.set_value(jnp.linspace(-1.0, 1.0, HEADS))
+    expected = module(X)
+    assert not np.allclose(expected, causal()(X))
+    module.init_cache(X.shape)
+    parts = [module(X[:, i : i + 3], decode=True) for i in range(0, SEQ, 3)]
+    assert_near(jnp.concatenate(parts, 1), expected)
+
+
 def test_a_bound_mask_hides_cached_tokens():
     mask = jnp.ones((1, 1, 1, SEQ), bool).at[..., 1].set(False)
     bound = partial(jaxkern.attention, mask=mask)

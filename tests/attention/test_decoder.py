@@ -71,8 +71,8 @@ def test_values_and_gradients(seq, options):
 
     def run(query, key, value, sinks):
         given: Any = options | {"segment_ids": jnp.asarray(ids), "return_lse": True}
-        results = decoder_attention(query, key, value, is_causal=True, **given)
-        return with_sinks(*results, sinks)
+        out, lse = decoder_attention(query, key, value, is_causal=True, **given)
+        return with_sinks(out, lse, sinks)
 
     plain = partial(plain_attention, ids=ids, **options)
     exact = in_float64(with_gradients(partial(plain, as_keys=True)), cotangent, *args)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from helpers import assert_as_close, assert_near, normal, to_float64, untyped
+from helpers import assert_as_close, assert_near, normal, randomize, to_float64, untyped
 from helpers import mesh as make_mesh
 from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding
@@ -22,14 +22,6 @@ from jaxkern.nn._attention_state import Sown
 EMBED, HEADS, SEQ, RATE = 16, 4, 6, 0.4
 X, Z = normal(0, (2, SEQ, EMBED)), normal(1, (2, 5, 12))
 KEY = jax.random.key(7)
-
-
-def randomize(module) -> Any:
-    """Add noise, so that biases are not 0 and scales of norms are not 1."""
-    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
-    noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
-    nnx.update(module, jax.tree.unflatten(tree, noise))
-    return module
 
 
 def definition(args, cotangent, *, mask, kept):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_as_close, assert_near, normal, untyped
+from helpers import assert_as_close, assert_near, normal, randomize, untyped
 from helpers import mesh as make_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -27,10 +27,7 @@ def build(**options) -> Any:
     """Make a model whose biases are not 0 and scales of norms not 1."""
     given: dict[str, Any] = {"dilation": Dilation(LENGTHS, RATES), "num_layers": 1}
     module = LongNet(EMBED, HEADS, rngs=nnx.Rngs(0), **given | options)
-    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
-    noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
-    nnx.update(module, jax.tree.unflatten(tree, noise))
-    return module
+    return randomize(module)
 
 
 def bias(offsets, is_causal):

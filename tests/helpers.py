@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType
 
 import jaxkern
@@ -29,6 +30,14 @@ def normal(seed, shape, dtype=jnp.float32, scale=1.0):
     drawn = scale * np.random.default_rng(seed).standard_normal(shape)
     wide = jnp.result_type(float)
     return jnp.asarray(drawn.astype(wide).astype(dtype))
+
+
+def randomize(module) -> Any:
+    """Add noise, so that biases are not 0 and scales of norms are not 1."""
+    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+    noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
+    nnx.update(module, jax.tree.unflatten(tree, noise))
+    return module
 
 
 def to_float64(tree) -> Any:

@@ -358,8 +358,9 @@ class MultiHeadAttention(nnx.Module):
             return Result(self.attend(**given, attention_fn=function), sown.weights, [])
         grown = []
 
-        def attend(*args, **more):
-            out, cached = attend_to_cache(partial(function, **more), *args, cache=cache)
+        def attend(query, key, value, **more):
+            call = partial(function, **more)
+            out, cached = attend_to_cache(call, query, key, value, cache)
             grown.extend(cached)
             return out
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_near, normal, untyped
+from helpers import assert_near, normal, randomize, untyped
 from helpers import mesh as make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -32,14 +32,6 @@ variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
 def build(seed=0, **options) -> Any:
     return MultiHeadAttention(EMBED, HEADS, rngs=nnx.Rngs(seed), **options)
-
-
-def randomize(module) -> Any:
-    """Add noise, so that biases are not 0 and scales of norms are not 1."""
-    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
-    noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
-    nnx.update(module, jax.tree.unflatten(tree, noise))
-    return module
 
 
 @nnx.jit

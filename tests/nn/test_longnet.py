@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_as_close, assert_near, normal, untyped
+from helpers import assert_as_close, assert_near, normal, randomize, untyped
 from helpers import mesh as make_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +17,7 @@ from jaxkern.nn import LongNet
 from jaxkern.testing import plain
 
 EMBED, HEADS, SEQ = 24, 4, 12
-LENGTHS, RATES = (4, 8, 16), (1, 2, 3)
+LENGTHS, RATES = (4, 16), (1, 3)
 X, MEMORY = normal(0, (2, SEQ, EMBED)), normal(1, (2, 5, EMBED))
 KEYS = jnp.arange(SEQ)[None] < jnp.array([[SEQ], [9]])
 SEEN = jnp.arange(5)[None] < jnp.array([[5], [3]])
@@ -25,12 +25,9 @@ SEEN = jnp.arange(5)[None] < jnp.array([[5], [3]])
 
 def build(**options) -> Any:
     """Make a model whose biases are not 0 and scales of norms not 1."""
-    given: dict[str, Any] = {"dilation": Dilation(LENGTHS, RATES)} | options
-    module = LongNet(EMBED, HEADS, num_layers=2, rngs=nnx.Rngs(0), **given)
-    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
-    noise = [x + 0.1 * normal(i, x.shape) for i, x in enumerate(leaves)]
-    nnx.update(module, jax.tree.unflatten(tree, noise))
-    return module
+    given: dict[str, Any] = {"dilation": Dilation(LENGTHS, RATES), "num_layers": 1}
+    module = LongNet(EMBED, HEADS, rngs=nnx.Rngs(0), **given | options)
+    return randomize(module)
 
 
 def bias(offsets, is_causal):
@@ -83,8 +80,7 @@ def attend(x, z, layer, bias, base, epsilon):
 
 def definition(state, x, memory, *, biases, base, epsilon):
     of_self, of_memory = biases
-    for i in range(2):
-        block = state["blocks"][i]
+    for block in state["blocks"].values():
         y = norm(x, block["attention_norm"], epsilon)
         x = x + attend(y, y, block["attention"], of_self, base, epsilon)
         if "cross_attention" in block:
@@ -101,7 +97,6 @@ def definition(state, x, memory, *, biases, base, epsilon):
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "encoder": {},
     "torchscale's encoder": {
         "dilation": Dilation(LENGTHS, RATES, head_offsets="blocks"),
         "xpos_scale_base": 512.0,
@@ -112,7 +107,6 @@ CASES: dict[str, dict[str, Any]] = {
         "cross_attention": True,
         "norm_epsilon": 1e-2,
     },
-    "dense": {"dilation": None, "attention_fn": attention, "is_causal": True},
 }
 
 
@@ -122,10 +116,7 @@ def test_values_and_gradients(options):
     module = build(**options)
     graph, state = nnx.split(module)
     crossing, g = options.get("cross_attention", False), normal(3, X.shape)
-    given = {"memory_mask": SEEN} if crossing else {}
-    padded = "attention_fn" not in options
-    if padded:
-        given["key_mask"] = KEYS
+    given = {"key_mask": KEYS} | ({"memory_mask": SEEN} if crossing else {})
 
     def ours(state, x, memory):
         extra = {"memory": memory} if crossing else {}
@@ -133,10 +124,7 @@ def test_values_and_gradients(options):
 
     offsets = options.get("dilation") or Dilation(LENGTHS, RATES)
     of_self = bias(offsets.head_offsets, options.get("is_causal", False))
-    if options.get("attention_fn") is attention:
-        of_self = np.where(np.tri(SEQ), 0, -np.inf)[None, None]
-    if padded:
-        of_self = np.where(np.asarray(KEYS)[:, None, None], of_self, -np.inf)
+    of_self = np.where(np.asarray(KEYS)[:, None, None], of_self, -np.inf)
     of_memory = np.where(np.asarray(SEEN)[:, None, None], 0, -np.inf)
     base = options.get("xpos_scale_base")
     define = partial(
@@ -166,11 +154,11 @@ def test_values_and_gradients(options):
 
 def test_positions_and_a_ring():
     """Devices that share the tokens attend as one, with positions of the whole."""
-    dilation = Dilation((4, 12), (1, 2))
-    whole = build(dilation=dilation, is_causal=True, xpos_scale_base=7.0)
+    dilation, layers = Dilation((4, 12), (1, 2)), {"num_layers": 2}
+    whole = build(dilation=dilation, is_causal=True, xpos_scale_base=7.0, **layers)
     ring = partial(ring_attention, axis_name="seq", dilation=dilation)
     shared = build(
-        dilation=None, attention_fn=ring, is_causal=True, xpos_scale_base=7.0
+        dilation=None, attention_fn=ring, is_causal=True, xpos_scale_base=7.0, **layers
     )
     graph, state = nnx.split(shared)
     nnx.update(shared, nnx.state(whole))
@@ -186,14 +174,14 @@ def test_positions_and_a_ring():
 
 
 def test_initial_kernels_have_magnetos_gain():
-    make = partial(LongNet, 128, 4, num_layers=3, rngs=nnx.Rngs(0))
+    make = partial(LongNet, 128, 4, num_layers=1, rngs=nnx.Rngs(0))
     attend, feed = (2 / (128 + 128)) ** 0.5, (2 / (128 + 512)) ** 0.5
     for options, gain in [
-        ({}, np.log(6) ** 0.5),
-        ({"cross_attention": True}, np.log(9) ** 0.5),
+        ({}, np.log(2) ** 0.5),
+        ({"cross_attention": True}, np.log(3) ** 0.5),
         ({"gain": 3.0}, 3),
     ]:
-        block = make(**options).blocks[2]
+        block = make(**options).blocks[0]
         stds = [
             (block.attention.query, attend),
             (block.attention.value, gain * attend),
@@ -209,12 +197,10 @@ def test_initial_kernels_have_magnetos_gain():
 
 @pytest.mark.usefixtures("promoting")
 def test_dtypes():
-    module = build(xpos_scale_base=512.0)
-    low = build(xpos_scale_base=512.0, dtype=jnp.bfloat16)
-    assert jax.eval_shape(module, X.astype(jnp.bfloat16)).dtype == jnp.float32
-    y, exact = (nnx.jit(lambda m, x: m(x))(m, X) for m in (low, module))
-    assert y.dtype == jnp.bfloat16
-    assert_near(y, exact, 0.05)
+    module, low = build(), build(dtype=jnp.bfloat16)
+    x = X.astype(jnp.bfloat16)
+    assert jax.eval_shape(module, x).dtype == jnp.float32
+    assert jax.eval_shape(low, X).dtype == jnp.bfloat16
 
 
 def model(*args, **options):

@@ -17,7 +17,7 @@ from jax import P
 from safetensors.numpy import load_file
 
 from jaxkern import models
-from jaxkern.models import _save
+from jaxkern.models import _load, _save
 from jaxkern.models._config import resolve
 from jaxkern.nn import SwiGLU, TransformerConfig, get_sharding, make_mesh
 
@@ -100,7 +100,15 @@ def test_several_files_and_tensors_that_follow(tmp_path, monkeypatch):
     models.load(checkpoints.write(folder, case, tensors) / "model.safetensors")
 
 
-def test_on_a_mesh(tmp_path):
+def test_on_a_mesh(tmp_path, monkeypatch):
+    """The parameters of each layer are put to their devices in parts."""
+    put, places = _load._place, {}
+
+    def place(value, place):
+        places[value.shape] = place.spec
+        return put(value, place)
+
+    monkeypatch.setattr(_load, "_place", place)
     case = checkpoints.CASES["Phi-3"]
     tensors = checkpoints.tensors_of(case)
     folder = checkpoints.write(tmp_path / "given", case, tensors)
@@ -110,6 +118,8 @@ def test_on_a_mesh(tmp_path):
     placed = jax.tree.map(lambda x: x.sharding, state)
     assert placed == get_sharding(state, mesh)
     assert model.layers.mlp.w_up[...].sharding.spec == P(None, "fsdp", "tensor")
+    assert places[32, 40] == P("fsdp", "tensor")
+    assert places[4, 8, 32] == P("tensor", None, "fsdp")
     assert model.mesh == mesh
     models.save(model, tmp_path / "saved", like=folder)
     assert_equal(load_file(tmp_path / "saved" / "model.safetensors"), tensors)

@@ -28,7 +28,7 @@ from . import frame
 from ._cli import refuse, run_program
 from ._figures import Figure, Panel, Point
 from ._harness import FORWARD, PICKED, Case, Program, Row, labels
-from ._mlp_definitions import check_forward
+from ._mlp_programs import check
 from ._report import Table, field, grouped, listing, steady, time
 
 PROBLEMS = 20
@@ -91,13 +91,20 @@ def errors(method: str, share: float, args: argparse.Namespace) -> Row:
     return {"lost": float(np.mean(found)), "lost_std": float(np.std(found))}
 
 
-def sparse_swiglu(x: jax.Array, *weights: jaxkern.Packed24) -> jax.Array:
-    gate, up, down = ([nn.Packed24Linear(weight)] for weight in weights)
+def packed(pair: tuple[jax.Array, jax.Array]) -> jaxkern.Packed24:
+    """Return a packed weight, whose features are a multiple of 4, of its arrays."""
+    return jaxkern.Packed24(*pair, 2 * pair[0].shape[1])
+
+
+def sparse_swiglu(x: jax.Array, *weights: tuple[jax.Array, jax.Array]) -> jax.Array:
+    gate, up, down = ([nn.Packed24Linear(packed(weight))] for weight in weights)
     return nn.CompressedMLP(up, down, gate=gate)(x)
 
 
-def plain_sparse_swiglu(x: jax.Array, *weights: jaxkern.Packed24) -> jax.Array:
-    return plain.swiglu(x, *(jaxkern.unpack_2_4(weight).mT for weight in weights))
+def plain_sparse_swiglu(
+    x: jax.Array, *weights: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    return plain.swiglu(x, *(jaxkern.unpack_2_4(packed(w)).mT for w in weights))
 
 
 FORMS = {
@@ -116,19 +123,20 @@ def build_mlp(form: str, share: float, args: argparse.Namespace) -> Program:
         values = rng.standard_normal(shape) / np.sqrt(shape[0])
         return jnp.asarray(values, args.dtype)
 
-    def weight(d_in: int, d_out: int) -> Any:
+    def make(d_in: int, d_out: int) -> Any:
         match form:
             case "dense":
                 return draw(d_in, d_out)
             case "2:4":
-                return jaxkern.pack_2_4(draw(d_in, d_out).mT)
+                weight = jaxkern.pack_2_4(draw(d_in, d_out).mT)
+                return weight.values, weight.indices
         rank = rank_of(share, d_in, d_out)
         return draw(d_in, rank), draw(rank, d_out)
 
     shapes = (embed, hidden), (embed, hidden), (hidden, embed)
-    inputs = np.sqrt(tokens) * draw(tokens, embed), *(weight(*s) for s in shapes)
+    inputs = np.sqrt(tokens) * draw(tokens, embed), *(make(*s) for s in shapes)
     run, definition = FORMS[form]
-    return Program(run, inputs, partial(check_forward, definition, inputs))
+    return Program(run, inputs, partial(check, definition, inputs, False))
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:

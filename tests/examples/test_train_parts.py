@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -217,6 +218,30 @@ def test_optimizer_is_adam_with_decay_of_matrices_and_sums_of_batches():
     found = [np.sqrt(sum((g**2).sum() for g in x.values())) for x in sums]
     np.testing.assert_allclose(norms[1::2], found, rtol=1e-5)
     assert min(found) < args.clip < max(found)
+
+
+def test_no_token_sees_or_predicts_another_document_and_each_weighs_the_same():
+    args = parse("--context-length", "9", "--accumulate", "2", "--warm-up", "0")
+    mesh, tokenizer = nn.make_mesh(data=8), _tokenizers.Bytes()
+    specs = _documents.make_specs(args, mesh, packed=True)
+    programs = train_lm.make_programs(args, mesh, specs, tokenizer)
+    rows = np.random.default_rng(0).integers(0, 256, (2, 8, 10), np.int32)
+    # Two documents a row in the first part, and five in the second: 8 and 5 targets.
+    ids = np.stack([np.arange(10) // 5, np.arange(10) // 2])[:, None]
+    ids = np.broadcast_to(ids, rows.shape).astype(np.int32)
+    put = partial(jax.device_put, device=specs["tokens"].sharding)
+    batch = jax.tree.map(put, {"tokens": rows, "segment_ids": ids})
+    state = programs.init()
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(2)]
+    packed, short = (float(programs.loss(state["weights"], part)) for part in parts)
+    model = nnx.merge(programs.graph, state["weights"])
+    alone = jnp.asarray(rows[0].reshape(16, 5))
+    expected = nnx.jit(lambda model, x: model.loss(x[:, :-1], x[:, 1:]))(model, alone)
+    assert packed == pytest.approx(float(expected), rel=1e-5)
+    _, found = programs.step(state, batch)
+    mean = (8 * packed + 5 * short) / 13
+    assert float(found["loss"]) == pytest.approx(mean, rel=1e-5)
+    assert abs(packed - short) > 1e-3 * packed
 
 
 def test_weights_that_decay_and_their_dtypes():

@@ -26,8 +26,8 @@ from ._common import (
     default_kernel_init,
     relative_loss,
 )
+from ._dense_mlp import SwiGLU
 from ._linear import LowRankLinear
-from ._mlp import SwiGLU
 from ._packed_mlp import FACTORS, Packed24ReLU2
 
 

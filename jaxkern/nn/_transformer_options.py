@@ -13,7 +13,7 @@ from .._core.activations import get_activation
 from .._core.checks import check_integer, check_number, raise_unknown
 from ._attention import QKNorm
 from ._common import check_callable
-from ._mlp import MLP, SwiGLU
+from ._dense_mlp import MLP, SwiGLU
 from ._norms import NormKind
 from ._transformer_block import LayerKind, NormPlacement, linear_init
 

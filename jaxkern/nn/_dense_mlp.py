@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -11,7 +12,6 @@ from jaxtyping import Array, Float
 from .._core.activations import ActivationName, get_activation
 from .._core.checks import check_flag
 from .._core.dispatch import Implementation
-from .._core.gradients import recompute
 from .._core.precision import add, matmul, widen
 from .._mlp.flash_mlp import flash_mlp
 from .._mlp.swiglu import swiglu
@@ -309,7 +309,8 @@ class MLP(nnx.Module):
         return add(y, bias[0]) if bias else y
 
 
-@partial(recompute, static_argnums=0)
+# The backward computes the activation again from the products, which is cheap.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _activate(activation, up, gate=None):
     """Return the activated layer, computed in float32 and rounded once."""
     act = get_activation("MLP", activation).value

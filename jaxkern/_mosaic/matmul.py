@@ -24,8 +24,8 @@ Why these tiles: 64 x 256 sums, or twice 64 x 128 with two products, are 128 of 
 registers of a thread. The larger the tile, the less is read from L2: 16384 x 1024 x
 16512 in bfloat16 took 784 us on an H200 with 256 columns, 814 with 128 and 1340 with
 64, where XLA's own matmul took 727 (`benchmarks/results/nvidia_h200/launches.json`,
-rows `matmul NN` and `xla matmul NN`). `limits_us` predicts what a launch waits for, and
-`choose_columns` takes the tile that waits least.
+rows `matmul NN` and `xla matmul NN`). In `work.py`, `limits_us` predicts what a launch
+waits for, and `choose_columns` takes the tile that waits least.
 
 Blocks take tiles down a band of 16 rows of tiles, then in the next column, so that the
 tiles in work share their factors in L2. A result has one writer, so there are no

@@ -9,8 +9,8 @@ from .._core import device, h200
 from .launch import COMPUTE
 from .matmul import ROWS
 
-# Columns of the tiles to choose from, the largest first. The module's docstring has the
-# times of each.
+# Columns of the tiles to choose from, the largest first. `matmul.py` has the times of
+# each.
 TILE_COLUMNS = (256, 128, 64)
 # The same with two products: a warpgroup has the sums of both in its registers.
 GATED_COLUMNS = (128, 64)

@@ -14,9 +14,9 @@ from .._core.checks import kind_of
 from .._sparsity.packed import Packed24
 from ..nn._common import axis_metadata, check_means
 from ..nn._compressed_mlp import CompressedMLP, Linear
+from ..nn._dense_mlp import MLP, SwiGLU
 from ..nn._linear import LowRankLinear
 from ..nn._low_rank_mlp import LowRankReLU2, LowRankSwiGLU
-from ..nn._mlp import MLP, SwiGLU
 from ..nn._packed_mlp import Packed24Linear
 
 Chain = tuple[jax.Array | Packed24, ...]

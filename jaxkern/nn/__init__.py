@@ -6,6 +6,9 @@ from ._bilinear import Bilinear as Bilinear
 from ._bilinear import MaskedBilinear as MaskedBilinear
 from ._cache import KVCache as KVCache
 from ._compressed_mlp import CompressedMLP as CompressedMLP
+from ._dense_mlp import MLP as MLP
+from ._dense_mlp import FlashMLP as FlashMLP
+from ._dense_mlp import SwiGLU as SwiGLU
 from ._linear import LowRankLinear as LowRankLinear
 from ._longnet import LongNet as LongNet
 from ._low_rank_mlp import LowRankReLU2 as LowRankReLU2
@@ -13,9 +16,6 @@ from ._low_rank_mlp import LowRankSwiGLU as LowRankSwiGLU
 from ._masked import MaskedLinear as MaskedLinear
 from ._masked import MaskLogits as MaskLogits
 from ._masked import mask_sparsity as mask_sparsity
-from ._mlp import MLP as MLP
-from ._mlp import FlashMLP as FlashMLP
-from ._mlp import SwiGLU as SwiGLU
 from ._multi_head_mlp import MultiHeadMLP as MultiHeadMLP
 from ._packed_mlp import Packed24Linear as Packed24Linear
 from ._packed_mlp import Packed24ReLU2 as Packed24ReLU2

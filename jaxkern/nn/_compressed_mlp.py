@@ -14,8 +14,8 @@ from .._core.checks import check_dtype, check_floating, check_shape, raise_unkno
 from .._core.precision import add
 from .._sparsity.select import sparsify_2_4
 from ._common import check_input, check_means
+from ._dense_mlp import activate
 from ._linear import LowRankLinear
-from ._mlp import activate
 from ._packed_mlp import Packed24Linear
 
 LINEARS = nnx.Linear, LowRankLinear, Packed24Linear

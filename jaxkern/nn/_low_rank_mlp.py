@@ -28,8 +28,8 @@ from ._common import (
     default_kernel_init,
     relative_loss,
 )
+from ._dense_mlp import SwiGLU
 from ._linear import LowRankLinear, check_full_rank
-from ._mlp import SwiGLU
 from ._packed_mlp import FACTORS, Packed24ReLU2
 
 

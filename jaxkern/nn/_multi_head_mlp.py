@@ -15,7 +15,7 @@ from ._common import (
     check_input,
     default_kernel_init,
 )
-from ._mlp import FlashMLP, per_head_kernel_init
+from ._dense_mlp import FlashMLP, per_head_kernel_init
 
 
 class MultiHeadMLP(nnx.Module):

@@ -15,7 +15,7 @@ from .._core.activations import ActivationName, get_activation
 from .._core.checks import check_flag, check_integer, check_number, raise_unknown
 from ._attention import QKNorm, check_heads
 from ._common import check_callable
-from ._mlp import MLP, SwiGLU
+from ._dense_mlp import MLP, SwiGLU
 from ._norms import NormKind
 from ._transformer_block import LayerKind, NormPlacement, linear_init
 

@@ -367,7 +367,7 @@ MUTANTS = (
     Mutant(
         "sharded-rows",
         "The last weight of SwiGLU is split along its other axis.",
-        "jaxkern/nn/_mlp.py",
+        "jaxkern/nn/_dense_mlp.py",
         'rngs, narrow, param_dtype, ("mlp", "embed")',
         'rngs, narrow, param_dtype, ("embed", "mlp")',
         ("tests/nn/test_mlp.py", "test_every_kernel_has_a_partition_spec"),

@@ -38,7 +38,8 @@ class WalkedTiles:
         take_turns(self.turn)
 
 
-def take_turns(turn) -> None:
+def take_turns(turn: Sequence[Any]) -> None:
+    """Meet the other warpgroup at the barrier, if there is one."""
     for barrier in turn:
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,10 @@ from .._attention.dense import attention
 from .._core.checks import (
     check_flag,
     check_floating,
-    check_integer,
-    check_number,
     check_shape,
-    raise_unknown,
 )
 from .._core.sharding import on_automatic_axes
+from ._attention_checks import QKNorm, check_heads, check_options
 from ._attention_fn import check_dropout_rate, check_heads_of, in_flax_form
 from ._attention_state import (
     CACHED,
@@ -37,15 +35,12 @@ from ._common import (
     axis_metadata,
     bind,
     check_arguments,
-    check_callable,
     check_dtypes,
     default_attention_kernel_init,
     make_kernel,
     scale_init,
     takes_return_lse,
 )
-
-QKNorm = Literal["head", "embed"]
 
 
 class MultiHeadAttention(nnx.Module):
@@ -189,7 +184,7 @@ class MultiHeadAttention(nnx.Module):
         given = {"out_features": out_features, "in_kv_features": in_kv_features}
         sizes = {name: embed_dim if x is None else x for name, x in given.items()}
         out_features, in_kv_features = check_arguments(op, None, **sizes)
-        _check_options(attention_fn, norm, qk_norm, gain)
+        check_options(attention_fn, norm, qk_norm, gain)
         rate = check_dropout_rate(op, dropout_rate)
         if rate:
             in_flax_form(op, attention_fn, f"for dropout_rate={rate}")
@@ -441,41 +436,3 @@ def _normalize(norm, x, across_heads):
         return norm(x)
     *tokens, heads, dim = x.shape
     return norm(x.reshape(*tokens, heads * dim)).reshape(x.shape)
-
-
-def check_heads(
-    op: str,
-    embed_dim: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    head_dim: int | None,
-) -> tuple[int, int, int, int]:
-    """Return the sizes as Python integers, and the last two also where they are None.
-
-    Returns:
-        `embed_dim`, `num_heads`, `num_kv_heads` and `head_dim`.
-    """
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    embed_dim, num_heads, kv_heads = check_arguments(
-        op, None, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=kv_heads
-    )
-    if head_dim is None and embed_dim % num_heads:
-        raise ValueError(
-            f"{op}: num_heads must divide embed_dim={embed_dim} unless head_dim is "
-            f"given, got {num_heads}"
-        )
-    if num_heads % kv_heads:
-        raise ValueError(
-            f"{op}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}"
-        )
-    dim = embed_dim // num_heads if head_dim is None else head_dim
-    return embed_dim, num_heads, kv_heads, check_integer(op, "head_dim", dim)
-
-
-def _check_options(attention_fn, norm, qk_norm, gain) -> None:
-    op = "MultiHeadAttention"
-    for name, function in [("attention_fn", attention_fn), ("norm", norm)]:
-        check_callable(op, name, function)
-    if qk_norm not in (None, *get_args(QKNorm)):
-        raise_unknown(op, "qk_norm", qk_norm, (None, *get_args(QKNorm)))
-    check_number(op, "gain", gain, positive=True)

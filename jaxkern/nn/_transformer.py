@@ -13,7 +13,7 @@ from .._attention.rotary import Pairs
 from .._attention.rotary_scaling import RotaryScaling
 from .._core.activations import ActivationName
 from .._core.checks import check_flag, kind_of
-from ._attention import QKNorm
+from ._attention_checks import QKNorm
 from ._causal_attention import choose_attention
 from ._common import check_dtypes, make_kernel
 from ._decoding import Decoding

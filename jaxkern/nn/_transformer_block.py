@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Integer
 
 from .._attention.rotary import Pairs, rotary_embedding
 from .._attention.rotary_scaling import RotaryScaling
-from ._attention import MultiHeadAttention, QKNorm
+from ._attention import MultiHeadAttention
+from ._attention_checks import QKNorm
 from ._cache import KVCache, remember
 from ._causal_attention import CausalAttention
 from ._common import bind

@@ -13,7 +13,7 @@ from .._attention.rotary import Pairs, check_rotary_dim
 from .._attention.rotary_scaling import RotaryScaling, check_scaling
 from .._core.activations import ActivationName, get_activation
 from .._core.checks import check_flag, check_integer, check_number, raise_unknown
-from ._attention import QKNorm, check_heads
+from ._attention_checks import QKNorm, check_heads
 from ._common import check_callable
 from ._dense_mlp import MLP, SwiGLU
 from ._norms import NormKind

@@ -153,10 +153,8 @@ class Loss(Forward):
             **loss_options,
         )
         lse = take(lse, inverse)
-        if where is None:
-            return losses.mean(), lse
-        count = jnp.maximum(where.sum(), 1).astype(losses.dtype)
-        return losses.sum() / count, lse
+        count = losses.size if where is None else where.sum()
+        return losses.sum() / jnp.maximum(count, 1).astype(losses.dtype), lse
 
 
 def _read_segment_ids(segment_ids: Any, seq: int) -> tuple[Any, Any]:

@@ -30,6 +30,11 @@ def pure(state) -> Any:
     return nnx.to_pure_dict(state)
 
 
+def test_an_empty_batch_has_no_loss():
+    tokens = jnp.zeros((0, 3), int)
+    assert nnx.value_and_grad(lambda m: m.loss(tokens, tokens))(build())[0] == 0
+
+
 def test_tokens_that_do_not_count():
     """Some have the target that is ignored, and others are not where the mean is."""
     model, (tokens, targets) = build(), batch()

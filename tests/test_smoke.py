@@ -18,7 +18,7 @@ from helpers import assert_as_close, mesh, normal, value_and_vjp
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern import BlockMask, models, nn
+from jaxkern import BlockMask, compress, models, nn
 
 KEY = jax.random.key(0)
 X, SQUARE = normal(0, (4, 16)), normal(1, (16, 16), scale=0.25)
@@ -161,6 +161,12 @@ def prune():
     return pruned
 
 
+def packed_mlp():
+    packed = nn.Packed24Linear(jaxkern.pack_2_4(SQUARE))
+    up = nn.LowRankLinear(16, 16, rank=4, **RNGS)
+    return nn.CompressedMLP([up], [packed], activation="relu2")
+
+
 def place():
     model = nn.TransformerLM(
         **LM, mesh=nn.make_mesh(**nn.parse_mesh_sizes("fsdp=4,tensor=2")), **RNGS
@@ -208,6 +214,8 @@ MODULES: dict[str, tuple[Any, jax.Array]] = {
     "MLP": (partial(nn.MLP, 16, 16, activation="gelu", use_bias=True), X),
     "MultiHeadMLP": (partial(nn.MultiHeadMLP, 16, 16, num_heads=2), X),
     "Packed24ReLU2": (prune, X),
+    "Packed24Linear": (packed_mlp, X),
+    "CompressedMLP": (packed_mlp, X),
     "PackedWeight": (prune, X),
     "QuadraticTransformer": (
         partial(nn.QuadraticTransformer, 16, 16, num_heads=2, num_layers=1),
@@ -234,7 +242,20 @@ def public(module) -> set[str]:
 def test_every_public_name_is_here():
     assert public(jaxkern) == set(OPS)
     assert public(nn) == set(MODULES)
-    assert public(models) == {"load", "read_config", "save"}
+    files = {"load", "read_config", "save", "load_native", "save_native"}
+    assert public(models) == files
+    assert public(compress) == {"LayerReport", "Report", "compress"}
+
+
+def test_compressed_models(tmp_path):
+    model = nn.TransformerLM(**LM | {"hidden_dim": 32}, **RNGS)
+    method: Any = ("svd_llm", "sparsegpt")
+    small, report = compress.compress(model, method=method, rank=8, calibration=IDS)
+    assert isinstance(small.layers[0].mlp, nn.CompressedMLP)
+    assert report.parameters < report.parameters_before
+    models.save_native(small, tmp_path)
+    again = models.load_native(tmp_path)
+    assert again.loss(IDS, IDS) == small.loss(IDS, IDS)
 
 
 def test_checkpoints(tmp_path):

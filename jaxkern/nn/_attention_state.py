@@ -122,7 +122,7 @@ def attend_to_cache(
     key: jax.Array,
     value: jax.Array,
     cache: list[jax.Array],
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[Any, list[jax.Array]]:
     """Attend causally to the tokens of a cache and to new ones behind them.
 
     Args:

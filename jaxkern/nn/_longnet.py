@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from .._attention.dilated import dilated_attention
@@ -21,6 +22,7 @@ from .._core.checks import (
     check_number,
     check_shape,
 )
+from .._core.precision import widen
 from .._core.sharding import on_automatic_axes
 from ._attention import MultiHeadAttention
 from ._common import (
@@ -119,7 +121,7 @@ class LongNetBlock(nnx.Module):
         if self.cross_attention is not None and self.cross_norm is not None:
             mask = None if memory_mask is None else memory_mask[:, None, None]
             x = x + self.cross_attention(self.cross_norm(x), memory, mask=mask)
-        hidden = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)
+        hidden = _gelu(self.up(self.mlp_norm(x)))
         return x + self.down(self.hidden_norm(hidden))
 
 
@@ -365,3 +367,20 @@ def _attend(query, key, value, *, attention_fn, scale_base, positions, **options
     query = rotary_embedding(query, positions, decay=scale_base)
     key = rotary_embedding(key, positions, decay=-scale_base)
     return attention_fn(query, key, value, **options)
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    """Return the exact GELU, x times the normal distribution function of x."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+# Without this, JAX 0.12 refuses the derivative of `erfc` in `shard_map`: it multiplies
+# polynomials whose coefficients lie on all devices by arrays that do not.
+@_gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    wide = widen(x)
+    below = 0.5 * lax.erfc(-wide * math.sqrt(0.5))
+    slope = below + wide * jnp.exp(-0.5 * wide**2) * (0.5 / math.pi) ** 0.5
+    return _gelu(x), slope.astype(x.dtype) * dx

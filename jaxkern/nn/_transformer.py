@@ -15,7 +15,7 @@ from .._core.activations import ActivationName
 from .._core.checks import check_flag, kind_of
 from ._attention_checks import QKNorm
 from ._causal_attention import choose_attention
-from ._common import check_dtypes, make_kernel
+from ._common import bind, check_dtypes, make_kernel
 from ._decoding import Decoding
 from ._layers import make_layers
 from ._norms import NormKind, make_norm
@@ -210,7 +210,7 @@ class TransformerLM(Loss, Decoding):
             else make_kernel(linear_init, rngs, shape[::-1], param_dtype, names[::-1])
         )
         self.config = config
-        self.attention_fn = attention_fn
+        self.attention_fn = None if attention_fn is None else bind(attention_fn)
         self.kinds = config.layer_kinds
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length

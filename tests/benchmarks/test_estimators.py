@@ -11,7 +11,7 @@ from benchmarks import _estimators_definitions as definitions
 from benchmarks import _estimators_study as study
 from benchmarks import estimators, frame
 from benchmarks._harness import Options, run
-from jaxkern.nn import _masked as nn_masked
+from jaxkern.nn import _bilinear as nn_bilinear
 from jaxkern.testing.plain import quadratic
 
 OURS = jaxkern.masked_bilinear
@@ -116,7 +116,7 @@ def stopped(h, weights, logits, **options):
 @pytest.mark.parametrize("wrong", [permuted, shared, other_rule, stopped])
 def test_wrong_rows_are_refused(tiny, monkeypatch, wrong):
     monkeypatch.setattr(jaxkern, "masked_bilinear", wrong)
-    monkeypatch.setattr(nn_masked, "masked_bilinear", wrong)
+    monkeypatch.setattr(nn_bilinear, "masked_bilinear", wrong)
     parts = "bilinear straight_through|Transformer one_plus_sigmoid"
     rows = measured("--only", f"({parts}) 2 jaxkern xla fused")
     status = {r["pass"]: r["status"] for r in rows}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# What `pip install` is to be told where a package of the benchmarks is missing.
+# The argument of `pip install` where a package of the benchmarks is missing.
 EXTRA = "'jaxkern-fused[bench]'"
 DTYPES = ("float32", "bfloat16", "float16")
 # The status of a program that SIGPIPE, signal 13, has ended.

@@ -44,7 +44,7 @@ PUBLISHED = {
     for line in published("flash_mlp")
 }
 PUBLISHED_BY = {"published eager": "pytorch", "published fused": "triton"}
-# What follows in the names of the columns of time and memory.
+# The ends of the names of the columns of time and memory.
 COLUMNS = {FORWARD: ("fwd_ms", "fwd_alloc_mb"), BOTH: ("fwd_bwd_ms", "peak_mb")}
 
 

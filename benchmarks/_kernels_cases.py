@@ -29,7 +29,7 @@ from jaxkern._mosaic.work import GATED_COLUMNS, TILE_COLUMNS
 from jaxkern._sparsity.hopper.product import sparse_matmul
 
 HEADS, BATCH, HIDDEN, SEQ = 16, 2048, 1024, 2048
-# What makes a function and its arguments.
+# Each makes a function and its arguments.
 Build = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 Cases = Iterator[tuple[str, Build]]
 Array = tuple[int, ...] | tuple[tuple[int, ...], Any]

@@ -1,4 +1,4 @@
-"""What do our kernels need of the chip, and do they compile without spilling?
+"""Do our kernels compile without spilling, and what do they need of the chip?
 
     make kernels                      installs the compiler's packages first
     make kernels ARGS=--all           compiles what is unchanged too

@@ -28,7 +28,7 @@ DOCS, SITE = ROOT / "docs", ROOT / "site"
 GENERATED = DOCS / "benchmarks" / "generated"
 KATEX = DOCS / "assets" / "katex"
 KATEX_VERSION = "0.19.1"
-# Of the package's archive.
+# The hash of the package's archive.
 KATEX_SHA256 = "24da5a599eb2fcede2e270b99a6ff48bca816beecc95feeb84e8cccbd1bb34fd"
 
 

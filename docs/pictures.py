@@ -20,7 +20,7 @@ from jaxkern import BlockMask
 
 GUIDES = Path(__file__).parent / "guides"
 PAGE, FOLDER = GUIDES / "block-masks.md", GUIDES / "pictures"
-# Of a block, of what is left empty between two, and beside and below a picture.
+# The sizes of a block, of the gap between two, and of the margin of a picture.
 SIZE, GAP, MARGIN = 10, 1, 15
 # Okabe and Ito's blue and orange, which colour-blind people can tell apart.
 COLOURS = {"#": "#0072b2", "+": "#e69f00", ".": "#808080"}

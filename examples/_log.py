@@ -1,4 +1,4 @@
-"""What a training run prints and logs.
+"""The lines that a training run prints and logs.
 
 `log.jsonl` in the run's folder has a line for each step, an object of JSON. With
 --tensorboard the same numbers go to TensorBoard. `train_lm.py` uses it.

@@ -10,7 +10,7 @@ from pathlib import Path
 from _documents import find_files
 from _program import add_plot, check_plot
 
-# What a model is that is trained from its start. A loaded one has its own.
+# The sizes of a model that is trained from its start. A loaded one has its own.
 SIZES = {"embed_dim": 128, "num_layers": 4, "num_heads": 4}
 ARCHITECTURE = SIZES | {"mlp": "swiglu"}
 LEARNING_RATE, TUNING_RATE = 3e-3, 2e-5

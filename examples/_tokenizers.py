@@ -17,7 +17,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer(Protocol):
-    """What encodes documents and decodes tokens.
+    """Encodes documents and decodes tokens.
 
     Each document ends with the token `end`, if it is not None.
     """

@@ -41,7 +41,7 @@ MARGIN = {"flash_mlp": 0.95, "matmul": 0.95, "sparse": 0.9}
 TOP2_NUMBERS = (0.0, 1.7)
 # The same of S-STE's, either way.
 SOFT_NUMBERS = 7.5
-# What is stored of two in four 16-bit numbers: they and their positions.
+# Two in four 16-bit numbers are stored as they are, with their positions.
 PACKED = sparse.PACKED_NUMBERS
 
 
@@ -120,7 +120,7 @@ def _gradient_matmuls_us(layer: Layer) -> float:
     t, w, heads = layer.tokens, layer.hidden, layer.heads
     us = layer.products * xla_matmul_us(t, w, layer.rank_in, heads)
     us += layer.products * xla_matmul_us(layer.rank_in, t, w, heads)
-    # Of two products, inputs' gradients are joined or added.
+    # The inputs' gradients of two products are joined or added.
     us += (layer.products - 1) * elementwise_us(4 * heads * t * layer.rank_in)
     return us + xla_matmul_us(w, t, layer.rank_out, heads)
 
@@ -298,6 +298,6 @@ def kernel_of(model: Model, name: str) -> Kernel:
 
 
 def layer_of(model: Model, tokens: int, name: str) -> Layer:
-    """What is between the first and the last factor."""
+    """Return the layer between the first and the last factor."""
     ups, r = 1 + (name == SWIGLU), model.rank
     return Layer(tokens, r, shapes.width(model, name), r, ups, ups)

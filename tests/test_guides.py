@@ -1,4 +1,4 @@
-"""What the guides quote is measured, and what they show is drawn."""
+"""Numbers that the guides quote are measured, and their pictures are drawn."""
 
 import json
 import re

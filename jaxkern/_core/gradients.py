@@ -29,6 +29,6 @@ def _with_derivative_of(value: Array, soft: Array) -> Array:
 _with_derivative_of.defjvps(None, lambda soft_dot, out, value, soft: soft_dot)
 
 
-# Of activations: the backward computes them again from the matmuls' results. That is
+# For activations: the backward computes them again from the matmuls' results. That is
 # cheap, and keeping their float32 intermediates costs up to 16 bytes an element.
 recompute = partial(jax.checkpoint, prevent_cse=False)

@@ -84,7 +84,7 @@ def magnitude(
 def _shrink(groups: Float[Array, "*batch groups 4"]) -> Float[Array, "*batch groups 4"]:
     """Soft-threshold each group by its second smallest magnitude."""
     a, b, c, d = (jnp.abs(groups[..., i : i + 1]) for i in range(GROUP))
-    # Of two sorted pairs, the second smallest of all four is the smaller of the higher
+    # In two sorted pairs, the second smallest of all four is the smaller of the higher
     # minimum and the lower maximum.
     higher_low = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
     lower_high = jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d))

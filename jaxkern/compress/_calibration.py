@@ -127,7 +127,7 @@ def stream[State](
     @partial(jax.jit, donate_argnums=1)
     def step(weights, states, others, batch):
         view, updated = nnx.merge(graph, weights), {}
-        # What is computed inside of `jax.checkpoint` could not leave it.
+        # Without this, results computed inside of `jax.checkpoint` could not leave it.
         view.remat = False
 
         def take(i, mlp, x):

@@ -54,7 +54,7 @@ class Parts:
         """Return the FLOPs of the matmuls for one token, 2 a multiply-add."""
         chains = self.weights.values()
         count = sum(2 * count_values(factor) for chain in chains for factor in chain)
-        # Of each four products with the activated layer, two are with zeros.
+        # Two of each four products with the activated layer are with zeros.
         skipped = count_values(self.weights["down"][0]) if self.sparsity else 0
         return count - skipped
 

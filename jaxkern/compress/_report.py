@@ -48,7 +48,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `compress` did to a model; `print` shows it as a table, a line a layer.
+    """The result of `compress`; `print` shows it as a table, a line a layer.
 
     Attributes:
         layers: A report of each compressed layer.

@@ -30,7 +30,7 @@ GEMMA_OPTIONS = {
 }
 # Keys that change a model of transformers, with the only values that ours can have.
 ONLY = {"quantization_config": (None,), "use_bidirectional_attention": (None, False)}
-# What transformers takes for keys that config.json lacks.
+# The values that transformers takes for keys that config.json lacks.
 DEFAULTS = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,

@@ -33,7 +33,7 @@ def linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 
 class LayerKind(NamedTuple):
-    """What differs between the layers of a model that have equal parameters.
+    """The options in which layers with equal parameters differ from each other.
 
     Attributes:
         window: The tokens that a query sees, its own included; None for all before it.

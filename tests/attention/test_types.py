@@ -1,4 +1,4 @@
-"""What a type checker makes of the attention ops: `make types` reads this file."""
+"""The types of the attention ops, which a type checker infers from this file."""
 
 from typing import assert_type
 

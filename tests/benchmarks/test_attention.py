@@ -106,7 +106,7 @@ def test_flops_by_hand():
     assert ratio(Dilated((256, 4096), (1, 4))) == 1 / 4 + 1 / 16
     # Three diagonals of 8 blocks; half the blocks and half of the diagonal.
     assert ratio(Blocks("near")) == 22 / 64 and ratio(Blocks("causal")) == 36 / 64
-    # Of four projections, each a matmul; and twice as much backward.
+    # Four projections, each a matmul; and twice as much backward.
     module = Task(shape, Dense(), "norms")
     projections = 4 * 2 * 2 * 1024 * 512**2
     assert module.flops("forward") == dense + projections

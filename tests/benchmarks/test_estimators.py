@@ -61,7 +61,7 @@ def test_rows(capsys):
     assert estimators.main(["--list", "--full"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 * 3 * 6 + 2 * (34 // 2 + 4 + 4) * 2
-    # What is checked comes first.
+    # Rows that are checked come first.
     parts = [line.split()[0] for line in lines]
     assert parts == sorted(parts, reverse=True)
     published = [c for c in cases("--full") if c.published_ms is not None]
@@ -90,8 +90,8 @@ def test_every_row_is_right(tiny, dtype, layer, count):
     assert all(r["kept_bytes"] > 0 for r in backward)
 
 
-# What a row may do wrong: the samples in another order, every sample the first one's
-# mask, a gradient by another rule, a gradient that is lost.
+# A row may do wrong: the samples in another order, every sample the first one's mask, a
+# gradient by another rule, a gradient that is lost.
 def permuted(h, weights, logits, **options):
     return OURS(h, weights, jax.tree.map(lambda x: x[::-1], logits), **options)
 
@@ -307,7 +307,7 @@ def test_study(monkeypatch, tmp_path, capsys):
     assert max(map(len, lines[start:])) <= 80
     saved = json.loads(path.read_text())
     assert len(saved["rows"]) == 3 * (7 + 2)
-    # What the closed forms say.
+    # The values by the closed forms.
     sigmoid = "straight_through, drawn, sigmoid"
     unbiased = {
         name: study.unbiased(saved["rows"], name)

@@ -1,4 +1,4 @@
-"""What `load`, `save` and `read_config` refuse, before they take memory."""
+"""Refusals of `load`, `save` and `read_config`, before they take memory."""
 
 import json
 import sys

@@ -86,7 +86,7 @@ def test_nothing_is_computed_once_all_sequences_have_stopped():
 
 
 def test_top_k_and_min_p():
-    """Of 200 samples, all are among the tokens that stay, and each of these is."""
+    """All of 200 samples are among the tokens that stay, and each of these is drawn."""
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25]]))
     for options, top_k, kept in [
         ({}, 1, [{1}, {0, 1, 2, 3}]),

@@ -237,7 +237,7 @@ FAMILIES = (
 # Why others are refused that users may expect.
 REFUSED = {
     "gemma3": "it has a vision tower; the text models are gemma3_text",
-    "jaxkern": "there is no such form yet",
+    "jaxkern": "load_native reads it",
     "gpt_oss": "its MLPs are mixtures of experts, and its attention has sinks",
     "mixtral": "its MLPs are mixtures of experts",
     "qwen2_moe": "its MLPs are mixtures of experts",

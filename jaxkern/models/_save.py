@@ -127,7 +127,7 @@ def _check_parameters(
         got = f"{'.'.join(map(str, path))} {shapes.get(path, 'missing')}"
         raise ValueError(
             f"{op}: the parameters must be those of the model's config, as Hugging "
-            f"Face's form has no others, got {got}"
+            f"Face's form has no others, got {got}; save_native keeps compressed models"
         )
     layers = model.layers if isinstance(model.layers, nnx.List) else [model.layers]
     for layer in layers:
@@ -136,7 +136,7 @@ def _check_parameters(
         if type(mlp) not in (MLP, SwiGLU) or activation != model.config.activation:
             raise ValueError(
                 f"{op}: mlp must be the one of the model's config, got "
-                f"{kind_of(mlp)} with another"
+                f"{kind_of(mlp)} with another; save_native keeps MLPs of jaxkern.nn"
             )
 
 

@@ -135,6 +135,7 @@ LONG = checkpoints.CASES["Phi-3"].raw["rope_scaling"]
             {"model_type": "gpt_oss"},
             "got 'gpt_oss', which is refused: .* mixtures of ex",
         ),
+        ({"model_type": "jaxkern"}, "got 'jaxkern', .*: load_native reads it"),
         ({"model_type": "gemma3"}, "got 'gemma3', .* the text models are gemma3_text"),
         ({"hidden_size": None}, "config.json must have hidden_size, got none"),
         ({"vocab_size": ...}, "config.json must have vocab_size, got none"),
@@ -219,11 +220,11 @@ def model_of(**given) -> Any:
         ({"qk_norm": "embed"}, "the nearest is llama, but it has no qk_norm='embed'"),
         (
             {"mlp": lambda *a, **o: LowRankSwiGLU(*a, rank=2, **o)},
-            "must be those .*mlp",
+            "must be those .*mlp.*save_native keeps compressed",
         ),
         (
             {"mlp": lambda *a, **o: MLP(*a, gated=True, activation="gelu", **o)},
-            "mlp must",
+            "mlp must be .*; save_native keeps MLPs",
         ),
     ],
 )

@@ -57,8 +57,8 @@ class DataSet:
         self.in_tokens = args.data[0].suffix == ".npy"
         try:
             records = self._open()
-        # Packages that read files raise errors of many kinds.
-        except Exception as error:
+        # NumPy raises the first three, and array_record the last one.
+        except (OSError, EOFError, ValueError, RuntimeError) as error:
             sys.exit(f"--data must be files of tokens or ArrayRecords: {error}")
         held_out = max(1, int(len(records) * HELD_OUT))
         kind = "rows" if self.in_tokens else "documents"

@@ -65,7 +65,7 @@ class FromFile:
         self.path = path
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # The package raises no narrower one.
+        # The package raises `Exception` itself, whatever is wrong.
         except Exception as error:
             sys.exit(f"--tokenizer must be a tokenizer.json, got {path}: {error}")
         self.vocab_size = self.tokenizer.get_vocab_size()

@@ -113,7 +113,7 @@ def read_headers(op: str, files: list[Path]) -> dict[str, Stored]:
                 f"{op}: {file} must be a whole safetensors file, got {error}"
             ) from error
         with opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+            for name in sorted(opened.keys()):
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
                 found[name] = Stored(file, shape, part.get_dtype())

@@ -203,7 +203,8 @@ MUTANTS = (
         "jaxkern/_mosaic/launch.py",
         "for arrivals in (self.copies, COMPUTE)",
         "for arrivals in (self.copies, 1)",
-        RELU2_KERNEL,
+        # The emulator meets this race in most orders of its threads, not in all.
+        ("tests/mlp/hopper/test_fused.py", "test_relu2"),
     ),
     Mutant(
         "missing-wait",

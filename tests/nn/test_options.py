@@ -145,6 +145,11 @@ def test_options_of_the_loss():
 
 def test_options_of_generation():
     assert names_of(TransformerLM.generate) == GENERATE.keys() | {"prompt"}
+    streamed, generated = (
+        [(x.name, x.kind, x.default) for x in inspect.signature(f).parameters.values()]
+        for f in (TransformerLM.stream, TransformerLM.generate)
+    )
+    assert streamed == generated
     plain: dict[str, Any] = {"max_new_tokens": 2, "temperature": 5.0}
     run = partial(build().generate, ROWS, **plain | {"key": jax.random.key(0)})
     expected = run()

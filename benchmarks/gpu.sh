@@ -17,7 +17,7 @@ XLA_FLAGS="$XLA_FLAGS --xla_gpu_autotune_level=0" XLA_PYTHON_CLIENT_PREALLOCATE=
 # Kernels first, since a machine may be lent for half an hour only.
 $python -m benchmarks.attention --kernels --backward \
   --json "$folder/attention_kernels_backward.json" || status=1
-for benchmark in flash_mlp attention mlp estimators; do
+for benchmark in flash_mlp attention mlp estimators compress; do
   $python -m benchmarks.$benchmark --json "$folder/$benchmark.json" \
     --plot "$folder/$benchmark.png" || status=1
 done

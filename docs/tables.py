@@ -14,7 +14,7 @@ from benchmarks import frame
 from benchmarks._harness import KERNEL, XLA
 from benchmarks._report import RESULTS
 
-BENCHMARKS = "mlp", "flash_mlp", "attention", "estimators", "transformer"
+BENCHMARKS = "mlp", "flash_mlp", "attention", "estimators", "transformer", "compress"
 LAUNCHES = RESULTS / "nvidia_h200" / "launches.json"
 KERNELS = RESULTS / "sm_90a" / "kernels.json"
 CUDNN = "cudnn"

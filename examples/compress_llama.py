@@ -219,7 +219,7 @@ def plot(rows: list[Row], path: Path) -> None:
             some = sorted((r for r in rows if r.name == name), key=lambda r: r[1])
             losses = [r.before if title == "compressed" else r.tuned for r in some]
             axes.plot([r.parameters for r in some], losses, "o-", label=name)
-        axes.axhline(given.before, color="gray", linestyle=":")
+        axes.axhline(given.before, color="gray", linestyle=":", label="given")
         axes.set_title(title)
         axes.set_xlabel(f"parameters, of {given.parameters}")
         axes.set_ylabel("held-out loss, nats a token")
